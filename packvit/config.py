@@ -1,0 +1,114 @@
+"""What an encoder is, in frozen values: its size, its named choices, and how it wants its images.
+
+Two families differ in these values and in the names of their weights, in nothing else.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Norm = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
+Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+PatchOrder = Literal["hwc", "chw"]
+Statistics = tuple[float, float, float]  # one number a channel: red, green, blue
+
+CLIP_MEAN: Statistics = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Statistics = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, slots=True)
+class ShortestEdge:
+    """Resize until the shorter side is `edge` pixels, then cut `crop` (height, width) out of it."""
+
+    edge: int
+    crop: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Resize to exactly (height, width) pixels, then cut `crop` (height, width) out of it."""
+
+    height: int
+    width: int
+    crop: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MostPatches:
+    """Resize to the largest grid of at most `patches`, both sides rounded up: SigLIP2 NaFlex."""
+
+    patches: int = 256
+
+
+Sizing = ShortestEdge | Exact | MostPatches
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """How a checkpoint wants its images.
+
+    Units: `patch` in pixels; `mean` and `std` per channel, of values from 0 to 1.
+    """
+
+    patch: int
+    mean: Statistics
+    std: Statistics
+    resample: Filter
+    sizing: Sizing | None = None  # None: the checkpoint takes images as they are
+
+
+@dataclass(frozen=True, slots=True)
+class SinCos:
+    """Sine-cosine positions, computed for any grid."""
+
+    temperature: float = 10000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Learned positions for a grid of `rows` x `columns` patches.
+
+    `resize` says how another grid's positions are interpolated, always in fp32; `any_grid` whether
+    the reference does so unasked. Where it refuses, so do we, unless the user says otherwise.
+    """
+
+    rows: int
+    columns: int
+    resize: Literal["bilinear_antialias", "bicubic", "bicubic_antialias"]
+    any_grid: bool = False
+
+
+Positions = SinCos | Table
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """The size of an encoder and its named choices.
+
+    Units: `patch` in pixels; `width` is D, `mlp_width` the width inside each MLP.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    patch: int
+    positions: Positions
+    norm: Norm
+    norm_eps: float
+    activation: Activation
+    gated: bool  # an MLP of act(gate) * up, instead of act(up)
+    bias: bool  # of every linear layer in a block
+    embedding_norm: bool = False  # a norm between the patch embedding and the positions
+    pool: Literal["query"] | None = None  # a learned query that attends to a sequence's tokens
+    projection: int | None = None  # width of the space shared with text, where there is one
+
+    @property
+    def head_dim(self) -> int:
+        """K, the width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def patch_dim(self) -> int:
+        """P, the values of one flattened patch of three channels."""
+        return 3 * self.patch**2

@@ -1,0 +1,159 @@
+"""Where each sequence of a pack begins and ends, and where each patch stands in its image.
+
+Both are worked out once per pack, on the host, at the encoder's door, and handed down as
+arguments: kernels read tensors on the device, Python plans with the host's numbers, and no forward
+pass ever waits for the device to answer.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Int64
+from torch import Tensor
+
+Grid = tuple[tuple[int, int, int], ...]  # (frames, rows, columns) of each image, in patches
+
+ROW_MEANING = "Each row of grid_thw is (frames, rows, columns) counted in patches, not pixels."
+
+
+def to_device(numbers: np.ndarray, device: torch.device | str) -> Tensor:
+    """Copy host numbers to `device` without waiting for it."""
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The seams of T packed tokens that form S sequences."""
+
+    lengths: tuple[int, ...]  # S host ints: tokens per sequence
+    cu_seqlens: Int32[Tensor, " seams"]  # [S + 1] on the tokens' device, from 0 up to T
+    max_seqlen: int  # host int: tokens of the longest sequence
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of the whole pack, as a host int."""
+        return sum(self.lengths)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """S host ints: the first token of each sequence."""
+        return tuple(accumulate(self.lengths[:-1], initial=0))
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu"
+    ) -> "Segments":
+        """Build the seams of S >= 1 sequences that hold `lengths` tokens each."""
+        seams = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=seams[1:])
+        return cls(lengths, to_device(seams, device), max(lengths))
+
+    @classmethod
+    def from_grid(
+        cls,
+        grid_thw: Tensor,
+        *,
+        patches: int,
+        prefix: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> "Segments":
+        """Build the seams of N images, each frame of which is a sequence of its own.
+
+        `prefix` counts the tokens that stand before every frame's patches (class and register
+        tokens), which is why a sequence can be longer than its patches.
+
+        Shapes: grid_thw [N, 3], best on the host -> S = sum of frames.
+        Units: `patches` and grid_thw count patches; `lengths` and `max_seqlen` count tokens.
+        Raises: ValueError if grid_thw is malformed or does not describe `patches` patches.
+        """
+        return cls.from_lengths(
+            sequence_lengths(read_grid(grid_thw, patches=patches), prefix), device=device
+        )
+
+
+def read_grid(grid_thw: Tensor, *, patches: int) -> Grid:
+    """Check `grid_thw` against the number of patches and return its rows as host ints.
+
+    Kept on the host it costs nothing; on a device it is copied once, and the host waits for that.
+
+    Shapes: grid_thw [N, 3], any integer dtype, N >= 1.
+    Raises: ValueError naming the first row that cannot be an image, or both sums of patches.
+    """
+    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or len(grid_thw) == 0:
+        raise ValueError(
+            f"grid_thw must be [num_images, 3] with at least one image, "
+            f"not {list(grid_thw.shape)}. {ROW_MEANING}"
+        )
+    if grid_thw.is_floating_point() or grid_thw.is_complex() or grid_thw.dtype == torch.bool:
+        raise ValueError(f"grid_thw must hold integers, not {grid_thw.dtype}. {ROW_MEANING}")
+    grid = tuple((frames, rows, columns) for frames, rows, columns in grid_thw.tolist())
+    for image, row in enumerate(grid):
+        if min(row) < 1:
+            raise ValueError(f"grid_thw[{image}] is {row}; every count is 1 or more. {ROW_MEANING}")
+    described = sum(frames * rows * columns for frames, rows, columns in grid)
+    if described != patches:
+        raise ValueError(
+            f"hidden_states holds {patches} patches, but grid_thw describes {described} "
+            f"({len(grid)} images). {ROW_MEANING}"
+        )
+    return grid
+
+
+def sequence_lengths(grid: Grid, prefix: int = 0) -> tuple[int, ...]:
+    """Return the tokens of each frame of each image: S host ints."""
+    return tuple(prefix + rows * columns for frames, rows, columns in grid for _ in range(frames))
+
+
+def segment_images(grid: Grid) -> Int64[np.ndarray, " S"]:
+    """Return which image each sequence is a frame of, on the host."""
+    return np.repeat(np.arange(len(grid)), [frames for frames, _, _ in grid])
+
+
+@dataclass(frozen=True, eq=False)
+class PatchPlaces:
+    """Where each of T patches stands in its own frame: host arrays, one number a patch."""
+
+    row: Int64[np.ndarray, " T"]
+    column: Int64[np.ndarray, " T"]
+    rows: Int64[np.ndarray, " T"]  # of the patch's frame
+    columns: Int64[np.ndarray, " T"]
+
+    @classmethod
+    def from_grid(cls, grid: Grid) -> "PatchPlaces":
+        """Lay the patches of every frame out in raster order, without a loop over images."""
+        table = np.asarray(grid, dtype=np.int64)
+        frames = np.repeat(table[:, 1:], table[:, 0], axis=0)  # [S, 2]: rows, columns
+        sizes = frames.prod(1)
+        rows, columns = np.repeat(frames, sizes, axis=0).T
+        within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+        return cls(within // columns, within % columns, rows, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixPlaces:
+    """Where prefix tokens and patches stand in a pack whose every sequence opens with R of them.
+
+    `gather` builds the token stream from the R prefix tokens followed by all T patches; `prefix`
+    and `patches` take it apart again.
+    """
+
+    gather: Int64[Tensor, " tokens"]
+    prefix: Int64[Tensor, " S*R"]
+    patches: Int64[Tensor, " T"]
+
+    @classmethod
+    def from_grid(cls, grid: Grid, prefix: int, *, device: torch.device | str) -> "PrefixPlaces":
+        """Work all three out on the host, without a loop over images, and copy them over."""
+        lengths = np.asarray(sequence_lengths(grid))
+        ends = (lengths + prefix).cumsum()
+        heads = (ends - lengths - prefix)[:, None] + np.arange(prefix)
+        gather = np.empty(int(ends[-1]), np.int64)
+        is_patch = np.ones(len(gather), bool)
+        is_patch[heads.reshape(-1)] = False
+        gather[heads] = np.arange(prefix)
+        gather[is_patch] = prefix + np.arange(lengths.sum())
+        places = (gather, heads.reshape(-1), np.flatnonzero(is_patch))
+        return cls(*(to_device(numbers, device) for numbers in places))

@@ -1,0 +1,121 @@
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from packvit.attention import BACKENDS, Workload, attend, resolve, run_sdpa
+from packvit.packed import Segments
+
+LENGTHS = (24, 4, 15, 24, 4)  # equal lengths that are no neighbours, and a loner
+FIRST, REST = slice(0, 24), slice(24, 71)
+
+on_gpu = pytest.mark.gpu
+
+
+def qkv(
+    device: str, dtype: torch.dtype, tokens: int = 71, head_dim: int = 16
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, tokens, 2, head_dim, generator=generator)
+    return query.to(device, dtype), key.to(device, dtype), value.to(device, dtype)
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 3 + 1, lambda x: x * float("nan")])
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype"),
+    [
+        ("sdpa", "cpu", torch.float32),
+        ("sdpa", "cpu", torch.bfloat16),
+        pytest.param("sdpa", "cuda", torch.bfloat16, marks=on_gpu),
+        pytest.param("torch", "cuda", torch.bfloat16, marks=on_gpu),
+    ],
+)
+def test_changing_image_0_leaves_the_others_bit_identical(change, backend, device, dtype):
+    segments = Segments.from_lengths(LENGTHS, device=device)
+    tensors = qkv(device, dtype)
+    before = attend(*tensors, segments, backend=backend)
+    for tensor in tensors:
+        tensor[FIRST] = change(tensor[FIRST])
+    after = attend(*tensors, segments, backend=backend)
+    assert not torch.equal(before[FIRST], after[FIRST])
+    assert torch.equal(before[REST], after[REST])
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 128])
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "atol"),
+    [
+        ("sdpa", "cpu", torch.float64, 1e-12),
+        ("sdpa", "cpu", torch.float32, 2e-6),
+        pytest.param("sdpa", "cuda", torch.float32, 5e-6, marks=on_gpu),
+        pytest.param("sdpa", "cuda", torch.bfloat16, 2e-2, marks=on_gpu),
+        pytest.param("torch", "cuda", torch.bfloat16, 2e-2, marks=on_gpu),
+        pytest.param("torch", "cuda", torch.float16, 3e-3, marks=on_gpu),
+    ],
+)
+def test_backends_agree_with_the_oracle(backend, device, dtype, atol, head_dim):
+    tensors = qkv(device, dtype, head_dim=head_dim)
+    found = attend(*tensors, Segments.from_lengths(LENGTHS, device=device), backend=backend)
+    assert found.dtype == dtype
+    expected = reference.attention(*tensors, LENGTHS)
+    torch.testing.assert_close(found.double().cpu(), expected, atol=atol, rtol=0)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_any_mix_of_lengths_agrees_with_the_oracle(lengths: list[int]):
+    tensors = qkv("cpu", torch.float64, tokens=sum(lengths))
+    found = attend(*tensors, Segments.from_lengths(tuple(lengths)))
+    expected = reference.attention(*tensors, tuple(lengths))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_one_query_a_sequence_attends_to_its_own_tokens(lengths: list[int]):
+    query, key, value = qkv("cpu", torch.float64, tokens=sum(lengths))
+    query = query[: len(lengths)]
+    queries = Segments.from_lengths((1,) * len(lengths))
+    found = run_sdpa(query, key, value, queries, Segments.from_lengths(tuple(lengths)))
+    parts = zip(query, key.split(lengths), value.split(lengths), strict=True)
+    for row, (q, k, v) in zip(found, parts, strict=True):
+        weights = (torch.einsum("hk,thk->ht", q, k) / 4).softmax(-1)
+        torch.testing.assert_close(row, torch.einsum("ht,thk->hk", weights, v), atol=1e-12, rtol=0)
+
+
+def test_a_backend_that_cannot_run_says_why_and_auto_steps_past_it():
+    work = Workload(torch.device("cpu"), torch.float32, 8)
+    assert resolve("auto", work).name == "sdpa"
+    with pytest.raises(ValueError, match=r'"torch" cannot run: it needs CUDA tensors .* on cpu'):
+        resolve("torch", work)
+    with pytest.raises(ValueError, match=r'"flash"\. Choose auto or one of: fa4, fa3, fa2, torch'):
+        resolve("flash", work)
+    for name, install in [("fa4", "hopper"), ("fa3", "from its repository"), ("fa2", "flash")]:
+        with pytest.raises(ValueError, match=f'"{name}" cannot run: .* not installed; .*{install}'):
+            resolve(name, work)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "obstacle"),
+    [
+        (torch.float32, 64, "needs float16 or bfloat16 and these are torch.float32"),
+        (torch.bfloat16, 68, "divisible by 8, up to 256, and this one is 68"),
+        (torch.bfloat16, 264, "divisible by 8, up to 256, and this one is 264"),
+        (torch.bfloat16, 72, None),
+    ],
+)
+def test_the_torch_backend_knows_its_limits(
+    dtype: torch.dtype, head_dim: int, obstacle: str | None
+):
+    [backend] = [backend for backend in BACKENDS if backend.name == "torch"]
+    found = backend.obstacle(Workload(torch.device("cuda"), dtype, head_dim))
+    assert found is None if obstacle is None else obstacle in str(found)
+
+
+def test_auto_takes_only_what_we_have_run():
+    assert [backend.name for backend in BACKENDS if backend.measured] == ["torch", "sdpa"]
+
+
+def test_segments_of_another_pack_are_refused():
+    with pytest.raises(ValueError, match="holds 71 tokens, but the segments describe 47"):
+        attend(*qkv("cpu", torch.float32), Segments.from_lengths((24, 23)))
