@@ -1,0 +1,368 @@
+"""The encoder: one forward for all images of a pack.
+
+This is the door. It checks what comes in and speaks to the user; the rooms behind it trust what
+they are handed. Seams and places are worked out here, once, on the host.
+"""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from packvit import checkpoints, pretrained
+from packvit.attention import Backend, Workload, resolve
+from packvit.checkpoints import Checkpoint
+from packvit.config import EncoderConfig, ImageConfig, PatchOrder
+from packvit.family import Family
+from packvit.images import ImageError, load_image
+from packvit.layers import Blocks, PatchEmbeddings, QueryPool, norm, to_values
+from packvit.packed import Grid, Segments, read_grid, segment_images, sequence_lengths, to_device
+from packvit.preprocessing import Resize, to_patches
+
+GridPolicy = Literal["checkpoint", "interpolate"]
+AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
+Source = str | os.PathLike[str] | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """What one forward takes.
+
+    Shapes: hidden_states [T, P] uint8 on the encoder's device; grid_thw [N, 3] int64 on the host.
+    """
+
+    hidden_states: Tensor
+    grid_thw: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Features:
+    """What an encoder says about a pack of N images whose frames are S sequences.
+
+    Shapes: tokens [T, D]; prefix [S, R, D]; pooled [S, D] or None where the checkpoint has no
+    head; projected [S, E] or None; taps {layer: [T, D]}; segment_image [S] int64.
+    """
+
+    tokens: Tensor
+    prefix: Tensor
+    pooled: Tensor | None
+    projected: Tensor | None
+    taps: dict[int, Tensor]
+    segment_image: Tensor  # which image a row of pooled or prefix belongs to
+    grid: Grid
+
+    def per_image(self) -> list[Tensor]:
+        """Return the patch tokens of each image: N views [frames, rows, columns, D]."""
+        parts = self.tokens.split([frames * rows * columns for frames, rows, columns in self.grid])
+        return [part.unflatten(0, sides) for part, sides in zip(parts, self.grid, strict=True)]
+
+
+class Ran(NamedTuple):
+    """What a run through the blocks leaves behind for pooling and bookkeeping."""
+
+    tokens: Tensor  # [T, D], after the final norm
+    taps: dict[int, Tensor]
+    grid: Grid
+    segments: Segments
+    backend: Backend
+
+
+class Encoder(nn.Module):
+    """A vision encoder on packs: patches laid end to end, attention per frame, no padding.
+
+    Families are subclasses that only say which family they are.
+    """
+
+    family: ClassVar[Family]
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        images: ImageConfig,
+        *,
+        attention: str = "auto",
+        patch_order: PatchOrder = "hwc",
+        positions: GridPolicy = "checkpoint",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.images = images
+        self.patch_order: PatchOrder = patch_order
+        self.backend = attention
+        self.checkpoint: Checkpoint | None = None  # where the weights came from
+        self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
+        self.embeddings = PatchEmbeddings(config, interpolate=positions == "interpolate")
+        self.encoder = Blocks(config)
+        self.norm = norm(config)
+        self.head = QueryPool(config) if config.pool == "query" else None
+        shared = config.projection
+        self.projection = nn.Linear(config.width, shared, bias=False) if shared else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embeddings.patches.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights, and so the tokens, are made of."""
+        return self.embeddings.patches.weight.dtype
+
+    @property
+    def attention(self) -> str:
+        """The name of the attention backend that a forward would take now."""
+        return resolve(self.backend, self.workload).name
+
+    @property
+    def workload(self) -> Workload:
+        """What decides which attention backends can run."""
+        return Workload(self.device, self.dtype, self.config.head_dim)
+
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Tensor:
+        """Return the tokens of every patch of the pack: the reference's `last_hidden_state`.
+
+        Patches stand image after image, in raster order, each flattened in the order (row, column,
+        channel), or as `patch_order` said. uint8 patches are raw pixels, normalised here in fp32;
+        floating point ones are already normalised and are cast to the encoder's dtype. Every frame
+        is a sequence of its own.
+
+        Shapes: hidden_states [T, P], grid_thw [N, 3] integers (frames, rows, columns), best kept
+        on the host -> [T, D] in the encoder's dtype, T being the sum of frames * rows * columns.
+        Raises: TypeError for other dtypes; ValueError if shapes, device or grid do not fit.
+        """
+        return self.run(hidden_states, grid_thw).tokens
+
+    def encode(
+        self,
+        hidden_states: Tensor,
+        grid_thw: Tensor,
+        *,
+        taps: Sequence[int] = (),
+        projection: bool = False,
+    ) -> Features:
+        """Return everything the encoder says about the pack; see `forward` for what it takes.
+
+        `taps` names layers, negative ones from the end, whose patch tokens are wanted as they
+        leave the block, before any final norm. `projection` asks for the pooled vectors in the
+        space shared with text. Nothing unasked is kept.
+
+        Raises: as `forward`; ValueError for a layer that is not there, or a projection that the
+        checkpoint does not have.
+        """
+        if projection and self.projection is None:
+            raise ValueError(
+                f"projection=True asks for a space shared with text, but this {self.family.name} "
+                "checkpoint has no projection. Use `pooled`."
+            )
+        ran = self.run(hidden_states, grid_thw, [self.check_layer(layer) for layer in taps])
+        pooled = self.head(ran.tokens, ran.segments, ran.backend) if self.head else None
+        return Features(
+            tokens=ran.tokens,
+            prefix=ran.tokens.new_empty(len(ran.segments.lengths), 0, self.config.width),
+            pooled=pooled,
+            projected=self.projection(pooled) if projection and self.projection else None,
+            taps=ran.taps,
+            segment_image=to_device(segment_images(ran.grid), self.device),
+            grid=ran.grid,
+        )
+
+    def run(self, hidden_states: Tensor, grid_thw: Tensor, taps: Collection[int] = ()) -> Ran:
+        """Check what came in, then embed it, run the blocks, and norm."""
+        self.check_patches(hidden_states)
+        grid = read_grid(grid_thw, patches=len(hidden_states))
+        segments = Segments.from_lengths(sequence_lengths(grid), device=self.device)
+        backend = resolve(self.backend, self.workload)
+        tokens = self.embeddings(self.to_values(hidden_states), grid)
+        tokens, tapped = self.encoder(tokens, segments, backend, taps)
+        return Ran(self.norm(tokens), tapped, grid, segments, backend)
+
+    def pack(
+        self,
+        images: Sequence[Source],
+        *,
+        resize: Resize | None = None,
+        max_patches: int | None = None,
+    ) -> Pack:
+        """Make one pack of paths, PIL images or uint8 arrays [height, width, 3].
+
+        `resize` "checkpoint" does as the checkpoint's own preprocessing; "native" keeps the aspect
+        ratio, rounds each side to the nearest patch, never enlarges beyond that, and shrinks to
+        `max_patches` (1024 by default). None: "checkpoint" where that defines a size.
+
+        Raises: ImageError with the index and the code of the first image that cannot be used.
+        """
+        if not images:
+            raise ValueError("images is empty, but a pack holds at least one image.")
+        cut = []
+        for index, source in enumerate(images):
+            try:
+                photo = load_image(source)
+                cut.append(
+                    to_patches(
+                        photo.image,
+                        self.images,
+                        resize=resize,
+                        max_patches=max_patches,
+                        patch_order=self.patch_order,
+                    )
+                )
+            except ImageError as error:
+                error.index = index
+                raise
+        patches = torch.from_numpy(np.concatenate([one.patches for one in cut]))
+        grid = torch.tensor([[1, one.rows, one.columns] for one in cut])
+        return Pack(patches.to(self.device), grid)
+
+    def check_layer(self, layer: int) -> int:
+        """Return the number of a tapped layer, counted from the front."""
+        if not -self.config.layers <= layer < self.config.layers:
+            raise ValueError(
+                f"taps asks for layer {layer}, but this encoder has {self.config.layers}: "
+                f"0 to {self.config.layers - 1}, or -1 to {-self.config.layers} from the end."
+            )
+        return layer % self.config.layers
+
+    def check_patches(self, hidden_states: Tensor) -> None:
+        """Refuse what cannot be a pack's patches."""
+        side = self.config.patch
+        if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.patch_dim:
+            raise ValueError(
+                f"hidden_states is {list(hidden_states.shape)}, but must be "
+                f"[total_patches, {self.config.patch_dim}]: flattened patches of {side} x {side} "
+                "pixels and 3 channels. `encoder.pack(images)` makes them."
+            )
+        if hidden_states.dtype != torch.uint8 and not hidden_states.is_floating_point():
+            raise TypeError(
+                f"hidden_states holds {hidden_states.dtype}, but must be uint8 (raw pixels) or "
+                "floating point (already normalised)."
+            )
+        if hidden_states.device != self.device:
+            raise ValueError(
+                f"hidden_states is on {hidden_states.device}, but the encoder is on {self.device}. "
+                f'Move it: hidden_states.to("{self.device}").'
+            )
+
+    def to_values(self, hidden_states: Tensor) -> Tensor:
+        """Return patches in the encoder's dtype, raw pixels normalised."""
+        if hidden_states.dtype == torch.uint8:
+            hidden_states = to_values(
+                hidden_states,
+                self.images.mean,
+                self.images.std,
+                channels_last=self.patch_order == "hwc",
+            )
+        return hidden_states.to(self.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[AnyEncoder],
+        name_or_folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        attention: str = "auto",
+        revision: str | None = None,
+        patch_order: PatchOrder = "hwc",
+        positions: GridPolicy = "checkpoint",
+    ) -> AnyEncoder:
+        """Load a checkpoint of this family by its name on the hub, or from a folder.
+
+        Takes what `packvit.load` takes, and refuses other families' checkpoints.
+
+        Raises: CheckpointError saying what is wrong with the checkpoint.
+        """
+        checkpoint = checkpoints.read(name_or_folder, revision=revision)
+        options = Options(device, dtype, attention, patch_order, positions)
+        return cls.from_checkpoint(checkpoint, options)
+
+    @classmethod
+    def from_transformers(
+        cls: type[AnyEncoder],
+        model: nn.Module,
+        *,
+        attention: str = "auto",
+        patch_order: PatchOrder = "hwc",
+        positions: GridPolicy = "checkpoint",
+    ) -> AnyEncoder:
+        """Copy the weights of a transformers model in memory, to its device, in its dtype.
+
+        Raises: CheckpointError if it is not a vision model of this family.
+        """
+        first = next(model.parameters())
+        options = Options(first.device, first.dtype, attention, patch_order, positions)
+        return cls.from_checkpoint(pretrained.in_memory(model), options)
+
+    @classmethod
+    def from_checkpoint(
+        cls: type[AnyEncoder], checkpoint: Checkpoint, options: "Options"
+    ) -> AnyEncoder:
+        """Build the encoder that a checkpoint describes and fill in every one of its weights."""
+        described = pretrained.describe(cls.family, checkpoint)
+        with torch.device("meta"):
+            encoder = cls(
+                described.config,
+                described.images,
+                attention=options.attention,
+                patch_order=options.patch_order,
+                positions=options.positions,
+            )
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        on_gpu = torch.device(device).type == "cuda"
+        dtype = options.dtype or (torch.bfloat16 if on_gpu else torch.float32)
+        state, encoder.carried = pretrained.read(
+            encoder.state_dict(), checkpoint, described.layout, options.patch_order, device, dtype
+        )
+        encoder.load_state_dict(state, assign=True)
+        encoder.checkpoint = checkpoint
+        resolve(options.attention, encoder.workload)  # refused here rather than in a forward
+        return encoder.eval()
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], layout: pretrained.LayoutName = "transformers"
+    ) -> None:
+        """Write config.json and model.safetensors in a published layout, in the encoder's dtype.
+
+        What was loaded in that dtype is written back bit for bit, what it carried unused too.
+
+        Raises: ValueError for a layout that the family does not have.
+        """
+        pretrained.write(
+            folder,
+            self.family,
+            layout,
+            self.config,
+            self.state_dict(),
+            self.carried,
+            patch_order=self.patch_order,
+            preprocessor=self.checkpoint.preprocessor if self.checkpoint else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a caller chooses when an encoder is loaded; None is chosen by the machine."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    attention: str
+    patch_order: PatchOrder
+    positions: GridPolicy
+
+    def __post_init__(self) -> None:
+        check_choice("patch_order", self.patch_order, ("hwc", "chw"))
+        check_choice("positions", self.positions, ("checkpoint", "interpolate"))
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is not among an option's.
+
+    Raises: ValueError listing the option's words.
+    """
+    if value not in choices:
+        listed = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f'{name} is "{value}", but must be {listed}.')

@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_position_embedding
+
+from packvit.config import SinCos, Table
+from packvit.packed import PatchPlaces
+from packvit.positions import look_up, resize, sine_cosine
+
+CPU = torch.device("cpu")
+GRID = ((1, 3, 17), (2, 1, 9), (1, 64, 2), (1, 1, 1))
+
+
+def test_sine_cosine_is_the_formula_column_first():
+    found = sine_cosine(SinCos(), PatchPlaces.from_grid(GRID[:1]), 16, CPU, torch.float64)
+    for row in range(3):
+        for column in range(17):
+            omegas = [10000 ** (-k / 4) for k in range(4)]
+            expected = [
+                wave(place * omega)
+                for place in (column, row)
+                for wave in (math.sin, math.cos)
+                for omega in omegas
+            ]
+            assert found[row * 17 + column].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sine_cosine_is_the_references_to_the_last_bit(dtype: torch.dtype):
+    found = sine_cosine(SinCos(), PatchPlaces.from_grid(GRID), 64, CPU, dtype)
+    expected = []
+    for frames, rows, columns in GRID:
+        table = build_2d_sinusoidal_position_embedding(rows, columns, 64, dtype=dtype)
+        expected += [torch.cat([table[:, 32:], table[:, :32]], 1)] * frames
+    assert torch.equal(found, torch.cat(expected))
+
+
+def test_a_table_on_its_own_grid_is_looked_up_unchanged():
+    positions, table = Table(3, 5, "bicubic"), torch.randn(15, 8)
+    grid = ((1, 3, 5), (2, 3, 5))
+    found = look_up(positions, table, PatchPlaces.from_grid(grid), grid)
+    assert torch.equal(found, table.repeat(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "antialias"),
+    [
+        ("bilinear_antialias", "bilinear", True),
+        ("bicubic", "bicubic", False),
+        ("bicubic_antialias", "bicubic", True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_grids_are_interpolated_in_fp32_and_rounded_once(name, mode, antialias, dtype):
+    table = torch.randn(15, 8, dtype=dtype)
+    positions = Table(3, 5, name)
+    grid = ((1, 2, 7), (1, 3, 5), (1, 9, 1), (2, 2, 7))
+    found = look_up(positions, table, PatchPlaces.from_grid(grid), grid)
+    image = table.float().view(1, 3, 5, 8).permute(0, 3, 1, 2)
+    expected = []
+    for frames, rows, columns in grid:
+        bent = F.interpolate(
+            image, (rows, columns), mode=mode, align_corners=False, antialias=antialias
+        )
+        flat = bent[0].permute(1, 2, 0).reshape(-1, 8).to(dtype)
+        expected += [table if (rows, columns) == (3, 5) else flat] * frames
+    assert torch.equal(found, torch.cat(expected))
+
+
+def test_gradients_reach_the_table_through_every_grid():
+    table = torch.randn(15, 8, requires_grad=True)
+    resize(Table(3, 5, "bicubic_antialias"), table, 2, 7).sum().backward()
+    assert table.grad is not None
+    assert bool((table.grad != 0).all())
