@@ -253,3 +253,38 @@ def test_a_lost_a_strange_and_a_misshapen_tensor_are_all_named(tmp_path: Path, l
     assert f"  misshapen: {bent} is [96, 63], expected [96, 64]" in problems
     assert "  unexpected: encoder.layers.1.attention.k_proj.extra" in problems
     assert len(problems) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "sdpa"])
+def test_bf16_on_the_gpu_is_as_close_to_fp32_as_the_references_own(backend: str):
+    large = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8}
+    model = reference.aimv2(**large, **NATIVE, num_hidden_layers=24).cuda()
+    grid = [(1, 3, 17), (1, 16, 11), (1, 1, 5), (2, 9, 9), (1, 32, 24)]
+    patches = reference.draw_patches(grid, 588).cuda()
+    exact = reference.run(model, patches, grid)
+    half = reference.run(model.bfloat16(), patches, grid)
+    encoder = AIMv2Packing.from_transformers(model, attention=backend)
+    found = encoder.encode(patches, torch.tensor(grid), taps=(11,))
+    for ours, theirs, truth in (
+        (found.tokens, half.tokens, exact.tokens),
+        (found.pooled, half.pooled, exact.pooled),
+        (found.taps[11], half.hidden_states[11], exact.hidden_states[11]),
+    ):
+        assert ours is not None
+        assert theirs is not None
+        assert truth is not None
+        error, own = ((x.float() - truth).norm() for x in (ours, theirs))
+        assert error <= 1.2 * own
+
+
+@pytest.mark.gpu
+def test_fp32_on_the_gpu_equals_the_reference():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = reference.aimv2(**NATIVE).cuda()
+    encoder = AIMv2Packing.from_transformers(model)
+    patches = reference.draw_patches(ODD, 588).cuda()
+    expected = reference.run(model, patches, ODD)
+    found = encoder.encode(patches, torch.tensor(ODD))
+    assert reference.scaled_difference(found.tokens, expected.tokens) <= LIMIT
+    assert reference.scaled_difference(found.pooled, expected.pooled) <= LIMIT

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# What is run on a GPU machine and recorded: the tests marked gpu, the forward beside its peer, and
+# the main job. Wants Python with torch, transformers and the packages of pyproject.toml.
+#
+#     bash benchmarks/gpu.sh results-folder
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$1
+python3 -m pytest -m gpu -q -p no:cacheprovider -o addopts= -W default -rA tests 2>&1 \
+    | grep -E "^(PASSED|FAILED|ERROR|SKIPPED|E  )|passed|failed" | tee "$out/tests-gpu.txt"
+python3 -m benchmarks.forward --rounds 11 > "$out/forward-gpu.json"
+python3 -m packvit info --json > "$out/info-gpu.json"
+python3 -m demo.photographs | xargs python3 -m packvit embed --out /tmp/demo-features --json \
+    | tee "$out/embed-gpu.json"
+python3 -m demo.look /tmp/demo-features
+python3 - "$out/forward-gpu.json" <<'END'
+import json, sys
+report = json.load(open(sys.argv[1]))
+for name, entry in report["results"].items():
+    print(name, {k: v for k, v in entry.items()})
+print(report["workload"], report["largest_difference"], report["gpu_state"])
+END

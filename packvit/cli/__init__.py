@@ -1,0 +1,59 @@
+"""The `packvit` command: one module per subcommand, loaded when it is asked for.
+
+Manners of every command: results go to stdout and remarks to stderr; `--json` prints what other
+programs read; what the user got wrong is answered in one sentence and exit code 2, never with a
+traceback; torch is imported only by the commands that compute with it.
+"""
+
+from importlib import import_module
+
+import click
+
+from packvit import __version__
+
+COMMANDS = {  # in the order of `--help`
+    "embed": "packvit.cli.embed",
+    "info": "packvit.cli.info",
+}
+
+
+class Commands(click.Group):
+    """A group whose commands are imported when they are named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command called `cmd_name`, or None if there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        return getattr(import_module(COMMANDS[cmd_name]), cmd_name)
+
+
+@click.group(cls=Commands)
+@click.version_option(__version__, prog_name="packvit")
+def main() -> None:
+    """Vision encoders on packs: one forward for images of any size.
+
+    \b
+    Examples:
+      packvit embed photos --out features
+      packvit embed photos --model apple/aimv2-large-patch14-native --out features
+      packvit info
+    """
+
+
+def help_page() -> str:
+    """Return docs/cli.md: what `--help` prints for the command and each of its subcommands."""
+    context = click.Context(main, info_name="packvit", terminal_width=88)
+    commands: dict[str, click.Command] = {"packvit": main}
+    for name in COMMANDS:
+        command = main.get_command(context, name)
+        assert command is not None  # COMMANDS names it
+        commands[f"packvit {name}"] = command
+    page = ["# Command line\n\nWritten by `help_page()`; a test fails when it is out of date.\n"]
+    for name, command in commands.items():
+        shown = command.make_context(name, [], resilient_parsing=True, terminal_width=88)
+        page.append(f"## {name}\n\n```\n{command.get_help(shown)}\n```\n")
+    return "\n".join(page)

@@ -1,0 +1,40 @@
+"""`packvit info`: what this machine can do, and what packvit knows."""
+
+import json
+from typing import Any
+
+import click
+
+
+@click.command
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(as_json: bool) -> None:
+    """Show machine, attention backends and their obstacles, families and checkpoints.
+
+    \b
+    Examples:
+      packvit info
+      packvit info --json | jq .backends
+    """
+    from packvit.support import survey
+
+    found = survey()
+    click.echo(json.dumps(found, indent=2) if as_json else page(found))
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return the survey as text."""
+    lines = ["Machine"]
+    lines += [f"  {name:<12} {value}" for name, value in found["machine"].items()]
+    lines += ["", f"Attention backends, for {found['asked']} (auto takes {found['auto']})"]
+    for backend in found["backends"]:
+        state = "runs here" if backend["obstacle"] is None else f"no: {backend['obstacle']}"
+        ran = "" if backend["measured"] else " (not yet run by us; ask for it by name)"
+        lines.append(f"  {backend['name']:<6} {backend['title']}{ran}\n         {state}")
+    lines += ["", "Families and their published checkpoints"]
+    for family in found["families"]:
+        lines.append(f"  {family['name']}, {family['class']}: {', '.join(family['layouts'])}")
+        lines += [f"    {name}" for name in family["checkpoints"]]
+    lines += ["", "Embedded models"]
+    lines += [f"  {name:<12} {folder}" for name, folder in found["embedded"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""What runs here and what is known: the facts behind `packvit info` and the table in the docs."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from packvit import __version__
+from packvit.attention import BACKENDS, Workload, resolve
+from packvit.checkpoints import EMBEDDED
+from packvit.families import FAMILIES
+
+PACKAGES = ("torch", "safetensors", "numpy", "pillow", "pyarrow", "transformers", "flash-attn-4")
+
+
+def survey() -> dict[str, Any]:
+    """Return machine, backends, families and embedded models, as plain values."""
+    on_gpu = torch.cuda.is_available()
+    work = Workload(
+        torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32, 128
+    )
+    return {
+        "machine": machine(),
+        "asked": f"{work.dtype} on {work.device.type} at head_dim {work.head_dim}".removeprefix(
+            "torch."
+        ),
+        "auto": resolve("auto", work).name,
+        "backends": [
+            {
+                "name": backend.name,
+                "title": backend.title,
+                "obstacle": backend.obstacle(work),
+                "measured": backend.measured,
+            }
+            for backend in BACKENDS
+        ],
+        "families": [
+            {
+                "name": encoder.family.name,
+                "class": encoder.__name__,
+                "layouts": list(dict.fromkeys(layout.name for layout in encoder.family.layouts)),
+                "checkpoints": list(encoder.family.checkpoints),
+            }
+            for encoder in FAMILIES
+        ],
+        "embedded": {name: str(folder) for name, folder in EMBEDDED.items()},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Return what the machine is, with the versions of what computes on it."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "packvit": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "gpus": ", ".join(gpus) or "none",
+        "cuda": torch.version.cuda or "none",
+    } | {name: installed(name) for name in PACKAGES}
+
+
+def installed(name: str) -> str:
+    """Return the version of a package, or words for its absence."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def backends_page() -> str:
+    """Return the table of attention backends for the docs, which no machine changes."""
+    lines = ["| name | what it calls | run and measured by us |", "|---|---|---|"]
+    lines += [f"| `{b.name}` | {b.title} | {'yes' if b.measured else 'no'} |" for b in BACKENDS]
+    return "\n".join(lines) + "\n"
+
+
+def families_page() -> str:
+    """Return the table of families and published checkpoints for the docs."""
+    lines = ["| family | class | layouts | published checkpoints |", "|---|---|---|---|"]
+    for encoder in FAMILIES:
+        family = encoder.family
+        layouts = ", ".join(dict.fromkeys(layout.name for layout in family.layouts))
+        names = ", ".join(f"`{name}`" for name in family.checkpoints)
+        lines.append(f"| {family.name} | `{encoder.__name__}` | {layouts} | {names} |")
+    return "\n".join(lines) + "\n"
