@@ -1,0 +1,783 @@
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import Hub, Repository
+from safetensors import safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from packvit import checkpoints
+from packvit.checkpoints import CONFIG, EMBEDDED, INDEX, PREPROCESSOR, WEIGHTS, CheckpointError
+
+ROOT = Path(__file__).parents[1]
+CONTENTS = {"model_type": "example", "hidden_size": 8}
+IMAGES = {"image_mean": [0.5, 0.5, 0.5]}
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def example(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "norm.weight": torch.randn(8, generator=generator),
+        "embed.weight": torch.randn(8, 3, 2, 2, generator=generator, dtype=torch.float64),
+        "half.weight": torch.randn(2, 3, generator=generator).to(torch.float16),
+        "brain.weight": torch.randn(3, 2, generator=generator).to(torch.bfloat16),
+        "position_ids": torch.arange(5)[None],
+        "scale": torch.tensor(2.5),
+        "nothing": torch.empty(0, 4),
+    }
+
+
+def written(folder: Path, tensors: dict[str, Tensor] | None = None) -> Path:
+    tensors = example() if tensors is None else tensors
+    checkpoints.write(folder, config=CONTENTS, tensors=tensors, preprocessor=IMAGES)
+    return folder
+
+
+def sharded(folder: Path, weight_map: Any = None, **shards: dict[str, Tensor]) -> Path:
+    """Write a.safetensors and so on, and an index that by default tells the truth."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(CONTENTS))
+    for name, tensors in shards.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    truth = {t: f"{name}.safetensors" for name, tensors in shards.items() for t in tensors}
+    index = {"metadata": {}, "weight_map": truth if weight_map is None else weight_map}
+    (folder / INDEX).write_text(json.dumps(index))
+    return folder
+
+
+def refusal(name_or_folder: str | Path, revision: str | None = None) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.read(name_or_folder, revision=revision)
+    return str(caught.value)
+
+
+def raw_safetensors(header: Any, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+# ------------------------------------------------------------------------------ reading folders
+
+
+def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path):
+    found = checkpoints.read(written(tmp_path / "deep" / "model"))
+    assert (found.config, found.preprocessor) == (CONTENTS, IMAGES)
+    assert (found.revision, found.name) == (None, str(tmp_path / "deep" / "model"))
+    assert found.files == (tmp_path / "deep" / "model" / WEIGHTS,)
+    assert set(found.tensors) == example().keys()
+    assert all(same(found.tensors[name], tensor) for name, tensor in example().items())
+
+
+def test_shards_are_one_mapping_in_the_order_of_their_names(tmp_path: Path):
+    one, two = {"x": torch.ones(2)}, {"y": torch.zeros(3), "z": torch.ones(1)}
+    found = checkpoints.read(sharded(tmp_path, b=two, a=one))
+    assert [file.name for file in found.files] == ["a.safetensors", "b.safetensors"]
+    assert sorted(found.tensors) == ["x", "y", "z"]
+    assert all(same(found.tensors[name], tensor) for name, tensor in (one | two).items())
+
+
+def test_shapes_are_known_without_reading_and_reading_refuses_what_is_not_finite(tmp_path: Path):
+    # Not the first by name: the type checks of test runs read the first value of any mapping.
+    tensors = example() | {"spoilt.weight": torch.tensor([[1.0, float("nan")]])}
+    found = checkpoints.read(written(tmp_path, tensors))
+    assert found.shape_of("spoilt.weight") == (1, 2)
+    assert found.shape_of("embed.weight") == (8, 3, 2, 2)
+    with pytest.raises(CheckpointError, match=r"^spoilt\.weight in .* holds 1 values .* of 2;"):
+        found.tensors["spoilt.weight"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, value: float):
+    for place in (0, 500, 1000):
+        tensor = torch.linspace(-1, 1, 1001).to(dtype)
+        checkpoints.check_finite("w", tensor)
+        tensor[place] = value
+        with pytest.raises(CheckpointError, match=r"^w holds 1 values that are NaN or infinite"):
+            checkpoints.check_finite("w", tensor)
+
+
+def test_a_tensor_that_torch_cannot_hold_is_named_with_its_type(tmp_path: Path):
+    written(tmp_path)
+    header = {"a": at(0, 4, 1), "w": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [4, 7]}}
+    (tmp_path / WEIGHTS).write_bytes(raw_safetensors(header, bytes(7)))
+    found = checkpoints.read(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^w in .* is stored as F6_E2M3"):
+        found.tensors["w"]
+
+
+def test_a_folder_is_read_without_network_and_without_the_hub_client(tmp_path: Path):
+    written(tmp_path)
+    code = (
+        "import socket, sys\n"
+        "def refuse(*arguments): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        "from packvit import checkpoints\n"
+        f"assert checkpoints.read({str(tmp_path)!r}).tensors['scale'] == 2.5\n"
+        "sys.exit('huggingface_hub' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+def test_the_digest_is_that_of_the_list_which_sha256sum_prints(tmp_path: Path):
+    found = checkpoints.read(sharded(tmp_path, b={"y": torch.ones(3)}, a={"x": torch.ones(2)}))
+    lines = [
+        f"{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("a.safetensors", "b.safetensors")
+    ]
+    assert found.sha256() == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_the_digest_in_memory_is_that_of_the_file_it_would_become(tmp_path: Path):
+    tensors = example()
+    memory = checkpoints.Checkpoint("memory", None, CONTENTS, None, tensors)
+    assert memory.sha256() == checkpoints.read(written(tmp_path, tensors)).sha256()
+    assert memory.shape_of("embed.weight") == (8, 3, 2, 2)
+    tensors["scale"] += 1
+    assert memory.sha256() != checkpoints.read(tmp_path).sha256()
+
+
+def test_an_embedded_name_comes_before_a_folder_and_a_path_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(EMBEDDED, "tiny", written(tmp_path / "ours", {"ours": torch.ones(1)}))
+    written(tmp_path / "tiny", {"theirs": torch.ones(1)})
+    assert list(checkpoints.read("tiny").tensors) == ["ours"]
+    assert list(checkpoints.read("./tiny").tensors) == ["theirs"]
+    assert list(checkpoints.read(Path("tiny")).tensors) == ["theirs"]
+    monkeypatch.setitem(EMBEDDED, "tiny", tmp_path / "absent")
+    assert "The embedded model 'tiny' is not at" in refusal("tiny")
+
+
+def test_a_folder_named_like_a_hub_model_is_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "owner" / "model")
+    assert checkpoints.read("owner/model").revision is None
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("./absent", r"There is no folder './absent'\. Check the path\."),
+        ("../absent", "There is no folder '../absent'"),
+        ("/absent/model", "There is no folder '/absent/model'"),
+        ("~/absent-model", "There is no folder '~/absent-model'"),
+        ("owner/", "There is no folder 'owner/'"),
+        ("owner/model.safetensors", "There is no folder 'owner/model.safetensors'"),
+        (Path("owner/model"), "There is no folder 'owner/model'"),
+        ("a/b/c", "There is no folder 'a/b/c', and a hub name has the form owner/name"),
+        ("model", r"a hub name has the form owner/name, with one slash\. Embedded models: tiny"),
+        ("", "There is no folder '', and a hub name has the form owner/name"),
+        ("a\0b", r"There is no folder 'a\\x00b', and a hub name"),
+        ("x" * 5000, "There is no folder 'xxx"),
+        ("owner/na me", r"There is no folder 'owner/na me', and it cannot be a hub name"),
+    ],
+)
+def test_a_name_that_is_neither_is_answered_with_what_a_name_is(name: str | Path, answer: str):
+    assert re.search(answer, refusal(name))
+
+
+def test_a_file_in_place_of_a_folder_and_a_revision_of_a_folder_are_refused(tmp_path: Path):
+    written(tmp_path)
+    assert "is a file, but a checkpoint is a folder" in refusal(tmp_path / WEIGHTS)
+    assert "is a folder, and a folder has no revisions" in refusal(tmp_path, revision="main")
+
+
+@pytest.mark.parametrize("file", [CONFIG, PREPROCESSOR, INDEX])
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"\xff\xfe\xff", "is not valid JSON"),
+        (b"[" * 200_000, "is not valid JSON"),
+        (b"[1]", "must hold a JSON object, not a list"),
+        (b"null", "must hold a JSON object, not a NoneType"),
+    ],
+)
+def test_json_that_is_not_an_object_is_named(tmp_path: Path, file: str, text: bytes, answer: str):
+    (written(tmp_path) / file).write_bytes(text)
+    assert refusal(tmp_path).startswith(f"{tmp_path / file} {answer}")
+
+
+def test_a_folder_without_config_or_without_weights_says_what_it_holds(tmp_path: Path):
+    assert "has no config.json, so it is not a checkpoint. It holds nothing." in refusal(tmp_path)
+    (tmp_path / CONFIG).write_text("{}")
+    assert "holds no weights: packvit reads model.safetensors, or" in refusal(tmp_path)
+    save_file({"w": torch.ones(1)}, tmp_path / "weights.safetensors")
+    assert "holds weights.safetensors, but packvit reads model.safetensors" in refusal(tmp_path)
+
+
+class Payload:
+    """Unpickling this makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.trace), "w")
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt", "weights.pth", "model.ckpt"])
+def test_weights_that_can_run_code_are_refused_unopened(tmp_path: Path, file: str):
+    trace = tmp_path / "trace"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / CONFIG).write_text("{}")
+    (tmp_path / "model" / file).write_bytes(pickle.dumps(Payload(trace)))
+    answer = refusal(tmp_path / "model")
+    assert f"holds weights as {file}, but packvit reads model.safetensors" in answer
+    assert "save_pretrained(folder)" in answer
+    (tmp_path / "model" / file).rename(tmp_path / "model" / WEIGHTS)
+    assert "is not a whole safetensors file" in refusal(tmp_path / "model")
+    assert not trace.exists()
+
+
+# --------------------------------------------------------------------------- shards and their index
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../out.safetensors",
+        "..",
+        "sub/in.safetensors",
+        "sub\\in.safetensors",
+        "C:in.safetensors",
+        "/etc/passwd",
+        "/out.safetensors",
+        "a\0.safetensors",
+        "a\n.safetensors",
+        "",
+        ".safetensors",
+        "weights.bin",
+        "a.safetensors\n",
+        None,
+        7,
+        ["a.safetensors"],
+    ],
+)
+def test_an_index_may_name_only_files_of_its_own_folder(tmp_path: Path, shard: Any):
+    save_file({"x": torch.ones(2)}, tmp_path / "out.safetensors")
+    folder = sharded(tmp_path / "model", {"x": shard, "y": "a.safetensors"}, a={"y": torch.ones(1)})
+    answer = refusal(folder)
+    assert "may only name .safetensors files of its own folder, but names:" in answer
+    assert answer.splitlines()[1:] == [f"  {shard!r}"]
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])
+def test_an_index_without_weight_map_is_named(tmp_path: Path, index: dict):
+    (written(tmp_path) / INDEX).write_text(json.dumps(index))
+    assert refusal(tmp_path).startswith(f"{tmp_path / INDEX} has no weight_map")
+
+
+def test_all_that_the_shards_do_not_hold_as_indexed_is_told_at_once(tmp_path: Path):
+    one = {"twice": torch.ones(1), "kept": torch.ones(1), "moved": torch.ones(1)}
+    two = {"twice": torch.ones(1), "extra": torch.ones(1)}
+    weight_map = dict.fromkeys(["twice", "kept", "gone"], "a.safetensors")
+    folder = sharded(tmp_path, weight_map | {"moved": "b.safetensors"}, a=one, b=two)
+    assert refusal(folder).splitlines() == [
+        f"The shards do not hold what {tmp_path / INDEX} says:",
+        "  extra is in b.safetensors, but not in the index",
+        "  gone is missing from a.safetensors",
+        "  moved is in a.safetensors, but the index says b.safetensors",
+        "  twice is in a.safetensors and b.safetensors",
+    ]
+
+
+def test_shards_that_are_not_there_are_all_named(tmp_path: Path):
+    weight_map = {"x": "a.safetensors", "y": "c.safetensors", "z": "b.safetensors"}
+    folder = sharded(tmp_path, weight_map, a={"x": torch.ones(1)})
+    assert "lacks shards that its index names: b.safetensors, c.safetensors." in refusal(folder)
+
+
+# ------------------------------------------------------------------------------- links and pipes
+
+
+@pytest.mark.parametrize("file", [CONFIG, PREPROCESSOR, WEIGHTS, INDEX, "a.safetensors"])
+def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path, file: str):
+    folder = tmp_path / "model"
+    written(folder)
+    if file in (INDEX, "a.safetensors"):
+        sharded(folder, a={"x": torch.ones(1)})
+    outside = tmp_path / "outside"
+    (folder / file).rename(outside)
+    (folder / file).symlink_to(outside)
+    assert refusal(folder).startswith(f"{folder / file} is a link to {outside}, outside its folder")
+
+
+def test_a_link_within_the_folder_and_a_linked_folder_are_read(tmp_path: Path):
+    folder = written(tmp_path / "model")
+    (folder / WEIGHTS).rename(folder / "version-2.safetensors")
+    (folder / WEIGHTS).symlink_to("version-2.safetensors")
+    (tmp_path / "linked").symlink_to(folder)
+    assert checkpoints.read(tmp_path / "linked").tensors["scale"] == 2.5
+
+
+def test_in_the_hub_cache_links_may_lead_to_blobs_and_nowhere_else(tmp_path: Path):
+    cache = tmp_path / "hub"
+    repository = cache / "models--owner--name"
+    snapshot = written(repository / "snapshots" / ("0" * 40))
+    (snapshot / WEIGHTS).rename(tmp_path / "weights")
+    os.link(tmp_path / "weights", repository / "elsewhere")
+    (snapshot / WEIGHTS).symlink_to("../../elsewhere")
+    assert "outside its folder" in refusal(snapshot)  # a folder called snapshots is no cache yet
+    (snapshot / WEIGHTS).unlink()
+    (repository / "blobs").mkdir()
+    (snapshot / WEIGHTS).symlink_to("../../blobs/digest")
+    blob = repository / "blobs" / "digest"
+    os.link(tmp_path / "weights", blob)
+    assert checkpoints.read(snapshot).tensors["scale"] == 2.5
+
+    (cache / "blobs" / "ab").mkdir(parents=True)
+    os.link(tmp_path / "weights", cache / "blobs" / "ab" / "hash")
+    blob.unlink()
+    blob.symlink_to("../../blobs/ab/hash")  # the store that all repositories share
+    assert "outside its folder" in refusal(snapshot)
+    (cache / "blobs" / ".huggingface-shared-blobs").write_text("1\n")
+    assert checkpoints.read(snapshot).tensors["scale"] == 2.5
+
+    blob.unlink()
+    blob.symlink_to(tmp_path / "weights")
+    assert "outside its folder" in refusal(snapshot)
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_pipe_a_folder_or_a_broken_link_is_refused_without_waiting(tmp_path: Path, file: str):
+    path = written(tmp_path) / file
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{path} is not a regular file" in refusal(tmp_path)
+    path.unlink()
+    path.mkdir()
+    assert f"{path} is not a regular file" in refusal(tmp_path)
+    path.rmdir()
+    path.symlink_to(file)  # to itself
+    assert f"{path} is not a regular file" in refusal(tmp_path)
+
+
+# --------------------------------------------------------------------------------- damaged files
+
+
+def test_a_file_cut_anywhere_is_refused_when_it_is_opened(tmp_path: Path):
+    path = written(tmp_path) / WEIGHTS
+    whole = path.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    cuts = random.Random(0).sample(range(len(whole)), 50)
+    for cut in [0, 1, 7, 8, header - 1, header, len(whole) - 1, *cuts]:
+        path.write_bytes(whole[:cut])
+        assert refusal(tmp_path) == (
+            f"{path} is not a whole safetensors file: its header does not fit its {cut} bytes. "
+            "Download or copy it again."
+        )
+
+
+def test_a_file_with_bytes_to_spare_is_refused(tmp_path: Path):
+    path = written(tmp_path) / WEIGHTS
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert "is not a whole safetensors file" in refusal(tmp_path)
+
+
+def at(start: int, stop: int, *shape: int) -> dict:
+    return {"dtype": "F32", "shape": list(shape), "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        raw_safetensors({"a": at(0, 8, 2), "b": at(4, 12, 2)}, bytes(12)),
+        raw_safetensors({"a": at(0, 8, 2), "b": at(0, 8, 2)}, bytes(8)),
+        raw_safetensors({"a": at(0, 8, 2), "b": at(12, 20, 2)}, bytes(20)),
+        raw_safetensors({"a": at(4, 12, 2)}, bytes(12)),
+        raw_safetensors({"a": at(8, 0, 2)}, bytes(8)),
+        raw_safetensors({"a": at(0, 8, 3)}, bytes(8)),
+        raw_safetensors({"a": at(0, 2**42, 2**40)}, bytes(8)),
+        raw_safetensors({"a": at(0, 0, 2**62, 4, 2)}, b""),
+        raw_safetensors({"a": at(0, 8, 2) | {"dtype": "F31"}}, bytes(8)),
+        raw_safetensors(b"[" * 10_000, b""),
+        raw_safetensors(b"\xff\xfe", b""),
+        struct.pack("<Q", 2**63) + b"{}",
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+    ],
+)
+def test_overlaps_gaps_and_garbage_are_refused_when_the_file_is_opened(
+    tmp_path: Path, content: bytes
+):
+    (written(tmp_path) / WEIGHTS).write_bytes(content)
+    assert f"{tmp_path / WEIGHTS} is not a whole safetensors file" in refusal(tmp_path)
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path):
+    folder = sharded(tmp_path, a={"x": torch.ones(2)}, b={"y": torch.ones(2)})
+    (folder / "b.safetensors").write_bytes(b"")
+    assert f"{folder / 'b.safetensors'} is not a whole safetensors file" in refusal(folder)
+
+
+def test_a_git_lfs_pointer_is_told_from_weights(tmp_path: Path):
+    pointer = "version https://git-lfs.example/spec/v1\noid sha256:00\nsize 1\n"
+    (written(tmp_path) / WEIGHTS).write_text(pointer)
+    assert "is a Git LFS pointer, not the weights" in refusal(tmp_path)
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_checkpoint_written_twice_is_the_same_bytes(tmp_path: Path):
+    first = contents(written(tmp_path / "a"))
+    second = contents(written(tmp_path / "b", dict(reversed(example().items()))))
+    assert first == second
+    assert first.keys() == {CONFIG, PREPROCESSOR, WEIGHTS}
+    assert first[CONFIG] == b'{\n  "hidden_size": 8,\n  "model_type": "example"\n}\n'
+    code = (
+        "import sys, torch\nfrom pathlib import Path\nfrom test_checkpoints import written\n"
+        f"written(Path({str(tmp_path / 'c')!r}))"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert contents(tmp_path / "c") == first
+
+
+def test_what_is_written_is_marked_as_transformers_wants_it(tmp_path: Path):
+    with safe_open(written(tmp_path) / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_views_and_tied_tensors_are_written_as_what_they_hold(tmp_path: Path):
+    base = torch.arange(24.0).reshape(4, 6)
+    first, second = base.chunk(2)
+    tensors = {"base": base, "tied": base, "first": first, "second": second, "turned": base.T}
+    found = checkpoints.read(written(tmp_path, tensors)).tensors
+    assert all(same(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_checkpoint_can_be_written_over_the_files_it_is_read_from(tmp_path: Path):
+    found = checkpoints.read(written(tmp_path))
+    before = contents(tmp_path)
+    checkpoints.write(
+        tmp_path, config=found.config, tensors=found.tensors, preprocessor=found.preprocessor
+    )
+    assert contents(tmp_path) == before
+    assert all(same(found.tensors[name], tensor) for name, tensor in example().items())
+
+
+def test_every_written_file_follows_the_umask(tmp_path: Path):
+    modes = {path.stat().st_mode for path in written(tmp_path).iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
+@pytest.mark.parametrize("file", [INDEX, PREPROCESSOR])
+def test_a_file_that_would_be_read_with_the_new_weights_stops_the_writing(
+    tmp_path: Path, file: str
+):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"already has {re.escape(file)}, which would be"):
+        checkpoints.write(tmp_path, config=CONTENTS, tensors=example(), preprocessor=None)
+    assert contents(tmp_path) == {file: b"{}"}
+
+
+@pytest.mark.parametrize("parent", ["file", "/proc"])
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, parent: str):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(
+        CheckpointError, match=r"The checkpoint cannot be written to .*model: .*\.$"
+    ):
+        written(tmp_path / parent / "model")  # an absolute parent replaces tmp_path
+    assert contents(tmp_path) == {"file": b"kept"}
+
+
+@pytest.mark.parametrize("limit", [0, 10, 4096, 100_000])
+def test_a_write_that_fails_half_way_leaves_what_was_there_before(tmp_path: Path, limit: int):
+    before = contents(written(tmp_path))
+    code = (
+        "import resource, torch\nfrom packvit import checkpoints\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "tensors = {'w': torch.ones(100_000)}\n"
+        "try:\n"
+        f"    checkpoints.write({str(tmp_path)!r}, config={{'other': 1}}, tensors=tensors, "
+        "preprocessor={})\n"
+        "except checkpoints.CheckpointError as error:\n"
+        "    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert "The checkpoint cannot be written to" in done.stdout
+    assert "File too large" in done.stdout
+    assert contents(tmp_path) == before
+
+
+# --------------------------------------------------------------------------------------- the hub
+
+READER = """
+import json, sys
+from packvit import checkpoints
+for line in sys.stdin:
+    name, revision = json.loads(line)
+    try:
+        found = checkpoints.read(name, revision=revision)
+        answer = {
+            "revision": found.revision, "config": found.config, "preprocessor": found.preprocessor,
+            "files": [file.name for file in found.files], "sha256": found.sha256(),
+            "sums": {name: float(tensor.sum()) for name, tensor in found.tensors.items()},
+        }
+    except checkpoints.CheckpointError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Reader:
+    """A process that reads checkpoints: huggingface_hub takes its settings when it's imported."""
+
+    def __init__(self, endpoint: str, home: Path, **settings: str) -> None:
+        ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGING")) and not name.lower().endswith("_proxy")
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", READER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=inherited | ours | settings,
+        )
+
+    def read(self, name: str, revision: str | None = None) -> dict[str, Any]:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps([name, revision]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def files(seed: int) -> dict[str, bytes]:
+    config = json.dumps(CONTENTS | {"seed": seed}).encode()
+    images = json.dumps(IMAGES).encode()
+    return {
+        CONFIG: config,
+        PREPROCESSOR: images,
+        WEIGHTS: save({"w": torch.full((3,), seed + 0.5)}),
+    }
+
+
+def shards(seed: int) -> dict[str, bytes]:
+    one, two = {"x": torch.full((2,), seed + 0.5)}, {"y": torch.full((4,), seed + 0.5)}
+    index = {"weight_map": {"x": SHARDS[0], "y": SHARDS[1]}}
+    return {
+        CONFIG: json.dumps(CONTENTS).encode(),
+        INDEX: json.dumps(index).encode(),
+        SHARDS[0]: save(one),
+        SHARDS[1]: save(two),
+    }
+
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+def repository(old: dict[str, bytes], new: dict[str, bytes] | None = None) -> Repository:
+    """A model with one commit, or with two."""
+    if new is None:
+        return Repository({OLD: old}, {"main": OLD})
+    return Repository({OLD: old, NEW: new}, {"main": NEW, "old": OLD})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub-home")
+
+
+@pytest.fixture(scope="module")
+def online(hub: Hub, home: Path) -> Iterator[Reader]:
+    reader = Reader(hub.url, home, HF_TOKEN="hf_example")
+    yield reader
+    reader.close()
+
+
+@pytest.fixture(scope="module")
+def offline(hub: Hub, home: Path) -> Iterator[Reader]:
+    reader = Reader(hub.url, home, HF_HUB_OFFLINE="1")
+    yield reader
+    reader.close()
+
+
+def test_a_branch_is_resolved_to_the_commit_that_is_recorded(hub: Hub, online: Reader):
+    hub.repositories["owner/two"] = repository(files(1), files(2))
+    main, old = online.read("owner/two"), online.read("owner/two", "old")
+    pinned = online.read("owner/two", OLD)
+    assert (main["revision"], main["sums"]["w"]) == (NEW, 7.5)
+    assert (old["revision"], old["sums"]["w"]) == (OLD, 4.5)
+    assert pinned == old
+    assert main["config"] == CONTENTS | {"seed": 2}
+    assert main["preprocessor"] == IMAGES
+    assert main["files"] == [WEIGHTS]
+    assert main["sha256"] != old["sha256"]
+
+
+def test_a_push_between_two_files_does_not_mix_versions(
+    hub: Hub, online: Reader, monkeypatch: pytest.MonkeyPatch
+):
+    hub.repositories["owner/moving"] = repository(files(1), files(2))
+    hub.repositories["owner/moving"].branches["main"] = OLD
+    answer = hub.answer
+
+    def push_after_config(path: str, authorization: str | None):
+        said = answer(path, authorization)
+        if PREPROCESSOR in path:
+            hub.repositories["owner/moving"].branches["main"] = NEW
+        return said
+
+    monkeypatch.setattr(hub, "answer", push_after_config)
+    found = online.read("owner/moving")
+    assert hub.repositories["owner/moving"].branches["main"] == NEW
+    assert (found["revision"], found["config"]["seed"], found["sums"]["w"]) == (OLD, 1, 4.5)
+
+
+def test_the_token_is_sent(hub: Hub, online: Reader):
+    hub.repositories["owner/token"] = repository(files(1))
+    online.read("owner/token")
+    asked = [request for request in hub.requests if "owner/token" in request.path]
+    assert asked
+    assert {request.authorization for request in asked} == {"Bearer hf_example"}
+
+
+def test_all_shards_that_the_index_names_are_downloaded(hub: Hub, online: Reader):
+    hub.repositories["owner/shards"] = repository(shards(1), shards(2))
+    assert online.read("owner/shards")["sums"] == {"x": 5.0, "y": 10.0}
+    old = online.read("owner/shards", "old")
+    assert old["sums"] == {"x": 3.0, "y": 6.0}
+    assert old["files"] == list(SHARDS)
+    assert old["preprocessor"] is None
+
+
+def test_what_was_read_once_is_read_offline_and_with_no_request(
+    hub: Hub, online: Reader, offline: Reader
+):
+    hub.repositories["owner/cached"] = repository(shards(3))
+    first = online.read("owner/cached")
+    requests = len(hub.requests)
+    assert offline.read("owner/cached") == first
+    assert offline.read("owner/cached", OLD) == first
+    assert online.read("owner/cached", OLD) == first
+    assert len(hub.requests) == requests
+
+
+def test_offline_an_uncached_model_and_a_file_that_may_exist_are_not_made_up(
+    hub: Hub, home: Path, online: Reader, offline: Reader
+):
+    hub.repositories["owner/never"] = repository(files(1))
+    assert offline.read("owner/never")["error"] == (
+        "config.json of 'owner/never' is not in the cache, and HF_HUB_OFFLINE forbids to download "
+        "it. Unset it for one run, or give a folder."
+    )
+    online.read("owner/never")
+    cached = home / "hub" / "models--owner--never"
+    (cached / ".no_exist" / OLD / INDEX).unlink()  # as other programs leave it
+    assert offline.read("owner/never")["sums"] == {"w": 4.5}
+    (cached / "snapshots" / OLD / WEIGHTS).unlink()
+    assert offline.read("owner/never")["error"].startswith(f"{INDEX} of 'owner/never' is not in")
+    (cached / "snapshots" / OLD / PREPROCESSOR).unlink()
+    assert offline.read("owner/never")["error"].startswith(
+        f"{PREPROCESSOR} of 'owner/never' is not"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "revision", "answer"),
+    [
+        (None, None, "There is no folder 'owner/bad', and no model of that name on the hub"),
+        ({}, "v9", "The model 'owner/bad' has no revision 'v9'. Give a branch, a tag, or a whole"),
+        ({"gated": True}, None, "The model 'owner/bad' is gated. Accept its terms on its hub page"),
+        ({"status": 403}, None, "The hub answered 403 for config.json of 'owner/bad'. Please log"),
+        ({"status": 401}, None, "The hub answered 401 for config.json of 'owner/bad'. Please log"),
+        ({"status": 410}, None, "The hub answered 410 for config.json of 'owner/bad'. Try again"),
+        ({CONFIG: None}, None, "The model 'owner/bad' has no config.json on the hub."),
+        ({CONFIG: None}, "main", "The model 'owner/bad' has no config.json on the hub at revision"),
+        ({WEIGHTS: None}, None, "The model 'owner/bad' holds no weights: packvit reads model."),
+        ({CONFIG: b"{"}, None, "/snapshots/aaaaa"),
+    ],
+)
+def test_every_refusal_of_the_hub_is_one_sentence(
+    hub: Hub, home: Path, online: Reader, change: dict | None, revision: str | None, answer: str
+):
+    name = "owner/bad"
+    hub.repositories.pop(name, None)
+    subprocess.run(["rm", "-rf", home / "hub" / "models--owner--bad"], check=True)
+    if change is not None:
+        settings = {key: value for key, value in change.items() if key in ("gated", "status")}
+        held = files(1) | {key: value for key, value in change.items() if key not in settings}
+        commit = {key: value for key, value in held.items() if value is not None}
+        hub.repositories[name] = Repository({OLD: commit}, {"main": OLD}, **settings)
+    error = online.read(name, revision)["error"]
+    assert answer in error
+    assert "\n" not in error
+    assert error.endswith(".")
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "flax_model.msgpack", "tf_model.h5"])
+def test_a_model_in_another_format_is_refused_and_its_weights_not_downloaded(
+    hub: Hub, online: Reader, file: str
+):
+    name = f"owner/{file.partition('.')[0]}"
+    hub.repositories[name] = repository({CONFIG: b"{}", file: b"weights"})
+    error = online.read(name)["error"]
+    assert f"'{name}' holds weights as {file}, but packvit reads model.safetensors" in error
+    assert not [request for request in hub.requests if request.path.endswith(file)]
+
+
+def test_an_index_on_the_hub_may_not_lead_out_and_its_shards_must_be_there(
+    hub: Hub, online: Reader
+):
+    index = json.dumps({"weight_map": {"x": "../../../x.safetensors"}}).encode()
+    hub.repositories["owner/out"] = repository({CONFIG: b"{}", INDEX: index})
+    assert "may only name .safetensors files of its own" in online.read("owner/out")["error"]
+    assert not [request for request in hub.requests if request.path.endswith("x.safetensors")]
+    lacking = {name: body for name, body in shards(1).items() if name != SHARDS[1]}
+    hub.repositories["owner/lacking"] = repository(lacking)
+    assert online.read("owner/lacking")["error"] == (
+        f"The model 'owner/lacking' lacks shards that its index names: {SHARDS[1]}."
+    )
+
+
+def test_a_hub_that_cannot_be_reached_is_told_from_a_model_that_is_not_there(
+    tmp_path: Path, hub: Hub
+):
+    reader = Reader("http://no-such-scheme-host.invalid:x", tmp_path)
+    assert "could not be downloaded" in reader.read("owner/two")["error"]
+    reader.close()
