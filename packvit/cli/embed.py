@@ -1,0 +1,227 @@
+"""`packvit embed`: photographs to a feature folder, the main job."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from packvit.cli.progress import Meter, duration, show_progress
+from packvit.corpus import WriteError, WrongUse
+from packvit.corpus.progress import Summary
+
+EXAMPLE = "apple/aimv2-large-patch14-native"
+UNTRAINED = (
+    'No --model was given, so "tiny" runs, which packvit brings: its weights are untrained '
+    "(random): good for trying the job, not for features. Choose a real checkpoint with --model, "
+    f"for example --model {EXAMPLE}."
+)
+COUNT = click.IntRange(min=1)
+DONE_WITH_ERRORS, INTERRUPTED, TERMINATED = 3, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; it stops the job as Ctrl-C does."""
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("photos", nargs=-1, required=True)
+@click.option("--out", required=True, help="The feature folder to make.")
+@click.option("--model", help="A checkpoint's name on the hub, or its folder.")
+@click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
+@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What to compute in; bfloat16 on a GPU, float32 elsewhere.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["auto", "fa4", "fa3", "fa2", "torch", "sdpa"]),
+    default="auto",
+    help="The attention backend.",
+)
+@click.option(
+    "--positions",
+    type=click.Choice(["checkpoint", "interpolate"]),
+    default="checkpoint",
+    help="Whether learned positions are resized for grids that they were not made for.",
+)
+@click.option(
+    "--resize",
+    type=click.Choice(["checkpoint", "native"]),
+    help="As the checkpoint's own preprocessing, or keeping size and aspect ratio; "
+    "checkpoint where it defines a size.",
+)
+@click.option("--max-patches", type=COUNT, help="Shrink larger images to so many patches.")
+@click.option("--max-pixels", type=COUNT, default=100_000_000, help="Refuse larger images.")
+@click.option("--tokens", is_flag=True, help="Write the features of every patch too.")
+@click.option(
+    "--tap",
+    "taps",
+    type=int,
+    multiple=True,
+    metavar="LAYER",
+    help="Write the tokens leaving this layer too; -1 is the last. May be repeated.",
+)
+@click.option(
+    "--dtype-out",
+    type=click.Choice(["float16", "float32"]),
+    default="float16",
+    help="What to write tokens and taps in.",
+)
+@click.option("--token-budget", type=COUNT, default=16384, help="Most tokens in one pack.")
+@click.option("--threads", type=COUNT, help="Threads that decode; one for each CPU, up to 16.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@click.pass_context
+def embed(
+    context: click.Context,
+    photos: tuple[str, ...],
+    out: str,
+    model: str | None,
+    revision: str | None,
+    device: str | None,
+    dtype: str | None,
+    attention: str,
+    positions: Any,  # click has checked the words of these four
+    resize: Any,
+    max_patches: int | None,
+    max_pixels: int,
+    tokens: bool,
+    taps: tuple[int, ...],
+    dtype_out: Any,
+    token_budget: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Write the features of PHOTOS, folders and files, to a new feature folder.
+
+    Every photograph becomes one row, in Parquet files that any reader opens. One that cannot be
+    read becomes a row too, which says why; the exit code is then 3.
+
+    \b
+    Examples:
+      packvit embed photos --out features
+      packvit embed photos --out features --model apple/aimv2-large-patch14-native
+      packvit embed a.jpg b.png --out features --tokens --tap 11 --json
+    """
+    if model is None:
+        click.echo(UNTRAINED, err=True)
+    with stopping(context, out) as meter:
+        # torch is imported here, and Ctrl-C is heeded while it is.
+        from packvit.checkpoints import CheckpointError
+        from packvit.corpus.job import embed as run
+
+        try:
+            summary = run(
+                photos,
+                out=out,
+                model=model,
+                revision=revision,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+                positions=positions,
+                resize=resize,
+                max_patches=max_patches,
+                max_pixels=max_pixels,
+                tokens=tokens,
+                taps=taps,
+                dtype_out=dtype_out,
+                token_budget=token_budget,
+                threads=threads,
+                progress=meter.tell,
+            )
+        except WrongUse as error:
+            raise click.UsageError(str(error)) from error
+        except (CheckpointError, WriteError) as error:
+            raise click.ClickException(str(error)) from error
+    click.echo(json.dumps(as_object(summary)) if as_json else as_table(summary))
+    context.exit(DONE_WITH_ERRORS if summary.errors else 0)
+
+
+@contextmanager
+def stopping(context: click.Context, out: str) -> Iterator[Meter]:
+    """Show the job's progress; on Ctrl-C or SIGTERM say what was written, and exit accordingly."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    meter = None
+    try:
+        with show_progress() as meter:
+            yield meter
+    except KeyboardInterrupt as stop:
+        click.echo(what_is_written(meter, out), err=True)
+        context.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def what_is_written(meter: Meter | None, out: str) -> str:
+    """Say how far a stopped job came, and what to do now."""
+    if meter is None or meter.last is None:
+        return "Stopped before anything was written. Start the job again."
+    from packvit.corpus.folder import (
+        read_commits,  # brings pyarrow, which `--help` need not wait for
+    )
+
+    written = sum(entry.rows for entry in read_commits(Path(out)))
+    return (
+        f"Stopped: {written:,} of {meter.last.rows:,} rows are written to {out} and stay whole. "
+        "A job needs a folder of its own: start it again with another --out, or remove this one."
+    )
+
+
+def as_object(summary: Summary) -> dict[str, Any]:
+    """Return the summary as `--json` prints it."""
+    return {
+        "folder": summary.folder,
+        "model": summary.model,
+        "fingerprint": summary.fingerprint,
+        "rows": summary.rows,
+        "ok": summary.ok,
+        "errors": {
+            code: {"rows": count, "example": summary.examples[code]}
+            for code, count in summary.errors.items()
+        },
+        "ignored": summary.ignored,
+        "tokens": summary.tokens,
+        "seconds": summary.seconds,
+        "images_per_second": summary.images_per_second,
+        "tokens_per_second": summary.tokens_per_second,
+    }
+
+
+def as_table(summary: Summary) -> str:
+    """Return the summary as a person reads it."""
+    bad = summary.rows - summary.ok
+    rows = [("inputs", f"{summary.rows:,}"), ("ok", f"{summary.ok:,}"), ("errors", f"{bad:,}")]
+    rows += [
+        (f"  {code}", f"{count:,}, for example {printable(summary.examples[code])}")
+        for code, count in summary.errors.items()
+    ]
+    if summary.ignored:
+        rows.append(("passed over", f"{summary.ignored:,} files of other kinds"))
+    rows += [
+        ("tokens", f"{summary.tokens:,}"),
+        (
+            "time",
+            f"{duration(summary.seconds)}: {summary.images_per_second:,.1f} images/s, "
+            f"{summary.tokens_per_second:,.0f} tokens/s",
+        ),
+        ("model", summary.model),
+        ("folder", summary.folder),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+
+def printable(name: str) -> str:
+    """Return a file's name without the characters that would steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -1,0 +1,95 @@
+"""How far a job has come, on stderr: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from packvit.corpus.progress import Progress
+
+PAUSE = 5.0  # seconds between plain lines
+
+
+class Meter:
+    """Remembers the last progress it was told of, and how fast the job has been since the first."""
+
+    def __init__(self) -> None:
+        self.last: Progress | None = None
+        self.start = 0.0
+        self.draw: Callable[[Progress], None] = lambda progress: None
+
+    def tell(self, progress: Progress) -> None:
+        """Take note of a progress and show it."""
+        if self.last is None:
+            self.start = time.monotonic()
+        self.last = progress
+        self.draw(progress)
+
+    def rates(self, progress: Progress) -> str:
+        """Say images and tokens by second, and errors."""
+        seconds = max(time.monotonic() - self.start, 1e-6)
+        errors = f"{progress.errors:,} error{'' if progress.errors == 1 else 's'}"
+        return (
+            f"{progress.settled / seconds:,.1f} images/s, {progress.tokens / seconds:,.0f} "
+            f"tokens/s, {errors}"
+        )
+
+    def left(self, progress: Progress) -> str:
+        """Say how long the rest takes at this rate."""
+        if not progress.settled:
+            return "unknown time left"
+        seconds = time.monotonic() - self.start
+        rest = seconds * (progress.rows - progress.settled) / progress.settled
+        return f"{duration(rest)} left"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person would say it: 0.8 s, 45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def show_progress() -> Iterator[Meter]:
+    """Show on stderr whatever the meter is told."""
+    meter = Meter()
+    if not sys.stderr.isatty():
+        meter.draw = plain_lines(meter)
+        yield meter
+        return
+    from rich.console import Console  # takes 0.1 s, which `--help` need not wait for
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("loading the model", total=None)
+
+        def draw(progress: Progress) -> None:
+            text = f"{meter.rates(progress)}, {meter.left(progress)}"
+            bar.update(task, total=progress.rows, completed=progress.settled, description=text)
+
+        meter.draw = draw
+        yield meter
+
+
+def plain_lines(meter: Meter, pause: float = PAUSE) -> Callable[[Progress], None]:
+    """Return what prints a line every `pause` seconds at most, not for every pack."""
+    due = time.monotonic() + pause
+
+    def draw(progress: Progress) -> None:
+        nonlocal due
+        if time.monotonic() < due:
+            return
+        due = time.monotonic() + pause
+        click.echo(
+            f"{progress.settled:,} of {progress.rows:,} images, {meter.rates(progress)}, "
+            f"{meter.left(progress)}",
+            err=True,
+        )
+
+    return draw

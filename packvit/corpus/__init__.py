@@ -1,0 +1,9 @@
+"""The embedding job: photographs in, a feature folder out, one row for every input."""
+
+
+class WrongUse(ValueError):
+    """What was asked cannot be done as asked; the message says what to ask instead."""
+
+
+class WriteError(OSError):
+    """What could not be written and why; what was committed before stays whole."""

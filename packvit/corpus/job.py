@@ -1,0 +1,173 @@
+"""`packvit.embed`: photographs in, a feature folder out.
+
+The job lists its inputs, loads the encoder, claims the folder, and runs one shard after another.
+Every input ends as one row, and what was committed stays whole however the job ends.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from packvit.corpus import WrongUse
+from packvit.corpus.folder import check_free, claim, fingerprint, write_manifest
+from packvit.corpus.inputs import Input, Listing, list_inputs
+from packvit.corpus.parts import DtypeOut
+from packvit.corpus.progress import Summary, Tally, Tell
+from packvit.corpus.settings import (
+    Options,
+    check_options,
+    describe,
+    digest_weights,
+    fit_options,
+    load_encoder,
+)
+from packvit.corpus.shard import Shard, run_shard
+from packvit.encoder import Encoder, GridPolicy
+from packvit.images import MAX_PIXELS
+from packvit.sizes import Resize
+
+TRIAL_MODEL = "tiny"
+TRIAL_INPUTS = 1000  # the most that a job without a chosen model takes
+
+
+def embed(
+    photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    out: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Encoder | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attention: str = "auto",
+    revision: str | None = None,
+    positions: GridPolicy = "checkpoint",
+    resize: Resize | None = None,
+    max_patches: int | None = None,
+    tokens: bool = False,
+    taps: Sequence[int] = (),
+    dtype_out: DtypeOut = "float16",
+    token_budget: int = 16384,
+    max_pixels: int = MAX_PIXELS,
+    threads: int | None = None,
+    progress: Tell | None = None,
+) -> Summary:
+    """Embed photographs into the new feature folder `out`: one row for every input.
+
+    `photos` are folders, which are walked, and files. `model` is a checkpoint's name or folder, or
+    a loaded encoder, for which `device` to `positions` are already chosen; None tries the job out
+    with the small untrained encoder that packvit brings. `tokens` and `taps` (layers, negative
+    ones from the end) write every patch's features too, as `dtype_out`. `threads` decode; None is
+    one for each CPU, up to 16.
+
+    Units: `max_patches` and `token_budget` count patches, of an image and of a pack.
+    Raises: WrongUse for what cannot be done as asked; CheckpointError; WriteError if the disk does
+    not take it. An image that cannot be used is none of these: it is a row.
+    """
+    named = [photos] if isinstance(photos, (str, os.PathLike)) else photos
+    options = Options(
+        resize=resize,
+        max_patches=max_patches,
+        tokens=tokens,
+        dtype_out=dtype_out,
+        token_budget=token_budget,
+        max_pixels=max_pixels,
+        threads=min(16, count_cpus()) if threads is None else threads,
+    )
+    check_options(options)
+    folder = Path(out)
+    check_free(folder)
+    listing = list_inputs([os.fspath(path) for path in named])
+    if model is None and len(listing.inputs) > TRIAL_INPUTS:
+        raise WrongUse(
+            f"{len(listing.inputs)} inputs were found, but without a chosen model at most "
+            f"{TRIAL_INPUTS} are embedded: the one that packvit brings is untrained. "
+            'Choose one, for example model "apple/aimv2-large-patch14-native".'
+        )
+    if isinstance(model, Encoder):
+        if (device, dtype, attention, revision, positions) != (
+            (None, None, "auto", None, "checkpoint")
+        ):
+            raise WrongUse(
+                "model is a loaded encoder, whose device, dtype, attention, revision and positions "
+                "were chosen when it was loaded. Leave them out, or give the model's name."
+            )
+        encoder, weights = model, digest_weights(model)
+    else:
+        encoder = load_encoder(
+            TRIAL_MODEL if model is None else model, device, dtype, attention, revision, positions
+        )
+        assert encoder.checkpoint
+        weights = encoder.checkpoint.sha256()
+    options = fit_options(encoder, options, taps)
+    return run(encoder, weights, listing, folder, options, progress)
+
+
+def run(
+    encoder: Encoder,
+    weights: str,
+    listing: Listing,
+    folder: Path,
+    options: Options,
+    progress: Tell | None,
+) -> Summary:
+    """Claim the folder and run all shards, one after another."""
+    settings = describe(encoder, weights, listing, options)
+    name = encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__
+    manifest = {
+        "format": "packvit features 1",
+        "complete": False,
+        "fingerprint": fingerprint(settings),
+        "model": name,
+        **settings,
+        "inputs": len(listing.inputs),
+        "ignored": listing.ignored,
+        "counts": None,
+    }
+    tally = Tally(len(listing.inputs), progress)
+    with claim(folder):
+        write_manifest(folder, manifest)
+        start = time.perf_counter()
+        tally.update()
+        commits = []
+        size = options.outputs(encoder.config.width).rows_per_part
+        for shard in shards(listing.inputs, size):
+            commits.append(run_shard(encoder, shard, folder, options, tally.settle))
+            tally.update(committed=sum(entry.rows for entry in commits))
+            assert tally.progress.committed == tally.progress.settled
+        seconds = time.perf_counter() - start
+        counts = {
+            "rows": len(listing.inputs),
+            "ok": tally.codes["ok"],
+            "errors": tally.errors,
+            "tokens": tally.progress.tokens,
+            "parts": len(commits),
+        }
+        assert counts["rows"] == tally.progress.committed == tally.codes.total()
+        write_manifest(folder, manifest | {"complete": True, "counts": counts})
+    return Summary(
+        folder=str(folder),
+        model=name,
+        fingerprint=str(manifest["fingerprint"]),
+        rows=len(listing.inputs),
+        ok=tally.codes["ok"],
+        errors=tally.errors,
+        examples={code: tally.examples[code] for code in tally.errors},
+        ignored=listing.ignored,
+        tokens=tally.progress.tokens,
+        seconds=seconds,
+    )
+
+
+def shards(inputs: tuple[Input, ...], size: int) -> Iterator[Shard]:
+    """Yield the inputs in their order, `size` at a time."""
+    for number, start in enumerate(range(0, len(inputs), size)):
+        yield Shard(number, inputs[start : start + size])
+
+
+def count_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

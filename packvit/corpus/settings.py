@@ -1,0 +1,173 @@
+"""What a job was asked, made to fit together before anything is written, and put on record."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+import packvit
+from packvit import hub
+from packvit.checkpoints import CheckpointError
+from packvit.config import MostPatches, Table
+from packvit.corpus import WrongUse
+from packvit.corpus.inputs import Listing
+from packvit.corpus.parts import DtypeOut, Outputs
+from packvit.encoder import Encoder, GridPolicy
+from packvit.images import MAX_PIXELS
+from packvit.packing import PLAN_VERSION
+from packvit.sizes import NATIVE_MOST_PATCHES, Resize, resize_plan
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can change what is written
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What decides a row's features beside the encoder, and on how many threads images decode.
+
+    Units: `max_patches` and `token_budget` count patches, of an image and of a pack.
+    """
+
+    resize: Resize | None = None
+    max_patches: int | None = None
+    tokens: bool = False
+    taps: tuple[int, ...] = ()  # layers, counted from the front
+    dtype_out: DtypeOut = "float16"
+    token_budget: int = 16384
+    max_pixels: int = MAX_PIXELS
+    threads: int = 1
+
+    def outputs(self, width: int) -> Outputs:
+        """Return what a part holds of features of `width`."""
+        lists = ("tokens",) if self.tokens else ()
+        return Outputs(width, (*lists, *(f"tap_{tap}" for tap in self.taps)), self.dtype_out)
+
+
+def load_encoder(
+    model: str | os.PathLike[str],
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    attention: str,
+    revision: str | None,
+    positions: GridPolicy,
+) -> Encoder:
+    """Load the encoder, every mistake in how it is asked for being a WrongUse.
+
+    Raises: WrongUse; CheckpointError for what is wrong with the checkpoint itself.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise WrongUse(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
+    try:
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError) as error:  # torch says either of a GPU that is not there
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise WrongUse(f'device "{device}" cannot be used: {reason}. Try "cpu".') from error
+    try:
+        return hub.load(
+            model,
+            device=device,
+            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+            attention=attention,
+            revision=revision,
+            positions=positions,
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise WrongUse(str(error)) from error
+
+
+def check_options(options: Options) -> None:
+    """Refuse counts below 1 and words that are no choice."""
+    for name in ("max_patches", "token_budget", "max_pixels", "threads"):
+        count = getattr(options, name)
+        if count is not None and count < 1:
+            raise WrongUse(f"{name} is {count}, but must be 1 or more.")
+    if options.dtype_out not in ("float16", "float32"):
+        raise WrongUse(f'dtype_out is "{options.dtype_out}". Choose float16 or float32.')
+
+
+def fit_options(encoder: Encoder, options: Options, taps: Sequence[int]) -> Options:
+    """Return the options with what the encoder decides filled in, once they fit together.
+
+    Raises: WrongUse if the encoder has no such layer, if photographs would get grids that it has
+    no positions for, or if the largest of them would not fit in a pack.
+    """
+    images, positions, resize = encoder.images, encoder.config.positions, options.resize
+    try:
+        layers = tuple(sorted({encoder.check_layer(layer) for layer in taps}))
+        plans = [  # of two photographs whose grids only a fixed size makes equal
+            resize_plan(*size, images, resize=resize, max_patches=options.max_patches)
+            for size in ((600, 900), (3000, 1000))
+        ]
+    except ValueError as error:
+        raise WrongUse(str(error)) from error
+    grids = {(plan.rows, plan.columns) for plan in plans}
+    if isinstance(positions, Table) and not (positions.any_grid or encoder.embeddings.interpolate):
+        native = (positions.rows, positions.columns)
+        if grids != {native}:
+            raise WrongUse(
+                f"This checkpoint learned positions for {native[0]} x {native[1]} patches alone, "
+                f"and photographs would be resized to other grids. Leave resize out, or ask for "
+                'positions "interpolate".'
+            )
+    resize = resize or ("native" if images.sizing is None else "checkpoint")
+    max_patches, most = options.max_patches, 0
+    if resize == "native":
+        max_patches = most = max_patches or NATIVE_MOST_PATCHES
+    elif isinstance(images.sizing, MostPatches):
+        max_patches = most = max_patches or images.sizing.patches
+    elif len(grids) == 1:  # else nothing bounds it: a larger image fills a pack by itself
+        most = plans[0].rows * plans[0].columns
+    if most > options.token_budget:
+        raise WrongUse(
+            f"An image may have {most} patches, but token_budget lets a pack hold "
+            f"{options.token_budget}. Raise token_budget, or lower max_patches."
+        )
+    return replace(options, resize=resize, max_patches=max_patches, taps=layers)
+
+
+def describe(encoder: Encoder, weights: str, listing: Listing, options: Options) -> dict[str, Any]:
+    """Return all that decides what is written, for the fingerprint and for whoever reads it."""
+    outputs = options.outputs(encoder.config.width)
+    return {
+        "revision": encoder.checkpoint.revision if encoder.checkpoint else None,
+        "weights_sha256": weights,
+        "family": encoder.family.name,
+        "config": asdict(encoder.config),
+        "positions": "interpolate" if encoder.embeddings.interpolate else "checkpoint",
+        "preprocessing": {
+            **asdict(encoder.images),
+            "resize": options.resize,
+            "max_patches": options.max_patches,
+            "max_pixels": options.max_pixels,
+        },
+        "device": encoder.device.type,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "attention": encoder.attention,
+        "token_budget": options.token_budget,
+        "plan_version": PLAN_VERSION,
+        "pooled": "checkpoint" if encoder.config.pool else "mean of tokens",
+        "lists": list(outputs.lists),
+        "dtype_out": options.dtype_out,
+        "rows_per_part": outputs.rows_per_part,
+        "inputs_sha256": listing.sha256(),
+        "versions": {
+            "packvit": packvit.__version__,
+            **{package: version(package) for package in NUMBERS_FROM},
+        },
+    }
+
+
+def digest_weights(encoder: Encoder) -> str:
+    """Return a digest of the weights as they are in memory, since they may have been trained."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

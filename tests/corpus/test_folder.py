@@ -1,0 +1,274 @@
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from packvit.corpus import WriteError, WrongUse
+from packvit.corpus.folder import (
+    check_free,
+    claim,
+    commit,
+    fingerprint,
+    read_commits,
+    read_manifest,
+    write_manifest,
+)
+from packvit.corpus.parts import Outputs, build_table, encode_parquet
+from packvit.corpus.rows import Row
+
+OUTPUTS = Outputs(width=8, lists=("tokens", "tap_3"))
+ROWS = [
+    Row("a.jpg", "ok", None, "alpha on white", "aa", 30, 20, 1, 2, 3),
+    Row("b\\xe9.jpg", "truncated", "decode", None, "bb"),
+    Row("é/c.jpg", "ok", None, None, "cc", 10, 10, 1, 1, 1),
+    Row("d.jpg", "non_finite", "encode", None, "dd", 10, 20, 1, 2, 1),
+]
+
+
+def table(outputs: Outputs = OUTPUTS) -> pa.Table:
+    draw = np.random.default_rng(0)
+    pooled = draw.standard_normal((4, 8)).astype(np.float32)
+    pooled[3] = np.nan
+    lists = {
+        name: [
+            draw.standard_normal((row.rows * row.columns, 8)).astype(outputs.dtype_out)
+            if row.status == "ok" and row.rows and row.columns
+            else None
+            for row in ROWS
+        ]
+        for name in outputs.lists
+    }
+    return build_table(outputs, ROWS, pooled, lists)
+
+
+def test_a_part_says_of_every_input_what_is_known_in_the_types_promised(tmp_path: Path):
+    commit(tmp_path, 0, table())
+    found = pq.read_table(tmp_path / "part-00000.parquet", page_checksum_verification=True)
+    vector = pa.list_(pa.field("element", pa.float16()), 8)
+    assert {field.name: field.type for field in found.schema} == {
+        **dict.fromkeys(("id", "status", "stage", "note", "sha256"), pa.string()),
+        **dict.fromkeys(("width", "height", "frames", "rows", "columns"), pa.int32()),
+        "pooled": pa.list_(pa.field("element", pa.float32()), 8),
+        "tokens": pa.list_(pa.field("element", vector)),
+        "tap_3": pa.list_(pa.field("element", vector)),
+    }
+    plain = found.drop_columns(["pooled", "tokens", "tap_3"]).to_pylist()
+    assert [tuple(row.values()) for row in plain] == [
+        tuple(getattr(row, name) for name in plain[0]) for row in ROWS
+    ]
+
+
+def test_features_come_back_as_they_were_and_are_null_where_a_row_is_an_error(tmp_path: Path):
+    written = table()
+    commit(tmp_path, 0, written)
+    found = pq.read_table(tmp_path / "part-00000.parquet")
+    assert found.equals(written)
+    for name in ("pooled", "tokens", "tap_3"):
+        assert [value is None for value in found[name].to_pylist()] == [False, True, False, True]
+    assert [len(tokens) for tokens in found["tokens"].to_pylist() if tokens] == [6, 1]
+    assert np.shape(found["tokens"][0].as_py()) == (6, 8)
+
+
+def test_tokens_can_be_float32_and_parts_of_tokens_are_smaller():
+    exact = Outputs(8, ("tokens",), "float32")
+    assert table(exact).schema.field("tokens").type.value_type.value_type == pa.float32()
+    assert (exact.rows_per_part, Outputs(8).rows_per_part) == (64, 1024)
+
+
+def test_a_part_of_errors_alone_can_be_written_and_read(tmp_path: Path):
+    rows = [Row("x.jpg", "missing", "list")]
+    lists = {"tokens": [None], "tap_3": [None]}
+    entry = commit(tmp_path, 7, build_table(OUTPUTS, rows, np.zeros((1, 8), np.float32), lists))
+    assert (entry.rows, entry.errors, entry.tokens) == (1, 1, 0)
+    (row,) = pq.read_table(tmp_path / "part-00007.parquet").to_pylist()
+    assert (row["status"], row["stage"], row["pooled"], row["tokens"]) == (
+        "missing",
+        "list",
+        None,
+        None,
+    )
+
+
+def test_the_log_holds_what_anyone_can_count_again(tmp_path: Path):
+    entries = [commit(tmp_path, number, table()) for number in range(2)]
+    assert tuple(entries) == read_commits(tmp_path)
+    assert (entries[0].rows, entries[0].errors, entries[0].tokens) == (4, 2, 7)
+    for entry in entries:
+        data = (tmp_path / entry.part).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
+    assert sorted(os.listdir(tmp_path)) == [
+        "commits.jsonl",
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
+
+
+def test_the_same_rows_give_the_same_bytes_in_another_process(tmp_path: Path):
+    code = (
+        "import hashlib; from test_folder import table, encode_parquet;"
+        "print(hashlib.sha256(encode_parquet(table())).hexdigest())"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.strip() == hashlib.sha256(encode_parquet(table())).hexdigest()
+
+
+def test_a_flipped_bit_in_any_page_is_caught_by_a_reader_that_verifies(tmp_path: Path):
+    commit(tmp_path, 0, table())
+    path = tmp_path / "part-00000.parquet"
+    data = bytearray(path.read_bytes())
+    values = table()["tokens"].combine_chunks().flatten().flatten().to_numpy()[:48].tobytes()
+    place = data.index(values)  # features are not compressed, so they can be found
+    assert pq.read_table(pa.BufferReader(bytes(data)), page_checksum_verification=True)
+    for bit in random.Random(0).sample(range(8 * len(values)), 50):
+        flip = 1 << bit % 8
+        data[place + bit // 8] ^= flip
+        assert not pq.read_table(pa.BufferReader(bytes(data))).equals(table())
+        with pytest.raises(OSError, match="CRC"):
+            pq.read_table(pa.BufferReader(bytes(data)), page_checksum_verification=True)
+        data[place + bit // 8] ^= flip
+
+
+def test_a_line_cut_short_does_not_count(tmp_path: Path):
+    entry = commit(tmp_path, 0, table())
+    commit(tmp_path, 1, table())
+    log = tmp_path / "commits.jsonl"
+    log.write_text(log.read_text()[:-1])
+    assert read_commits(tmp_path) == (entry,)
+    assert read_commits(tmp_path / "elsewhere") == ()
+
+
+def test_a_manifest_is_replaced_in_one_step(tmp_path: Path):
+    assert read_manifest(tmp_path) is None
+    write_manifest(tmp_path, {"complete": False})
+    write_manifest(tmp_path, {"complete": True})
+    assert read_manifest(tmp_path) == {"complete": True}
+    assert os.listdir(tmp_path) == ["manifest.json"]
+
+
+def test_the_fingerprint_does_not_hang_on_the_order_of_the_settings():
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1, "b": [2]}) != fingerprint({"a": 1, "b": [3]})
+
+
+def test_a_folder_that_holds_anything_is_refused_with_what_it_holds(tmp_path: Path):
+    check_free(tmp_path)
+    check_free(tmp_path / "not there yet")
+    (tmp_path / "holiday.txt").touch()
+    with pytest.raises(WrongUse, match=r"not empty: it holds holiday\.txt and 0 other files"):
+        check_free(tmp_path)
+    with pytest.raises(WrongUse, match=r"holiday\.txt is not a folder"):
+        check_free(tmp_path / "holiday.txt")
+    (tmp_path / "manifest.json").write_text("no json")
+    with pytest.raises(WrongUse, match="of an unknown model for 0 of an unknown number of"):
+        check_free(tmp_path)
+    write_manifest(tmp_path, {"model": "tiny", "inputs": 9})
+    commit(tmp_path, 0, table())
+    with pytest.raises(WrongUse, match=r"features of tiny for 4 of 9 inputs\. Choose another"):
+        check_free(tmp_path)
+
+
+def test_a_folder_is_held_by_one_job_at_a_time_and_let_go_when_it_ends(tmp_path: Path):
+    out = tmp_path / "deep" / "features"
+    with claim(out), pytest.raises(WrongUse, match="Another job is writing to"), claim(out):
+        raise AssertionError("two jobs hold one folder")
+    with claim(out):
+        write_manifest(out, {})
+    with pytest.raises(WrongUse, match="already holds features"), claim(out):
+        raise AssertionError("a folder was claimed that holds features")
+
+
+def test_a_killed_job_holds_no_folder(tmp_path: Path):
+    code = (
+        "import sys, time; from pathlib import Path; from packvit.corpus.folder import claim\n"
+        "with claim(Path(sys.argv[1])):\n    print('mine', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(WrongUse, match="Another job"), claim(tmp_path):
+            raise AssertionError("two processes hold one folder")
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with claim(tmp_path):
+        pass
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 32 KB: room for a few parts, then for a part and not for its line in the log."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(tmp_path)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("needs leave to mount a tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_said_in_a_sentence_and_leaves_only_what_is_whole(full_disk: Path):
+    entry = commit(full_disk, 0, table())
+    more = range(1, 1 + 32768 // entry.bytes)
+    with pytest.raises(WriteError, match=r"could not be written: No space left on device\. Mend"):
+        all(commit(full_disk, number, table()) for number in more)
+    parts = [entry.part for entry in read_commits(full_disk)]
+    assert sorted(os.listdir(full_disk)) == ["commits.jsonl", *parts]
+    for entry in read_commits(full_disk):
+        data = (full_disk / entry.part).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry.sha256
+
+
+def test_a_log_that_takes_no_line_leaves_no_part(tmp_path: Path):
+    entry = commit(tmp_path, 0, table())
+    size = (tmp_path / "commits.jsonl").stat().st_size
+    filler = commit(tmp_path, 1, table())
+    with (tmp_path / "commits.jsonl").open("a") as log:
+        log.write(" " * (2 * filler.bytes) + "\n")  # now the log is larger than any part
+    before = (tmp_path / "commits.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=r"commits\.jsonl could not be written"):
+            commit(tmp_path, 2, table())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "commits.jsonl").read_bytes() == before
+    assert size < len(before)
+    assert sorted(os.listdir(tmp_path)) == ["commits.jsonl", entry.part, filler.part]
+
+
+def test_a_place_where_nothing_can_be_made_is_said_in_a_sentence(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="could not be written: Not a directory"):
+        claim(tmp_path / "file" / "features").__enter__()
+
+
+def test_the_log_is_json_lines_without_a_clock(tmp_path: Path):
+    commit(tmp_path, 0, table())
+    line = json.loads((tmp_path / "commits.jsonl").read_text())
+    assert list(line) == ["part", "rows", "errors", "tokens", "bytes", "sha256"]
+
+
+def test_the_format_does_not_load_torch():
+    code = "import sys, packvit.corpus.folder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

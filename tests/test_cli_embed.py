@@ -1,0 +1,317 @@
+import hashlib
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from rotten import DIRECTORY, write_good, write_rotten
+from small_checkpoint import write_checkpoint
+
+from packvit.cli.embed import embed, printable
+from packvit.cli.progress import Meter, duration, plain_lines
+from packvit.corpus.folder import claim, read_commits, read_manifest
+from packvit.corpus.progress import Progress
+
+COMMAND = [sys.executable, "-m", "packvit.cli", "embed"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    write_good(folder, 12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3,000 inputs, enough to be interrupted."""
+    folder = tmp_path_factory.mktemp("many")
+    (first,) = write_good(folder, 1)
+    for number in range(2999):
+        os.link(folder / first, folder / f"{number:04}.jpg")
+    return folder
+
+
+def invoke(*argv: object) -> Result:
+    return CliRunner().invoke(embed, [str(word) for word in argv])
+
+
+def test_a_folder_of_which_half_is_broken_gives_a_row_for_each_and_exit_code_3(
+    tmp_path: Path, checkpoint: Path
+):
+    photos = tmp_path / "photos"
+    codes = write_rotten(photos)
+    codes |= dict.fromkeys(write_good(photos, 50), "ok")
+    kept = [name for name, code in codes.items() if code != "ok"][:50]
+    kept += [name for name, code in codes.items() if code == "ok"][:50]
+    for name in codes.keys() - set(kept):
+        if name == DIRECTORY:
+            (photos / name).rmdir()
+        else:
+            (photos / name).unlink()
+    argv = [str(photos), "--model", str(checkpoint), "--out", str(tmp_path / "out")]
+    ran = subprocess.run(COMMAND + argv, capture_output=True, text=True, check=False)
+    assert ran.returncode == 3
+    assert "Traceback" not in ran.stdout + ran.stderr
+    (entry,) = read_commits(tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / entry.part).to_pylist()
+    assert len(rows) == 100
+    found = {row["id"]: row["status"] for row in rows}
+    assert found == {os.fsencode(n).decode(errors="backslashreplace"): codes[n] for n in kept}
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    assert [lines[0], lines[1], lines[2]] == [["inputs", "100"], ["ok", "50"], ["errors", "50"]]
+    cut = list(found.values()).count("truncated")
+    assert any(line[:2] == ["truncated", f"{cut},"] for line in lines)
+
+
+def test_results_go_to_stdout_as_one_object_where_a_script_reads(
+    tmp_path: Path, photos: Path, checkpoint: Path
+):
+    (photos / "notes.txt").touch()
+    result = invoke(photos, "--model", checkpoint, "--out", tmp_path / "out", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    summary = json.loads(result.stdout)
+    assert summary["rows"] == summary["ok"] == 12
+    assert (summary["errors"], summary["ignored"]) == ({}, 1)
+    assert summary["folder"] == str(tmp_path / "out")
+    assert summary["fingerprint"] == (read_manifest(tmp_path / "out") or {})["fingerprint"]
+    assert summary["images_per_second"] == pytest.approx(12 / summary["seconds"])
+
+
+def test_errors_are_told_by_code_with_an_example(tmp_path: Path, checkpoint: Path):
+    missing = tmp_path / "gone\x1b[31m.jpg"
+    result = invoke(missing, "--model", checkpoint, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["errors"] == {"missing": {"rows": 1, "example": str(missing)}}
+    result = invoke(missing, "--model", checkpoint, "--out", tmp_path / "again")
+    assert "missing  1, for example" in result.stdout
+    assert r"gone\x1b[31m.jpg" in result.stdout
+    assert printable("\x1b[31m é") == r"\x1b[31m é"
+
+
+def test_every_option_reaches_the_job(tmp_path: Path, photos: Path, checkpoint: Path):
+    argv = ["--device", "cpu", "--dtype", "bfloat16", "--attention", "sdpa", "--max-patches", "20"]
+    argv += ["--resize", "native", "--positions", "interpolate", "--max-pixels", "3300"]
+    argv += ["--tokens", "--tap", "-1", "--tap", "0", "--dtype-out", "float32", "--threads", "1"]
+    argv += ["--token-budget", "50"]
+    result = invoke(photos, "--model", checkpoint, "--out", tmp_path / "out", *argv)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest
+    assert result.exit_code == 3
+    assert manifest["counts"]["errors"].keys() == {"too_many_pixels"}
+    expected = {"device": "cpu", "dtype": "bfloat16", "attention": "sdpa", "token_budget": 50}
+    expected |= {"positions": "interpolate", "lists": ["tokens", "tap_0", "tap_2"]}
+    expected |= {"dtype_out": "float32"}
+    assert {name: manifest[name] for name in expected} == expected
+    assert manifest["preprocessing"]["resize"] == "native"
+    assert manifest["preprocessing"]["max_patches"] == 20
+    assert manifest["preprocessing"]["max_pixels"] == 3300
+
+
+def test_without_a_model_one_line_says_that_the_weights_are_untrained(tmp_path: Path):
+    for number in range(1001):
+        (tmp_path / f"{number}.jpg").touch()
+    result = invoke(tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    notice, *usage = result.stderr.splitlines()
+    assert "its weights are untrained (random): good for trying the job, not for" in notice
+    assert notice.endswith("for example --model apple/aimv2-large-patch14-native.")
+    assert "1001 inputs were found, but without a chosen model at most 1000" in usage[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_embedded_model_tries_the_job_out(tmp_path: Path, photos: Path):
+    result = invoke(photos, "--out", tmp_path / "out", "--device", "cpu")
+    assert result.exit_code == 0
+    assert result.stderr.startswith('No --model was given, so "tiny" runs')
+    assert (read_manifest(tmp_path / "out") or {})["model"] == "tiny"
+
+
+def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2(
+    tmp_path: Path, photos: Path, checkpoint: Path
+):
+    out, model = ("--out", tmp_path / "out"), ("--model", checkpoint)
+    for argv, answer in (
+        ((*out, *model), "Missing argument 'PHOTOS...'"),
+        ((photos, *model), "Missing option '--out'"),
+        ((photos, *out, *model, "--token-budget", "0"), "0 is not in the range x>=1"),
+        ((photos, *out, *model, "--tap", "9"), "taps asks for layer 9, but this encoder has 3"),
+        ((photos, *out, *model, "--device", "toaster"), 'device "toaster" cannot be used'),
+        ((photos, *out, *model, "--device", "cpu", "--attention", "fa2"), '"fa2" cannot run'),
+        ((photos, photos, *out, *model), "Name each path once"),
+        ((checkpoint, *out, *model), "No photographs were found"),
+        ((photos, "--out", photos, *model), "is not empty: it holds good-0000.jpg and"),
+    ):
+        result = invoke(*argv)
+        assert (result.exit_code, result.stdout) == (2, ""), argv
+        assert answer in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_jobs_folder_and_a_locked_one_are_refused(
+    tmp_path: Path, photos: Path, checkpoint: Path
+):
+    argv = (photos, "--model", checkpoint, "--out", tmp_path / "out")
+    with claim(tmp_path / "out"):
+        result = invoke(*argv)
+    assert result.exit_code == 2
+    assert "Another job is writing to" in result.stderr
+    assert invoke(*argv).exit_code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    result = invoke(*argv)
+    assert result.exit_code == 2
+    assert f"already holds features of {checkpoint} for 12 of 12 inputs" in result.stderr
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_bad_checkpoint_is_a_failure_in_a_sentence(
+    tmp_path: Path, photos: Path, checkpoint: Path
+):
+    bad = shutil.copytree(checkpoint, tmp_path / "bad")
+    weights = bad / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for model, answer in ((bad, "not a whole safetensors"), (tmp_path / "none", "is no folder")):
+        result = invoke(photos, "--model", model, "--out", tmp_path / "out")
+        assert result.exit_code == 1
+        assert answer in result.stderr
+        assert isinstance(result.exception, SystemExit)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs leave to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def check_whole(out: Path) -> int:
+    """Assert that nothing lies in `out` but what the log vouches for; return its rows."""
+    entries = read_commits(out)
+    for entry in entries:
+        data = (out / entry.part).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry.sha256
+        assert pq.read_table(out / entry.part).num_rows == entry.rows
+    names = {".lock", "manifest.json", *(entry.part for entry in entries)}
+    assert set(os.listdir(out)) == names | ({"commits.jsonl"} if entries else set())
+    manifest = read_manifest(out)
+    assert manifest
+    assert manifest["complete"] is False
+    return sum(entry.rows for entry in entries)
+
+
+def test_a_full_disk_is_a_failure_in_a_sentence_and_what_was_committed_stays(
+    full_disk: Path, many: Path, checkpoint: Path
+):
+    result = invoke(many, "--model", checkpoint, "--out", full_disk / "out", "--tokens")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "could not be written: No space left on device. Mend that, then start the job" in line
+    assert 0 < check_whole(full_disk / "out") < 3000
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_job_says_what_is_written_and_leaves_it_whole(
+    tmp_path: Path, many: Path, checkpoint: Path, number: signal.Signals, code: int
+):
+    out = tmp_path / "out"
+    argv = [str(many), "--model", str(checkpoint), "--out", str(out), "--tokens"]
+    with subprocess.Popen(
+        COMMAND + argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as job:
+        deadline = time.monotonic() + 60
+        while len(read_commits(out)) < 2 and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        job.send_signal(number)
+        stdout, stderr = job.communicate(timeout=60)
+    assert (job.returncode, stdout) == (code, "")
+    rows = check_whole(out)
+    assert 128 <= rows < 3000
+    assert stderr.splitlines()[-1].startswith(f"Stopped: {rows:,} of 3,000 rows are written to ")
+    assert "start it again with another --out, or remove this one." in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_job_stopped_before_it_began_says_so(tmp_path: Path, photos: Path):
+    os.mkfifo(tmp_path / "config.json")  # a checkpoint that is refused, but not at once
+    code = (
+        "import os, signal, sys, threading; from packvit.cli.embed import embed\n"
+        "def stop():\n"
+        "    while 'torch' not in sys.modules: pass\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "threading.Thread(target=stop, daemon=True).start()\n"
+        "embed()"
+    )
+    argv = [str(photos), "--model", str(tmp_path), "--out", str(tmp_path / "out")]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 143
+    assert ran.stderr == "Stopped before anything was written. Start the job again.\n"
+
+
+def test_a_terminal_sees_a_bar_with_rates_and_errors(
+    tmp_path: Path, photos: Path, checkpoint: Path
+):
+    master, slave = pty.openpty()
+    argv = [str(photos), "--model", str(checkpoint), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "160"}
+    with subprocess.Popen(COMMAND + argv, stdout=subprocess.DEVNULL, stderr=slave, env=environment):
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(master, 65536)
+            except OSError:  # the other end is closed
+                break
+    os.close(master)
+    text = shown.decode()
+    assert "12/12" in text
+    for part in ("images/s", "tokens/s", "0 errors", "left"):
+        assert part in text
+
+
+def test_elsewhere_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]):
+    meter = Meter()
+    meter.draw = plain_lines(meter, pause=0.0)
+    meter.tell(Progress(4000))
+    meter.start -= 100
+    meter.tell(Progress(4000, settled=1000, errors=1, tokens=200_000))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("0 of 4,000 images, 0.0 images/s, 0 tokens/s, 0 errors, unknown")
+    assert second == "1,000 of 4,000 images, 10.0 images/s, 2,000 tokens/s, 1 error, 5 min left"
+    assert [duration(s) for s in (0.04, 9.96, 89.0, 90.0, 12345.0)] == [
+        "0.0 s",
+        "10 s",
+        "89 s",
+        "2 min",
+        "3 h 26 min",
+    ]
+
+
+def test_help_shows_examples_and_waits_for_nothing_that_is_slow_to_import():
+    result = invoke("--help")
+    assert "packvit embed photos --out features --model apple/aimv2" in result.stdout
+    code = (
+        "import sys, packvit.cli.embed; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
