@@ -87,7 +87,7 @@ def main() -> None:
     work = flops(config, grid)
     if on_gpu:
         ceiling = 2 * SIDE**3 / results["matmul ceiling"]["median_ms"] * 1e3
-        for name in able + ["one"]:
+        for name in [*able, "one"]:
             entry = results[BASELINE if name == "one" else f"packvit, {name}"]
             entry["fraction_of_ceiling"] = work / entry["median_ms"] * 1e3 / ceiling
         results["matmul ceiling"]["tflops"] = ceiling / 1e12

@@ -14,6 +14,9 @@ Statistics = tuple[float, float, float]  # one number a channel: red, green, blu
 
 CLIP_MEAN: Statistics = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Statistics = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN: Statistics = (0.485, 0.456, 0.406)
+IMAGENET_STD: Statistics = (0.229, 0.224, 0.225)
+HALF: Statistics = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +62,35 @@ class ImageConfig:
 
 @dataclass(frozen=True, slots=True)
 class SinCos:
-    """Sine-cosine positions, computed for any grid."""
+    """Sine-cosine positions, computed for any grid and added to the patches."""
 
     temperature: float = 10000.0
 
 
 @dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary positions, computed for any grid and turned into every layer's queries and keys."""
+
+    base: float = 100.0
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
-    """Learned positions for a grid of `rows` x `columns` patches.
+    """Learned positions for a grid of `rows` x `columns` patches, added to them.
 
     `resize` says how another grid's positions are interpolated, always in fp32; `any_grid` whether
     the reference does so unasked. Where it refuses, so do we, unless the user says otherwise.
+    `class_row` says whether the table opens with a row for the class token.
     """
 
     rows: int
     columns: int
     resize: Literal["bilinear_antialias", "bicubic", "bicubic_antialias"]
     any_grid: bool = False
+    class_row: bool = False
 
 
-Positions = SinCos | Table
+Positions = SinCos | Rotary | Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +109,16 @@ class EncoderConfig:
     norm: Norm
     norm_eps: float
     activation: Activation
-    gated: bool  # an MLP of act(gate) * up, instead of act(up)
-    bias: bool  # of every linear layer in a block
-    embedding_norm: bool = False  # a norm between the patch embedding and the positions
-    pool: Literal["query"] | None = None  # a learned query that attends to a sequence's tokens
+    gated: bool = False  # an MLP of act(gate) * up, instead of act(up)
+    bias: bool = True  # of the linear layers in a block, other than q, k and v
+    qkv_bias: Literal["qkv", "qv", ""] = "qkv"  # which of them have one
+    patch_bias: bool = True
+    layer_scale: bool = False  # a learned factor on what each half of a block adds
+    class_token: bool = False  # opens every sequence
+    registers: int = 0  # tokens without meaning of their own, behind the class token
+    embedding_norm: Literal["patches", "tokens"] | None = None  # before positions, or after all
+    final_norm: Literal["tokens", "pooled"] = "tokens"  # "pooled": of the class token alone
+    pool: Literal["query", "probe", "class"] | None = None  # what makes one vector of a sequence
     projection: int | None = None  # width of the space shared with text, where there is one
 
     @property
@@ -112,3 +130,8 @@ class EncoderConfig:
     def patch_dim(self) -> int:
         """P, the values of one flattened patch of three channels."""
         return 3 * self.patch**2
+
+    @property
+    def prefix(self) -> int:
+        """R, the tokens that stand before the patches of every sequence."""
+        return self.class_token + self.registers

@@ -20,8 +20,17 @@ from packvit.checkpoints import Checkpoint
 from packvit.config import EncoderConfig, ImageConfig, PatchOrder
 from packvit.family import Family
 from packvit.images import ImageError, load_image
-from packvit.layers import Blocks, PatchEmbeddings, QueryPool, norm, to_values
-from packvit.packed import Grid, Segments, read_grid, segment_images, sequence_lengths, to_device
+from packvit.layers import Blocks, PatchEmbeddings, norm, rotary_turns, to_values
+from packvit.packed import (
+    Grid,
+    PrefixPlaces,
+    Segments,
+    read_grid,
+    segment_images,
+    sequence_lengths,
+    to_device,
+)
+from packvit.pooling import pooling_head
 from packvit.preprocessing import Resize, to_patches
 
 GridPolicy = Literal["checkpoint", "interpolate"]
@@ -65,7 +74,8 @@ class Features:
 class Ran(NamedTuple):
     """What a run through the blocks leaves behind for pooling and bookkeeping."""
 
-    tokens: Tensor  # [T, D], after the final norm
+    tokens: Tensor  # [T, D], of the patches
+    prefix: Tensor  # [S, R, D]
     taps: dict[int, Tensor]
     grid: Grid
     segments: Segments
@@ -99,7 +109,7 @@ class Encoder(nn.Module):
         self.embeddings = PatchEmbeddings(config, interpolate=positions == "interpolate")
         self.encoder = Blocks(config)
         self.norm = norm(config)
-        self.head = QueryPool(config) if config.pool == "query" else None
+        self.head = pooling_head(config)
         shared = config.projection
         self.projection = nn.Linear(config.width, shared, bias=False) if shared else None
 
@@ -160,10 +170,10 @@ class Encoder(nn.Module):
                 "checkpoint has no projection. Use `pooled`."
             )
         ran = self.run(hidden_states, grid_thw, [self.check_layer(layer) for layer in taps])
-        pooled = self.head(ran.tokens, ran.segments, ran.backend) if self.head else None
+        pooled = self.pool(ran)
         return Features(
             tokens=ran.tokens,
-            prefix=ran.tokens.new_empty(len(ran.segments.lengths), 0, self.config.width),
+            prefix=ran.prefix,
             pooled=pooled,
             projected=self.projection(pooled) if projection and self.projection else None,
             taps=ran.taps,
@@ -172,14 +182,39 @@ class Encoder(nn.Module):
         )
 
     def run(self, hidden_states: Tensor, grid_thw: Tensor, taps: Collection[int] = ()) -> Ran:
-        """Check what came in, then embed it, run the blocks, and norm."""
+        """Check what came in, embed it, run the blocks, norm, and part prefixes from patches."""
         self.check_patches(hidden_states)
+        config, device = self.config, self.device
         grid = read_grid(grid_thw, patches=len(hidden_states))
-        segments = Segments.from_lengths(sequence_lengths(grid), device=self.device)
+        segments = Segments.from_lengths(sequence_lengths(grid, config.prefix), device=device)
+        places = (
+            PrefixPlaces.from_grid(grid, config.prefix, device=device) if config.prefix else None
+        )
         backend = resolve(self.backend, self.workload)
-        tokens = self.embeddings(self.to_values(hidden_states), grid)
-        tokens, tapped = self.encoder(tokens, segments, backend, taps)
-        return Ran(self.norm(tokens), tapped, grid, segments, backend)
+
+        stream = self.embeddings(self.to_values(hidden_states), grid, places)
+        turns = rotary_turns(config, grid, places, stream)
+        stream, tapped = self.encoder(stream, segments, turns, backend, taps)
+        if config.final_norm == "tokens":
+            stream = self.norm(stream)
+        if places is None:
+            prefix = stream.new_empty(len(segments.lengths), 0, config.width)
+            return Ran(stream, prefix, tapped, grid, segments, backend)
+        return Ran(
+            stream.index_select(0, places.patches),
+            stream.index_select(0, places.prefix).unflatten(0, (-1, config.prefix)),
+            {layer: tap.index_select(0, places.patches) for layer, tap in tapped.items()},
+            grid,
+            segments,
+            backend,
+        )
+
+    def pool(self, ran: Ran) -> Tensor | None:
+        """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
+        if self.config.pool == "class":
+            first = ran.prefix[:, 0]
+            return self.norm(first) if self.config.final_norm == "pooled" else first
+        return self.head(ran.tokens, ran.segments, ran.backend) if self.head else None
 
     def pack(
         self,

@@ -12,11 +12,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from packvit.attention import Backend
-from packvit.config import Activation, EncoderConfig, SinCos, Statistics, Table
-from packvit.packed import Grid, PatchPlaces, Segments
-from packvit.positions import check_grid, look_up, sine_cosine
+from packvit.config import Activation, EncoderConfig, Rotary, SinCos, Statistics, Table
+from packvit.packed import Grid, PatchPlaces, PrefixPlaces, Segments
+from packvit.positions import check_grid, look_up, rotary, rotate, sine_cosine
 
 Tokens = Float[Tensor, "T D"]
+Turns = tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]  # rotary cosine and sine of each token
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def to_values(
 
 
 class PatchEmbeddings(nn.Module):
-    """Flattened patches to tokens: one matrix, a norm where there is one, and positions.
+    """Flattened patches to the token stream: one matrix, positions, and prefix tokens.
 
     A convolution whose stride is its kernel is a linear layer over flattened patches, so nothing
     is ever put back together into images.
@@ -86,30 +87,56 @@ class PatchEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.interpolate = interpolate
-        self.patches = nn.Linear(config.patch_dim, config.width)
+        self.patches = nn.Linear(config.patch_dim, config.width, bias=config.patch_bias)
         self.norm = norm(config) if config.embedding_norm else None
         if isinstance(config.positions, Table):
-            places = config.positions.rows * config.positions.columns
+            places = config.positions.rows * config.positions.columns + config.positions.class_row
             self.positions = nn.Parameter(torch.empty(places, config.width).normal_(std=0.02))
+        if config.class_token:
+            self.class_token = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        if config.registers:
+            shape = (config.registers, config.width)
+            self.registers = nn.Parameter(torch.empty(shape).normal_(std=0.02))
 
-    def forward(self, patches: Float[Tensor, "T P"], grid: Grid) -> Tokens:
-        """Embed the T patches of the images in `grid`.
+    def forward(
+        self, patches: Float[Tensor, "T P"], grid: Grid, places: PrefixPlaces | None
+    ) -> Float[Tensor, "tokens D"]:
+        """Embed the T patches of the images in `grid`, each sequence behind its prefix tokens.
 
         Raises: ValueError for a grid that a learned table was not made for.
         """
         tokens = self.patches(patches)
-        if self.norm is not None:
+        if self.norm is not None and self.config.embedding_norm == "patches":
             tokens = self.norm(tokens)
-        return tokens + self.places(grid, tokens)
+        tokens = self.add_positions(tokens, grid)
+        if places is not None:
+            tokens = torch.cat([self.prefix(), tokens]).index_select(0, places.gather)
+        if self.norm is not None and self.config.embedding_norm == "tokens":
+            tokens = self.norm(tokens)
+        return tokens
 
-    def places(self, grid: Grid, tokens: Tokens) -> Tokens:
-        """Return the positions to be added to `tokens`."""
-        positions, places = self.config.positions, PatchPlaces.from_grid(grid)
+    def add_positions(self, tokens: Tokens, grid: Grid) -> Tokens:
+        """Add to each patch what tells its place; rotary positions come in later."""
+        positions = self.config.positions
+        if isinstance(positions, Rotary):
+            return tokens
+        places = PatchPlaces.from_grid(grid)
         if isinstance(positions, SinCos):
-            return sine_cosine(positions, places, self.config.width, tokens.device, tokens.dtype)
+            width = self.config.width
+            return tokens + sine_cosine(positions, places, width, tokens.device, tokens.dtype)
         if not (positions.any_grid or self.interpolate):
             check_grid(positions, grid, self.config.patch)
-        return look_up(positions, self.positions, places, grid)
+        table = self.positions[1:] if positions.class_row else self.positions
+        return tokens + look_up(positions, table, places, grid)
+
+    def prefix(self) -> Float[Tensor, "R D"]:
+        """Return the tokens that open every sequence: class token, then registers."""
+        positions, first = self.config.positions, []
+        if self.config.class_token:
+            has_row = isinstance(positions, Table) and positions.class_row
+            first = [self.class_token + self.positions[0] if has_row else self.class_token]
+        rest = self.registers if self.config.registers else ()
+        return torch.stack([*first, *rest])
 
 
 class Attention(nn.Module):
@@ -118,14 +145,43 @@ class Attention(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias == "qkv")
+        if config.qkv_bias == "qv":
+            self.qv_bias = nn.Parameter(torch.zeros(2 * config.width))
+        self.has_qv_bias = config.qkv_bias == "qv"
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
 
-    def forward(self, hidden_states: Tokens, segments: Segments, backend: Backend) -> Tokens:
-        """Attend, by `backend`, within `segments`."""
-        heads = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1))
+    def forward(
+        self, hidden_states: Tokens, segments: Segments, turns: Turns | None, backend: Backend
+    ) -> Tokens:
+        """Attend, by `backend`, within `segments`; `turns` are rotary positions."""
+        heads = self.project(hidden_states).unflatten(-1, (3, self.heads, -1))
         query, key, value = heads.unbind(-3)
+        if turns is not None:
+            query, key = rotate(query, *turns), rotate(key, *turns)
         return self.out(backend.run(query, key, value, segments, segments).flatten(-2))
+
+    def project(self, hidden_states: Tokens) -> Float[Tensor, "T 3*D"]:
+        """Return queries, keys and values side by side."""
+        if not self.has_qv_bias:
+            return self.qkv(hidden_states)
+        query, value = self.qv_bias.chunk(2)
+        bias = torch.cat([query, torch.zeros_like(query), value])  # keys have none
+        return F.linear(hidden_states, self.qkv.weight, bias)
+
+
+class MLP(nn.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp_width, bias=config.bias)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, hidden_states: Tokens) -> Tokens:
+        """Transform each token by itself."""
+        return self.down(self.activation(self.up(hidden_states)))
 
 
 class GatedMLP(nn.Module):
@@ -143,6 +199,18 @@ class GatedMLP(nn.Module):
         return self.down(self.activation(gate) * up)
 
 
+class LayerScale(nn.Module):
+    """A learned factor on each channel."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(config.width))
+
+    def forward(self, hidden_states: Tokens) -> Tokens:
+        """Scale each token's channels."""
+        return hidden_states * self.scale
+
+
 class Block(nn.Module):
     """Attention, then an MLP, each on normed tokens and added to the residual stream."""
 
@@ -150,15 +218,18 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = norm(config)
         self.attention = Attention(config)
+        self.attention_scale = LayerScale(config) if config.layer_scale else nn.Identity()
         self.mlp_norm = norm(config)
-        self.mlp = GatedMLP(config)
+        self.mlp = GatedMLP(config) if config.gated else MLP(config)
+        self.mlp_scale = LayerScale(config) if config.layer_scale else nn.Identity()
 
-    def forward(self, hidden_states: Tokens, segments: Segments, backend: Backend) -> Tokens:
+    def forward(
+        self, hidden_states: Tokens, segments: Segments, turns: Turns | None, backend: Backend
+    ) -> Tokens:
         """Return the residual stream after this block."""
-        hidden_states = hidden_states + self.attention(
-            self.attention_norm(hidden_states), segments, backend
-        )
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        attended = self.attention(self.attention_norm(hidden_states), segments, turns, backend)
+        hidden_states = hidden_states + self.attention_scale(attended)
+        return hidden_states + self.mlp_scale(self.mlp(self.mlp_norm(hidden_states)))
 
 
 class Blocks(nn.Module):
@@ -166,37 +237,42 @@ class Blocks(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        self.config = config
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
 
     def forward(
         self,
         hidden_states: Tokens,
         segments: Segments,
+        turns: Turns | None,
         backend: Backend,
         taps: Collection[int] = (),
     ) -> tuple[Tokens, dict[int, Tokens]]:
         """Return the residual stream after the last block, and after each layer in `taps`."""
         tapped = {}
         for layer, block in enumerate(self.layers):
-            hidden_states = block(hidden_states, segments, backend)
+            hidden_states = block(hidden_states, segments, turns, backend)
             if layer in taps:
                 tapped[layer] = hidden_states
         return hidden_states, tapped
 
 
-class QueryPool(nn.Module):
-    """One learned query attends to the tokens of each sequence: AIMv2's pooling head."""
+def rotary_turns(
+    config: EncoderConfig, grid: Grid, places: PrefixPlaces | None, like: Tensor
+) -> Turns | None:
+    """Return every token's rotary cosine and sine, made once for all layers; prefixes stay as is.
 
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.query = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
-        self.kv = nn.Linear(config.width, 2 * config.width, bias=config.bias)
-        self.out = nn.Linear(config.width, config.width)
-
-    def forward(self, tokens: Tokens, segments: Segments, backend: Backend) -> Float[Tensor, "S D"]:
-        """Return one vector for each sequence."""
-        key, value = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        queries = Segments.from_lengths((1,) * len(segments.lengths), device=tokens.device)
-        query = self.query.unflatten(0, (self.heads, -1)).repeat(len(segments.lengths), 1, 1)
-        return self.out(backend.run(query, key, value, queries, segments).flatten(-2))
+    Shapes: 2 x [tokens, K], on the device and in the dtype of `like`.
+    """
+    if not isinstance(config.positions, Rotary):
+        return None
+    cosine, sine = rotary(
+        config.positions, PatchPlaces.from_grid(grid), config.head_dim, like.device, like.dtype
+    )
+    if places is None:
+        return cosine, sine
+    still = cosine.new_zeros(config.prefix, config.head_dim)
+    return (
+        torch.cat([still + 1, cosine]).index_select(0, places.gather),
+        torch.cat([still, sine]).index_select(0, places.gather),
+    )

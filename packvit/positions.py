@@ -4,13 +4,15 @@ Everything is computed in float64 or float32 and rounded once to the encoder's d
 table built in bfloat16 is wrong by 0.08 on a 16 x 16 grid and by 1.4 on 16 x 256.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from packvit.config import SinCos, Table
+from packvit.config import Rotary, SinCos, Table
 from packvit.packed import Grid, PatchPlaces, to_device
 
 MODES = {
@@ -40,6 +42,34 @@ def sine_cosine(
     axis = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype).to(device)
     along = (to_device(place, device) for place in (places.column, places.row))
     return torch.cat([axis.index_select(0, place) for place in along], dim=1)
+
+
+def rotary(
+    positions: Rotary, places: PatchPlaces, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]:
+    """Return cosine and sine of every patch's angles: [y | x | y | x], a quarter of K each.
+
+    A patch's coordinate is that of its centre, from -1 to 1 over each side of its own image, so
+    one formula serves all images of a pack. Angles are fp32, rounded once at the end.
+
+    Source: DINOv3 in transformers 5.17, models/dinov3_vit.
+    """
+    centres = np.stack(
+        [(places.row + 0.5) / places.rows, (places.column + 0.5) / places.columns], axis=1
+    )
+    coordinates = to_device(2 * centres.astype(np.float32) - 1, device)
+    octave = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)
+    angles = 2 * math.pi * coordinates[:, :, None] * (1 / positions.base**octave)
+    angles = angles.flatten(1).tile(2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(
+    heads: Float[Tensor, "T H K"], cosine: Float[Tensor, "T K"], sine: Float[Tensor, "T K"]
+) -> Float[Tensor, "T H K"]:
+    """Turn each pair (k, k + K/2) of every head by the token's angles."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cosine[:, None] + torch.cat([-second, first], -1) * sine[:, None]
 
 
 def check_grid(positions: Table, grid: Grid, patch: int) -> None:

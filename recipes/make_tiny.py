@@ -27,7 +27,8 @@ CONFIG = EncoderConfig(
     activation="silu",
     gated=True,
     bias=False,
-    embedding_norm=True,
+    qkv_bias="",
+    embedding_norm="patches",
 )
 
 

@@ -94,6 +94,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     head = field(config, "use_head", bool, rewritten or "head.cls_token" in names)
     patch = square(config, "patch_size", 14)
     side = 0 if native else square(config, "image_size", 224) // patch
+    bias = agreed(config, "qkv_bias", "mlp_bias", "use_bias")
     return EncoderConfig(
         **sizes(config, width=1024, layers=24, heads=8, mlp_width=2816),
         patch=patch,
@@ -102,8 +103,9 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
         norm_eps=field(config, "rms_norm_eps", float, 1e-5),
         activation=activation(config, "silu"),
         gated=True,
-        bias=agreed(config, "qkv_bias", "mlp_bias", "use_bias"),
-        embedding_norm=True,
+        bias=bias,
+        qkv_bias="qkv" if bias else "",
+        embedding_norm="patches",
         pool="query" if head else None,
     )
 
