@@ -9,49 +9,23 @@ of 16 to 400 patches. Weights are random: speed does not depend on them.
 
 import argparse
 import json
-import random
 import sys
 from typing import Any
 
 import torch
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
-from benchmarks.measuring import interleave, where
+from benchmarks.measuring import add_ceiling, add_fractions, interleave, where
+from benchmarks.workloads import flatten, mixed_sizes, transformer_flops
 from packvit.attention import BACKENDS
 from packvit.families.aimv2 import AIMv2Packing
 
 BASELINE = "transformers, one image at a time"
-SIDE = 8192
-
-Grid = list[tuple[int, int, int]]
-
-
-def mixed_sizes(images: int, fewest: int, most: int, *, seed: int) -> Grid:
-    """Draw images of `fewest` to `most` patches at aspect ratios of 0.5 to 2."""
-    draw = random.Random(seed)
-    grid: Grid = []
-    while len(grid) < images:
-        area, aspect = draw.uniform(fewest, most), 2 ** draw.uniform(-1, 1)
-        rows, columns = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if fewest <= rows * columns <= most:
-            grid.append((1, rows, columns))
-    return grid
-
-
-def flops(config: Any, grid: Grid) -> float:
-    """Return the model's floating-point operations: two for every multiplication and addition."""
-    width = config.hidden_size
-    linear = 4 * width**2 + 3 * width * config.intermediate_size
-    embedding = 3 * config.patch_size**2 * width
-    lengths = [rows * columns for _, rows, columns in grid]
-    attention = sum(2 * length**2 * width for length in lengths)
-    tokens = sum(lengths)
-    return 2.0 * (tokens * embedding + config.num_hidden_layers * (tokens * linear + attention))
 
 
 def main() -> None:
     """Print one JSON object with the machine, the workload and the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="One forward of AIMv2-large beside its peer.")
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     on_gpu = torch.cuda.is_available()
@@ -61,10 +35,10 @@ def main() -> None:
         is_native=True, use_head=False, num_hidden_layers=24 if on_gpu else 4
     )
     torch.manual_seed(0)
-    model = Aimv2VisionModel(config).eval().to(device, dtype)
+    model = Aimv2VisionModel(config).eval().to(device=torch.device(device), dtype=dtype)
     images = [torch.randn(1, 3, r * 14, c * 14, device=device, dtype=dtype) for _, r, c in grid]
     encoder = AIMv2Packing.from_transformers(model)
-    patches = torch.cat([flatten(image) for image in images])
+    patches = torch.cat([flatten(image, 14) for image in images])
     grid_thw = torch.tensor(grid)
 
     def packed(backend: str) -> torch.Tensor:
@@ -77,20 +51,20 @@ def main() -> None:
     able = [b.name for b in BACKENDS if b.obstacle(encoder.workload) is None]
     runs: dict[str, Any] = {f"packvit, {name}": lambda n=name: packed(n) for name in able}
     runs[BASELINE] = one_by_one
-    if on_gpu:
-        a, b = torch.randn(2, SIDE, SIDE, device=device, dtype=dtype)
-        runs["matmul ceiling"] = lambda: a @ b
+    add_ceiling(runs, dtype)
     with torch.inference_mode():
         theirs = torch.cat(one_by_one()).float()
         worst = {name: (packed(name).float() - theirs).abs().max().item() for name in able}
         results = interleave(runs, rounds=rounds, warmup=3, baseline=BASELINE)
-    work = flops(config, grid)
-    if on_gpu:
-        ceiling = 2 * SIDE**3 / results["matmul ceiling"]["median_ms"] * 1e3
-        for name in [*able, "one"]:
-            entry = results[BASELINE if name == "one" else f"packvit, {name}"]
-            entry["fraction_of_ceiling"] = work / entry["median_ms"] * 1e3 / ceiling
-        results["matmul ceiling"]["tflops"] = ceiling / 1e12
+    work = transformer_flops(
+        grid,
+        width=config.hidden_size,
+        layers=config.num_hidden_layers,
+        matrices=3,
+        mlp_width=config.intermediate_size,
+        patch_dim=588,
+    )
+    add_fractions(results, work)
     workload = {"images": len(grid), "tokens": len(patches), "tflop": work / 1e12}
     workload |= {
         "dtype": str(dtype),
@@ -100,12 +74,6 @@ def main() -> None:
     report = where() | {"workload": workload, "rounds": rounds, "baseline": BASELINE}
     json.dump(report | {"results": results, "largest_difference": worst}, sys.stdout, indent=2)
     print()
-
-
-def flatten(image: torch.Tensor, side: int = 14) -> torch.Tensor:
-    """Cut [1, 3, H, W] into patches [T, P], each (row, column, channel)."""
-    tiles = image[0].unflatten(1, (-1, side)).unflatten(3, (-1, side))
-    return tiles.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
 
 
 if __name__ == "__main__":

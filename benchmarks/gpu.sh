@@ -9,14 +9,12 @@ out=$1
 python3 -m pytest -m gpu -q -p no:cacheprovider -o addopts= -W default -rA tests 2>&1 \
     | grep -E "^(PASSED|FAILED|ERROR|SKIPPED|E  )|passed|failed" | tee "$out/tests-gpu.txt"
 python3 -m benchmarks.forward --rounds 11 > "$out/forward-gpu.json"
+python3 -m benchmarks.naflex --rounds 11 > "$out/naflex-gpu.json" 2> "$out/naflex-gpu.log" \
+    || tail -5 "$out/naflex-gpu.log"
 python3 -m packvit info --json > "$out/info-gpu.json"
 python3 -m demo.photographs | xargs python3 -m packvit embed --out /tmp/demo-features --json \
     | tee "$out/embed-gpu.json"
 python3 -m demo.look /tmp/demo-features
-python3 - "$out/forward-gpu.json" <<'END'
-import json, sys
-report = json.load(open(sys.argv[1]))
-for name, entry in report["results"].items():
-    print(name, {k: v for k, v in entry.items()})
-print(report["workload"], report["largest_difference"], report["gpu_state"])
-END
+for report in forward naflex; do
+    python3 -m benchmarks.table "$out/$report-gpu.json"
+done

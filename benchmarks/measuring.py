@@ -54,6 +54,40 @@ def interleave(
     }
 
 
+SIDE = 8192
+CEILING = "matmul ceiling"
+
+
+def add_ceiling(runs: dict[str, Callable[[], object]], dtype: torch.dtype) -> None:
+    """Add the machine's own limit to the contenders: one large matmul on N(0, 1) data."""
+    if torch.cuda.is_available():
+        a, b = torch.randn(2, SIDE, SIDE, device="cuda", dtype=dtype)
+        runs[CEILING] = lambda: a @ b
+
+
+def add_fractions(results: dict[str, Any], work: float) -> None:
+    """Say of each contender what share of the measured matmul rate it reached at `work` FLOPs."""
+    if CEILING not in results:
+        return
+    rate = 2 * SIDE**3 / results[CEILING]["median_ms"] * 1e3
+    for name, entry in results.items():
+        if name != CEILING:
+            entry["fraction_of_ceiling"] = work / entry["median_ms"] * 1e3 / rate
+    results[CEILING]["tflops"] = rate / 1e12
+
+
+def peak_gib(run: Callable[[], object]) -> float | None:
+    """Return the device memory that one call takes at its peak, weights included, in GiB."""
+    if not torch.cuda.is_available():
+        return None
+    synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
 def where() -> dict[str, Any]:
     """Return the date, the machine and the versions, with clocks and power where there is a GPU."""
     found = {"date": datetime.now(UTC).date().isoformat()} | machine()

@@ -12,11 +12,16 @@ Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 PatchOrder = Literal["hwc", "chw"]
 Statistics = tuple[float, float, float]  # one number a channel: red, green, blue
 
-CLIP_MEAN: Statistics = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD: Statistics = (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN: Statistics = (0.485, 0.456, 0.406)
-IMAGENET_STD: Statistics = (0.229, 0.224, 0.225)
-HALF: Statistics = (0.5, 0.5, 0.5)
+# Mean and standard deviation of each channel, of values from 0 to 1.
+CLIP_STATISTICS: tuple[Statistics, Statistics] = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+IMAGENET_STATISTICS: tuple[Statistics, Statistics] = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)
+HALF_STATISTICS: tuple[Statistics, Statistics] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,19 @@ told by a tensor that only it has, and what no layout explains is an error that 
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from packvit.checkpoints import CheckpointError
-from packvit.config import Activation, EncoderConfig, ImageConfig
-from packvit.weights import Rule
+from packvit.config import (
+    CLIP_STATISTICS,
+    Activation,
+    EncoderConfig,
+    ImageConfig,
+    ShortestEdge,
+    Table,
+)
+from packvit.weights import Rule, layers, prefixed, rename, reshape
 
 Json = Mapping[str, Any]
 
@@ -31,8 +38,33 @@ class Layout:
     rules: tuple[Rule, ...]
     read: Callable[[Json, Collection[str]], EncoderConfig]  # config.json, names of the tensors
     write: Callable[[EncoderConfig], dict[str, Any]]  # config.json
-    carried: tuple[str, ...] = ()  # tensors kept for `save_pretrained`, used by nothing
+    # Tensors kept for `save_pretrained` and used by nothing: our label to the layout's name.
+    carried: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()  # first parts of names that belong to another tower
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A kind of checkpoint within a family, as a small random model of transformers shows it."""
+
+    name: str
+    model: str  # the class in transformers
+    entries: Json = field(default_factory=dict)  # of its configuration, beside the sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What transformers calls a family's models: for `packvit verify`, and nothing else."""
+
+    variants: tuple[Variant, ...]
+    processor: str  # the class in transformers that prepares images
+    processor_options: Json = field(default_factory=dict)  # where the class's defaults are others
+    interpolates: bool = False  # whether the models take `interpolate_pos_encoding`
+
+    @property
+    def models(self) -> frozenset[str]:
+        """The classes that a config.json of this family names as its architecture."""
+        return frozenset(variant.model for variant in self.variants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +76,7 @@ class Family:
     layouts: tuple[Layout, ...]
     images: Callable[[EncoderConfig], ImageConfig]  # where there is no preprocessor_config.json
     checkpoints: tuple[str, ...]  # published, by their names on the hub
+    reference: Reference
 
     def claims(self, config: Json) -> bool:
         """Return whether a checkpoint with this config.json is one of ours."""
@@ -77,7 +110,7 @@ class Family:
         raise ValueError(f'{self.name} has no layout "{name}". Choose one of: {known}.')
 
 
-def field(config: Json, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+def entry(config: Json, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
     """Return an entry of config.json, checked for its kind.
 
     Raises: CheckpointError if it is absent and has no default, or is of another kind.
@@ -94,6 +127,33 @@ def field(config: Json, name: str, kind: type | tuple[type, ...], default: Any =
     return value
 
 
+# How CLIP named the layers of a block, which SigLIP and SigLIP2 took over: ours to theirs.
+CLIP_BLOCK = {
+    "attention_norm": "layer_norm1",
+    "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "attention.out": "self_attn.out_proj",
+    "mlp_norm": "layer_norm2",
+    "mlp.up": "mlp.fc1",
+    "mlp.down": "mlp.fc2",
+}
+
+# SigLIP's pooling head, the same in both generations.
+PROBE_HEAD = (
+    reshape("head.probe", "head.probe", 1, 1),
+    rename("head.qkv.weight", "head.attention.in_proj_weight"),
+    rename("head.qkv.bias", "head.attention.in_proj_bias"),
+    *layers(
+        "head.",
+        "head.",
+        {
+            "out": "attention.out_proj",
+            "norm": "layernorm",
+            "mlp.up": "mlp.fc1",
+            "mlp.down": "mlp.fc2",
+        },
+    ),
+)
+
 SIZES = {  # ours to transformers' words
     "width": "hidden_size",
     "layers": "num_hidden_layers",
@@ -102,15 +162,55 @@ SIZES = {  # ours to transformers' words
 }
 
 
+def tower(config: Json) -> Json:
+    """Return the part of config.json that is about images, where it has two towers.
+
+    Raises: CheckpointError if that part is no object.
+    """
+    return entry(config, "vision_config", dict) if "vision_config" in config else config
+
+
+def beside_text(
+    layout: Layout,
+    skipped: tuple[str, ...],
+    *,
+    prefix: str = "vision_model.",
+    projection: str | None = None,
+) -> Layout:
+    """Return a layout as it is written in a file with two towers: behind `prefix`.
+
+    `projection` names the matrix into the space that both towers share, where there is one.
+    """
+    shared = (rename("projection.weight", projection),) if projection else ()
+    return replace(
+        layout,
+        marker=prefix + layout.marker,
+        rules=(*prefixed(layout.rules, prefix), *shared),
+        carried={label: prefix + name for label, name in layout.carried.items()},
+        skipped=skipped,
+    )
+
+
+def clip_images(config: EncoderConfig) -> ImageConfig:
+    """Return the preprocessing of CLIP, which AIMv2 took over: a square from the centre.
+
+    An encoder that takes any grid takes images as they are.
+    """
+    table = config.positions
+    side = table.rows * config.patch if isinstance(table, Table) else 0
+    sizing = ShortestEdge(side, crop=(side, side)) if side else None
+    return ImageConfig(config.patch, *CLIP_STATISTICS, "bicubic", sizing)
+
+
 def sizes(config: Json, **defaults: int) -> dict[str, Any]:
     """Return the sizes in config.json, which leaves out what equals its class's `defaults`.
 
     Raises: CheckpointError for one that is no number, or for channels other than three.
     """
-    channels = field(config, "num_channels", int, 3)
+    channels = entry(config, "num_channels", int, 3)
     if channels != 3:
         raise CheckpointError(f'config.json says "num_channels": {channels}; we know 3, for RGB.')
-    return {ours: field(config, SIZES[ours], int, default) for ours, default in defaults.items()}
+    return {ours: entry(config, SIZES[ours], int, default) for ours, default in defaults.items()}
 
 
 def write_sizes(config: EncoderConfig) -> dict[str, Any]:
@@ -127,7 +227,7 @@ def agreed(config: Json, *names: str) -> bool:
 
     Raises: CheckpointError if they differ, which no published checkpoint's do.
     """
-    answers = {name: field(config, name, bool) for name in names if name in config}
+    answers = {name: entry(config, name, bool) for name in names if name in config}
     if len(set(answers.values())) > 1:
         raise CheckpointError(f"config.json says {answers}; we know encoders where they agree.")
     return next(iter(answers.values()), False)
@@ -138,7 +238,7 @@ def activation(config: Json, default: str) -> Activation:
 
     Raises: CheckpointError for one that no published encoder has.
     """
-    name = field(config, "hidden_act", str, default)
+    name = entry(config, "hidden_act", str, default)
     if name not in ACTIVATION_NAMES:
         known = ", ".join(ACTIVATION_NAMES)
         raise CheckpointError(f'config.json says "hidden_act": "{name}"; we know {known}.')
@@ -152,5 +252,5 @@ def square(config: Json, name: str, default: int | None = None) -> int:
     """
     value = config.get(name, default)
     if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
-        return field({name: value[0]}, name, int)
-    return field(config, name, int, default)
+        return entry({name: value[0]}, name, int)
+    return entry(config, name, int, default)

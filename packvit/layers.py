@@ -181,7 +181,26 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: Tokens) -> Tokens:
         """Transform each token by itself."""
+        if self.activation is gelu_tanh and has_gelu_epilogue(hidden_states, self.up):
+            return self.down(gelu_in_epilogue(hidden_states, self.up))
         return self.down(self.activation(self.up(hidden_states)))
+
+
+def has_gelu_epilogue(hidden_states: Tokens, linear: nn.Linear) -> bool:
+    """Return whether a matmul can take GELU's tanh along: on CUDA, with a bias, for inference."""
+    taught = torch.is_grad_enabled() and (
+        hidden_states.requires_grad or linear.weight.requires_grad
+    )
+    return hidden_states.is_cuda and linear.bias is not None and not taught
+
+
+def gelu_in_epilogue(hidden_states: Tokens, linear: nn.Linear) -> Float[Tensor, "T hidden"]:
+    """Return gelu_tanh(linear(x)) without writing what stands between to memory.
+
+    cuBLASLt applies it to the fp32 sums, so it rounds once where its plain twin rounds twice. torch
+    has no derivative for it. Its gain is in benchmarks/LOG.md.
+    """
+    return torch._addmm_activation(linear.bias, hidden_states, linear.weight.t(), use_gelu=True)
 
 
 class GatedMLP(nn.Module):

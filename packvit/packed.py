@@ -141,7 +141,7 @@ class PrefixPlaces:
     """
 
     gather: Int64[Tensor, " tokens"]
-    prefix: Int64[Tensor, " S*R"]
+    prefix: Int64[Tensor, " prefixes"]  # S * R
     patches: Int64[Tensor, " T"]
 
     @classmethod

@@ -40,9 +40,11 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
         )
     layout = family.layout(checkpoint.tensors)
     config = layout.read(checkpoint.config, checkpoint.tensors)
-    return Described(
-        layout, config, image_config_from(checkpoint.preprocessor, family.images(config))
-    )
+    try:
+        images = image_config_from(checkpoint.preprocessor, family.images(config))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return Described(layout, config, images)
 
 
 def read(
@@ -61,13 +63,16 @@ def read(
         {name: tensor.shape for name, tensor in parameters.items()},
         checkpoint.tensors,
         layout.rules,
-        unread=lambda name: name in layout.carried or name.split(".")[0] in layout.skipped,
+        unread=lambda name: name in layout.carried.values() or name.split(".")[0] in layout.skipped,
         # A copy always: what is read from a file is a view of the mapped file.
         place=lambda tensor: tensor.to(device, dtype, copy=True),
     )
     state[EMBEDDING] = permute_patches(state[EMBEDDING], patch_order).contiguous()
     tensors = checkpoint.tensors
-    return state, {name: tensors[name].clone() for name in layout.carried if name in tensors}
+    carried = {
+        label: tensors[name].clone() for label, name in layout.carried.items() if name in tensors
+    }
+    return state, carried
 
 
 def write(
@@ -91,7 +96,8 @@ def write(
     checkpoints.write(
         folder,
         config=chosen.write(config) | {"dtype": dtype},
-        tensors=weights.store(ours, chosen.rules) | dict(carried),
+        tensors=weights.store(ours, chosen.rules)
+        | {chosen.carried[label]: tensor for label, tensor in carried.items()},
         preprocessor=preprocessor,
     )
 

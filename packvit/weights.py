@@ -83,6 +83,12 @@ def conv_to_linear(ours: str, theirs: str, *, channels: int = 3) -> Rule:
     return Rule(ours, (theirs,), flatten, unflatten)
 
 
+def convolution(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    """The weight and the bias of a convolution that is a linear layer of ours."""
+    weight = conv_to_linear(f"{ours}.weight", f"{theirs}.weight")
+    return weight, rename(f"{ours}.bias", f"{theirs}.bias")
+
+
 def reshape(ours: str, theirs: str, *leading: int) -> Rule:
     """A tensor that the checkpoint keeps with `leading` dimensions of 1."""
     return Rule(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from packvit.config import EncoderConfig, SinCos
-from packvit.families.aimv2 import AIMv2Packing, images
+from packvit.families.aimv2 import FAMILY, AIMv2Packing
 
 FOLDER = Path(__file__).parents[1] / "packvit" / "models" / "tiny"
 
@@ -35,7 +35,7 @@ CONFIG = EncoderConfig(
 def main() -> None:
     """Draw the weights from one seed and save them."""
     torch.manual_seed(0)
-    AIMv2Packing(CONFIG, images(CONFIG)).bfloat16().save_pretrained(FOLDER)
+    AIMv2Packing(CONFIG, FAMILY.images(CONFIG)).bfloat16().save_pretrained(FOLDER)
     weights = (FOLDER / "model.safetensors").stat().st_size
     print(f"{FOLDER}: {weights:,} bytes of weights")
 

@@ -4,11 +4,30 @@ Nothing here shares code with packvit. Weights are drawn at a scale where every 
 that one which is ignored, swapped or misplaced shows in the output.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Aimv2VisionConfig, Aimv2VisionModel
+from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 TINY: dict[str, Any] = {
     "hidden_size": 64,
@@ -21,11 +40,13 @@ TINY: dict[str, Any] = {
 
 
 class Outputs(NamedTuple):
-    """What a reference says about a pack: per-patch rows end to end, per-frame rows of pooled."""
+    """What a reference says about a pack: per-patch rows end to end, per-frame rows of the rest."""
 
     tokens: Tensor
-    hidden_states: list[Tensor]  # leaving each block
+    hidden_states: list[Tensor]  # of the patches, leaving each block
     pooled: Tensor | None
+    prefix: Tensor
+    projected: Tensor | None
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -45,14 +66,43 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def aimv2(seed: int = 0, **changes: Any) -> Aimv2VisionModel:
     """A small AIMv2 of transformers, with any entry of its configuration changed."""
-    model = Aimv2VisionModel(Aimv2VisionConfig(**(TINY | changes)))
-    randomise(model, seed)
-    return model
+    return build("aimv2", seed, **changes)
+
+
+KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "aimv2": (Aimv2VisionModel, Aimv2VisionConfig, {}),
+    "siglip2": (Siglip2VisionModel, Siglip2VisionConfig, {"num_patches": 25}),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, {}),
+    "clip": (CLIPVisionModel, CLIPVisionConfig, {}),
+    "clip, projected": (CLIPVisionModelWithProjection, CLIPVisionConfig, {"projection_dim": 24}),
+    "dinov2": (Dinov2Model, Dinov2Config, {"mlp_ratio": 2}),
+    "dinov2, swiglu": (Dinov2Model, Dinov2Config, {"use_swiglu_ffn": True}),
+    "dinov2, registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, {}),
+    "dinov3": (DINOv3ViTModel, DINOv3ViTConfig, {"num_register_tokens": 4}),
+    "dinov3, gated": (
+        DINOv3ViTModel,
+        DINOv3ViTConfig,
+        {"num_register_tokens": 2, "use_gated_mlp": True, "hidden_act": "silu"},
+    ),
+}
+
+
+def build(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A small random model of transformers, with any entry of its configuration changed."""
+    model, config, own = KINDS[kind]
+    entries = TINY | own | changes
+    if kind == "siglip2":
+        del entries["image_size"]
+    if kind.startswith("dinov2"):
+        del entries["intermediate_size"]
+    return randomise(model(config(**entries)), seed)
 
 
 def scaled_difference(ours: Tensor, theirs: Tensor) -> float:
     """max|ours - theirs| / max(1, max|theirs| / 4): absolute for small outputs, else relative."""
     assert ours.shape == theirs.shape
+    if not ours.numel():
+        return 0.0  # no prefix tokens on either side
     ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
     return ((ours - theirs).abs().max() / max(1.0, theirs.abs().max().item() / 4)).item()
 
@@ -70,26 +120,60 @@ def image(patches: Tensor, rows: int, columns: int, side: int) -> Tensor:
     return tiles.permute(4, 0, 2, 1, 3).reshape(1, 3, rows * side, columns * side)
 
 
+@contextmanager
+def right_interpolation() -> Iterator[None]:
+    """Keep torch from interpolating a channels-last image to a width of 1 wrongly.
+
+    With antialiasing, on the CPU, it does (seen in 2.13), and so does a reference that comes to
+    it with a transposed table: DINOv2 with registers, on grids of one column.
+    """
+    original = F.interpolate
+
+    def contiguous(image: Tensor, *args: Any, **options: Any) -> Tensor:
+        return original(image.contiguous(), *args, **options)
+
+    F.interpolate = contiguous
+    try:
+        yield
+    finally:
+        F.interpolate = original
+
+
 @torch.no_grad()
+@right_interpolation()
 def run(model: Any, patches: Tensor, grid: list[tuple[int, int, int]], **options: Any) -> Outputs:
     """Forward every frame by itself, and lay the outputs end to end."""
-    side = model.config.patch_size
     frames = [(rows, columns) for count, rows, columns in grid for _ in range(count)]
+    lengths = [rows * columns for rows, columns in frames]
     parameter = next(model.parameters())
-    tokens, layers, pooled = [], [], []
-    for part, (rows, columns) in zip(
-        patches.split([rows * columns for rows, columns in frames]), frames, strict=True
-    ):
-        pixels = image(part, rows, columns, side).to(parameter.device, parameter.dtype)
-        out = model(pixels, output_hidden_states=True, **options)
-        tokens.append(out.last_hidden_state[0])
-        layers.append([state[0] for state in out.hidden_states[1:]])
-        pooled.append(out.pooler_output)
+    found = []
+    for part, (rows, columns) in zip(patches.split(lengths), frames, strict=True):
+        part = part.to(parameter.device, parameter.dtype)
+        out = model(**inputs(model, part, rows, columns), output_hidden_states=True, **options)
+        state = out.last_hidden_state[0]
+        first = len(state) - rows * columns  # prefix tokens come first
+        layers = [state[0, first:] for state in out.hidden_states[1:]]
+        pooled = out.get("pooler_output")
+        found.append((state[first:], layers, pooled, state[:first], out.get("image_embeds")))
+    tokens, layers, pooled, prefix, projected = zip(*found, strict=True)
     return Outputs(
         torch.cat(tokens),
         [torch.cat(parts) for parts in zip(*layers, strict=True)],
         None if pooled[0] is None else torch.cat(pooled),
+        torch.stack(prefix),
+        None if projected[0] is None else torch.cat(projected),
     )
+
+
+def inputs(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+    """One image as the model takes it: pixels, or patches with their mask and shape."""
+    if not isinstance(model, Siglip2VisionModel):
+        return {"pixel_values": image(patches, rows, columns, model.config.patch_size)}
+    return {
+        "pixel_values": patches[None],
+        "pixel_attention_mask": torch.ones(1, len(patches), device=patches.device),
+        "spatial_shapes": torch.tensor([[rows, columns]]),
+    }
 
 
 def to_apple(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,24 +7,25 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_server import Hub, Repository
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
+from small_checkpoint import write_checkpoint
 from torch import Tensor
+from transformers import Aimv2VisionModel
 
 from packvit import checkpoints
-from packvit.checkpoints import CONFIG, EMBEDDED, INDEX, PREPROCESSOR, WEIGHTS, CheckpointError
+from packvit.checkpoints import EMBEDDED, CheckpointError
+from packvit.downloads import CONFIG, INDEX, PREPROCESSOR, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 CONTENTS = {"model_type": "example", "hidden_size": 8}
 IMAGES = {"image_mean": [0.5, 0.5, 0.5]}
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
 def example(seed: int = 0) -> dict[str, Tensor]:
@@ -91,6 +92,33 @@ def test_shards_are_one_mapping_in_the_order_of_their_names(tmp_path: Path):
     assert [file.name for file in found.files] == ["a.safetensors", "b.safetensors"]
     assert sorted(found.tensors) == ["x", "y", "z"]
     assert all(same(found.tensors[name], tensor) for name, tensor in (one | two).items())
+
+
+def test_of_one_file_and_shards_we_read_what_transformers_reads(tmp_path: Path):
+    folder, other = write_checkpoint(tmp_path / "one", scale=1), tmp_path / "other"
+    model = Aimv2VisionModel.from_pretrained(write_checkpoint(other, scale=2))
+    (other / WEIGHTS).unlink()
+    model.save_pretrained(other, max_shard_size="20KB")
+    parts = [path for path in other.iterdir() if path.name != CONFIG]
+    assert len(parts) > 2  # the index and its shards
+    for path in parts:
+        path.rename(folder / path.name)
+
+    def both() -> list[Mapping[str, Tensor]]:
+        return [
+            checkpoints.read(folder).tensors,
+            Aimv2VisionModel.from_pretrained(folder).state_dict(),
+        ]
+
+    assert checkpoints.read(folder).files == (folder / WEIGHTS,)
+    ours, theirs = both()
+    assert ours.keys() == theirs.keys()
+    assert all(same(ours[name], tensor) for name, tensor in theirs.items())
+    assert not same(ours["rms_norm.weight"], model.state_dict()["rms_norm.weight"])
+    (folder / WEIGHTS).unlink()
+    ours, theirs = both()
+    assert all(same(ours[name], tensor) for name, tensor in theirs.items())
+    assert same(ours["rms_norm.weight"], model.state_dict()["rms_norm.weight"])
 
 
 def test_shapes_are_known_without_reading_and_reading_refuses_what_is_not_finite(tmp_path: Path):
@@ -216,7 +244,7 @@ def test_a_file_in_place_of_a_folder_and_a_revision_of_a_folder_are_refused(tmp_
     ],
 )
 def test_json_that_is_not_an_object_is_named(tmp_path: Path, file: str, text: bytes, answer: str):
-    (written(tmp_path) / file).write_bytes(text)
+    (sharded(tmp_path, a={"x": torch.ones(1)}) / file).write_bytes(text)
     assert refusal(tmp_path).startswith(f"{tmp_path / file} {answer}")
 
 
@@ -286,7 +314,7 @@ def test_an_index_may_name_only_files_of_its_own_folder(tmp_path: Path, shard: A
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])
 def test_an_index_without_weight_map_is_named(tmp_path: Path, index: dict):
-    (written(tmp_path) / INDEX).write_text(json.dumps(index))
+    (sharded(tmp_path, a={"x": torch.ones(1)}) / INDEX).write_text(json.dumps(index))
     assert refusal(tmp_path).startswith(f"{tmp_path / INDEX} has no weight_map")
 
 
@@ -316,9 +344,10 @@ def test_shards_that_are_not_there_are_all_named(tmp_path: Path):
 @pytest.mark.parametrize("file", [CONFIG, PREPROCESSOR, WEIGHTS, INDEX, "a.safetensors"])
 def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path, file: str):
     folder = tmp_path / "model"
-    written(folder)
     if file in (INDEX, "a.safetensors"):
         sharded(folder, a={"x": torch.ones(1)})
+    else:
+        written(folder)
     outside = tmp_path / "outside"
     (folder / file).rename(outside)
     (folder / file).symlink_to(outside)
@@ -491,11 +520,13 @@ def test_every_written_file_follows_the_umask(tmp_path: Path):
 
 
 @pytest.mark.parametrize("file", [INDEX, PREPROCESSOR])
-def test_a_file_that_would_be_read_with_the_new_weights_stops_the_writing(
+def test_a_file_that_would_be_read_as_part_of_the_new_one_stops_the_writing(
     tmp_path: Path, file: str
 ):
     (tmp_path / file).write_text("{}")
-    with pytest.raises(CheckpointError, match=f"already has {re.escape(file)}, which would be"):
+    with pytest.raises(
+        CheckpointError, match=rf"already has {re.escape(file)}, which .*\. Remove it"
+    ):
         checkpoints.write(tmp_path, config=CONTENTS, tensors=example(), preprocessor=None)
     assert contents(tmp_path) == {file: b"{}"}
 
@@ -529,255 +560,3 @@ def test_a_write_that_fails_half_way_leaves_what_was_there_before(tmp_path: Path
     assert "The checkpoint cannot be written to" in done.stdout
     assert "File too large" in done.stdout
     assert contents(tmp_path) == before
-
-
-# --------------------------------------------------------------------------------------- the hub
-
-READER = """
-import json, sys
-from packvit import checkpoints
-for line in sys.stdin:
-    name, revision = json.loads(line)
-    try:
-        found = checkpoints.read(name, revision=revision)
-        answer = {
-            "revision": found.revision, "config": found.config, "preprocessor": found.preprocessor,
-            "files": [file.name for file in found.files], "sha256": found.sha256(),
-            "sums": {name: float(tensor.sum()) for name, tensor in found.tensors.items()},
-        }
-    except checkpoints.CheckpointError as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer), flush=True)
-"""
-
-
-class Reader:
-    """A process that reads checkpoints: huggingface_hub takes its settings when it's imported."""
-
-    def __init__(self, endpoint: str, home: Path, **settings: str) -> None:
-        ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("HF_", "HUGGING")) and not name.lower().endswith("_proxy")
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", READER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=inherited | ours | settings,
-        )
-
-    def read(self, name: str, revision: str | None = None) -> dict[str, Any]:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps([name, revision]) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
-def files(seed: int) -> dict[str, bytes]:
-    config = json.dumps(CONTENTS | {"seed": seed}).encode()
-    images = json.dumps(IMAGES).encode()
-    return {
-        CONFIG: config,
-        PREPROCESSOR: images,
-        WEIGHTS: save({"w": torch.full((3,), seed + 0.5)}),
-    }
-
-
-def shards(seed: int) -> dict[str, bytes]:
-    one, two = {"x": torch.full((2,), seed + 0.5)}, {"y": torch.full((4,), seed + 0.5)}
-    index = {"weight_map": {"x": SHARDS[0], "y": SHARDS[1]}}
-    return {
-        CONFIG: json.dumps(CONTENTS).encode(),
-        INDEX: json.dumps(index).encode(),
-        SHARDS[0]: save(one),
-        SHARDS[1]: save(two),
-    }
-
-
-OLD, NEW = "a" * 40, "b" * 40
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with Hub() as hub:
-        yield hub
-
-
-def repository(old: dict[str, bytes], new: dict[str, bytes] | None = None) -> Repository:
-    """A model with one commit, or with two."""
-    if new is None:
-        return Repository({OLD: old}, {"main": OLD})
-    return Repository({OLD: old, NEW: new}, {"main": NEW, "old": OLD})
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("hub-home")
-
-
-@pytest.fixture(scope="module")
-def online(hub: Hub, home: Path) -> Iterator[Reader]:
-    reader = Reader(hub.url, home, HF_TOKEN="hf_example")
-    yield reader
-    reader.close()
-
-
-@pytest.fixture(scope="module")
-def offline(hub: Hub, home: Path) -> Iterator[Reader]:
-    reader = Reader(hub.url, home, HF_HUB_OFFLINE="1")
-    yield reader
-    reader.close()
-
-
-def test_a_branch_is_resolved_to_the_commit_that_is_recorded(hub: Hub, online: Reader):
-    hub.repositories["owner/two"] = repository(files(1), files(2))
-    main, old = online.read("owner/two"), online.read("owner/two", "old")
-    pinned = online.read("owner/two", OLD)
-    assert (main["revision"], main["sums"]["w"]) == (NEW, 7.5)
-    assert (old["revision"], old["sums"]["w"]) == (OLD, 4.5)
-    assert pinned == old
-    assert main["config"] == CONTENTS | {"seed": 2}
-    assert main["preprocessor"] == IMAGES
-    assert main["files"] == [WEIGHTS]
-    assert main["sha256"] != old["sha256"]
-
-
-def test_a_push_between_two_files_does_not_mix_versions(
-    hub: Hub, online: Reader, monkeypatch: pytest.MonkeyPatch
-):
-    hub.repositories["owner/moving"] = repository(files(1), files(2))
-    hub.repositories["owner/moving"].branches["main"] = OLD
-    answer = hub.answer
-
-    def push_after_config(path: str, authorization: str | None):
-        said = answer(path, authorization)
-        if PREPROCESSOR in path:
-            hub.repositories["owner/moving"].branches["main"] = NEW
-        return said
-
-    monkeypatch.setattr(hub, "answer", push_after_config)
-    found = online.read("owner/moving")
-    assert hub.repositories["owner/moving"].branches["main"] == NEW
-    assert (found["revision"], found["config"]["seed"], found["sums"]["w"]) == (OLD, 1, 4.5)
-
-
-def test_the_token_is_sent(hub: Hub, online: Reader):
-    hub.repositories["owner/token"] = repository(files(1))
-    online.read("owner/token")
-    asked = [request for request in hub.requests if "owner/token" in request.path]
-    assert asked
-    assert {request.authorization for request in asked} == {"Bearer hf_example"}
-
-
-def test_all_shards_that_the_index_names_are_downloaded(hub: Hub, online: Reader):
-    hub.repositories["owner/shards"] = repository(shards(1), shards(2))
-    assert online.read("owner/shards")["sums"] == {"x": 5.0, "y": 10.0}
-    old = online.read("owner/shards", "old")
-    assert old["sums"] == {"x": 3.0, "y": 6.0}
-    assert old["files"] == list(SHARDS)
-    assert old["preprocessor"] is None
-
-
-def test_what_was_read_once_is_read_offline_and_with_no_request(
-    hub: Hub, online: Reader, offline: Reader
-):
-    hub.repositories["owner/cached"] = repository(shards(3))
-    first = online.read("owner/cached")
-    requests = len(hub.requests)
-    assert offline.read("owner/cached") == first
-    assert offline.read("owner/cached", OLD) == first
-    assert online.read("owner/cached", OLD) == first
-    assert len(hub.requests) == requests
-
-
-def test_offline_an_uncached_model_and_a_file_that_may_exist_are_not_made_up(
-    hub: Hub, home: Path, online: Reader, offline: Reader
-):
-    hub.repositories["owner/never"] = repository(files(1))
-    assert offline.read("owner/never")["error"] == (
-        "config.json of 'owner/never' is not in the cache, and HF_HUB_OFFLINE forbids to download "
-        "it. Unset it for one run, or give a folder."
-    )
-    online.read("owner/never")
-    cached = home / "hub" / "models--owner--never"
-    (cached / ".no_exist" / OLD / INDEX).unlink()  # as other programs leave it
-    assert offline.read("owner/never")["sums"] == {"w": 4.5}
-    (cached / "snapshots" / OLD / WEIGHTS).unlink()
-    assert offline.read("owner/never")["error"].startswith(f"{INDEX} of 'owner/never' is not in")
-    (cached / "snapshots" / OLD / PREPROCESSOR).unlink()
-    assert offline.read("owner/never")["error"].startswith(
-        f"{PREPROCESSOR} of 'owner/never' is not"
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "revision", "answer"),
-    [
-        (None, None, "There is no folder 'owner/bad', and no model of that name on the hub"),
-        ({}, "v9", "The model 'owner/bad' has no revision 'v9'. Give a branch, a tag, or a whole"),
-        ({"gated": True}, None, "The model 'owner/bad' is gated. Accept its terms on its hub page"),
-        ({"status": 403}, None, "The hub answered 403 for config.json of 'owner/bad'. Please log"),
-        ({"status": 401}, None, "The hub answered 401 for config.json of 'owner/bad'. Please log"),
-        ({"status": 410}, None, "The hub answered 410 for config.json of 'owner/bad'. Try again"),
-        ({CONFIG: None}, None, "The model 'owner/bad' has no config.json on the hub."),
-        ({CONFIG: None}, "main", "The model 'owner/bad' has no config.json on the hub at revision"),
-        ({WEIGHTS: None}, None, "The model 'owner/bad' holds no weights: packvit reads model."),
-        ({CONFIG: b"{"}, None, "/snapshots/aaaaa"),
-    ],
-)
-def test_every_refusal_of_the_hub_is_one_sentence(
-    hub: Hub, home: Path, online: Reader, change: dict | None, revision: str | None, answer: str
-):
-    name = "owner/bad"
-    hub.repositories.pop(name, None)
-    subprocess.run(["rm", "-rf", home / "hub" / "models--owner--bad"], check=True)
-    if change is not None:
-        settings = {key: value for key, value in change.items() if key in ("gated", "status")}
-        held = files(1) | {key: value for key, value in change.items() if key not in settings}
-        commit = {key: value for key, value in held.items() if value is not None}
-        hub.repositories[name] = Repository({OLD: commit}, {"main": OLD}, **settings)
-    error = online.read(name, revision)["error"]
-    assert answer in error
-    assert "\n" not in error
-    assert error.endswith(".")
-
-
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "flax_model.msgpack", "tf_model.h5"])
-def test_a_model_in_another_format_is_refused_and_its_weights_not_downloaded(
-    hub: Hub, online: Reader, file: str
-):
-    name = f"owner/{file.partition('.')[0]}"
-    hub.repositories[name] = repository({CONFIG: b"{}", file: b"weights"})
-    error = online.read(name)["error"]
-    assert f"'{name}' holds weights as {file}, but packvit reads model.safetensors" in error
-    assert not [request for request in hub.requests if request.path.endswith(file)]
-
-
-def test_an_index_on_the_hub_may_not_lead_out_and_its_shards_must_be_there(
-    hub: Hub, online: Reader
-):
-    index = json.dumps({"weight_map": {"x": "../../../x.safetensors"}}).encode()
-    hub.repositories["owner/out"] = repository({CONFIG: b"{}", INDEX: index})
-    assert "may only name .safetensors files of its own" in online.read("owner/out")["error"]
-    assert not [request for request in hub.requests if request.path.endswith("x.safetensors")]
-    lacking = {name: body for name, body in shards(1).items() if name != SHARDS[1]}
-    hub.repositories["owner/lacking"] = repository(lacking)
-    assert online.read("owner/lacking")["error"] == (
-        f"The model 'owner/lacking' lacks shards that its index names: {SHARDS[1]}."
-    )
-
-
-def test_a_hub_that_cannot_be_reached_is_told_from_a_model_that_is_not_there(
-    tmp_path: Path, hub: Hub
-):
-    reader = Reader("http://no-such-scheme-host.invalid:x", tmp_path)
-    assert "could not be downloaded" in reader.read("owner/two")["error"]
-    reader.close()

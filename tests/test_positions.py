@@ -7,7 +7,7 @@ from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_positio
 
 from packvit.config import SinCos, Table
 from packvit.packed import PatchPlaces
-from packvit.positions import look_up, resize, sine_cosine
+from packvit.positions import MODES, look_up, resize, sine_cosine
 
 CPU = torch.device("cpu")
 GRID = ((1, 3, 17), (2, 1, 9), (1, 64, 2), (1, 1, 1))
@@ -58,7 +58,7 @@ def test_other_grids_are_interpolated_in_fp32_and_rounded_once(name, mode, antia
     positions = Table(3, 5, name)
     grid = ((1, 2, 7), (1, 3, 5), (1, 9, 1), (2, 2, 7))
     found = look_up(positions, table, PatchPlaces.from_grid(grid), grid)
-    image = table.float().view(1, 3, 5, 8).permute(0, 3, 1, 2)
+    image = table.float().view(1, 3, 5, 8).permute(0, 3, 1, 2).contiguous()
     expected = []
     for frames, rows, columns in grid:
         bent = F.interpolate(
@@ -74,3 +74,14 @@ def test_gradients_reach_the_table_through_every_grid():
     resize(Table(3, 5, "bicubic_antialias"), table, 2, 7).sum().backward()
     assert table.grad is not None
     assert bool((table.grad != 0).all())
+
+
+@pytest.mark.parametrize("name", ["bilinear_antialias", "bicubic_antialias", "bicubic"])
+def test_a_grid_of_one_column_is_interpolated_rightly(name):
+    table = torch.randn(25, 8, generator=torch.Generator().manual_seed(0))
+    mode, antialias = MODES[name]
+    image = table.double().T.contiguous().view(1, 8, 5, 5)
+    for rows, columns in [(19, 1), (3, 1), (1, 19)]:
+        exact = F.interpolate(image, (rows, columns), mode=mode, antialias=antialias)
+        found = resize(Table(5, 5, name), table, rows, columns)
+        torch.testing.assert_close(found.double(), exact[0].flatten(1).T, atol=5e-6, rtol=0)

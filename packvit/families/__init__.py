@@ -2,5 +2,17 @@
 
 from packvit.encoder import Encoder
 from packvit.families.aimv2 import AIMv2Packing
+from packvit.families.clip import ClipPacking
+from packvit.families.dinov2 import Dinov2Packing
+from packvit.families.dinov3 import DINOv3ViTPacking
+from packvit.families.siglip import SiglipPacking
+from packvit.families.siglip2 import Siglip2NaflexPacking
 
-FAMILIES: tuple[type[Encoder], ...] = (AIMv2Packing,)
+FAMILIES: tuple[type[Encoder], ...] = (
+    AIMv2Packing,
+    Siglip2NaflexPacking,
+    DINOv3ViTPacking,
+    Dinov2Packing,
+    SiglipPacking,
+    ClipPacking,
+)

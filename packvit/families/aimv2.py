@@ -1,48 +1,27 @@
 """AIMv2: `apple/aimv2-*`, with positions for any grid ("native") or learned for one.
 
-Two layouts are in circulation. Apple published "original", with q, k and v in one matrix; the
-transformers library rewrote the same weights as "transformers", with each on its own. The LiT
-checkpoint wraps either beside a text tower, which is skipped.
+Two layouts are in circulation: Apple's "original" has q, k and v in one matrix, transformers keeps
+each on its own. The LiT checkpoint wraps either beside a text tower, which is skipped.
 
-Source: "Multimodal Autoregressive Pre-training of Large Vision Encoders", arXiv:2411.14402;
-transformers 5.17, models/aimv2.
+Source: "AIMv2", arXiv:2411.14402; transformers 5.17, models/aimv2.
 """
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any
 
-from packvit.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    EncoderConfig,
-    ImageConfig,
-    ShortestEdge,
-    SinCos,
-    Table,
-)
+from packvit import family
+from packvit.config import EncoderConfig, SinCos, Table
 from packvit.encoder import Encoder
-from packvit.family import (
-    Family,
-    Json,
-    Layout,
-    activation,
-    agreed,
-    field,
-    sizes,
-    square,
-    write_sizes,
-)
 from packvit.layers import Attention, Block, Blocks, PatchEmbeddings
-from packvit.weights import Rule, conv_to_linear, layers, prefixed, rename, reshape
+from packvit.weights import convolution, layers, rename, reshape
 
-SIZES = ("large", "huge", "1B", "3B")
-VARIANTS = ("native", "224-distilled", "336-distilled", "224-lit")
+VARIANTS = ("native", "224-distilled", "336-distilled", "224-lit")  # of the large size alone
+PROJECTIONS = ("visual_projection.weight", "image_projector.weight")  # of LiT, by layout
+TEXT = ("text_model", "text_projection", "logit_scale")  # the other tower, by layout
+TEXT_APPLE = ("text_encoder", "text_projector", "log_logit_scale")
 
-ORIGINAL_RULES = (
-    conv_to_linear("embeddings.patches.weight", "preprocessor.patchifier.proj.weight"),
-    rename("embeddings.patches.bias", "preprocessor.patchifier.proj.bias"),
-    rename("embeddings.norm.weight", "preprocessor.patchifier.norm.weight"),
+APPLE = (
+    *convolution("embeddings.patches", "preprocessor.patchifier.proj"),
     reshape("embeddings.positions", "preprocessor.pos_embed", 1),
     *layers(
         "encoder.layers.{i}.",
@@ -56,15 +35,14 @@ ORIGINAL_RULES = (
             "mlp.down": "mlp.fc2",
         },
     ),
-    rename("norm.weight", "trunk.post_trunk_norm.weight"),
+    *layers("", "", {"embeddings.norm": "preprocessor.patchifier.norm"}),
+    *layers("", "", {"norm": "trunk.post_trunk_norm"}),
     reshape("head.query", "head.cls_token", 1, 1),
     *layers("head.", "head.", {"kv": "k v", "out": "linear"}),
 )
 
 TRANSFORMERS_RULES = (
-    conv_to_linear("embeddings.patches.weight", "embeddings.patch_embed.weight"),
-    rename("embeddings.patches.bias", "embeddings.patch_embed.bias"),
-    rename("embeddings.norm.weight", "embeddings.rms_norm.weight"),
+    *convolution("embeddings.patches", "embeddings.patch_embed"),
     rename("embeddings.positions", "embeddings.position_embedding.weight"),
     *layers(
         "encoder.layers.{i}.",
@@ -78,49 +56,46 @@ TRANSFORMERS_RULES = (
             "mlp.down": "ffn.down_proj",
         },
     ),
-    rename("norm.weight", "rms_norm.weight"),
+    *layers("", "", {"norm": "rms_norm", "embeddings.norm": "embeddings.rms_norm"}),
     reshape("head.query", "head.cls_token", 1, 1),
     *layers("head.", "head.", {"kv": "k_proj v_proj", "out": "output_proj"}),
 )
 
 
-def read(config: Json, names: Collection[str]) -> EncoderConfig:
-    """Read config.json of either layout.
+def read(config: family.Json, names: Collection[str]) -> EncoderConfig:
+    """Read config.json of either layout, of the image tower alone or beside a text tower.
 
     Apple's native variant says so by having no image_size, and no entry tells of its head.
     """
-    rewritten = config.get("model_type") == "aimv2_vision_model"
-    native = field(config, "is_native", bool, not rewritten and "image_size" not in config)
-    head = field(config, "use_head", bool, rewritten or "head.cls_token" in names)
-    patch = square(config, "patch_size", 14)
-    side = 0 if native else square(config, "image_size", 224) // patch
-    bias = agreed(config, "qkv_bias", "mlp_bias", "use_bias")
+    inner = family.tower(config)
+    rewritten = inner.get("model_type") == "aimv2_vision_model"
+    native = family.entry(inner, "is_native", bool, not rewritten and "image_size" not in inner)
+    headed = any(name.endswith("head.cls_token") for name in names)
+    patch = family.square(inner, "patch_size", 14)
+    side = 0 if native else family.square(inner, "image_size", 224) // patch
+    bias = family.agreed(inner, "qkv_bias", "mlp_bias", "use_bias")
     return EncoderConfig(
-        **sizes(config, width=1024, layers=24, heads=8, mlp_width=2816),
+        **family.sizes(inner, width=1024, layers=24, heads=8, mlp_width=2816),
         patch=patch,
         positions=SinCos() if native else Table(side, side, resize="bicubic_antialias"),
         norm="rms",
-        norm_eps=field(config, "rms_norm_eps", float, 1e-5),
-        activation=activation(config, "silu"),
+        norm_eps=family.entry(inner, "rms_norm_eps", float, 1e-5),
+        activation=family.activation(inner, "silu"),
         gated=True,
         bias=bias,
         qkv_bias="qkv" if bias else "",
         embedding_norm="patches",
-        pool="query" if head else None,
+        pool="query" if family.entry(inner, "use_head", bool, rewritten or headed) else None,
+        projection=family.entry(config, "projection_dim", int, 512)
+        if {*PROJECTIONS} & {*names}
+        else None,
     )
 
 
-def read_lit(config: Json, names: Collection[str]) -> EncoderConfig:
-    """Read the image tower of a config.json with two towers, and the width they share."""
-    within = {name.partition(".")[2] for name in names}
-    tower = read(field(config, "vision_config", dict), within)
-    return replace(tower, projection=field(config, "projection_dim", int, 512))
-
-
 def write(config: EncoderConfig) -> dict[str, Any]:
-    """Write config.json as transformers' Aimv2VisionConfig."""
+    """Write config.json as transformers' Aimv2VisionConfig, or Aimv2Config with a projection."""
     table = config.positions
-    return write_sizes(config) | {
+    written = family.write_sizes(config) | {
         "model_type": "aimv2_vision_model",
         "architectures": ["Aimv2VisionModel"],
         "image_size": table.rows * config.patch if isinstance(table, Table) else 224,
@@ -130,65 +105,47 @@ def write(config: EncoderConfig) -> dict[str, Any]:
         "is_native": isinstance(table, SinCos),
         "use_head": config.pool is not None,
     }
+    if config.projection is None:
+        return written
+    return {"model_type": "aimv2", "vision_config": written, "projection_dim": config.projection}
 
 
-def write_original(config: EncoderConfig) -> dict[str, Any]:
-    """Write config.json as Apple published it: no image_size where any grid goes."""
-    renamed = write(config) | {"model_type": "aimv2", "use_bias": config.bias}
-    native = renamed.pop("is_native")
-    absent = {"architectures", "mlp_bias", "use_head"} | ({"image_size"} if native else set())
-    return {name: value for name, value in renamed.items() if name not in absent}
+def write_apple(config: EncoderConfig) -> dict[str, Any]:
+    """Write config.json by Apple's words; those it does not know, it passes over."""
+    return write(config) | ({} if config.projection else {"model_type": "aimv2"})
 
 
-def write_lit(config: EncoderConfig) -> dict[str, Any]:
-    """Write config.json with the image tower alone; the text tower was skipped when loading."""
-    tower = write(replace(config, projection=None))
-    return {"model_type": "aimv2", "vision_config": tower, "projection_dim": config.projection}
+TRANSFORMERS = family.Layout("transformers", "rms_norm.weight", TRANSFORMERS_RULES, read, write)
+ORIGINAL = family.Layout("original", "trunk.post_trunk_norm.weight", APPLE, read, write_apple)
 
+REFERENCE = family.Reference(
+    variants=(
+        family.Variant("native", "Aimv2VisionModel", {"is_native": True}),
+        family.Variant("fixed", "Aimv2VisionModel"),
+        family.Variant("headless", "Aimv2VisionModel", {"is_native": True, "use_head": False}),
+        family.Variant("LiT", "Aimv2Model"),
+    ),
+    processor="CLIPImageProcessorPil",
+)
 
-def images(config: EncoderConfig) -> ImageConfig:
-    """Return Apple's preprocessing: CLIP's statistics; the native variant takes any size."""
-    table = config.positions
-    side = table.rows * config.patch if isinstance(table, Table) else 0
-    sizing = ShortestEdge(side, crop=(side, side)) if side else None
-    return ImageConfig(config.patch, CLIP_MEAN, CLIP_STD, "bicubic", sizing)
-
-
-def beside_text(
-    name: str, rules: tuple[Rule, ...], tower: str, projector: str, skipped: tuple[str, ...]
-) -> Layout:
-    """Return the layout of an image tower that stands beside a text tower: LiT."""
-    [last_norm] = next(rule for rule in rules if rule.ours == "norm.weight").theirs
-    projected = (*prefixed(rules, tower), rename("projection.weight", projector))
-    return Layout(name, tower + last_norm, projected, read_lit, write_lit, skipped=skipped)
-
-
-FAMILY = Family(
+FAMILY = family.Family(
     name="AIMv2",
     model_types=("aimv2_vision_model", "aimv2"),
     layouts=(
-        Layout("transformers", "rms_norm.weight", TRANSFORMERS_RULES, read, write),
-        Layout("original", "trunk.post_trunk_norm.weight", ORIGINAL_RULES, read, write_original),
-        beside_text(
-            "transformers",
-            TRANSFORMERS_RULES,
-            "vision_model.",
-            "visual_projection.weight",
-            ("text_model", "text_projection", "logit_scale"),
-        ),
-        beside_text(
-            "original",
-            ORIGINAL_RULES,
-            "image_encoder.",
-            "image_projector.weight",
-            ("text_encoder", "text_projector", "log_logit_scale"),
+        TRANSFORMERS,
+        ORIGINAL,
+        family.beside_text(TRANSFORMERS, TEXT, projection=PROJECTIONS[0]),
+        family.beside_text(
+            ORIGINAL, TEXT_APPLE, prefix="image_encoder.", projection=PROJECTIONS[1]
         ),
     ),
-    images=images,
-    checkpoints=(
-        *(f"apple/aimv2-{size}-patch14-{side}" for size in SIZES for side in (224, 336, 448)),
-        *(f"apple/aimv2-large-patch14-{kind}" for kind in VARIANTS),
+    images=family.clip_images,
+    checkpoints=tuple(
+        f"apple/aimv2-{size}-patch14-{kind}"
+        for size in ("large", "huge", "1B", "3B")
+        for kind in (224, 336, 448, *(VARIANTS if size == "large" else ()))
     ),
+    reference=REFERENCE,
 )
 
 

@@ -1,0 +1,147 @@
+"""DINOv2, with and without registers: any grid by resizing a learned table, class token first.
+
+Without registers the table is resized without antialiasing, with them it is antialiased.
+
+Source: "DINOv2", arXiv:2304.07193; "Vision Transformers Need Registers", arXiv:2309.16588;
+transformers 5.17, models/dinov2 and models/dinov2_with_registers.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from packvit.config import (
+    IMAGENET_STATISTICS,
+    EncoderConfig,
+    ImageConfig,
+    ShortestEdge,
+    Table,
+)
+from packvit.encoder import Encoder
+from packvit.family import (
+    Family,
+    Json,
+    Layout,
+    Reference,
+    Variant,
+    activation,
+    entry,
+    sizes,
+    square,
+    write_sizes,
+)
+from packvit.weights import convolution, layers, rename, reshape
+
+RULES = (
+    *convolution("embeddings.patches", "embeddings.patch_embeddings.projection"),
+    reshape("embeddings.positions", "embeddings.position_embeddings", 1),
+    reshape("embeddings.class_token", "embeddings.cls_token", 1, 1),
+    reshape("embeddings.registers", "embeddings.register_tokens", 1),
+    *layers(
+        "encoder.layers.{i}.",
+        "encoder.layer.{i}.",
+        {
+            "attention_norm": "norm1",
+            "attention.qkv": (
+                "attention.attention.query attention.attention.key attention.attention.value"
+            ),
+            "attention.out": "attention.output.dense",
+            "mlp_norm": "norm2",
+        },
+    ),
+    rename("encoder.layers.{i}.attention_scale.scale", "encoder.layer.{i}.layer_scale1.lambda1"),
+    rename("encoder.layers.{i}.mlp_scale.scale", "encoder.layer.{i}.layer_scale2.lambda1"),
+    *layers("", "", {"norm": "layernorm"}),
+)
+PLAIN = {"mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
+GATED = {"mlp.gate_up": "mlp.weights_in", "mlp.down": "mlp.weights_out"}
+
+
+def read(config: Json, names: Collection[str]) -> EncoderConfig:
+    """Read config.json; `mlp_ratio` and `use_swiglu_ffn` give the width of the MLP."""
+    registered = config.get("model_type") == "dinov2_with_registers"
+    gated = entry(config, "use_swiglu_ffn", bool, False)
+    size = sizes(config, width=768, layers=12, heads=12)
+    inner = int(size["width"] * entry(config, "mlp_ratio", (int, float), 4))
+    patch = square(config, "patch_size", 16 if registered else 14)
+    side = square(config, "image_size", 224) // patch
+    resize = "bicubic_antialias" if registered else "bicubic"
+    return EncoderConfig(
+        **size,
+        mlp_width=(int(inner * 2 / 3) + 7) // 8 * 8 if gated else inner,
+        patch=patch,
+        positions=Table(side, side, resize, any_grid=True, class_row=True),
+        norm="layer",
+        norm_eps=entry(config, "layer_norm_eps", float, 1e-6),
+        activation="silu" if gated else activation(config, "gelu"),
+        gated=gated,
+        qkv_bias="qkv" if entry(config, "qkv_bias", bool, True) else "",
+        layer_scale=True,
+        class_token=True,
+        registers=entry(config, "num_register_tokens", int, 4) if registered else 0,
+        pool="class",
+    )
+
+
+def write(config: EncoderConfig) -> dict[str, Any]:
+    """Write config.json as transformers' Dinov2Config or Dinov2WithRegistersConfig."""
+    table, kind = config.positions, "WithRegisters" if config.registers else ""
+    assert isinstance(table, Table)
+    written = write_sizes(config) | {
+        "model_type": "dinov2_with_registers" if kind else "dinov2",
+        "architectures": [f"Dinov2{kind}Model"],
+        "image_size": table.rows * config.patch,
+        "layer_norm_eps": config.norm_eps,
+        "mlp_ratio": 4 if config.gated else config.mlp_width // config.width,
+        "use_swiglu_ffn": config.gated,
+        "qkv_bias": config.qkv_bias == "qkv",
+    }
+    return written | ({"num_register_tokens": config.registers} if kind else {})
+
+
+def images(config: EncoderConfig) -> ImageConfig:
+    """Return DINOv2's preprocessing: the shortest edge to 256, then 224 from the centre."""
+    sizing = ShortestEdge(256, crop=(224, 224))
+    return ImageConfig(config.patch, *IMAGENET_STATISTICS, "bicubic", sizing)
+
+
+def layout(mlp: dict[str, str]) -> Layout:
+    """Return the layout of checkpoints with one kind of MLP, told by its last matrix."""
+    rules = (*RULES, *layers("encoder.layers.{i}.", "encoder.layer.{i}.", mlp))
+    marker = f"encoder.layer.0.{mlp['mlp.down']}.weight"
+    carried = {"mask_token": "embeddings.mask_token"}
+    return Layout("transformers", marker, rules, read, write, carried=carried)
+
+
+SIZES = ("small", "base", "large", "giant")
+
+REFERENCE = Reference(
+    variants=(
+        Variant("plain", "Dinov2Model"),
+        Variant("SwiGLU", "Dinov2Model", {"use_swiglu_ffn": True}),
+        Variant("registers", "Dinov2WithRegistersModel"),
+    ),
+    processor="BitImageProcessorPil",
+    processor_options={
+        "size": {"shortest_edge": 256},
+        "image_mean": IMAGENET_STATISTICS[0],
+        "image_std": IMAGENET_STATISTICS[1],
+    },
+)
+
+FAMILY = Family(
+    name="DINOv2",
+    model_types=("dinov2", "dinov2_with_registers"),
+    layouts=(layout(PLAIN), layout(GATED)),
+    images=images,
+    checkpoints=(
+        *(f"facebook/dinov2-{size}" for size in SIZES),
+        *(f"facebook/dinov2-with-registers-{size}" for size in SIZES),
+    ),
+    reference=REFERENCE,
+)
+
+
+class Dinov2Packing(Encoder):
+    """DINOv2 on packs: `facebook/dinov2-*`, with and without registers."""
+
+    family = FAMILY

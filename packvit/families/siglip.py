@@ -1,0 +1,116 @@
+"""SigLIP, and the SigLIP2 checkpoints of a fixed size, which are of the same model type.
+
+Source: "Sigmoid Loss for Language Image Pre-Training", arXiv:2303.15343; transformers 5.17,
+models/siglip.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from packvit.config import HALF_STATISTICS, EncoderConfig, Exact, ImageConfig, Table
+from packvit.encoder import Encoder
+from packvit.family import (
+    CLIP_BLOCK,
+    PROBE_HEAD,
+    Family,
+    Json,
+    Layout,
+    Reference,
+    Variant,
+    activation,
+    beside_text,
+    entry,
+    sizes,
+    square,
+    tower,
+    write_sizes,
+)
+from packvit.weights import convolution, layers, rename
+
+RULES = (
+    *convolution("embeddings.patches", "embeddings.patch_embedding"),
+    rename("embeddings.positions", "embeddings.position_embedding.weight"),
+    *layers("encoder.layers.{i}.", "encoder.layers.{i}.", CLIP_BLOCK),
+    *layers("", "", {"norm": "post_layernorm"}),
+    *PROBE_HEAD,
+)
+
+
+def read(config: Json, names: Collection[str]) -> EncoderConfig:
+    """Read config.json of the vision tower, alone or beside a text tower."""
+    config = tower(config)
+    patch = square(config, "patch_size", 16)
+    side = square(config, "image_size", 224) // patch
+    return EncoderConfig(
+        **sizes(config, width=768, layers=12, heads=12, mlp_width=3072),
+        patch=patch,
+        positions=Table(side, side, resize="bicubic"),
+        norm="layer",
+        norm_eps=entry(config, "layer_norm_eps", float, 1e-6),
+        activation=activation(config, "gelu_pytorch_tanh"),
+        pool="probe" if any(name.endswith("head.probe") for name in names) else None,
+    )
+
+
+def write(config: EncoderConfig) -> dict[str, Any]:
+    """Write config.json as transformers' SiglipVisionConfig."""
+    table = config.positions
+    assert isinstance(table, Table)
+    return write_sizes(config) | {
+        "model_type": "siglip_vision_model",
+        "architectures": ["SiglipVisionModel"],
+        "image_size": table.rows * config.patch,
+        "layer_norm_eps": config.norm_eps,
+        "vision_use_head": config.pool is not None,
+    }
+
+
+def images(config: EncoderConfig) -> ImageConfig:
+    """Return SigLIP's preprocessing: a square, whatever the aspect ratio was."""
+    table = config.positions
+    assert isinstance(table, Table)
+    side = table.rows * config.patch
+    return ImageConfig(config.patch, *HALF_STATISTICS, "bicubic", Exact(side, side))
+
+
+ALONE = Layout(
+    "transformers",
+    "post_layernorm.weight",
+    RULES,
+    read,
+    write,
+    carried={"position_ids": "embeddings.position_ids"},
+)
+
+REFERENCE = Reference(
+    variants=(
+        Variant("plain", "SiglipVisionModel"),
+        Variant("headless", "SiglipVisionModel", {"vision_use_head": False}),
+        Variant("two towers", "SiglipModel"),
+    ),
+    processor="SiglipImageProcessorPil",
+    interpolates=True,
+)
+
+FAMILY = Family(
+    name="SigLIP",
+    model_types=("siglip_vision_model", "siglip"),
+    layouts=(ALONE, beside_text(ALONE, ("text_model", "logit_scale", "logit_bias"))),
+    images=images,
+    checkpoints=(
+        *(f"google/siglip-base-patch16-{side}" for side in (224, 256, 384, 512)),
+        *(f"google/siglip-large-patch16-{side}" for side in (256, 384)),
+        *(f"google/siglip-so400m-patch14-{side}" for side in (224, 384)),
+        *(f"google/siglip2-base-patch16-{side}" for side in (224, 256, 384, 512)),
+        *(f"google/siglip2-large-patch16-{side}" for side in (256, 384, 512)),
+        *(f"google/siglip2-so400m-patch14-{side}" for side in (224, 384)),
+        *(f"google/siglip2-so400m-patch16-{side}" for side in (256, 384, 512)),
+    ),
+    reference=REFERENCE,
+)
+
+
+class SiglipPacking(Encoder):
+    """SigLIP and fixed-size SigLIP2 on packs: `google/siglip-*`, `google/siglip2-*`."""
+
+    family = FAMILY

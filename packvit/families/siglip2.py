@@ -1,0 +1,109 @@
+"""SigLIP2 NaFlex: `google/siglip2-*-naflex`, any grid by resizing a learned table.
+
+Only these two are NaFlex; the other siglip2 repositories are of a fixed size and of model type
+"siglip" (siglip.py). Their patch embedding is a linear layer over (row, column, channel) already.
+
+Source: "SigLIP 2", arXiv:2502.14786; transformers 5.17, models/siglip2.
+"""
+
+from collections.abc import Collection
+from math import isqrt
+from typing import Any
+
+from packvit.config import HALF_STATISTICS, EncoderConfig, ImageConfig, MostPatches, Table
+from packvit.encoder import Encoder
+from packvit.family import (
+    CLIP_BLOCK,
+    PROBE_HEAD,
+    Family,
+    Json,
+    Layout,
+    Reference,
+    Variant,
+    activation,
+    beside_text,
+    entry,
+    sizes,
+    square,
+    tower,
+    write_sizes,
+)
+from packvit.layers import Attention, Block, Blocks, PatchEmbeddings
+from packvit.weights import layers, rename
+
+RULES = (
+    *layers("embeddings.", "embeddings.", {"patches": "patch_embedding"}),
+    rename("embeddings.positions", "embeddings.position_embedding.weight"),
+    *layers("encoder.layers.{i}.", "encoder.layers.{i}.", CLIP_BLOCK),
+    *layers("", "", {"norm": "post_layernorm"}),
+    *PROBE_HEAD,
+)
+
+
+def read(config: Json, names: Collection[str]) -> EncoderConfig:
+    """Read config.json of the vision tower, alone or beside a text tower."""
+    config = tower(config)
+    side = isqrt(entry(config, "num_patches", int, 256))
+    return EncoderConfig(
+        **sizes(config, width=768, layers=12, heads=12, mlp_width=3072),
+        patch=square(config, "patch_size", 16),
+        positions=Table(side, side, resize="bilinear_antialias", any_grid=True),
+        norm="layer",
+        norm_eps=entry(config, "layer_norm_eps", float, 1e-6),
+        activation=activation(config, "gelu_pytorch_tanh"),
+        pool="probe" if any(name.endswith("head.probe") for name in names) else None,
+    )
+
+
+def write(config: EncoderConfig) -> dict[str, Any]:
+    """Write config.json as transformers' Siglip2VisionConfig."""
+    table = config.positions
+    assert isinstance(table, Table)
+    return write_sizes(config) | {
+        "model_type": "siglip2_vision_model",
+        "architectures": ["Siglip2VisionModel"],
+        "num_patches": table.rows * table.columns,
+        "layer_norm_eps": config.norm_eps,
+        "vision_use_head": config.pool is not None,
+    }
+
+
+def images(config: EncoderConfig) -> ImageConfig:
+    """Return NaFlex's preprocessing with its default of 256 patches."""
+    return ImageConfig(config.patch, *HALF_STATISTICS, "bilinear", MostPatches(256))
+
+
+ALONE = Layout("transformers", "post_layernorm.weight", RULES, read, write)
+
+REFERENCE = Reference(
+    variants=(
+        Variant("NaFlex", "Siglip2VisionModel"),
+        Variant("headless", "Siglip2VisionModel", {"vision_use_head": False}),
+        Variant("two towers", "Siglip2Model"),
+    ),
+    processor="Siglip2ImageProcessorPil",
+)
+
+FAMILY = Family(
+    name="SigLIP2 NaFlex",
+    model_types=("siglip2_vision_model", "siglip2"),
+    layouts=(ALONE, beside_text(ALONE, ("text_model", "logit_scale", "logit_bias"))),
+    images=images,
+    checkpoints=(
+        "google/siglip2-base-patch16-naflex",
+        "google/siglip2-so400m-patch16-naflex",
+    ),
+    reference=REFERENCE,
+)
+
+
+class Siglip2NaflexPacking(Encoder):
+    """SigLIP2 NaFlex on packs: `google/siglip2-*-naflex`."""
+
+    family = FAMILY
+
+
+Siglip2VisionEmbeddings = PatchEmbeddings
+Siglip2PackingAttention = Attention
+Siglip2PackingEncoderLayer = Block
+Siglip2PackingEncoder = Blocks
