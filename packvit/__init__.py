@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from packvit.encoder import Features as Features
     from packvit.encoder import Pack as Pack
     from packvit.families.aimv2 import AIMv2Packing as AIMv2Packing
+    from packvit.families.clip import ClipPacking as ClipPacking
+    from packvit.families.dinov2 import Dinov2Packing as Dinov2Packing
+    from packvit.families.dinov3 import DINOv3ViTPacking as DINOv3ViTPacking
+    from packvit.families.siglip import SiglipPacking as SiglipPacking
+    from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
     from packvit.hub import load as load
     from packvit.images import ImageError as ImageError
     from packvit.packed import Segments as Segments
@@ -24,16 +29,23 @@ __version__ = "0.1.0"
 _HOMES = {
     "AIMv2Packing": "packvit.families.aimv2",
     "CheckpointError": "packvit.checkpoints",
+    "ClipPacking": "packvit.families.clip",
+    "DINOv3ViTPacking": "packvit.families.dinov3",
+    "Dinov2Packing": "packvit.families.dinov2",
     "Encoder": "packvit.encoder",
     "Features": "packvit.encoder",
     "ImageError": "packvit.images",
     "Pack": "packvit.encoder",
     "Segments": "packvit.packed",
+    "Siglip2NaflexPacking": "packvit.families.siglip2",
+    "SiglipPacking": "packvit.families.siglip",
     "attend": "packvit.attention",
     "embed": "packvit.corpus.job",
     "load": "packvit.hub",
     "plan_packs": "packvit.packing",
 }
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll] # resolved on first use
 
 
 def __getattr__(name: str) -> Any:

@@ -100,6 +100,12 @@ class Encoder(nn.Module):
         positions: GridPolicy = "checkpoint",
     ) -> None:
         super().__init__()
+        if not isinstance(config, EncoderConfig):
+            name = type(self).__name__
+            raise TypeError(
+                f"{name} is built from an EncoderConfig, not from {config!r}. To load a checkpoint "
+                f"write {name}.from_pretrained(name_or_folder), or packvit.load(name_or_folder)."
+            )
         self.config = config
         self.images = images
         self.patch_order: PatchOrder = patch_order

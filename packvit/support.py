@@ -78,11 +78,22 @@ def backends_page() -> str:
 
 
 def families_page() -> str:
-    """Return the table of families and published checkpoints for the docs."""
+    """Return the table of families for README."""
     lines = ["| family | class | layouts | published checkpoints |", "|---|---|---|---|"]
     for encoder in FAMILIES:
         family = encoder.family
         layouts = ", ".join(dict.fromkeys(layout.name for layout in family.layouts))
-        names = ", ".join(f"`{name}`" for name in family.checkpoints)
-        lines.append(f"| {family.name} | `{encoder.__name__}` | {layouts} | {names} |")
+        some = f"{len(family.checkpoints)}, such as `{family.checkpoints[0]}`"
+        lines.append(f"| {family.name} | `{encoder.__name__}` | {layouts} | {some} |")
     return "\n".join(lines) + "\n"
+
+
+def checkpoints_page() -> str:
+    """Return docs/checkpoints.md: every published checkpoint that we know by name."""
+    page = ["# Checkpoints\n", "Written by `docs/generate.py` from the families' files.\n"]
+    for encoder in FAMILIES:
+        page.append(f"## {encoder.family.name}: `{encoder.__name__}`\n")
+        page += [f"- `{name}`" for name in encoder.family.checkpoints]
+        page.append("")
+    page.append("## Attention backends\n")
+    return "\n".join([*page, backends_page()])

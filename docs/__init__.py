@@ -1,0 +1,1 @@
+"""Prose by hand, and the pages that `docs/generate.py` writes."""

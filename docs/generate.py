@@ -1,0 +1,108 @@
+"""Write the pages that are printed from the code; a test fails when one is out of date.
+
+python -m docs.generate
+"""
+
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+import packvit
+from benchmarks.table import table
+from packvit import support
+from packvit.cli import help_page
+from packvit.images import CODES
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ("forward-h200", "naflex-h200", "forward-cpu")
+
+
+def reference_page() -> str:
+    """Return every public name with its signature and docstring."""
+    page = ["# Reference\n\nWritten by `docs/generate.py` from the docstrings.\n"]
+    for name in packvit.__all__:
+        thing = getattr(packvit, name)
+        page.append(f"## `packvit.{name}`\n\n{entry(name, thing)}")
+        if inspect.isclass(thing) and name in ("Encoder", "Features", "Segments"):
+            page += [
+                f"### `{name}.{method}`\n\n{entry(method, member)}"
+                for method, member in public_methods(thing)
+            ]
+    return "\n".join(page)
+
+
+def public_methods(kind: type) -> list[tuple[str, object]]:
+    """Return the methods and properties that a class itself defines, in its order."""
+    found = []
+    for name, member in vars(kind).items():
+        inner = getattr(member, "__func__", member)
+        if not name.startswith("_") and (inspect.isfunction(inner) or isinstance(inner, property)):
+            found.append((name, inner))
+    return found
+
+
+def entry(name: str, thing: object) -> str:
+    """Return one signature and docstring as text."""
+    doc = inspect.getdoc(thing) or ""
+    if isinstance(thing, property):
+        return f"{doc}\n"
+    if isinstance(thing, type) and issubclass(thing, Exception):
+        return f"{doc}\n"
+    shown = str(inspect.signature(thing)) if callable(thing) else ""
+    # Defaults and annotations print as Python shows them; module paths only make them longer.
+    shown = re.sub(
+        r"\b(?:packvit\.[a-z0-9_.]+|torch\.nn\.modules\.module|typing|collections\.abc)\.",
+        "",
+        shown,
+    )
+    return f"```\n{name}{shown}\n```\n\n{doc}\n"
+
+
+def codes_table() -> str:
+    """Return what each code of an error row means."""
+    rows = [f"| `{code}` | {words} |" for code, words in CODES.items()]
+    return "\n".join(["| code | the input |", "|---|---|", *rows]) + "\n"
+
+
+def fill(page: str, name: str, content: str) -> str:
+    """Return a page with what stands between its two marks called `name` replaced."""
+    marks = rf"(<!-- {name}: [^>]* -->\n).*?(<!-- /{name} -->)"
+    filled, count = re.subn(marks, lambda m: f"{m[1]}{content}{m[2]}", page, flags=re.DOTALL)
+    assert count == 1, f"the marks of {name} must stand in the page once"
+    return filled
+
+
+def pages() -> dict[Path, str]:
+    """Return every generated page, by its path."""
+    readme, embedding = ROOT / "README.md", ROOT / "docs" / "embedding.md"
+    measured = ROOT / "docs" / "benchmarks.md"
+    figures = measured.read_text()
+    for name in RESULTS:
+        report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        figures = fill(figures, name, table(report))
+    return {
+        measured: figures,
+        ROOT / "docs" / "checkpoints.md": support.checkpoints_page(),
+        ROOT / "docs" / "cli.md": help_page(),
+        ROOT / "docs" / "reference.md": reference_page(),
+        readme: fill(readme.read_text(), "families", support.families_page()),
+        embedding: fill(embedding.read_text(), "codes", codes_table()),
+    }
+
+
+def main() -> None:
+    """Write them all, or with `--check` name those that are out of date, and fail."""
+    stale = [
+        path for path, text in pages().items() if not path.exists() or path.read_text() != text
+    ]
+    if "--check" in sys.argv[1:] and stale:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        raise SystemExit(f"Out of date: {names}. Run: python -m docs.generate")
+    for path in stale:
+        path.write_text(pages()[path])
+
+
+if __name__ == "__main__":
+    main()
