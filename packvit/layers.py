@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from packvit.attention import Backend
 from packvit.config import Activation, EncoderConfig, Rotary, SinCos, Statistics, Table
 from packvit.packed import Grid, PatchPlaces, PrefixPlaces, Segments
-from packvit.positions import check_grid, look_up, rotary, rotate, sine_cosine
+from packvit.positions import ResizedTables, check_grid, look_up, rotary, rotate, sine_cosine
 
 Tokens = Float[Tensor, "T D"]
 Turns = tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]  # rotary cosine and sine of each token
@@ -92,6 +92,7 @@ class PatchEmbeddings(nn.Module):
         if isinstance(config.positions, Table):
             places = config.positions.rows * config.positions.columns + config.positions.class_row
             self.positions = nn.Parameter(torch.empty(places, config.width).normal_(std=0.02))
+            self.resized = ResizedTables(config.positions)
         if config.class_token:
             self.class_token = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
         if config.registers:
@@ -126,8 +127,7 @@ class PatchEmbeddings(nn.Module):
             return tokens + sine_cosine(positions, places, width, tokens.device, tokens.dtype)
         if not (positions.any_grid or self.interpolate):
             check_grid(positions, grid, self.config.patch)
-        table = self.positions[1:] if positions.class_row else self.positions
-        return tokens + look_up(positions, table, places, grid)
+        return tokens + look_up(self.resized, self.positions, places, grid)
 
     def prefix(self) -> Float[Tensor, "R D"]:
         """Return the tokens that open every sequence: class token, then registers."""

@@ -7,7 +7,7 @@ from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_positio
 
 from packvit.config import SinCos, Table
 from packvit.packed import PatchPlaces
-from packvit.positions import MODES, look_up, resize, sine_cosine
+from packvit.positions import MODES, ResizedTables, look_up, resize, sine_cosine
 
 CPU = torch.device("cpu")
 GRID = ((1, 3, 17), (2, 1, 9), (1, 64, 2), (1, 1, 1))
@@ -40,7 +40,7 @@ def test_sine_cosine_is_the_references_to_the_last_bit(dtype: torch.dtype):
 def test_a_table_on_its_own_grid_is_looked_up_unchanged():
     positions, table = Table(3, 5, "bicubic"), torch.randn(15, 8)
     grid = ((1, 3, 5), (2, 3, 5))
-    found = look_up(positions, table, PatchPlaces.from_grid(grid), grid)
+    found = look_up(ResizedTables(positions), table, PatchPlaces.from_grid(grid), grid)
     assert torch.equal(found, table.repeat(3, 1))
 
 
@@ -57,7 +57,7 @@ def test_other_grids_are_interpolated_in_fp32_and_rounded_once(name, mode, antia
     table = torch.randn(15, 8, dtype=dtype)
     positions = Table(3, 5, name)
     grid = ((1, 2, 7), (1, 3, 5), (1, 9, 1), (2, 2, 7))
-    found = look_up(positions, table, PatchPlaces.from_grid(grid), grid)
+    found = look_up(ResizedTables(positions), table, PatchPlaces.from_grid(grid), grid)
     image = table.float().view(1, 3, 5, 8).permute(0, 3, 1, 2).contiguous()
     expected = []
     for frames, rows, columns in grid:
@@ -85,3 +85,35 @@ def test_a_grid_of_one_column_is_interpolated_rightly(name):
         exact = F.interpolate(image, (rows, columns), mode=mode, antialias=antialias)
         found = resize(Table(5, 5, name), table, rows, columns)
         torch.testing.assert_close(found.double(), exact[0].flatten(1).T, atol=5e-6, rtol=0)
+
+
+def test_a_grid_is_resized_once_until_the_table_changes(monkeypatch: pytest.MonkeyPatch):
+    positions = Table(5, 5, "bicubic", class_row=True)
+    table = torch.nn.Parameter(torch.randn(26, 8))
+    tables, made = ResizedTables(positions, most=100), []
+
+    def counted(*args):
+        made.append(args[2:])
+        return resize(*args)
+
+    monkeypatch.setattr("packvit.positions.resize", counted)
+
+    def ask(*grids: tuple[int, int]) -> None:
+        for rows, columns in grids:
+            found = tables.get(table, rows, columns)
+            assert torch.equal(found, resize(positions, table[1:], rows, columns))
+
+    with torch.inference_mode():
+        ask((3, 7), (3, 7), (9, 2), (3, 7))
+    assert made == [(3, 7), (9, 2)]
+    with torch.no_grad():
+        ask((3, 7))
+        assert made == [(3, 7), (9, 2)]  # what inference kept serves elsewhere
+        table.mul_(2)
+        ask((3, 7))
+        assert made == [(3, 7), (9, 2), (3, 7)]
+        ask((9, 10), (3, 7))  # 90 + 21 patches are more than are kept: the oldest goes
+    assert made[3:] == [(9, 10), (3, 7)]
+    ask((3, 7), (3, 7))  # taught now, so resized each time, with a gradient
+    assert made[5:] == [(3, 7), (3, 7)]
+    assert tables.get(table, 3, 7).requires_grad
