@@ -16,7 +16,6 @@ install: .venv/ready
 demo: install
 	rm -rf demo-features
 	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit embed --out demo-features
-	$(BIN)/packvit info
 	$(BIN)/python -m demo.look demo-features
 
 test: install

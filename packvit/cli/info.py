@@ -33,8 +33,12 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"  {backend['name']:<6} {backend['title']}{ran}\n         {state}")
     lines += ["", "Families and their published checkpoints"]
     for family in found["families"]:
-        lines.append(f"  {family['name']}, {family['class']}: {', '.join(family['layouts'])}")
-        lines += [f"    {name}" for name in family["checkpoints"]]
+        first, more = family["checkpoints"][0], len(family["checkpoints"]) - 1
+        lines.append(
+            f"  {family['name']:<15} {family['class']:<21} {', '.join(family['layouts'])}: "
+            f"{first} and {more} more"
+        )
+    lines.append("  (all of them by name: packvit info --json)")
     lines += ["", "Embedded models"]
     lines += [f"  {name:<12} {folder}" for name, folder in found["embedded"].items()]
     return "\n".join(lines)
