@@ -112,6 +112,7 @@ class Encoder(nn.Module):
         self.backend = attention
         self.checkpoint: Checkpoint | None = None  # where the weights came from
         self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
+        self.skipped: tuple[str, ...] = ()  # its names left unread, of another tower's tensors
         self.embeddings = PatchEmbeddings(config, interpolate=positions == "interpolate")
         self.encoder = Blocks(config)
         self.norm = norm(config)
@@ -355,7 +356,7 @@ class Encoder(nn.Module):
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = torch.device(device).type == "cuda"
         dtype = options.dtype or (torch.bfloat16 if on_gpu else torch.float32)
-        state, encoder.carried = pretrained.read(
+        state, encoder.carried, encoder.skipped = pretrained.read(
             encoder.state_dict(), checkpoint, described.layout, options.patch_order, device, dtype
         )
         encoder.load_state_dict(state, assign=True)

@@ -1,14 +1,29 @@
-"""From a name or a folder to an encoder; the checkpoint itself says which family it is of."""
+"""From a name or a folder to an encoder, or to another layout; the checkpoint names its family."""
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from packvit import checkpoints
+from packvit import checkpoints, pretrained
 from packvit.checkpoints import Checkpoint, CheckpointError
 from packvit.config import PatchOrder
+from packvit.downloads import WEIGHTS, listing
 from packvit.encoder import Encoder, GridPolicy, Options
 from packvit.families import FAMILIES
+from packvit.pretrained import LayoutName
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a converted checkpoint holds, and what it leaves behind."""
+
+    folder: str
+    layout: str
+    tensors: int
+    bytes: int  # of the weights' file
+    skipped: tuple[str, ...]  # the source's names of another tower's tensors
 
 
 def load(
@@ -35,6 +50,19 @@ def load(
     return family_of(checkpoint).from_checkpoint(checkpoint, options)
 
 
+def check_device(device: torch.device | str | None) -> None:
+    """Refuse a device that is not there, or that holds no numbers.
+
+    Raises: ValueError with torch's reason.
+    """
+    try:
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError) as error:  # torch says either of a GPU that is not there
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(f'device "{device}" cannot be used: {reason}. Try "cpu".') from error
+
+
 def family_of(checkpoint: Checkpoint) -> type[Encoder]:
     """Return the class of the one family that claims a checkpoint by its config.json.
 
@@ -49,3 +77,47 @@ def family_of(checkpoint: Checkpoint) -> type[Encoder]:
         f'{checkpoint.name} is of model type "{found}", which packvit does not run. '
         f"It runs: {known}."
     )
+
+
+def convert(
+    name_or_folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    layout: LayoutName,
+    *,
+    revision: str | None = None,
+) -> Conversion:
+    """Write a checkpoint to a new folder in one of its family's layouts, bit for bit.
+
+    Nothing is cast and no device is asked. config.json is written last, so that a folder in which
+    the disk was full or the power went is no checkpoint to anyone.
+
+    Raises: ValueError for a layout that the family does not have, or a folder that holds anything;
+    CheckpointError saying what is wrong with the checkpoint, or why it cannot be written.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    checkpoint = checkpoints.read(name_or_folder, revision=revision)
+    encoder = family_of(checkpoint)
+    described = pretrained.describe(encoder.family, checkpoint)
+    with torch.device("meta"):
+        parameters = encoder(described.config, described.images).state_dict()
+    made = pretrained.convert(parameters, checkpoint, encoder.family, described, layout)
+    checkpoints.write(
+        folder, config=made.config, tensors=made.tensors, preprocessor=made.preprocessor
+    )
+    size = (folder / WEIGHTS).stat().st_size
+    return Conversion(str(folder), layout, len(made.tensors), size, made.skipped)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds anything.
+
+    Raises: ValueError saying what it holds.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder. Choose another one for the checkpoint.")
+    if held := listing(folder):
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        raise ValueError(
+            f"{folder} is not empty: it holds {held[0]}{more}. Choose a new or an empty folder."
+        )

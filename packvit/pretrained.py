@@ -1,7 +1,7 @@
 """A checkpoint's files to an encoder's configuration and parameters, and back."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -47,6 +47,23 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
     return Described(layout, config, images)
 
 
+class Converted(NamedTuple):
+    """A checkpoint in another layout."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    preprocessor: Mapping[str, Any] | None
+    skipped: tuple[str, ...]  # names of the tensors that were left behind, of another tower
+
+
+class Read(NamedTuple):
+    """What a checkpoint's tensors are to us."""
+
+    state: dict[str, Tensor]  # our parameters
+    carried: dict[str, Tensor]  # by our labels: kept for writing, and used by nothing
+    skipped: tuple[str, ...]  # the checkpoint's names of those that belong to another tower
+
+
 def read(
     parameters: Mapping[str, Tensor],
     checkpoint: Checkpoint,
@@ -54,25 +71,60 @@ def read(
     patch_order: PatchOrder,
     device: torch.device | str,
     dtype: torch.dtype,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return a tensor for every one of our parameters, and those that are only carried along.
+) -> Read:
+    """Return a tensor for every one of our parameters, on `device` and in `dtype`.
 
     Raises: CheckpointError naming everything that is missing, misshapen or unexpected.
     """
+    # A copy always: what is read from a file is a view of the mapped file.
+    found = take(parameters, checkpoint, layout, lambda t: t.to(device, dtype, copy=True))
+    embedding = permute_patches(found.state[EMBEDDING], patch_order).contiguous()
+    return found._replace(state={**found.state, EMBEDDING: embedding})
+
+
+def take(
+    parameters: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    layout: Layout,
+    place: Callable[[Tensor], Tensor] | None,
+) -> Read:
+    """Share out a checkpoint's tensors; without `place` each one stays as its file has it."""
+    tensors, carried = checkpoint.tensors, layout.carried
+
+    def skipped(name: str) -> bool:
+        return name.split(".")[0] in layout.skipped
+
     state = weights.load(
         {name: tensor.shape for name, tensor in parameters.items()},
-        checkpoint.tensors,
+        tensors,
         layout.rules,
-        unread=lambda name: name in layout.carried.values() or name.split(".")[0] in layout.skipped,
-        # A copy always: what is read from a file is a view of the mapped file.
-        place=lambda tensor: tensor.to(device, dtype, copy=True),
+        unread=lambda name: name in carried.values() or skipped(name),
+        place=place,
     )
-    state[EMBEDDING] = permute_patches(state[EMBEDDING], patch_order).contiguous()
-    tensors = checkpoint.tensors
-    carried = {
-        label: tensors[name].clone() for label, name in layout.carried.items() if name in tensors
-    }
-    return state, carried
+    read = {name for ours in parameters for name in weights.find(ours, layout.rules)[1]}
+    unread = {label: name for label, name in carried.items() if name in tensors.keys() - read}
+    return Read(
+        state,
+        {label: tensors[name].clone() for label, name in unread.items()},
+        tuple(name for name in sorted(tensors) if skipped(name)),
+    )
+
+
+def lay_out(
+    family: Family,
+    layout: LayoutName,
+    config: EncoderConfig,
+    state: Mapping[str, Tensor],
+    carried: Mapping[str, Tensor],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return config.json and the tensors of an encoder in one of its family's layouts.
+
+    Raises: ValueError for a layout that the family does not have.
+    """
+    chosen = family.writable(layout, state)
+    dtype = str(state[EMBEDDING].dtype).removeprefix("torch.")
+    kept = {chosen.carried[label]: tensor for label, tensor in carried.items()}
+    return chosen.write(config) | {"dtype": dtype}, kept | weights.store(state, chosen.rules)
 
 
 def write(
@@ -90,16 +142,26 @@ def write(
 
     Raises: ValueError for a layout that the family does not have.
     """
-    chosen = family.writable(layout, state)
     ours = {**state, EMBEDDING: permute_patches(state[EMBEDDING], patch_order, back=True)}
-    dtype = str(state[EMBEDDING].dtype).removeprefix("torch.")
-    checkpoints.write(
-        folder,
-        config=chosen.write(config) | {"dtype": dtype},
-        tensors=weights.store(ours, chosen.rules)
-        | {chosen.carried[label]: tensor for label, tensor in carried.items()},
-        preprocessor=preprocessor,
-    )
+    written, tensors = lay_out(family, layout, config, ours, carried)
+    checkpoints.write(folder, config=written, tensors=tensors, preprocessor=preprocessor)
+
+
+def convert(
+    parameters: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    family: Family,
+    described: Described,
+    layout: LayoutName,
+) -> Converted:
+    """Return a checkpoint in another layout, every number and dtype as its file has it.
+
+    Raises: ValueError for a layout that the family does not have; CheckpointError as `read`, and
+    for tensors of different dtypes that are one of ours.
+    """
+    found = take(parameters, checkpoint, described.layout, place=None)
+    config, tensors = lay_out(family, layout, described.config, found.state, found.carried)
+    return Converted(config, tensors, checkpoint.preprocessor, found.skipped)
 
 
 def in_memory(model: nn.Module) -> Checkpoint:

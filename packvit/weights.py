@@ -129,12 +129,13 @@ def load(
     rules: Sequence[Rule],
     *,
     unread: Callable[[str], bool] = lambda name: False,
-    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    place: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return a tensor for every one of our parameters, read from `checkpoint`.
 
     `unread` says which of the checkpoint's names may stay unread; `place` takes each tensor to its
-    device and dtype as soon as it is read, so that the host never holds the model twice.
+    device and dtype as soon as it is read, so that the host never holds the model twice. Without
+    `place` every number stays as it is, and so tensors that are stacked must be of one dtype.
 
     Raises: CheckpointError listing everything that does not fit, so that one run shows it all.
     """
@@ -148,8 +149,11 @@ def load(
         wanted = [part.shape for part in rule.store(torch.empty(shape, device="meta"))]
         tensors = [checkpoint[name] for name in names]
         problems += misfits(names, tensors, wanted)
-        if all(tensor.shape == part for tensor, part in zip(tensors, wanted, strict=True)):
-            state[ours] = place(rule.load(tensors))
+        if place is None and len({tensor.dtype for tensor in tensors}) > 1:
+            held = ", ".join(f"{n} {t.dtype}" for n, t in zip(names, tensors, strict=True))
+            problems.append(f"of different dtypes, but one tensor of ours: {held}")
+        elif all(tensor.shape == part for tensor, part in zip(tensors, wanted, strict=True)):
+            state[ours] = place(rule.load(tensors)) if place else rule.load(tensors)
     problems += [
         f"unexpected: {name}" for name in sorted(set(checkpoint) - read) if not unread(name)
     ]

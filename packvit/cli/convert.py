@@ -1,0 +1,60 @@
+"""`packvit convert`: one checkpoint layout to another, bit for bit."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+
+@click.command
+@click.argument("name")
+@click.argument("folder")
+@click.option(
+    "--layout",
+    required=True,
+    type=click.Choice(["transformers", "original"]),
+    help="How the new checkpoint names and shapes its tensors.",
+)
+@click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def convert(
+    name: str,
+    folder: str,
+    layout: Any,  # click has checked the words
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Write the checkpoint NAME, of the hub or a folder, to the new FOLDER in another layout.
+
+    Every number is written as the checkpoint has it, in its dtype. A text tower is left behind,
+    and said to be. `packvit info` lists the layouts of each family.
+
+    \b
+    Examples:
+      packvit convert apple/aimv2-large-patch14-native native --layout transformers
+      packvit convert ./checkpoint ./original --layout original --json
+    """
+    from packvit import hub  # torch is imported here
+
+    try:
+        made = hub.convert(name, folder, layout, revision=revision)
+    except hub.CheckpointError as error:
+        raise click.ClickException(str(error)) from error
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if made.skipped:
+        click.echo(f"skipped: {count(made.skipped)} of {parts(made.skipped)}", err=True)
+    written = f"{made.tensors:,} tensors, {made.bytes:,} bytes, in layout {layout}: {made.folder}"
+    click.echo(json.dumps(asdict(made)) if as_json else written)
+
+
+def count(names: Sequence[str]) -> str:
+    """Say how many tensors there are."""
+    return "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
+
+
+def parts(names: Sequence[str]) -> str:
+    """Say of which parts of a model tensors are, by the first words of their names."""
+    return ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
