@@ -35,7 +35,8 @@ def main() -> None:
         is_native=True, use_head=False, num_hidden_layers=24 if on_gpu else 4
     )
     torch.manual_seed(0)
-    model = Aimv2VisionModel(config).eval().to(device=torch.device(device), dtype=dtype)
+    model: Any = Aimv2VisionModel(config)
+    model = model.eval().to(device, dtype)
     images = [torch.randn(1, 3, r * 14, c * 14, device=device, dtype=dtype) for _, r, c in grid]
     encoder = AIMv2Packing.from_transformers(model)
     patches = torch.cat([flatten(image, 14) for image in images])

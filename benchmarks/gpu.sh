@@ -6,8 +6,14 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$1
+{ date -u +%F; nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+python3 -c "import torch, triton, transformers as t; print('torch', torch.__version__, 'triton', triton.__version__, 'transformers', t.__version__)"
+} | tee "$out/tests-gpu.txt"
 python3 -m pytest -m gpu -q -p no:cacheprovider -o addopts= -W default -rA tests 2>&1 \
-    | grep -E "^(PASSED|FAILED|ERROR|SKIPPED|E  )|passed|failed" | tee "$out/tests-gpu.txt"
+    | grep -E "^(PASSED|FAILED|ERROR|SKIPPED|E  )|passed|failed" >> "$out/tests-gpu.txt"
+tail -n 12 "$out/tests-gpu.txt"
+python3 -m packvit verify --family all --quick > "$out/verify-gpu.txt"; echo "verify exit code $?"
+tail -n 30 "$out/verify-gpu.txt"
 python3 -m benchmarks.forward --rounds 11 > "$out/forward-gpu.json"
 python3 -m benchmarks.naflex --rounds 11 > "$out/naflex-gpu.json" 2> "$out/naflex-gpu.log" \
     || tail -5 "$out/naflex-gpu.log"

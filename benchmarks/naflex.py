@@ -61,7 +61,8 @@ def main() -> None:
     device, dtype = torch.device("cuda"), torch.bfloat16
     grid = mixed_sizes(52, 240, 1008, seed=455)
     torch.manual_seed(0)
-    model = Siglip2VisionModel(Siglip2VisionConfig(**SIZE)).eval().to(device=device, dtype=dtype)
+    model: Any = Siglip2VisionModel(Siglip2VisionConfig(**SIZE))
+    model = model.eval().to(device, dtype)
     encoder = Siglip2NaflexPacking.from_transformers(model)
     patches = torch.randn(sum(r * c for _, r, c in grid), 768, device=device, dtype=dtype)
     images = list(patches.split([r * c for _, r, c in grid]))
