@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# Models this small wait for each other's threads: on a busy machine, ten times as long.
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run the tests that take minutes")

@@ -64,7 +64,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def aimv2(seed: int = 0, **changes: Any) -> Aimv2VisionModel:
+def aimv2(seed: int = 0, **changes: Any) -> Any:
     """A small AIMv2 of transformers, with any entry of its configuration changed."""
     return build("aimv2", seed, **changes)
 
@@ -79,6 +79,7 @@ KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "dinov2, swiglu": (Dinov2Model, Dinov2Config, {"use_swiglu_ffn": True}),
     "dinov2, registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, {}),
     "dinov3": (DINOv3ViTModel, DINOv3ViTConfig, {"num_register_tokens": 4}),
+    "dinov3, no registers": (DINOv3ViTModel, DINOv3ViTConfig, {"num_register_tokens": 0}),
     "dinov3, gated": (
         DINOv3ViTModel,
         DINOv3ViTConfig,
@@ -98,8 +99,10 @@ def build(kind: str, seed: int = 0, **changes: Any) -> Any:
     return randomise(model(config(**entries)), seed)
 
 
-def scaled_difference(ours: Tensor, theirs: Tensor) -> float:
+def scaled_difference(ours: Tensor | None, theirs: Tensor | None) -> float:
     """max|ours - theirs| / max(1, max|theirs| / 4): absolute for small outputs, else relative."""
+    assert ours is not None, "ours is missing"
+    assert theirs is not None, "theirs is missing"
     assert ours.shape == theirs.shape
     if not ours.numel():
         return 0.0  # no prefix tokens on either side

@@ -1,6 +1,7 @@
 """The door: what comes in is checked and answered in words, what goes out keeps its promises."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,8 @@ def test_changing_image_0_leaves_all_others_bit_identical(encoder, change, dtype
     after = encoder.encode(patches, grid, taps=(0, 2))
     assert not torch.equal(before.tokens[:12], after.tokens[:12])
     assert torch.equal(before.tokens[12:], after.tokens[12:])
+    assert before.pooled is not None
+    assert after.pooled is not None
     assert torch.equal(before.pooled[1:], after.pooled[1:])
     assert all(torch.equal(before.taps[k][12:], after.taps[k][12:]) for k in (0, 2))
 
@@ -193,9 +196,10 @@ def test_bf16_is_as_close_to_the_fp32_reference_as_the_bf16_reference():
     exact = reference.run(model, patches, GRID)
     half = reference.run(model.bfloat16(), patches, GRID)
     found = AIMv2Packing.from_transformers(model).encode(patches, grid)
-    for ours, theirs, truth in (
+    pairs: list[tuple[Any, Any, Any]] = [
         (found.tokens, half.tokens, exact.tokens),
         (found.pooled, half.pooled, exact.pooled),
-    ):
+    ]
+    for ours, theirs, truth in pairs:
         error, own = ((x.float() - truth).norm() for x in (ours, theirs))
         assert error <= 1.2 * own

@@ -13,6 +13,8 @@ from packvit import __version__
 
 COMMANDS = {  # in the order of `--help`
     "embed": "packvit.cli.embed",
+    "verify": "packvit.cli.verify",
+    "convert": "packvit.cli.convert",
     "info": "packvit.cli.info",
 }
 

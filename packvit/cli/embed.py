@@ -76,6 +76,12 @@ class Terminated(KeyboardInterrupt):
 )
 @click.option("--token-budget", type=COUNT, default=16384, help="Most tokens in one pack.")
 @click.option("--threads", type=COUNT, help="Threads that decode; one for each CPU, up to 16.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare the encoder with its reference first, and write certificate.json; a passing "
+    "certificate beside the checkpoint is taken over.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.pass_context
 def embed(
@@ -96,6 +102,7 @@ def embed(
     dtype_out: Any,
     token_budget: int,
     threads: int | None,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """Write the features of PHOTOS, folders and files, to a new feature folder.
@@ -115,6 +122,7 @@ def embed(
         # torch is imported here, and Ctrl-C is heeded while it is.
         from packvit.checkpoints import CheckpointError
         from packvit.corpus.job import embed as run
+        from packvit.verification import VerificationError
 
         try:
             summary = run(
@@ -134,11 +142,12 @@ def embed(
                 dtype_out=dtype_out,
                 token_budget=token_budget,
                 threads=threads,
+                verify=verify,
                 progress=meter.tell,
             )
         except WrongUse as error:
             raise click.UsageError(str(error)) from error
-        except (CheckpointError, WriteError) as error:
+        except (CheckpointError, ImportError, VerificationError, WriteError) as error:
             raise click.ClickException(str(error)) from error
     click.echo(json.dumps(as_object(summary)) if as_json else as_table(summary))
     context.exit(DONE_WITH_ERRORS if summary.errors else 0)

@@ -2,6 +2,7 @@
 
     manifest.json       what was run on what, its fingerprint, and the counts once it is complete
     commits.jsonl       one line for each part that is whole: rows, errors, tokens, bytes, sha256
+    certificate.json    how the encoder was verified, where that was asked for
     part-00000.parquet  one row for each input, in the order of the inputs
 
 A part is written under a temporary name, flushed, renamed, and only then entered in the log, so
@@ -26,6 +27,7 @@ from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.parts import encode_parquet
 
 MANIFEST, COMMITS, LOCK = "manifest.json", "commits.jsonl", ".lock"
+CERTIFICATE = "certificate.json"
 COUNTED = ("status", "frames", "rows", "columns")
 
 
@@ -81,6 +83,11 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Put `manifest` in the place of the one before, if any, in one step."""
     text = json.dumps(manifest, indent=2) + "\n"
     write_whole(folder / MANIFEST, text.encode())
+
+
+def write_certificate(folder: Path, certificate: Mapping[str, Any]) -> None:
+    """Put how the encoder was verified beside the manifest."""
+    write_whole(folder / CERTIFICATE, (json.dumps(certificate, indent=1) + "\n").encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

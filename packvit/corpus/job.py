@@ -6,13 +6,20 @@ Every input ends as one row, and what was committed stays whole however the job 
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from packvit.corpus import WrongUse
-from packvit.corpus.folder import check_free, claim, fingerprint, write_manifest
+from packvit.corpus.folder import (
+    check_free,
+    claim,
+    fingerprint,
+    write_certificate,
+    write_manifest,
+)
 from packvit.corpus.inputs import Input, Listing, list_inputs
 from packvit.corpus.parts import DtypeOut
 from packvit.corpus.progress import Summary, Tally, Tell
@@ -28,6 +35,7 @@ from packvit.corpus.shard import Shard, run_shard
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS
 from packvit.sizes import Resize
+from packvit.verification.job import vouch
 
 TRIAL_MODEL = "tiny"
 TRIAL_INPUTS = 1000  # the most that a job without a chosen model takes
@@ -51,6 +59,7 @@ def embed(
     token_budget: int = 16384,
     max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
+    verify: bool = False,
     progress: Tell | None = None,
 ) -> Summary:
     """Embed photographs into the new feature folder `out`: one row for every input.
@@ -59,11 +68,13 @@ def embed(
     a loaded encoder, for which `device` to `positions` are already chosen; None tries the job out
     with the small untrained encoder that packvit brings. `tokens` and `taps` (layers, negative
     ones from the end) write every patch's features too, as `dtype_out`. `threads` decode; None is
-    one for each CPU, up to 16.
+    one for each CPU, up to 16. `verify` compares the encoder with its reference before anything is
+    written, unless a certificate stands beside the checkpoint, and writes certificate.json.
 
     Units: `max_patches` and `token_budget` count patches, of an image and of a pack.
     Raises: WrongUse for what cannot be done as asked; CheckpointError; WriteError if the disk does
-    not take it. An image that cannot be used is none of these: it is a row.
+    not take it; VerificationError if the encoder is not what its reference is. An image that cannot
+    be used is none of these: it is a row.
     """
     named = [photos] if isinstance(photos, (str, os.PathLike)) else photos
     options = Options(
@@ -93,6 +104,11 @@ def embed(
                 "model is a loaded encoder, whose device, dtype, attention, revision and positions "
                 "were chosen when it was loaded. Leave them out, or give the model's name."
             )
+        if verify:
+            raise WrongUse(
+                "model is a loaded encoder, whose weights may have been trained since, so there is "
+                "no reference to verify it by. Leave verify out, or give the model's name."
+            )
         encoder, weights = model, digest_weights(model)
     else:
         encoder = load_encoder(
@@ -101,7 +117,8 @@ def embed(
         assert encoder.checkpoint
         weights = encoder.checkpoint.sha256()
     options = fit_options(encoder, options, taps)
-    return run(encoder, weights, listing, folder, options, progress)
+    certificate = vouch(encoder, weights) if verify else None
+    return run(encoder, weights, listing, folder, options, certificate, progress)
 
 
 def run(
@@ -110,6 +127,7 @@ def run(
     listing: Listing,
     folder: Path,
     options: Options,
+    certificate: Mapping[str, Any] | None,
     progress: Tell | None,
 ) -> Summary:
     """Claim the folder and run all shards, one after another."""
@@ -128,6 +146,8 @@ def run(
     tally = Tally(len(listing.inputs), progress)
     with claim(folder):
         write_manifest(folder, manifest)
+        if certificate is not None:
+            write_certificate(folder, certificate)
         start = time.perf_counter()
         tally.update()
         commits = []

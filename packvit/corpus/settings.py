@@ -62,12 +62,7 @@ def load_encoder(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise WrongUse(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
     try:
-        if torch.empty(0, device=device).is_meta:
-            raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError) as error:  # torch says either of a GPU that is not there
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise WrongUse(f'device "{device}" cannot be used: {reason}. Try "cpu".') from error
-    try:
+        hub.check_device(device)
         return hub.load(
             model,
             device=device,

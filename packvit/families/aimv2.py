@@ -2,7 +2,6 @@
 
 Two layouts are in circulation: Apple's "original" has q, k and v in one matrix, transformers keeps
 each on its own. The LiT checkpoint wraps either beside a text tower, which is skipped.
-
 Source: "AIMv2", arXiv:2411.14402; transformers 5.17, models/aimv2.
 """
 
@@ -16,7 +15,8 @@ from packvit.layers import Attention, Block, Blocks, PatchEmbeddings
 from packvit.weights import convolution, layers, rename, reshape
 
 VARIANTS = ("native", "224-distilled", "336-distilled", "224-lit")  # of the large size alone
-PROJECTIONS = ("visual_projection.weight", "image_projector.weight")  # of LiT, by layout
+APPLE_TYPE = {"model_type": "aimv2"}
+SHARED = ("visual_projection.weight", "image_projector.weight")  # of LiT, by layout
 TEXT = ("text_model", "text_projection", "logit_scale")  # the other tower, by layout
 TEXT_APPLE = ("text_encoder", "text_projector", "log_logit_scale")
 
@@ -63,10 +63,7 @@ TRANSFORMERS_RULES = (
 
 
 def read(config: family.Json, names: Collection[str]) -> EncoderConfig:
-    """Read config.json of either layout, of the image tower alone or beside a text tower.
-
-    Apple's native variant says so by having no image_size, and no entry tells of its head.
-    """
+    """Read config.json of either layout; Apple's native variant is the one without image_size."""
     inner = family.tower(config)
     rewritten = inner.get("model_type") == "aimv2_vision_model"
     native = family.entry(inner, "is_native", bool, not rewritten and "image_size" not in inner)
@@ -87,7 +84,7 @@ def read(config: family.Json, names: Collection[str]) -> EncoderConfig:
         embedding_norm="patches",
         pool="query" if family.entry(inner, "use_head", bool, rewritten or headed) else None,
         projection=family.entry(config, "projection_dim", int, 512)
-        if {*PROJECTIONS} & {*names}
+        if {*SHARED} & {*names}
         else None,
     )
 
@@ -105,27 +102,13 @@ def write(config: EncoderConfig) -> dict[str, Any]:
         "is_native": isinstance(table, SinCos),
         "use_head": config.pool is not None,
     }
-    if config.projection is None:
-        return written
-    return {"model_type": "aimv2", "vision_config": written, "projection_dim": config.projection}
-
-
-def write_apple(config: EncoderConfig) -> dict[str, Any]:
-    """Write config.json by Apple's words; those it does not know, it passes over."""
-    return write(config) | ({} if config.projection else {"model_type": "aimv2"})
+    both = {"model_type": "aimv2", "vision_config": written, "projection_dim": config.projection}
+    return both if config.projection else written
 
 
 TRANSFORMERS = family.Layout("transformers", "rms_norm.weight", TRANSFORMERS_RULES, read, write)
-ORIGINAL = family.Layout("original", "trunk.post_trunk_norm.weight", APPLE, read, write_apple)
-
-REFERENCE = family.Reference(
-    variants=(
-        family.Variant("native", "Aimv2VisionModel", {"is_native": True}),
-        family.Variant("fixed", "Aimv2VisionModel"),
-        family.Variant("headless", "Aimv2VisionModel", {"is_native": True, "use_head": False}),
-        family.Variant("LiT", "Aimv2Model"),
-    ),
-    processor="CLIPImageProcessorPil",
+ORIGINAL = family.Layout(
+    "original", "trunk.post_trunk_norm.weight", APPLE, read, lambda c: write(c) | APPLE_TYPE
 )
 
 FAMILY = family.Family(
@@ -134,10 +117,8 @@ FAMILY = family.Family(
     layouts=(
         TRANSFORMERS,
         ORIGINAL,
-        family.beside_text(TRANSFORMERS, TEXT, projection=PROJECTIONS[0]),
-        family.beside_text(
-            ORIGINAL, TEXT_APPLE, prefix="image_encoder.", projection=PROJECTIONS[1]
-        ),
+        family.beside_text(TRANSFORMERS, TEXT, projection=SHARED[0]),
+        family.beside_text(ORIGINAL, TEXT_APPLE, prefix="image_encoder.", projection=SHARED[1]),
     ),
     images=family.clip_images,
     checkpoints=tuple(
@@ -145,7 +126,15 @@ FAMILY = family.Family(
         for size in ("large", "huge", "1B", "3B")
         for kind in (224, 336, 448, *(VARIANTS if size == "large" else ()))
     ),
-    reference=REFERENCE,
+    reference=family.Reference(
+        variants=(
+            family.Variant("native", "Aimv2VisionModel", {"is_native": True}),
+            family.Variant("fixed", "Aimv2VisionModel"),
+            family.Variant("headless", "Aimv2VisionModel", {"is_native": True, "use_head": False}),
+            family.Variant("LiT", "Aimv2Model"),
+        ),
+        processor="CLIPImageProcessorPil",
+    ),
 )
 
 

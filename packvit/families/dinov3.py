@@ -111,15 +111,9 @@ def images(config: EncoderConfig) -> ImageConfig:
     return ImageConfig(config.patch, *IMAGENET_STATISTICS, "bilinear", Exact(224, 224))
 
 
+# Where a checkpoint has no registers, transformers writes an empty tensor of them.
+CARRIED = {"mask_token": "embeddings.mask_token", "registers": "embeddings.register_tokens"}
 WEB = ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16")
-
-REFERENCE = Reference(
-    variants=(
-        Variant("plain", "DINOv3ViTModel"),
-        Variant("gated", "DINOv3ViTModel", {"use_gated_mlp": True, "hidden_act": "silu"}),
-    ),
-    processor="DINOv3ViTImageProcessor",
-)
 
 FAMILY = Family(
     name="DINOv3",
@@ -131,7 +125,7 @@ FAMILY = Family(
             rules(f"{block}{{i}}."),
             read,
             write,
-            carried={"mask_token": "embeddings.mask_token"},
+            carried=CARRIED,
         )
         for block in ("layer.", "model.layer.")
     ),
@@ -140,7 +134,13 @@ FAMILY = Family(
         *(f"facebook/dinov3-{size}-pretrain-lvd1689m" for size in WEB),
         *(f"facebook/dinov3-{size}-pretrain-sat493m" for size in ("vitl16", "vit7b16")),
     ),
-    reference=REFERENCE,
+    reference=Reference(
+        variants=(
+            Variant("plain", "DINOv3ViTModel"),
+            Variant("gated", "DINOv3ViTModel", {"use_gated_mlp": True, "hidden_act": "silu"}),
+        ),
+        processor="DINOv3ViTImageProcessor",
+    ),
 )
 
 

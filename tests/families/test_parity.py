@@ -7,18 +7,23 @@ import pytest
 import reference
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 import packvit
 from packvit.checkpoints import CheckpointError
-from packvit.config import Table
+from packvit.config import Exact, ImageConfig, Table
 from packvit.encoder import Encoder, GridPolicy
 from packvit.families import FAMILIES
+from packvit.preprocessing import image_config_from
 
 LIMIT = 5e-6  # scaled difference in fp32
 
 ODD = [(1, 1, 1), (1, 1, 23), (1, 19, 1), (1, 3, 17), (2, 4, 6), (1, 5, 5), (1, 17, 3)]
 OWN = [(1, 5, 5), (3, 5, 5), (1, 5, 5)]
-ANY_GRID = ("siglip2", "dinov2", "dinov2, swiglu", "dinov2, registers", "dinov3", "dinov3, gated")
+DINOV3 = ("dinov3", "dinov3, no registers", "dinov3, gated")
+ANY_GRID = ("siglip2", "dinov2", "dinov2, swiglu", "dinov2, registers", *DINOV3)
 ONE_GRID = ("siglip", "clip", "clip, projected")  # their references refuse others, unless asked
 KINDS = (*ANY_GRID, *ONE_GRID)
 
@@ -34,7 +39,8 @@ def compare(encoder: Encoder, model: Any, grid: list[tuple[int, int, int]], **op
     projected = expected.projected is not None
     layers = range(encoder.config.layers)
     found = encoder.encode(patches, torch.tensor(grid), taps=layers, projection=projected)
-    pairs = [(found.tokens, expected.tokens), (found.prefix, expected.prefix)]
+    pairs: list[tuple[Any, Any]] = [(found.tokens, expected.tokens)]
+    pairs += [(found.prefix, expected.prefix)]
     pairs += [(found.taps[layer], expected.hidden_states[layer]) for layer in layers]
     if expected.pooled is not None:
         assert found.pooled is not None
@@ -120,7 +126,7 @@ def test_a_tower_beside_a_text_tower_is_read_and_the_rest_skipped(tmp_path: Path
         packvit.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("kind", ["dinov3", "dinov3, gated"])
+@pytest.mark.parametrize("kind", DINOV3)
 def test_dinov3_is_read_under_both_names_of_its_blocks(tmp_path: Path, kind: str):
     model = reference.build(kind)
     encoder = loaded(tmp_path, model)
@@ -225,7 +231,7 @@ def test_what_is_carried_unused_survives_a_round_trip(tmp_path: Path, kind: str)
     model = reference.build(kind)
     encoder = loaded(tmp_path, model)
     carried = {"dinov2": "mask_token", "dinov3": "mask_token"}.get(kind.split(",")[0])
-    labels = {carried} - {None}
+    labels = {carried} - {None} | ({"registers"} if kind == "dinov3, no registers" else set())
     if not isinstance(encoder.config.positions, Table) or kind in ONE_GRID:
         path = tmp_path / "model" / "model.safetensors"
         tensors = load_file(path)
@@ -256,3 +262,31 @@ def test_a_checkpoint_of_one_family_is_refused_by_all_others(tmp_path: Path, kin
 def test_every_published_checkpoint_belongs_to_one_family():
     names = [name for encoder in FAMILIES for name in encoder.family.checkpoints]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_config_leaves_out_is_its_class_default(kind: str):
+    config = reference.KINDS[kind][1]()
+    whole = config.to_dict()
+    [family] = [e.family for e in FAMILIES if e.family.claims(whole)]
+    # Names tell of heads alone here; every layout of a family reads config.json alike.
+    read = family.layouts[0].read
+    least = {"model_type": whole["model_type"]}
+    assert read(least, {"head.probe"}) == read(whole, {"head.probe"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "processor"),
+    [
+        ("clip", CLIPImageProcessorPil),
+        ("siglip", SiglipImageProcessorPil),
+        ("siglip2", Siglip2ImageProcessorPil),
+    ],
+)
+def test_preprocessing_left_out_is_the_processors_default(kind: str, processor: Any):
+    whole = reference.KINDS[kind][1]().to_dict()
+    [family] = [e.family for e in FAMILIES if e.family.claims(whole)]
+    images = family.images(family.layouts[0].read(whole, {"head.probe"}))
+    # Every entry must be read, so none may be right before.
+    nonsense = ImageConfig(images.patch, (9.0, 9.0, 9.0), (9.0, 9.0, 9.0), "box", Exact(9, 9))
+    assert image_config_from(processor().to_dict(), nonsense) == images

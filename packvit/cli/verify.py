@@ -1,0 +1,157 @@
+"""`packvit verify`: our encoder beside its reference, in a table and a certificate."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from packvit.verification import Findings, Plan, Row
+
+MISSED = 1
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--model", help="A checkpoint's name on the hub, its folder, or tiny.")
+@click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
+@click.option(
+    "--family",
+    help="Small random models of a family instead: aimv2, siglip2, dinov3, dinov2, siglip, clip, "
+    "or all.",
+)
+@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@click.option("--quick", is_flag=True, help="Fewer and smaller images.")
+@click.option("--seed", type=int, default=0, help="What random weights and images are drawn from.")
+@click.option(
+    "--certificate",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where to write the certificate; packvit-certificate.json beside the checkpoint where "
+    "--model is a folder, and nowhere else unless asked.",
+    show_default=False,
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the certificate instead of the table.")
+@click.pass_context
+def verify(
+    context: click.Context,
+    model: str | None,
+    revision: str | None,
+    family: str | None,
+    device: str | None,
+    quick: bool,
+    seed: int,
+    certificate: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare an encoder with transformers' model of the same weights.
+
+    Tokens, prefix, the output of every layer, pooled and projected vectors, over images of many
+    shapes, alone and packed, in float32 and bfloat16, by every attention backend that runs here;
+    the pixels that both make of the same files; and the weights that transformers reads from what
+    we save. The exit code is 1 if anything is further off than its limit.
+
+    \b
+    Examples:
+      packvit verify --model apple/aimv2-large-patch14-native --certificate native.json
+      packvit verify --model ./checkpoint
+      packvit verify --family all --quick
+    """
+    if (model is None) == (family is None):
+        raise click.UsageError("Give either --model or --family: what shall be verified?")
+    if revision is not None and model is None:
+        raise click.UsageError("--revision is of a --model; random weights have none.")
+    from packvit.verification import certificate as certificates  # torch is imported here
+
+    findings = []
+    for found in search(model, family, revision, device, Plan(quick=quick, seed=seed)):
+        findings.append(found)
+        click.echo(f"{title(found)}: {len(found.rows)} comparisons", err=True)
+        if not as_json:
+            click.echo(as_table(found))
+    said = certificates.certify(findings)
+    if certificate is None and model is not None and Path(model).is_dir():
+        certificate = Path(model) / certificates.NAME
+    if certificate is not None:
+        try:
+            certificates.write(certificate, said)
+        except OSError as error:
+            raise click.ClickException(
+                f"{certificate} could not be written: {error.strerror}. Name another file with "
+                "--certificate."
+            ) from error
+        click.echo(f"The certificate is {certificate}.", err=True)
+    click.echo(json.dumps(said, indent=1) if as_json else verdict(findings))
+    context.exit(0 if said["passed"] else MISSED)
+
+
+def search(
+    model: str | None, family: str | None, revision: str | None, device: str | None, plan: Plan
+) -> Iterator[Findings]:
+    """Verify what was asked for, one encoder after another.
+
+    Raises: click's UsageError for what is not there, ClickException for what cannot be read.
+    """
+    from packvit.checkpoints import CheckpointError
+    from packvit.hub import check_device
+    from packvit.verification.job import family_names, verify_checkpoint, verify_family
+
+    try:
+        check_device(device)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    known = family_names()
+    if family is not None and family != "all" and family not in known:
+        raise click.UsageError(
+            f'No family is called "{family}". Choose all or one of: {", ".join(known)}.'
+        )
+    try:
+        if model is not None:
+            yield verify_checkpoint(model, plan, revision=revision, device=device)
+        for name, encoder in known.items():
+            if family in ("all", name):
+                yield from verify_family(encoder, plan, device=device)
+    except (CheckpointError, ImportError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def title(found: Findings) -> str:
+    """Say what was verified beside what."""
+    return f"{found.family} {found.variant} ({found.model}) beside {found.reference}"
+
+
+def as_table(found: Findings) -> str:
+    """Return the worst of each kind of comparison, beside its limit."""
+    lines = [title(found)]
+    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in found.rows:
+        group = (row.dtype, row.backend) if row.backend != "none" else ("files", "")
+        groups.setdefault(group, {}).setdefault(row.what, []).append(row)
+    width = max(len(row.what) for row in found.rows)
+    for group, kinds in groups.items():
+        lines.append(f"  {' '.join(group).strip()}")
+        for kind, rows in kinds.items():
+            lines.append(f"    {kind:<{width}}  {worst(rows)}")
+    lines += [f"  MISSED {row.said}" for row in found.missed[:10]]
+    if len(found.missed) > 10:
+        lines.append(f"  MISSED {len(found.missed) - 10} more")
+    lines += [f"  not compared: {reason}" for reason in found.not_compared]
+    lines += [f"  {remark}" for remark in found.remarks]
+    return "\n".join(lines)
+
+
+def worst(rows: Sequence[Row]) -> str:
+    """Say the worst of several comparisons, by its limit."""
+    row = max(rows, key=lambda row: (not row.passed, row.worst / row.limit if row.limit else 0.0))
+    said = "exact" if row.passed and row.limit == 0 else f"{row.worst:.1e}  limit {row.limit:.1e}"
+    own = "" if row.own is None else f" (the reference's own error is {row.own:.1e})"
+    return f"{len(rows):>4} x  {'' if row.passed else 'MISSED '}{said}{own}"
+
+
+def verdict(findings: Sequence[Findings]) -> str:
+    """Say in a sentence what came of it."""
+    rows = sum(len(found.rows) for found in findings)
+    missed = sum(len(found.missed) for found in findings)
+    if missed:
+        return f"MISSED: {missed:,} of {rows:,} comparisons are beyond their limit."
+    encoders = f"{len(findings)} encoder{'' if len(findings) == 1 else 's'}"
+    return f"Passed: all {rows:,} comparisons of {encoders} are within their limits."

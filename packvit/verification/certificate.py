@@ -1,0 +1,116 @@
+"""What was verified, as a JSON object that stands beside the checkpoint or the features."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import packvit
+from packvit.checkpoints import Checkpoint
+from packvit.support import machine
+from packvit.verification import LIMIT, LOWER_LIMIT, OWN_LIMIT, Findings, Row
+
+FORMAT = "packvit certificate 1"
+NAME = "packvit-certificate.json"  # beside a checkpoint
+
+
+def certify(findings: Sequence[Findings]) -> dict[str, Any]:
+    """Return the certificate of what was found, good or bad."""
+    return {
+        "format": FORMAT,
+        "passed": all(not found.missed for found in findings),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "limits": {
+            "float32": f"scaled difference at most {LIMIT}, or on a GPU, if that is more, "
+            f"{OWN_LIMIT} times the reference's own distance to float64",
+            "lower precision": f"at most {LOWER_LIMIT} times the reference's own error",
+        },
+        "machine": machine(),
+        "models": [as_object(found) for found in findings],
+    }
+
+
+def as_object(found: Findings) -> dict[str, Any]:
+    """Return one model's part; a difference that is no number is null."""
+    return asdict(found) | {"rows": [row_object(row) for row in found.rows]}
+
+
+def row_object(row: Row) -> dict[str, Any]:
+    """Return one row."""
+    numbers = {name: getattr(row, name) for name in ("worst", "limit", "own")}
+    said = {name: x if x is not None and isfinite(x) else None for name, x in numbers.items()}
+    return asdict(row) | said | {"passed": row.passed}
+
+
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    """Put a certificate at `path` in one step.
+
+    Raises: OSError if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def settings_digest(checkpoint: Checkpoint) -> str:
+    """Return one digest of config.json and preprocessor_config.json, which weights do not show."""
+    told = json.dumps([checkpoint.config, checkpoint.preprocessor], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def read_beside(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the certificate in the checkpoint's folder, or None if there is none to read."""
+    if not checkpoint.files:
+        return None
+    try:
+        found = json.loads((checkpoint.files[0].parent / NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def why_not(
+    found: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    weights: str,
+    *,
+    device: str,
+    dtype: str,
+    backend: str,
+) -> str | None:
+    """Return why a certificate says nothing about a job, or None if it vouches for it.
+
+    `weights` is the checkpoint's `sha256()`. The certificate must have been made by this version
+    of packvit with this torch, have passed, and cover what the job computes with.
+    """
+    if found.get("format") != FORMAT:
+        return "it is in another format"
+    if found.get("passed") is not True:
+        return "it is of a verification that failed"
+    made = found.get("machine", {})
+    versions = {"packvit": packvit.__version__, "torch": torch.__version__}
+    for name, version in versions.items():
+        if made.get(name) != version:
+            return f"it was made with {name} {made.get(name)}, and this is {version}"
+    same = [model for model in found.get("models", []) if model.get("weights") == weights]
+    if not same:
+        return "it is of other weights"
+    same = [model for model in same if model.get("settings") == settings_digest(checkpoint)]
+    if not same:
+        return "it is of another config.json or preprocessor_config.json"
+    for model in same:
+        if model.get("device") == device and any(
+            (row.get("dtype"), row.get("backend")) == (dtype, backend) for row in model["rows"]
+        ):
+            return None
+    return f"it does not cover {dtype} on {device} by the attention backend {backend}"

@@ -1,0 +1,137 @@
+"""What goes in and out of files: weights that transformers reads back, and photographs."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from packvit.checkpoints import Checkpoint
+from packvit.encoder import Encoder
+from packvit.verification import LIMIT, Plan, Row
+from packvit.verification.comparison import draw, scaled_difference
+from packvit.verification.references import (
+    Reference,
+    image_processor,
+    load_model,
+    quiet,
+    run,
+    vision_weights,
+)
+
+PHOTOGRAPHS = ((300, 421), (640, 97), (97, 640), (61, 50), (1024, 683), (224, 224))  # height, width
+# Of processors that resize in floating point: Pillow, which we resize with, rounds to 8 bits twice,
+# by half a step each, after the rows and after the columns.
+ROUNDING = 1 / 255
+
+
+def compare_saved(encoder: Encoder, reference: Reference) -> Iterator[Row]:
+    """Save with our `save_pretrained`, load with transformers, and compare weights and outputs."""
+    with TemporaryDirectory() as folder:
+        encoder.save_pretrained(folder)
+        before = reference.load(torch.float32, "cpu")
+        # A tower that we do not write is left at random, in its own size rather than the default.
+        two = hasattr(before.config, "text_config")
+        written = json.loads((Path(folder) / "config.json").read_bytes())
+        name = written.get("architectures", [reference.architecture])[0]
+        alone = name != reference.architecture
+        config = before.config if two and not alone else None
+        after, left = load_model(name, Path(folder), torch.float32, config=config)
+    ours, theirs = vision_weights(after), vision_weights(before)
+    skipped = {name for layout in reference.family.layouts for name in layout.skipped}
+    wrong = {name for name in left if name.split(".")[0] not in skipped}
+    wrong |= {
+        name
+        for name in ours.keys() | theirs.keys()
+        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+    }
+    where = f"saved by us, loaded as {name}"
+    yield Row("weights", where, "none", "float32", "none", float(len(wrong)), 0.0)
+    # The settings that were saved beside the weights show in what the model says. Not to the bit:
+    # kernels round by where in memory a file's weights happen to start.
+    table = encoder.config.positions
+    rows, columns = getattr(table, "rows", 5), getattr(table, "columns", 7)
+    patches = draw(((1, rows, columns),), encoder, seed=0)
+    before_us, after_us = (run(model, patches, ((1, rows, columns),)) for model in (before, after))
+    apart = max(scaled_difference(after_us[kind][0], before_us[kind][0]) for kind in before_us)
+    yield Row("tokens", where, "alone", "float32", "none", apart, LIMIT)
+
+
+def compare_taken_over(encoder: Encoder, model: nn.Module) -> Row:
+    """Compare a model's weights as we read them from its files with those taken from memory."""
+    ours, theirs = encoder.state_dict(), type(encoder).from_transformers(model).state_dict()
+    wrong = sum(
+        name not in ours or name not in theirs or not torch.equal(ours[name].cpu(), theirs[name])
+        for name in ours.keys() | theirs.keys()
+    )
+    return Row("weights", "taken over from memory", "none", "float32", "none", float(wrong), 0.0)
+
+
+def obstacle_to_photographs(reference: Reference, checkpoint: Checkpoint) -> str | None:
+    """Return why preprocessing cannot be compared here, or None if it can."""
+    if image_processor(reference.family) is None:
+        return (
+            f"pixels: {reference.family.reference.processor} needs torchvision, which is not "
+            "installed"
+        )
+    if checkpoint.preprocessor is None:
+        return "pixels: the checkpoint has no preprocessor_config.json"
+    return None
+
+
+def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[Row]:
+    """Send the same files through our preprocessing and the reference's, and compare pixels.
+
+    `folder` is the checkpoint's. Processors on Pillow must agree to the last bit.
+    """
+    kind = image_processor(encoder.family)
+    with quiet():
+        processor = kind.from_pretrained(folder)
+    limit = 0.0
+    if not encoder.family.reference.processor.endswith("Pil"):
+        limit = ROUNDING / min(encoder.images.std)
+    draw = np.random.default_rng(plan.seed)
+    with TemporaryDirectory() as temporary:
+        for height, width in PHOTOGRAPHS[:2] if plan.quick else PHOTOGRAPHS:
+            for suffix in ("png", "jpg"):
+                path = Path(temporary) / f"{height}x{width}.{suffix}"
+                draw_photograph(draw, height, width).save(path)
+                pack = encoder.pack([path], resize="checkpoint")
+                ours = encoder.to_values(pack.hidden_states).cpu()
+                with Image.open(path) as photograph:
+                    theirs, sides = prepare(processor, photograph, encoder.config.patch)
+                worst = torch.inf
+                if sides == tuple(pack.grid_thw[0, 1:].tolist()):
+                    worst = (ours.double() - theirs.double()).abs().max().item()
+                where = f"{suffix}, {height} x {width} pixels"
+                yield Row("pixels", where, "none", "float32", "none", worst, limit)
+
+
+def draw_photograph(draw: np.random.Generator, height: int, width: int) -> Image.Image:
+    """Return something like a photograph: large soft shapes, and grain."""
+    soft = Image.fromarray(draw.integers(0, 256, (7, 9, 3), np.uint8))
+    large = np.asarray(soft.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    grain = draw.integers(-20, 21, (height, width, 3), np.int16)
+    return Image.fromarray((large + grain).clip(0, 255).astype(np.uint8))
+
+
+def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tuple[int, int]]:
+    """Return a reference's normalised patches and their (rows, columns).
+
+    Shapes: [patches, P], (row, column, channel); what is left over right and below is dropped, as
+    the reference's convolution drops it.
+    """
+    made = processor(images=image.convert("RGB"), return_tensors="pt")
+    if "spatial_shapes" in made:
+        rows, columns = made["spatial_shapes"][0].tolist()
+        return made["pixel_values"][0, : rows * columns], (rows, columns)
+    pixels = made["pixel_values"][0]
+    rows, columns = pixels.shape[1] // patch, pixels.shape[2] // patch
+    whole = pixels[:, : rows * patch, : columns * patch]
+    tiles = whole.reshape(3, rows, patch, columns, patch).permute(1, 3, 2, 4, 0)
+    return tiles.reshape(rows * columns, -1), (rows, columns)

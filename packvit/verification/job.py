@@ -1,0 +1,166 @@
+"""Verify a checkpoint, or a family by small random models."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from packvit import hub
+from packvit.config import Table
+from packvit.encoder import Encoder, Options
+from packvit.families import FAMILIES
+from packvit.family import Variant
+from packvit.verification import Findings, Plan, Row, VerificationError, certificate
+from packvit.verification.comparison import compare_outputs
+from packvit.verification.files import (
+    compare_photographs,
+    compare_saved,
+    compare_taken_over,
+    obstacle_to_photographs,
+)
+from packvit.verification.references import (
+    Reference,
+    import_transformers,
+    interpolation_error,
+    write_random,
+)
+
+ANTIALIASED = ("bilinear_antialias", "bicubic_antialias")
+CONVERTED = (
+    "transformers does not read this layout: the reference has the weights as save_pretrained "
+    "rewrote them"
+)
+
+
+def verify_checkpoint(
+    name_or_folder: str | Path,
+    plan: Plan,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+) -> Findings:
+    """Compare a checkpoint, by its name on the hub or its folder, with transformers' model of it.
+
+    Raises: CheckpointError if either cannot read it; ImportError without transformers.
+    """
+    import_transformers()
+    encoder = hub.load(name_or_folder, revision=revision, device=device, dtype=torch.float32)
+    return verify(encoder, plan)
+
+
+def verify_family(
+    encoder: type[Encoder], plan: Plan, *, device: str | torch.device | None = None
+) -> Iterator[Findings]:
+    """Yield what became of each variant of a family, on small random weights drawn from a seed.
+
+    Raises: ImportError without transformers.
+    """
+    for variant in encoder.family.reference.variants:
+        yield verify_variant(encoder, variant, plan, device)
+
+
+def verify_variant(
+    encoder: type[Encoder], variant: Variant, plan: Plan, device: str | torch.device | None
+) -> Findings:
+    """Compare one small random model."""
+    with TemporaryDirectory() as folder:
+        model = write_random(variant, encoder.family, Path(folder), plan.seed)
+        loaded = encoder.from_pretrained(Path(folder), device=device, dtype=torch.float32)
+        return verify(loaded, plan, variant.name, model)
+
+
+def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
+    """Return a certificate for what an encoder computes with: one found, or else a new, quick one.
+
+    One is found in the checkpoint's folder if it vouches for the same. `weights` is the
+    checkpoint's `sha256()`.
+
+    Raises: VerificationError naming the worst comparison; ImportError without transformers.
+    """
+    checkpoint, dtype = encoder.checkpoint, str(encoder.dtype).removeprefix("torch.")
+    assert checkpoint is not None  # it was loaded by name
+    found = certificate.read_beside(checkpoint)
+    if found is not None and not certificate.why_not(
+        found,
+        checkpoint,
+        weights,
+        device=encoder.device.type,
+        dtype=dtype,
+        backend=encoder.attention,
+    ):
+        return found
+    import_transformers()
+    exact = type(encoder).from_checkpoint(
+        checkpoint, Options(encoder.device, torch.float32, "auto", "hwc", "checkpoint")
+    )
+    lower = tuple({"bfloat16", dtype} - {"float32"})
+    findings = verify(exact, Plan(quick=True, lower=lower))
+    if findings.missed:
+        raise VerificationError(
+            f"{checkpoint.name} is not verified: {len(findings.missed)} of {len(findings.rows)} "
+            f"comparisons with {findings.reference} are beyond their limit, the first being "
+            f"{findings.missed[0].said}. `packvit verify` shows them all."
+        )
+    return certificate.certify([findings])
+
+
+def verify(
+    encoder: Encoder, plan: Plan, variant: str | None = None, memory: nn.Module | None = None
+) -> Findings:
+    """Compare an encoder in float32 with the model that transformers makes of its checkpoint.
+
+    `variant` names a small random one, and `memory` is the model as it was before it was saved.
+    """
+    checkpoint = encoder.checkpoint
+    assert checkpoint is not None  # it was loaded by one of the functions above
+    assert encoder.dtype == torch.float32
+    folder = checkpoint.files[0].parent
+    remarks = []
+    with ExitStack() as stack:
+        if encoder.family.layout(checkpoint.tensors).name != "transformers":
+            remarks.append(CONVERTED)
+            converted = Path(stack.enter_context(TemporaryDirectory()))
+            encoder.save_pretrained(converted)
+            reference = Reference(encoder.family, converted)
+        else:
+            reference = Reference(encoder.family, folder)
+        if antialiases(encoder) and (error := interpolation_error(encoder.device)) > 1e-3:
+            remarks.append(
+                "torch antialiases wrongly here when it interpolates a channels-last image to one "
+                f"column (by {error:.1f}); the reference was given contiguous ones"
+            )
+        rows: list[Row] = list(compare_outputs(encoder, reference, plan))
+        if memory is not None:
+            rows.append(compare_taken_over(encoder, memory))
+        rows += compare_saved(encoder, reference)
+        obstacle = obstacle_to_photographs(reference, checkpoint)
+        if obstacle is None:
+            rows += compare_photographs(encoder, folder, plan)
+        return Findings(
+            family=encoder.family.name,
+            model=f"random weights, seed {plan.seed}" if variant else checkpoint.name,
+            variant=variant or "published",
+            revision=checkpoint.revision,
+            weights=checkpoint.sha256(),
+            settings=certificate.settings_digest(checkpoint),
+            reference=reference.architecture,
+            device=encoder.device.type,
+            rows=tuple(rows),
+            not_compared=(obstacle,) if obstacle else (),
+            remarks=tuple(remarks),
+        )
+
+
+def antialiases(encoder: Encoder) -> bool:
+    """Return whether the reference resizes a learned table with antialiasing."""
+    table = encoder.config.positions
+    return isinstance(table, Table) and table.any_grid and table.resize in ANTIALIASED
+
+
+def family_names() -> dict[str, type[Encoder]]:
+    """Return the families by the words of the command line: the names of their modules."""
+    return {encoder.__module__.rpartition(".")[2]: encoder for encoder in FAMILIES}

@@ -1,0 +1,278 @@
+"""transformers' models, run one image at a time: what our encoders are compared with.
+
+Nothing here goes through our weight rules, our positions or our layers: a reference is loaded by
+the class that its config.json names, from the same files. transformers is imported here alone, and
+only when it is asked for.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from packvit.checkpoints import CheckpointError
+from packvit.family import Family, Variant
+from packvit.packed import Grid
+
+SIZES: Mapping[str, Any] = {  # of the small random models
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "patch_size": 16,
+    "image_size": 224,
+    "num_register_tokens": 4,
+}
+TEXT_SIZES: Mapping[str, Any] = {  # of a tower that nobody asks
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# What an encoder says about each image of a pack: kinds of output, in this order.
+# Shapes: tokens [patches, D], taps [layers, patches, D]; of each frame: prefix [R, D], pooled [D],
+# projected [E].
+Answers = Mapping[str, Sequence[Tensor]]
+
+
+def import_transformers() -> Any:
+    """Return the library, which only verification needs.
+
+    Raises: ImportError with the line that installs it.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "Verification compares with the transformers library, which is not installed: "
+            "pip install 'packvit[reference]'"
+        ) from error
+    return transformers
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and tables; what matters of them we look up ourselves."""
+    logging = import_transformers().utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A checkpoint as transformers reads it, whole, from `folder`."""
+
+    family: Family
+    folder: Path
+
+    @property
+    def architecture(self) -> str:
+        """The class that config.json names.
+
+        Raises: CheckpointError for one that is no vision model of the family.
+        """
+        config = json.loads((self.folder / "config.json").read_bytes())
+        known = self.family.reference.models
+        named = config.get("architectures") or ["none"]
+        if len(named) != 1 or named[0] not in known:
+            raise CheckpointError(
+                f'config.json in {self.folder} names the "architectures" {", ".join(named)}; '
+                f"{self.family.name} is verified beside one of: {', '.join(sorted(known))}."
+            )
+        return named[0]
+
+    def load(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        """Return the model, its buffers in the precision in which its authors keep them.
+
+        Raises: CheckpointError if transformers would leave one of its weights at random.
+        """
+        model, left = load_model(self.architecture, self.folder, dtype)
+        if left:
+            raise CheckpointError(
+                f"transformers finds no weights in {self.folder} for {', '.join(left[:5])}, so "
+                "there is no reference to compare with."
+            )
+        return model.to(device)
+
+
+def load_model(
+    name: str, folder: Path, dtype: torch.dtype, *, config: Any = None
+) -> tuple[nn.Module, list[str]]:
+    """Return a model of transformers in eval mode, and the names that its files left at random."""
+    with quiet():
+        model, info = getattr(import_transformers(), name).from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True
+        )
+    return model.eval(), sorted(str(name) for name in info["missing_keys"])
+
+
+def tower(model: nn.Module) -> Any:
+    """Return the part of a model that looks at images."""
+    return getattr(model, "vision_model", model)
+
+
+def projection(model: nn.Module) -> nn.Module | None:
+    """Return the matrix into the space shared with text, where there is one."""
+    return getattr(model, "visual_projection", None)
+
+
+def vision_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of the part that looks at images, and of the projection behind it."""
+    shared = projection(model)
+    named = {f"projection.{k}": v for k, v in (shared.state_dict() if shared else {}).items()}
+    return dict(tower(model).state_dict()) | named
+
+
+def write_random(variant: Variant, family: Family, folder: Path, seed: int) -> nn.Module:
+    """Write a small random model, as transformers saves it, with its preprocessing; return it."""
+    transformers = import_transformers()
+    kind = getattr(transformers, variant.model)
+    settings = kind.config_class
+    looking = getattr(settings, "sub_configs", {}).get("vision_config")
+    with quiet():
+        known = (looking or settings)().to_dict()
+        entries = {name: size for name, size in SIZES.items() if name in known}
+        entries |= variant.entries
+        config = (
+            settings(vision_config=entries, text_config=dict(TEXT_SIZES))
+            if looking
+            else settings(**entries)
+        )
+        model = randomise(kind(config), seed)
+        model.save_pretrained(folder)
+        if processor := image_processor(family):
+            processor(**family.reference.processor_options).save_pretrained(folder)
+    return model
+
+
+def randomise(model: nn.Module, seed: int) -> Any:
+    """Draw every weight so that it matters: one that is ignored or misplaced must show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            words = name.split(".")
+            is_scale = words[-1] == "weight" and parameter.ndim == 1  # of a norm
+            is_matrix = words[-1].endswith("weight") and not any("position" in w for w in words)
+            if is_scale:
+                noise = 1 + 0.3 * noise
+            else:
+                noise *= 0.7 * parameter[0].numel() ** -0.5 if is_matrix else 0.5
+            parameter.copy_(noise)
+    return model.eval()
+
+
+def image_processor(family: Family) -> Any:
+    """Return the class that prepares a family's images, or None if it cannot run here."""
+    from importlib.util import find_spec
+
+    name = family.reference.processor
+    if not name.endswith("Pil") and find_spec("torchvision") is None:
+        return None
+    return getattr(import_transformers(), name)
+
+
+class RightInterpolation(TorchFunctionMode):
+    """Let the reference interpolate from contiguous memory, where torch does it rightly."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.interpolate:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def interpolation_error(device: torch.device | str) -> float:
+    """Return how wrong torch is here about an antialiased channels-last image of one column.
+
+    With torch 2.13 on a CPU it is wrong by more than 1 for a table of N(0, 1), and the references
+    that antialias inherit that.
+    """
+    table = torch.randn(1, 5, 5, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    image = table.permute(0, 3, 1, 2)
+    found, right = (
+        F.interpolate(x, (9, 1), mode="bilinear", antialias=True)
+        for x in (image, image.contiguous())
+    )
+    return (found - right).abs().max().item()
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module, patches: Sequence[Tensor], grid: Grid, *, interpolate: bool = False
+) -> Answers:
+    """Forward every frame of every image by itself.
+
+    Shapes: patches N x [patches, P], normalised, in the order (row, column, channel).
+    """
+    answers: dict[str, list[Tensor]] = {}
+    for image, (frames, rows, columns) in zip(patches, grid, strict=True):
+        parts = [
+            run_frame(model, frame, rows, columns, interpolate) for frame in image.chunk(frames)
+        ]
+        for kind in parts[0]:
+            outputs = [part[kind] for part in parts]
+            joined = torch.stack(outputs) if kind in PER_FRAME else torch.cat(outputs, -2)
+            answers.setdefault(kind, []).append(joined)
+    return answers
+
+
+PER_FRAME = ("prefix", "pooled", "projected")
+
+
+def run_frame(
+    model: nn.Module, patches: Tensor, rows: int, columns: int, interpolate: bool
+) -> dict[str, Tensor]:
+    """Return what the model says about one frame."""
+    looking = tower(model)
+    weight = next(looking.parameters())
+    patches = patches.to(weight.device, weight.dtype)
+    options = {"interpolate_pos_encoding": True} if interpolate else {}
+    with RightInterpolation():
+        out = looking(
+            **inputs(looking, patches, rows, columns), output_hidden_states=True, **options
+        )
+    state = out.last_hidden_state[0]
+    first = len(state) - rows * columns  # prefix tokens come first
+    said = {
+        "tokens": state[first:],
+        "taps": torch.stack([layer[0, first:] for layer in out.hidden_states[1:]]),
+    }
+    if first:
+        said["prefix"] = state[:first]
+    if (pooled := getattr(out, "pooler_output", None)) is not None:
+        said["pooled"] = pooled[0]
+        if shared := projection(model):
+            said["projected"] = shared(pooled)[0]
+    return said
+
+
+def inputs(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+    """Return one image as the model takes it: pixels, or patches with their mask and shape."""
+    if model.main_input_name == "pixel_values" and "num_patches" in model.config.to_dict():
+        return {
+            "pixel_values": patches[None],
+            "pixel_attention_mask": torch.ones(1, len(patches), device=patches.device),
+            "spatial_shapes": torch.tensor([[rows, columns]]),
+        }
+    side = model.config.patch_size
+    tiles = patches.view(rows, columns, side, side, 3).permute(4, 0, 2, 1, 3)
+    return {"pixel_values": tiles.reshape(1, 3, rows * side, columns * side)}
