@@ -54,8 +54,10 @@ def test_silu_times_is_nearer_to_exact_than_its_plain_twin(dtype, tokens: int, w
     exact = F.silu(gate) * up
     fused, plain = silu_times(x), F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
     assert fused.dtype == dtype
-    slack = 1.5 if dtype == torch.float32 else 1.0  # both are right to the last bits there
-    assert (fused.double() - exact).norm() <= slack * (plain.double() - exact).norm() + 1e-12
+    if dtype == torch.float32:  # the last bits are luck there; the encoder fuses in 16 bits alone
+        torch.testing.assert_close(fused.double(), exact, atol=1e-6, rtol=1e-6)
+    else:
+        assert (fused.double() - exact).norm() <= (plain.double() - exact).norm()
 
 
 @pytest.mark.gpu
