@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from packvit.checkpoints import CheckpointError as CheckpointError
     from packvit.corpus.job import embed as embed
     from packvit.encoder import Encoder as Encoder
-    from packvit.encoder import Features as Features
-    from packvit.encoder import Pack as Pack
     from packvit.families.aimv2 import AIMv2Packing as AIMv2Packing
     from packvit.families.clip import ClipPacking as ClipPacking
     from packvit.families.dinov2 import Dinov2Packing as Dinov2Packing
     from packvit.families.dinov3 import DINOv3ViTPacking as DINOv3ViTPacking
     from packvit.families.siglip import SiglipPacking as SiglipPacking
     from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
+    from packvit.features import Features as Features
+    from packvit.features import Pack as Pack
     from packvit.hub import load as load
     from packvit.images import ImageError as ImageError
     from packvit.packed import Segments as Segments
@@ -33,9 +33,9 @@ _HOMES = {
     "DINOv3ViTPacking": "packvit.families.dinov3",
     "Dinov2Packing": "packvit.families.dinov2",
     "Encoder": "packvit.encoder",
-    "Features": "packvit.encoder",
+    "Features": "packvit.features",
     "ImageError": "packvit.images",
-    "Pack": "packvit.encoder",
+    "Pack": "packvit.features",
     "Segments": "packvit.packed",
     "Siglip2NaflexPacking": "packvit.families.siglip2",
     "SiglipPacking": "packvit.families.siglip",

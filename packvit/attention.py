@@ -55,6 +55,11 @@ def flash_obstacle(work: Workload, oldest: tuple[int, int], largest: int) -> str
     return None
 
 
+def seams(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, int, int]:
+    """Return what all varlen kernels take behind query, key and value, in their order."""
+    return queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
+
+
 def run_fa4(query: Queries, key: Heads, value: Heads, queries: Segments, keys: Segments) -> Queries:
     """FlashAttention-4, from flash-attn-4 (signature of 4.0.0b36, which returns (out, lse))."""
     from flash_attn.cute import (  # pyright: ignore[reportMissingImports] # extra "hopper"
@@ -86,15 +91,7 @@ def run_fa3(query: Queries, key: Heads, value: Heads, queries: Segments, keys: S
         flash_attn_varlen_func,
     )
 
-    out = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        queries.max_seqlen,
-        keys.max_seqlen,
-    )
+    out = flash_attn_varlen_func(query, key, value, *seams(queries, keys))
     return out[0] if isinstance(out, tuple) else out  # older builds return (out, lse)
 
 
@@ -111,15 +108,7 @@ def run_fa2(query: Queries, key: Heads, value: Heads, queries: Segments, keys: S
         flash_attn_varlen_func,
     )
 
-    return flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        queries.max_seqlen,
-        keys.max_seqlen,
-    )
+    return flash_attn_varlen_func(query, key, value, *seams(queries, keys))
 
 
 def fa2_obstacle(work: Workload) -> str | None:
@@ -135,15 +124,7 @@ def run_torch(
     """All sequences in one kernel, whatever their lengths."""
     from torch.nn.attention.varlen import varlen_attn  # only where a CUDA device wants it
 
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        queries.max_seqlen,
-        keys.max_seqlen,
-    )
+    out = varlen_attn(query, key, value, *seams(queries, keys))
     assert isinstance(out, Tensor)  # a tuple comes back only when auxiliary outputs are asked for
     return out
 
