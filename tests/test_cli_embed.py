@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -236,7 +237,12 @@ def test_a_stopped_job_says_what_is_written_and_leaves_it_whole(
     out = tmp_path / "out"
     argv = [str(many), "--model", str(checkpoint), "--out", str(out), "--tokens"]
     with subprocess.Popen(
-        COMMAND + argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        COMMAND + argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # These tests may themselves run in a shell's background, which ignores SIGINT for them.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as job:
         deadline = time.monotonic() + 60
         while len(read_commits(out)) < 2 and job.poll() is None and time.monotonic() < deadline:
