@@ -8,7 +8,7 @@ is NaN or infinite.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +75,22 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.holders)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tensors":
+        """Share the files: nobody writes to them."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., "Tensors"], tuple[tuple[Path, ...]]]:
+        """Travel as the files' paths; an encoder brings its weights itself."""
+        return reopen, (tuple(self.handles),)
+
     def shape_of(self, name: str) -> torch.Size:
         """Return the shape of the tensor `name`, from the file's header alone."""
         return torch.Size(self.handles[self.holders[name][0]].get_slice(name).get_shape())
+
+
+def reopen(files: tuple[Path, ...]) -> Tensors:
+    """Return the tensors of files where they are, and none on a machine that has no such files."""
+    return Tensors(files if all(file.exists() for file in files) else ())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,6 +6,7 @@ A checkpoint that keeps them apart is fused as it is loaded (`weights.py`).
 
 from collections.abc import Callable, Collection
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from packvit.positions import ResizedTables, check_grid, look_up, rotary, rotate
 
 HAS_TRITON = find_spec("triton") is not None
 
+AnyModule = TypeVar("AnyModule", bound="PatchEmbeddings")
 Tokens = Float[Tensor, "T D"]
 Turns = tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]  # rotary cosine and sine of each token
 
@@ -118,6 +120,12 @@ class PatchEmbeddings(nn.Module):
         if self.norm is not None and self.config.embedding_norm == "tokens":
             tokens = self.norm(tokens)
         return tokens
+
+    def train(self: AnyModule, mode: bool = True) -> AnyModule:
+        """Switch between training and inference, and forget tables resized before."""
+        if isinstance(self.config.positions, Table):
+            self.resized.forget()
+        return super().train(mode)
 
     def add_positions(self, tokens: Tokens, grid: Grid) -> Tokens:
         """Add to each patch what tells its place; rotary positions come in later."""

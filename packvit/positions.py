@@ -6,7 +6,6 @@ table built in bfloat16 is wrong by 0.08 on a 16 x 16 grid and by 1.4 on 16 x 25
 
 import math
 from typing import Any
-from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
@@ -96,14 +95,19 @@ class ResizedTables:
     """A learned table resized to the grids met lately, so that each is worked out once.
 
     Kept are at most `most` patches' rows, the oldest grids going first. A table that is taught, or
-    that changed since, is resized anew.
+    that is another than it was, is resized anew. What is written through `table.data` in place
+    leaves no trace to see; `forget` is for that.
     """
 
     def __init__(self, positions: Table, most: int = 2**16) -> None:
         self.positions = positions
         self.most = most
+        self.forget()
+
+    def forget(self) -> None:
+        """Keep nothing."""
         self.kept: dict[tuple[int, int], Tensor] = {}  # in the order they were made
-        self.made_from: tuple[ReferenceType[Tensor], int] | None = None  # the table, its version
+        self.made_from: tuple[object, ...] = ()  # what told the table from others
 
     def get(
         self, table: Float[Tensor, "places D"], rows: int, columns: int
@@ -111,10 +115,12 @@ class ResizedTables:
         """Return the patches' rows of `table` for a grid of `rows` x `columns`."""
         patches = table[1:] if self.positions.class_row else table
         taught = torch.is_grad_enabled() and table.requires_grad
-        if taught or table.is_inference() or (rows, columns) == self.native:
+        native = (self.positions.rows, self.positions.columns)
+        if taught or table.is_inference() or (rows, columns) == native:
             return resize(self.positions, patches, rows, columns)
-        if self.made_from is None or self.made_from != (ref(table), table._version):
-            self.kept, self.made_from = {}, (ref(table), table._version)
+        told = (id(table), table.data_ptr(), table._version, table.dtype, table.device)
+        if self.made_from != told:
+            self.kept, self.made_from = {}, told
         if (rows, columns) not in self.kept:
             # What is kept must serve training too, which inference tensors cannot.
             with torch.inference_mode(False), torch.no_grad():
@@ -123,18 +129,13 @@ class ResizedTables:
                 del self.kept[next(iter(self.kept))]
         return self.kept[rows, columns]
 
-    @property
-    def native(self) -> tuple[int, int]:
-        """The grid that needs no resizing."""
-        return self.positions.rows, self.positions.columns
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "ResizedTables":
         """Start empty: a copied encoder has a table of its own."""
         return ResizedTables(self.positions, self.most)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave what is kept behind: weak references do not travel."""
-        return {"positions": self.positions, "most": self.most, "kept": {}, "made_from": None}
+        """Travel empty."""
+        return vars(ResizedTables(self.positions, self.most))
 
 
 def look_up(

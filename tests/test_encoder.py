@@ -1,5 +1,8 @@
 """The door: what comes in is checked and answered in words, what goes out keeps its promises."""
 
+import copy
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +206,14 @@ def test_bf16_is_as_close_to_the_fp32_reference_as_the_bf16_reference():
     for ours, theirs, truth in pairs:
         error, own = ((x.float() - truth).norm() for x in (ours, theirs))
         assert error <= 1.2 * own
+
+
+def test_an_encoder_can_be_copied_and_sent_elsewhere(tmp_path: Path):
+    reference.aimv2(is_native=True).save_pretrained(tmp_path / "model")
+    encoder = packvit.load(tmp_path / "model")
+    patches, grid = packed()
+    sent = pickle.dumps(encoder)
+    copied = copy.deepcopy(encoder)
+    shutil.rmtree(tmp_path / "model")  # as on another machine
+    for other in (copied, pickle.loads(sent)):
+        assert torch.equal(other(patches, grid), encoder(patches, grid))

@@ -1,5 +1,7 @@
 """Every family against transformers, image by image, on weights and grids drawn at random."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +292,24 @@ def test_preprocessing_left_out_is_the_processors_default(kind: str, processor: 
     # Every entry must be read, so none may be right before.
     nonsense = ImageConfig(images.patch, (9.0, 9.0, 9.0), (9.0, 9.0, 9.0), "box", Exact(9, 9))
     assert image_config_from(processor().to_dict(), nonsense) == images
+
+
+@pytest.mark.parametrize("kind", ["siglip2", "dinov2"])
+def test_a_resized_table_follows_the_encoder_wherever_it_goes(tmp_path: Path, kind: str):
+    encoder = loaded(tmp_path, reference.build(kind))
+    patches, grid = reference.draw_patches(ODD, encoder.config.patch_dim), torch.tensor(ODD)
+    fresh = copy.deepcopy(encoder)
+    with torch.inference_mode():
+        before = encoder(patches, grid)
+        assert encoder.bfloat16()(patches, grid).dtype == torch.bfloat16
+        encoder.float()
+    encoder.load_state_dict(fresh.state_dict(), assign=True)
+    with torch.no_grad():
+        assert torch.equal(encoder(patches, grid), before)
+        encoder.embeddings.positions.data = encoder.embeddings.positions.data * 2
+        moved = encoder(patches, grid)
+        assert not torch.equal(moved, before)
+        encoder.embeddings.positions.data.div_(2)  # leaves no trace, until the mode is set
+        assert torch.equal(encoder.eval()(patches, grid), before)
+    again = pickle.loads(pickle.dumps(fresh))
+    assert torch.equal(again(patches, grid), fresh(patches, grid))
