@@ -206,6 +206,11 @@ class Encoder(nn.Module):
 
         Raises: ImageError with the index and the code of the first image that cannot be used.
         """
+        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+            raise TypeError(
+                f"images is one {type(images).__name__}, but must be a list of them: "
+                "encoder.pack([image])."
+            )
         if not images:
             raise ValueError("images is empty, but a pack holds at least one image.")
         cut = []
@@ -303,15 +308,22 @@ class Encoder(nn.Module):
 
         Raises: CheckpointError if it is not a vision model of this family.
         """
+        checkpoint = pretrained.in_memory(model)
         first = next(model.parameters())
         options = Options(first.device, first.dtype, attention, patch_order, positions)
-        return cls.from_checkpoint(pretrained.in_memory(model), options)
+        return cls.from_checkpoint(checkpoint, options)
 
     @classmethod
     def from_checkpoint(
         cls: type[AnyEncoder], checkpoint: Checkpoint, options: "Options"
     ) -> AnyEncoder:
         """Build the encoder that a checkpoint describes and fill in every one of its weights."""
+        with torch.inference_mode(False):  # so that it can be trained, wherever it is loaded
+            return cls.fill(checkpoint, options)
+
+    @classmethod
+    def fill(cls: type[AnyEncoder], checkpoint: Checkpoint, options: "Options") -> AnyEncoder:
+        """Build it with tensors that autograd can use."""
         described = pretrained.describe(cls.family, checkpoint)
         with torch.device("meta"):
             encoder = cls(
@@ -328,7 +340,8 @@ class Encoder(nn.Module):
             encoder.state_dict(), checkpoint, described.layout, options.patch_order, device, dtype
         )
         encoder.load_state_dict(state, assign=True)
-        encoder.checkpoint = checkpoint
+        # A model in memory is copied, and must not be kept alive by its copy.
+        encoder.checkpoint = checkpoint if checkpoint.files else None
         resolve(options.attention, encoder.workload)  # refused here rather than in a forward
         return encoder.eval()
 

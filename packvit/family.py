@@ -116,10 +116,14 @@ def entry(config: Json, name: str, kind: type | tuple[type, ...], default: Any =
     Raises: CheckpointError if it is absent and has no default, or is of another kind.
     """
     value = config.get(name, default)
+    if kind is float and type(value) is int:
+        value = float(value)  # JSON writes 100.0 as 100 as well
+    number = isinstance(value, int | float)
     if (
         value is None
         or isinstance(value, bool) is not (kind is bool)
         or not isinstance(value, kind)
+        or (number and not 0 <= value < 1e9)  # nor is NaN
     ):
         raise CheckpointError(
             f'config.json says "{name}": {value!r}, which describes no encoder that we know.'
@@ -210,7 +214,10 @@ def sizes(config: Json, **defaults: int) -> dict[str, Any]:
     channels = entry(config, "num_channels", int, 3)
     if channels != 3:
         raise CheckpointError(f'config.json says "num_channels": {channels}; we know 3, for RGB.')
-    return {ours: entry(config, SIZES[ours], int, default) for ours, default in defaults.items()}
+    found = {ours: entry(config, SIZES[ours], int, default) for ours, default in defaults.items()}
+    if 0 in found.values():
+        raise CheckpointError(f"config.json says {found}; every size is 1 or more.")
+    return found
 
 
 def write_sizes(config: EncoderConfig) -> dict[str, Any]:
@@ -253,4 +260,4 @@ def square(config: Json, name: str, default: int | None = None) -> int:
     value = config.get(name, default)
     if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
         return entry({name: value[0]}, name, int)
-    return entry(config, name, int, default)
+    return entry(config, name, int, default) or entry({}, name, int)  # 0 is no size

@@ -87,7 +87,7 @@ def check_grid(positions: Table, grid: Grid, patch: int) -> None:
                 f"Image {image} is {rows} x {columns} patches{note}, but this checkpoint learned "
                 f"positions for {native[0]} x {native[1]} alone. Resize images to "
                 f"{native[0] * patch} x {native[1] * patch} pixels, or load the encoder with "
-                'positions="interpolate", which no reference defines for it.'
+                'positions="interpolate".'
             )
 
 
@@ -116,6 +116,8 @@ class ResizedTables:
         patches = table[1:] if self.positions.class_row else table
         taught = torch.is_grad_enabled() and table.requires_grad
         native = (self.positions.rows, self.positions.columns)
+        if taught:
+            self.forget()  # an optimizer follows, and fused ones leave no trace either
         if taught or table.is_inference() or (rows, columns) == native:
             return resize(self.positions, patches, rows, columns)
         told = (id(table), table.data_ptr(), table._version, table.dtype, table.device)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -40,11 +41,40 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
         )
     layout = family.layout(checkpoint.tensors)
     config = layout.read(checkpoint.config, checkpoint.tensors)
+    check_sizes(config, checkpoint)
     try:
         images = image_config_from(checkpoint.preprocessor, family.images(config))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"preprocessor_config.json of {checkpoint.name} holds an entry of another kind than "
+            "its processor's. Compare it with the published one."
+        ) from error
+    numbers = (*images.mean, *images.std)
+    if not all(map(isfinite, numbers)) or min(images.std) <= 0:
+        raise CheckpointError(
+            f"preprocessor_config.json says image_mean {images.mean} and image_std {images.std}, "
+            "but they must be finite, and the latter above 0."
+        )
     return Described(layout, config, images)
+
+
+def check_sizes(config: EncoderConfig, checkpoint: Checkpoint) -> None:
+    """Refuse sizes that no encoder can have, before anything is built by them.
+
+    Raises: CheckpointError saying which.
+    """
+    if config.width % config.heads or config.head_dim % 2:
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} says {config.heads} heads for a width of "
+            f"{config.width}, which does not part into heads of an even width."
+        )
+    if config.layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} says {config.layers} layers, but there are "
+            f"{len(checkpoint.tensors)} tensors in all."
+        )
 
 
 class Converted(NamedTuple):
@@ -170,7 +200,7 @@ def in_memory(model: nn.Module) -> Checkpoint:
     Raises: CheckpointError if it has no configuration to go by.
     """
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
+    if not hasattr(config, "to_dict") or not isinstance(model, nn.Module):
         raise CheckpointError(
             f"from_transformers takes a model of transformers, not a {type(model).__name__}."
         )

@@ -1,6 +1,8 @@
 import json
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,15 @@ from click.testing import CliRunner, Result
 from rotten import write_good
 from small_checkpoint import write_checkpoint
 
+import packvit
+from packvit.cli import main
 from packvit.cli.embed import embed
 from packvit.cli.verify import verify
 from packvit.corpus.folder import read_manifest
+from packvit.families import AIMv2Packing
 from packvit.verification import certificate, comparison
 from packvit.verification.job import family_names
+from packvit.verification.references import write_random
 
 NAME = certificate.NAME
 
@@ -186,3 +192,42 @@ def test_embed_stops_at_a_miss_before_anything_is_written(
     assert f"{checkpoint} is not verified:" in result.stderr
     assert "the first being tokens off by" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_it_can_be_stopped(number: signal.Signals, code: int):
+    with subprocess.Popen(
+        [sys.executable, "-m", "packvit", "verify", "--family", "all"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    ) as job:
+        assert job.stdout
+        job.stdout.readline()  # the first encoder's table: it is at work
+        job.send_signal(number)
+        _, said = job.communicate(timeout=60)
+    assert job.returncode == code
+    assert said.splitlines()[-1] == "Stopped. Give the same command again to start anew."
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("layout", ["original", "transformers"])
+def test_lit_without_its_text_tower_is_verified_but_for_the_projection(tmp_path: Path, layout: str):
+    family = AIMv2Packing.family
+    [lit] = [variant for variant in family.reference.variants if variant.name == "LiT"]
+    write_random(lit, family, tmp_path / "lit", 0)
+    packvit.load(tmp_path / "lit").save_pretrained(tmp_path / "alone", layout=layout)
+    shown = CliRunner().invoke(main, ["verify", "--quick", "--model", str(tmp_path / "alone")])
+    assert shown.exit_code == 0, shown.output
+    assert "not compared: the projection to" in shown.stdout
+
+
+def test_a_certificate_that_nobody_asked_for_and_cannot_be_written_changes_no_verdict(
+    checkpoint: Path,
+):
+    (checkpoint / NAME).mkdir()
+    shown = CliRunner().invoke(main, ["verify", "--quick", "--model", str(checkpoint)])
+    assert shown.exit_code == 0
+    assert "Passed: all" in shown.stdout
+    assert "could not be written" in shown.stderr

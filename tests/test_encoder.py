@@ -1,8 +1,11 @@
 """The door: what comes in is checked and answered in words, what goes out keeps its promises."""
 
 import copy
+import gc
+import json
 import pickle
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +220,53 @@ def test_an_encoder_can_be_copied_and_sent_elsewhere(tmp_path: Path):
     shutil.rmtree(tmp_path / "model")  # as on another machine
     for other in (copied, pickle.loads(sent)):
         assert torch.equal(other(patches, grid), encoder(patches, grid))
+
+
+def test_an_encoder_loaded_for_inference_can_be_trained(tmp_path: Path):
+    reference.aimv2().save_pretrained(tmp_path)
+    with torch.inference_mode():
+        encoder = packvit.load(tmp_path)
+    patches = reference.draw_patches([(1, 5, 5)], 588)
+    encoder(patches, torch.tensor([(1, 5, 5)])).sum().backward()
+    assert encoder.embeddings.positions.grad is not None
+
+
+def test_a_copied_model_is_not_kept_alive():
+    model = reference.aimv2()
+    gone = weakref.ref(model.encoder.layers[0].ffn.up_proj.weight)
+    encoder = AIMv2Packing.from_transformers(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert encoder.checkpoint is None
+
+
+def test_one_image_is_no_list_of_images(encoder):
+    with pytest.raises(TypeError, match=r"images is one str, but must be a list of them"):
+        encoder.pack("cat.jpg")
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "said"),
+    [
+        ("config.json", {"num_attention_heads": 0}, "every size is 1 or more"),
+        ("config.json", {"num_attention_heads": 5}, "5 heads for a width of 64"),
+        ("config.json", {"hidden_size": -64}, "hidden_size"),
+        ("config.json", {"patch_size": 0}, "patch_size"),
+        ("config.json", {"num_hidden_layers": 10**8}, "100000000 layers, but there are"),
+        ("config.json", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ("preprocessor_config.json", {"size": "big"}, "preprocessor_config.json"),
+        ("preprocessor_config.json", {"image_mean": 0.5}, "preprocessor_config.json"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "image_std"),
+        ("preprocessor_config.json", {"resample": [2]}, "preprocessor_config.json"),
+    ],
+)
+def test_nonsense_in_a_checkpoints_json_is_answered_in_words(
+    tmp_path: Path, file: str, entry: dict[str, Any], said: str
+):
+    reference.aimv2().save_pretrained(tmp_path)
+    path = tmp_path / file
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(whole | entry))
+    with pytest.raises(packvit.CheckpointError, match=said):
+        packvit.load(tmp_path)

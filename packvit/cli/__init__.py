@@ -5,7 +5,9 @@ programs read; what the user got wrong is answered in one sentence and exit code
 traceback; torch is imported only by the commands that compute with it.
 """
 
+import signal
 from importlib import import_module
+from types import FrameType
 
 import click
 
@@ -19,8 +21,30 @@ COMMANDS = {  # in the order of `--help`
 }
 
 
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; it stops a command as Ctrl-C does."""
+
+
 class Commands(click.Group):
     """A group whose commands are imported when they are named."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; Ctrl-C and SIGTERM end it cleanly, with the exit codes that shells use."""
+
+        def terminate(number: int, frame: FrameType | None) -> None:
+            raise Terminated
+
+        before = signal.signal(signal.SIGTERM, terminate)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            click.echo("Stopped. Give the same command again to start anew.", err=True)
+            ctx.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""

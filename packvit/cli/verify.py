@@ -21,7 +21,12 @@ MISSED = 1
 )
 @click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
 @click.option("--quick", is_flag=True, help="Fewer and smaller images.")
-@click.option("--seed", type=int, default=0, help="What random weights and images are drawn from.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31),
+    default=0,
+    help="What random weights and images are drawn from.",
+)
 @click.option(
     "--certificate",
     metavar="FILE",
@@ -69,19 +74,26 @@ def verify(
         if not as_json:
             click.echo(as_table(found))
     said = certificates.certify(findings)
-    if certificate is None and model is not None and Path(model).is_dir():
-        certificate = Path(model) / certificates.NAME
-    if certificate is not None:
-        try:
-            certificates.write(certificate, said)
-        except OSError as error:
-            raise click.ClickException(
-                f"{certificate} could not be written: {error.strerror}. Name another file with "
-                "--certificate."
-            ) from error
-        click.echo(f"The certificate is {certificate}.", err=True)
     click.echo(json.dumps(said, indent=1) if as_json else verdict(findings))
+    beside = folder_of(model)
+    target = certificate or (beside and beside / certificates.NAME)
+    if target is not None:
+        try:
+            certificates.write(target, said)
+            click.echo(f"The certificate is {target}.", err=True)
+        except OSError as error:
+            reason = f"{target} could not be written: {error.strerror}."
+            if certificate is not None:
+                raise click.ClickException(f"{reason} Name another file.") from error
+            click.echo(f"{reason} Name a file with --certificate to have one.", err=True)
     context.exit(0 if said["passed"] else MISSED)
+
+
+def folder_of(model: str | None) -> Path | None:
+    """Return the user's folder that `model` names, if it names one."""
+    from packvit.checkpoints import EMBEDDED
+
+    return Path(model) if model and model not in EMBEDDED and Path(model).is_dir() else None
 
 
 def search(

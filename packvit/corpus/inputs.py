@@ -98,7 +98,9 @@ def walk_folder(walk: Walk, root: bytes, prefix: bytes) -> None:
                 elif not is_folder:
                     walk.ignored += 1
         except OSError:  # the folder itself becomes the row that says photographs may be missing
-            walk.found.append((prefix.rstrip(b"/") or root, folder, "unreadable"))
+            name = prefix.rstrip(b"/") or root
+            if os.path.splitext(name)[1].lower() not in SUFFIXES:  # with one, it is a row already
+                walk.found.append((name, folder, "unreadable"))
 
 
 def read_folder(folder: bytes) -> Iterator[os.DirEntry[bytes]]:

@@ -116,6 +116,11 @@ def embed(
         )
         assert encoder.checkpoint
         weights = encoder.checkpoint.sha256()
+    if verify and positions == "interpolate" and not encoder.family.reference.interpolates:
+        raise WrongUse(
+            'verify cannot vouch for positions="interpolate": no reference defines it for '
+            f"{encoder.family.name}. Leave one of the two out."
+        )
     options = fit_options(encoder, options, taps)
     certificate = vouch(encoder, weights) if verify else None
     return run(encoder, weights, listing, folder, options, certificate, progress)

@@ -91,7 +91,7 @@ def write(config: EncoderConfig) -> dict[str, Any]:
         "architectures": [f"Dinov2{kind}Model"],
         "image_size": table.rows * config.patch,
         "layer_norm_eps": config.norm_eps,
-        "mlp_ratio": 4 if config.gated else config.mlp_width // config.width,
+        "mlp_ratio": round(config.mlp_width * (1.5 if config.gated else 1) / config.width),
         "use_swiglu_ffn": config.gated,
         "qkv_bias": config.qkv_bias == "qkv",
     }

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -121,9 +123,13 @@ def verify(
     folder = checkpoint.files[0].parent
     remarks = []
     with ExitStack() as stack:
-        if encoder.family.layout(checkpoint.tensors).name != "transformers":
+        if not readable_by_transformers(encoder):
             remarks.append(CONVERTED)
             converted = Path(stack.enter_context(TemporaryDirectory()))
+            if encoder.projection is not None:
+                # transformers has no class of an image tower with its projection alone.
+                encoder, alone = without_projection(encoder), encoder
+                remarks.append(f"not compared: the projection to {alone.config.projection}")
             encoder.save_pretrained(converted)
             reference = Reference(encoder.family, converted)
         else:
@@ -153,6 +159,22 @@ def verify(
             not_compared=(obstacle,) if obstacle else (),
             remarks=tuple(remarks),
         )
+
+
+def readable_by_transformers(encoder: Encoder) -> bool:
+    """Return whether a class of transformers reads the very files of this checkpoint."""
+    checkpoint = encoder.checkpoint
+    assert checkpoint is not None
+    layout = encoder.family.layout(checkpoint.tensors).name
+    return layout == "transformers" and bool(checkpoint.config.get("architectures"))
+
+
+def without_projection(encoder: Encoder) -> Encoder:
+    """Return the same tower without its matrix into a space shared with text."""
+    tower = copy(encoder)
+    tower._modules = {**encoder._modules, "projection": None}
+    tower.config = replace(encoder.config, projection=None)
+    return tower
 
 
 def antialiases(encoder: Encoder) -> bool:

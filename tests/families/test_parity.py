@@ -313,3 +313,24 @@ def test_a_resized_table_follows_the_encoder_wherever_it_goes(tmp_path: Path, ki
         assert torch.equal(encoder.eval()(patches, grid), before)
     again = pickle.loads(pickle.dumps(fresh))
     assert torch.equal(again(patches, grid), fresh(patches, grid))
+
+
+@pytest.mark.parametrize("kind", ["siglip2", "dinov2, registers"])
+def test_what_is_validated_between_steps_has_the_positions_of_now(tmp_path: Path, kind: str):
+    encoder = loaded(tmp_path, reference.build(kind))
+    patches, grid = reference.draw_patches(ODD, encoder.config.patch_dim), torch.tensor(ODD)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.1, fused=True)  # raises no version
+    for _ in range(2):
+        with torch.no_grad():
+            encoder(patches, grid)
+        encoder(patches, grid).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            found = encoder(patches, grid)
+            assert torch.equal(found, copy.deepcopy(encoder)(patches, grid))
+
+
+def test_a_gated_mlp_of_another_ratio_survives_a_round_trip(tmp_path: Path):
+    model = reference.build("dinov2, swiglu", mlp_ratio=2)
+    loaded(tmp_path, model).save_pretrained(tmp_path / "ours")
+    compare(packvit.load(tmp_path / "ours"), model, OWN)
