@@ -25,20 +25,24 @@ from packvit.encoder import Encoder
 
 INPUTS, PARTS = 400, 7  # 64 inputs a part, since tokens are written
 
-# Forks a job of its own session for each line on stdin, and kills all of it after so many seconds.
-KILLER = """
+# Forks a job of its own session for each line on stdin, and kills all of it so many seconds after
+# so many parts were committed.
+KILLER = r"""
 import json, os, signal, sys, time
 import torch, packvit
 torch.set_num_threads(1)
 encoder = packvit.load(sys.argv[1], device="cpu")
 print("ready", flush=True)
 for line in sys.stdin:
-    photos, out, seconds = json.loads(line)
+    photos, out, parts, seconds = json.loads(line)
     job = os.fork()
     if not job:
         os.setsid()
         packvit.embed(photos, out=out, model=encoder, tokens=True, threads=2)
         os._exit(0)
+    log = os.path.join(out, "commits.jsonl")
+    while parts and (not os.path.exists(log) or open(log, "rb").read().count(b"\n") < parts):
+        time.sleep(0.001)
     time.sleep(seconds)
     try:
         os.killpg(job, signal.SIGKILL)
@@ -100,7 +104,7 @@ def kill_and_resume(
     """Kill and resume a job at random moments; return how many parts each had committed."""
     start = time.monotonic()
     embed(photos, out=tmp_path / "timed", model=encoder, tokens=True, threads=2)
-    seconds = time.monotonic() - start
+    seconds = (time.monotonic() - start) / PARTS
     draw, committed = random.Random(0), []
     with subprocess.Popen(
         [sys.executable, "-c", KILLER, str(checkpoint)],
@@ -113,8 +117,8 @@ def kill_and_resume(
         assert killer.stdout.readline() == "ready\n"
         for moment in range(moments):
             out = tmp_path / str(moment)
-            at = seconds * (moment + draw.random()) / moments
-            killer.stdin.write(json.dumps([str(photos), str(out), at]) + "\n")
+            job = [str(photos), str(out), moment * PARTS // moments, seconds * draw.random()]
+            killer.stdin.write(json.dumps(job) + "\n")
             killer.stdin.flush()
             assert killer.stdout.readline() == "dead\n"
             committed.append(len(read_commits(out)))
