@@ -22,7 +22,7 @@ from packvit.cli.progress import Meter, duration, plain_lines
 from packvit.corpus.folder import claim, read_commits, read_manifest
 from packvit.corpus.progress import Progress
 
-COMMAND = [sys.executable, "-m", "packvit.cli", "embed"]
+COMMAND = [sys.executable, "-m", "packvit", "embed"]
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +173,19 @@ def test_another_jobs_folder_and_a_locked_one_are_refused(
     assert "Another job is writing to" in result.stderr
     assert invoke(*argv).exit_code == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    result = invoke(*argv)
+    result = invoke(*argv, "--max-patches", "9", "--tokens")
     assert result.exit_code == 2
-    assert f"already holds features of {checkpoint} for 12 of 12 inputs" in result.stderr
+    assert "holds the features of another job. What differs, its -> yours:" in result.stderr
+    told = [line.strip() for line in result.stderr.splitlines() if " -> " in line][1:]
+    assert told == [
+        "preprocessing.max_patches: 1024 -> 9",
+        'lists: [] -> ["tokens"]',
+        "rows_per_part: 1024 -> 64",
+    ]
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    result = invoke(*argv, "--max-patches", "9", "--tokens", "--overwrite")
+    assert result.exit_code == 0
+    assert (read_manifest(tmp_path / "out") or {})["lists"] == ["tokens"]
 
 
 def test_a_bad_checkpoint_is_a_failure_in_a_sentence(
@@ -230,9 +239,25 @@ def test_a_full_disk_is_a_failure_in_a_sentence_and_what_was_committed_stays(
     assert 0 < check_whole(full_disk / "out") < 3000
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, many: Path, checkpoint: Path
+) -> dict[str, bytes]:
+    """What `many` with tokens comes to, in a process of its own as the jobs that are stopped."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    argv = [str(many), "--model", str(checkpoint), "--out", str(out), "--tokens"]
+    subprocess.run(COMMAND + argv, capture_output=True, check=True)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_job_says_what_is_written_and_leaves_it_whole(
-    tmp_path: Path, many: Path, checkpoint: Path, number: signal.Signals, code: int
+def test_a_stopped_job_says_what_is_written_and_the_same_command_goes_on(
+    tmp_path: Path,
+    many: Path,
+    checkpoint: Path,
+    undisturbed: dict[str, bytes],
+    number: signal.Signals,
+    code: int,
 ):
     out = tmp_path / "out"
     argv = [str(many), "--model", str(checkpoint), "--out", str(out), "--tokens"]
@@ -253,26 +278,49 @@ def test_a_stopped_job_says_what_is_written_and_leaves_it_whole(
     rows = check_whole(out)
     assert 128 <= rows < 3000
     assert stderr.splitlines()[-1].startswith(f"Stopped: {rows:,} of 3,000 rows are written to ")
-    assert "start it again with another --out, or remove this one." in stderr
+    assert stderr.endswith("and stay whole. The same command goes on from there.\n")
     assert "Traceback" not in stderr
+    ran = subprocess.run(COMMAND + argv, capture_output=True, text=True, check=True)
+    assert f"{rows:,} of 3,000 rows are written already and are kept." in ran.stderr
+    assert f"{rows:,}, written before" in ran.stdout
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
+
+
+def test_a_finished_job_exits_as_it_did_when_it_is_asked_for_again(
+    tmp_path: Path, checkpoint: Path
+):
+    argv = (tmp_path / "gone.jpg", "--model", checkpoint, "--out", tmp_path / "out")
+    first, again = invoke(*argv), invoke(*argv, "--json")
+    assert (first.exit_code, again.exit_code) == (3, 3)
+    summary = json.loads(again.stdout)
+    assert (summary["kept"], summary["errors"]["missing"]["rows"]) == (1, 1)
+
+
+def test_what_is_embedded_again_is_said_on_stderr(tmp_path: Path, photos: Path, checkpoint: Path):
+    argv = (photos, "--model", checkpoint, "--out", tmp_path / "out")
+    assert invoke(*argv).exit_code == 0
+    (tmp_path / "out" / "part-00000.parquet").unlink()
+    result = invoke(*argv)
+    assert result.exit_code == 0
+    assert result.stderr == "part-00000.parquet is missing; it is embedded again.\n"
 
 
 def test_a_job_stopped_before_it_began_says_so(tmp_path: Path, photos: Path):
     os.mkfifo(tmp_path / "config.json")  # a checkpoint that is refused, but not at once
     code = (
-        "import os, signal, sys, threading; from packvit.cli.embed import embed\n"
+        "import os, signal, sys, threading; from packvit.cli import main\n"
         "def stop():\n"
         "    while 'torch' not in sys.modules: pass\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "threading.Thread(target=stop, daemon=True).start()\n"
-        "embed()"
+        "main()"
     )
-    argv = [str(photos), "--model", str(tmp_path), "--out", str(tmp_path / "out")]
+    argv = ["embed", str(photos), "--model", str(tmp_path), "--out", str(tmp_path / "out")]
     ran = subprocess.run(
         [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 143
-    assert ran.stderr == "Stopped before anything was written. Start the job again.\n"
+    assert ran.stderr == "Stopped before anything was written. Start the same command again.\n"
 
 
 def test_a_terminal_sees_a_bar_with_rates_and_errors(

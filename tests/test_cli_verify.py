@@ -16,6 +16,7 @@ from packvit.cli.embed import embed
 from packvit.cli.verify import verify
 from packvit.corpus.folder import read_manifest
 from packvit.families import AIMv2Packing
+from packvit.pretrained import LayoutName
 from packvit.verification import certificate, comparison
 from packvit.verification.job import family_names
 from packvit.verification.references import write_random
@@ -213,7 +214,9 @@ def test_it_can_be_stopped(number: signal.Signals, code: int):
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers"])
-def test_lit_without_its_text_tower_is_verified_but_for_the_projection(tmp_path: Path, layout: str):
+def test_lit_without_its_text_tower_is_verified_but_for_the_projection(
+    tmp_path: Path, layout: LayoutName
+):
     family = AIMv2Packing.family
     [lit] = [variant for variant in family.reference.variants if variant.name == "LiT"]
     write_random(lit, family, tmp_path / "lit", 0)

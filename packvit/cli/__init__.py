@@ -15,6 +15,7 @@ from packvit import __version__
 
 COMMANDS = {  # in the order of `--help`
     "embed": "packvit.cli.embed",
+    "check": "packvit.cli.check",
     "verify": "packvit.cli.verify",
     "convert": "packvit.cli.convert",
     "info": "packvit.cli.info",

@@ -1,15 +1,14 @@
 """`packvit embed`: photographs to a feature folder, the main job."""
 
 import json
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
+from packvit.cli import INTERRUPTED, TERMINATED, Terminated
 from packvit.cli.progress import Meter, duration, show_progress
 from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.progress import Summary
@@ -21,16 +20,12 @@ UNTRAINED = (
     f"for example --model {EXAMPLE}."
 )
 COUNT = click.IntRange(min=1)
-DONE_WITH_ERRORS, INTERRUPTED, TERMINATED = 3, 130, 143
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came; it stops the job as Ctrl-C does."""
+DONE_WITH_ERRORS = 3
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("photos", nargs=-1, required=True)
-@click.option("--out", required=True, help="The feature folder to make.")
+@click.option("--out", required=True, help="The feature folder to make or to go on with.")
 @click.option("--model", help="A checkpoint's name on the hub, or its folder.")
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
@@ -82,6 +77,11 @@ class Terminated(KeyboardInterrupt):
     help="Compare the encoder with its reference first, and write certificate.json; a passing "
     "certificate beside the checkpoint is taken over.",
 )
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Start over: remove the features that the folder holds, of this job or another.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.pass_context
 def embed(
@@ -103,12 +103,14 @@ def embed(
     token_budget: int,
     threads: int | None,
     verify: bool,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write the features of PHOTOS, folders and files, to a new feature folder.
+    """Write the features of PHOTOS, folders and files, to a feature folder.
 
     Every photograph becomes one row, in Parquet files that any reader opens. One that cannot be
-    read becomes a row too, which says why; the exit code is then 3.
+    read becomes a row too, which says why; the exit code is then 3. A job that was stopped, however
+    that came about, goes on when the same command is given again.
 
     \b
     Examples:
@@ -118,7 +120,7 @@ def embed(
     """
     if model is None:
         click.echo(UNTRAINED, err=True)
-    with stopping(context, out) as meter:
+    with stopping(context, out, overwrite) as meter:
         # torch is imported here, and Ctrl-C is heeded while it is.
         from packvit.checkpoints import CheckpointError
         from packvit.corpus.job import embed as run
@@ -143,6 +145,7 @@ def embed(
                 token_budget=token_budget,
                 threads=threads,
                 verify=verify,
+                overwrite=overwrite,
                 progress=meter.tell,
             )
         except WrongUse as error:
@@ -154,28 +157,22 @@ def embed(
 
 
 @contextmanager
-def stopping(context: click.Context, out: str) -> Iterator[Meter]:
+def stopping(context: click.Context, out: str, overwrite: bool) -> Iterator[Meter]:
     """Show the job's progress; on Ctrl-C or SIGTERM say what was written, and exit accordingly."""
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
     meter = None
     try:
         with show_progress() as meter:
             yield meter
     except KeyboardInterrupt as stop:
-        click.echo(what_is_written(meter, out), err=True)
+        click.echo(what_is_written(meter, out, overwrite), err=True)
         context.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
-def what_is_written(meter: Meter | None, out: str) -> str:
+def what_is_written(meter: Meter | None, out: str, overwrite: bool) -> str:
     """Say how far a stopped job came, and what to do now."""
     if meter is None or meter.last is None:
-        return "Stopped before anything was written. Start the job again."
+        return "Stopped before anything was written. Start the same command again."
     from packvit.corpus.folder import (
         read_commits,  # brings pyarrow, which `--help` need not wait for
     )
@@ -183,7 +180,7 @@ def what_is_written(meter: Meter | None, out: str) -> str:
     written = sum(entry.rows for entry in read_commits(Path(out)))
     return (
         f"Stopped: {written:,} of {meter.last.rows:,} rows are written to {out} and stay whole. "
-        "A job needs a folder of its own: start it again with another --out, or remove this one."
+        f"The same command{' without --overwrite' if overwrite else ''} goes on from there."
     )
 
 
@@ -199,6 +196,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
             code: {"rows": count, "example": summary.examples[code]}
             for code, count in summary.errors.items()
         },
+        "kept": summary.kept_rows,
         "ignored": summary.ignored,
         "tokens": summary.tokens,
         "seconds": summary.seconds,
@@ -215,6 +213,8 @@ def as_table(summary: Summary) -> str:
         (f"  {code}", f"{count:,}, for example {printable(summary.examples[code])}")
         for code, count in summary.errors.items()
     ]
+    if summary.kept_rows:
+        rows.append(("kept", f"{summary.kept_rows:,}, written before"))
     if summary.ignored:
         rows.append(("passed over", f"{summary.ignored:,} files of other kinds"))
     rows += [

@@ -16,14 +16,18 @@ class Meter:
     """Remembers the last progress it was told of, and how fast the job has been since the first."""
 
     def __init__(self) -> None:
+        self.first = Progress(0)  # what a resumed job begins with took no time
         self.last: Progress | None = None
         self.start = 0.0
+        self.say: Callable[[str], None] = lambda text: click.echo(text, err=True)
         self.draw: Callable[[Progress], None] = lambda progress: None
 
     def tell(self, progress: Progress) -> None:
         """Take note of a progress and show it."""
         if self.last is None:
-            self.start = time.monotonic()
+            self.first, self.start = progress, time.monotonic()
+            for note in opening(progress):
+                self.say(note)
         self.last = progress
         self.draw(progress)
 
@@ -32,17 +36,25 @@ class Meter:
         seconds = max(time.monotonic() - self.start, 1e-6)
         errors = f"{progress.errors:,} error{'' if progress.errors == 1 else 's'}"
         return (
-            f"{progress.settled / seconds:,.1f} images/s, {progress.tokens / seconds:,.0f} "
-            f"tokens/s, {errors}"
+            f"{(progress.settled - self.first.settled) / seconds:,.1f} images/s, "
+            f"{(progress.tokens - self.first.tokens) / seconds:,.0f} tokens/s, {errors}"
         )
 
     def left(self, progress: Progress) -> str:
         """Say how long the rest takes at this rate."""
-        if not progress.settled:
+        settled = progress.settled - self.first.settled
+        if not settled:
             return "unknown time left"
         seconds = time.monotonic() - self.start
-        rest = seconds * (progress.rows - progress.settled) / progress.settled
+        rest = seconds * (progress.rows - progress.settled) / settled
         return f"{duration(rest)} left"
+
+
+def opening(progress: Progress) -> Iterator[str]:
+    """Yield what there is to say of what a job finds when it begins."""
+    yield from progress.notes
+    if progress.committed:
+        yield f"{progress.committed:,} of {progress.rows:,} rows are written already and are kept."
 
 
 def duration(seconds: float) -> str:
@@ -67,6 +79,7 @@ def show_progress() -> Iterator[Meter]:
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Bar(*columns, console=Console(stderr=True)) as bar:
+        meter.say = lambda text: bar.console.print(text, markup=False, highlight=False)
         task = bar.add_task("loading the model", total=None)
 
         def draw(progress: Progress) -> None:

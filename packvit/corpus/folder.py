@@ -6,8 +6,8 @@
     part-00000.parquet  one row for each input, in the order of the inputs
 
 A part is written under a temporary name, flushed, renamed, and only then entered in the log, so
-readers trust the log and not the listing. Nothing that is written depends on the clock: the same
-rows give the same bytes.
+readers trust the log and not the listing. Lines stand in the order of the parts. Nothing that is
+written depends on the clock: the same rows give the same bytes.
 """
 
 import errno
@@ -15,9 +15,10 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from packvit.corpus.parts import encode_parquet
 
 MANIFEST, COMMITS, LOCK = "manifest.json", "commits.jsonl", ".lock"
 CERTIFICATE = "certificate.json"
+FORMAT = "packvit features 1"
+CHECKSUM = "manifest_sha256"
+PART = re.compile(r"part-(\d{5,})\.parquet")
 COUNTED = ("status", "frames", "rows", "columns")
 
 
@@ -43,12 +47,26 @@ class Commit:
     sha256: str
 
 
-def commit(folder: Path, number: int, table: pa.Table) -> Commit:
+def part_name(number: int) -> str:
+    """Return what the file of part `number` is called."""
+    return f"part-{number:05d}.parquet"
+
+
+def part_number(name: str) -> int | None:
+    """Return the number of the part that a file called `name` would be, or None if it is none."""
+    found = PART.fullmatch(name)
+    return int(found[1]) if found and part_name(int(found[1])) == name else None
+
+
+def commit(folder: Path, number: int, table: pa.Table, *, mends: bool = False) -> Commit:
     """Write part `number` and enter it in the log; on failure leave neither.
+
+    `mends` says that the log has later parts already: then all of it is replaced in one step, since
+    its lines stand in the order of the parts.
 
     Raises: WriteError if the disk does not take it.
     """
-    part = folder / f"part-{number:05d}.parquet"
+    part = folder / part_name(number)
     data = encode_parquet(table)
     facts = zip(*(table[name].to_pylist() for name in COUNTED), strict=True)
     tokens = [frames * rows * columns for status, frames, rows, columns in facts if status == "ok"]
@@ -62,71 +80,86 @@ def commit(folder: Path, number: int, table: pa.Table) -> Commit:
     )
     try:
         write_whole(part, data)
-        append_line(folder / COMMITS, json.dumps(asdict(entry)))
+        if mends:
+            write_commits(folder, [*read_commits(folder), entry])
+        else:
+            append_line(folder / COMMITS, encode_commit(entry))
     except WriteError:
         part.unlink(missing_ok=True)
         raise
     return entry
 
 
-def read_commits(folder: Path) -> tuple[Commit, ...]:
-    """Return what the log of `folder` says is whole; a last line cut short does not count."""
+def encode_commit(entry: Commit) -> str:
+    """Return the line of the log that says `entry`, without its end."""
+    return json.dumps(asdict(entry))
+
+
+def decode_commit(line: bytes) -> Commit | None:
+    """Return what a line of the log says, or None if it is not exactly such a line."""
     try:
-        text = (folder / COMMITS).read_text("utf-8")
+        values = json.loads(line)
+        entry = Commit(**values)
+    except (ValueError, TypeError):
+        return None
+    kinds = {"part": str, "sha256": str}
+    right = all(type(values[f.name]) is kinds.get(f.name, int) for f in fields(Commit))
+    return entry if right and line == encode_commit(entry).encode() + b"\n" else None
+
+
+def read_log(folder: Path) -> tuple[bytes, ...]:
+    """Return the lines of the log of `folder`, each with its end; only the last may have none."""
+    try:
+        data = (folder / COMMITS).read_bytes()
     except FileNotFoundError:
         return ()
-    lines = text.splitlines(keepends=True)
-    return tuple(Commit(**json.loads(line)) for line in lines if line.endswith("\n"))
+    *lines, rest = data.split(b"\n")
+    return (*(line + b"\n" for line in lines), *([rest] if rest else []))
+
+
+def read_commits(folder: Path) -> tuple[Commit, ...]:
+    """Return what the log of `folder` says is whole; a line cut short or damaged does not count."""
+    found = (decode_commit(line) for line in read_log(folder))
+    return tuple(entry for entry in found if entry)
+
+
+def write_commits(folder: Path, entries: Sequence[Commit]) -> None:
+    """Put a log of `entries`, in the order of their parts, in the place of the one before."""
+    ordered = sorted(entries, key=lambda entry: part_number(entry.part) or 0)
+    text = "".join(encode_commit(entry) + "\n" for entry in ordered)
+    write_whole(folder / COMMITS, text.encode())
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """Return the manifest's bytes: a checksum of all entries is its last."""
+    checksum = fingerprint(manifest)
+    return (json.dumps({**manifest, CHECKSUM: checksum}, indent=2) + "\n").encode()
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Put `manifest` in the place of the one before, if any, in one step."""
-    text = json.dumps(manifest, indent=2) + "\n"
-    write_whole(folder / MANIFEST, text.encode())
+    write_whole(folder / MANIFEST, encode_manifest(manifest))
 
 
-def write_certificate(folder: Path, certificate: Mapping[str, Any]) -> None:
-    """Put how the encoder was verified beside the manifest."""
-    write_whole(folder / CERTIFICATE, (json.dumps(certificate, indent=1) + "\n").encode())
+def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
+    """Return the bytes of certificate.json."""
+    return (json.dumps(certificate, indent=1) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of `folder`, or None if there is none that can be read."""
+    """Return the manifest of `folder` without its checksum, or None if none can be read."""
     try:
-        return json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return None
+    if not isinstance(manifest, dict):
+        return None
+    return {name: value for name, value in manifest.items() if name != CHECKSUM}
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
     """Return the digest of all that decides what numbers a job writes."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def check_free(folder: Path) -> None:
-    """Refuse a folder that holds anything.
-
-    Raises: WrongUse saying what it holds.
-    """
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise WrongUse(f"{folder} is not a folder. Choose another one for the features.")
-    with writing(folder):
-        held = sorted(set(os.listdir(folder)) - {LOCK})
-    if MANIFEST in held:
-        manifest = read_manifest(folder) or {}
-        rows = sum(entry.rows for entry in read_commits(folder))
-        raise WrongUse(
-            f"{folder} already holds features of {manifest.get('model', 'an unknown model')} for "
-            f"{rows} of {manifest.get('inputs', 'an unknown number of')} inputs. "
-            "Choose another folder."
-        )
-    if held:
-        raise WrongUse(
-            f"{folder} is not empty: it holds {held[0]} and {len(held) - 1} other files. "
-            "Choose a new or an empty folder."
-        )
 
 
 @contextmanager
@@ -136,8 +169,7 @@ def claim(folder: Path) -> Iterator[None]:
     The system lets go of the lock however the process ends. The file stays: were it removed, one
     job could hold the old one while another holds the new.
 
-    Raises: WrongUse if another job holds it, or if it holds anything; WriteError if it cannot be
-    made.
+    Raises: WrongUse if another job holds it; WriteError if it cannot be made.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +184,6 @@ def claim(folder: Path) -> Iterator[None]:
             raise WrongUse(
                 f"Another job is writing to {folder}. Wait for it, or choose another folder."
             ) from error
-        check_free(folder)
         yield
     finally:
         os.close(descriptor)
@@ -165,14 +196,19 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(
-            f"{path} could not be written: {error.strerror}. Mend that, then start the job again "
-            "with another folder; what commits.jsonl lists is whole."
+            f"{path} could not be written: {error.strerror}. Mend that, then start the job again: "
+            "it goes on after what commits.jsonl lists."
         ) from error
+
+
+def temporary_name(name: str) -> str:
+    """Return what the file called `name` is called while it is written."""
+    return f".{name}.tmp"
 
 
 def write_whole(path: Path, data: bytes | pa.Buffer) -> None:
     """Put `data` at `path` so that at no moment less than all of it stands under that name."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     with writing(path):
         try:
             with temporary.open("wb") as file:

@@ -1,9 +1,11 @@
 """`packvit.embed`: photographs in, a feature folder out.
 
-The job lists its inputs, loads the encoder, claims the folder, and runs one shard after another.
-Every input ends as one row, and what was committed stays whole however the job ends.
+The job lists its inputs, loads the encoder, claims the folder, and runs one shard after another,
+but for those that the folder already holds. Every input ends as one row, and what was committed
+stays whole however the job ends.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,15 +16,19 @@ import torch
 
 from packvit.corpus import WrongUse
 from packvit.corpus.folder import (
-    check_free,
+    CERTIFICATE,
+    FORMAT,
+    MANIFEST,
     claim,
+    encode_certificate,
+    encode_manifest,
     fingerprint,
-    write_certificate,
-    write_manifest,
+    write_whole,
 )
 from packvit.corpus.inputs import Input, Listing, list_inputs
 from packvit.corpus.parts import DtypeOut
 from packvit.corpus.progress import Summary, Tally, Tell
+from packvit.corpus.resume import Found, check_usable, read_rows, take_up
 from packvit.corpus.settings import (
     Options,
     check_options,
@@ -60,9 +66,13 @@ def embed(
     max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
     verify: bool = False,
+    overwrite: bool = False,
     progress: Tell | None = None,
 ) -> Summary:
-    """Embed photographs into the new feature folder `out`: one row for every input.
+    """Embed photographs into the feature folder `out`: one row for every input.
+
+    Where `out` holds a part of this very job, the job goes on after it; where it holds all of it,
+    no image is read. `overwrite` removes what packvit wrote there and starts over.
 
     `photos` are folders, which are walked, and files. `model` is a checkpoint's name or folder, or
     a loaded encoder, for which `device` to `positions` are already chosen; None tries the job out
@@ -88,7 +98,7 @@ def embed(
     )
     check_options(options)
     folder = Path(out)
-    check_free(folder)
+    check_usable(folder, overwrite=overwrite)
     listing = list_inputs([os.fspath(path) for path in named])
     if model is None and len(listing.inputs) > TRIAL_INPUTS:
         raise WrongUse(
@@ -123,57 +133,71 @@ def embed(
         )
     options = fit_options(encoder, options, taps)
     certificate = vouch(encoder, weights) if verify else None
-    return run(encoder, weights, listing, folder, options, certificate, progress)
+    manifest = draft(encoder, weights, listing, options)
+    tally = Tally(len(listing.inputs), progress)
+    with claim(folder):
+        found = take_up(folder, manifest, overwrite=overwrite)
+        return run(encoder, listing, folder, options, found, certificate, tally)
+
+
+def draft(encoder: Encoder, weights: str, listing: Listing, options: Options) -> dict[str, Any]:
+    """Return the manifest of a job of which nothing is written yet."""
+    settings = describe(encoder, weights, listing, options)
+    return {
+        "format": FORMAT,
+        "complete": False,
+        "fingerprint": fingerprint(settings),
+        "model": encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__,
+        **settings,
+        "inputs": len(listing.inputs),
+        "ignored": listing.ignored,
+        "certificate_sha256": None,
+        "counts": None,
+    }
 
 
 def run(
     encoder: Encoder,
-    weights: str,
     listing: Listing,
     folder: Path,
     options: Options,
+    found: Found,
     certificate: Mapping[str, Any] | None,
-    progress: Tell | None,
+    tally: Tally,
 ) -> Summary:
-    """Claim the folder and run all shards, one after another."""
-    settings = describe(encoder, weights, listing, options)
-    name = encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__
-    manifest = {
-        "format": "packvit features 1",
-        "complete": False,
-        "fingerprint": fingerprint(settings),
-        "model": name,
-        **settings,
-        "inputs": len(listing.inputs),
-        "ignored": listing.ignored,
-        "counts": None,
+    """Run all shards that the claimed folder does not hold, one after another."""
+    manifest = found.manifest | {"complete": False, "counts": None}
+    if certificate is not None:
+        data = encode_certificate(certificate)
+        put(folder / CERTIFICATE, data)
+        manifest |= {"certificate_sha256": hashlib.sha256(data).hexdigest()}
+    size = options.outputs(encoder.config.width).rows_per_part
+    todo = [s for s in shards(listing.inputs, size) if s.number not in found.kept]
+    if todo:
+        put(folder / MANIFEST, encode_manifest(manifest))
+    for _, entry in sorted(found.kept.items()):
+        tally.count(read_rows(folder, entry))
+    kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
+    tally.begin(found.notes)
+    start = time.perf_counter()
+    for shard in todo:
+        mends = shard.number < max(found.kept, default=0)
+        entry = run_shard(encoder, shard, folder, options, tally.settle, mends=mends)
+        tally.update(committed=tally.progress.committed + entry.rows)
+        assert tally.progress.committed == tally.progress.settled
+    seconds = time.perf_counter() - start
+    counts = {
+        "rows": len(listing.inputs),
+        "ok": tally.codes["ok"],
+        "errors": tally.errors,
+        "tokens": tally.progress.tokens,
+        "parts": len(found.kept) + len(todo),
     }
-    tally = Tally(len(listing.inputs), progress)
-    with claim(folder):
-        write_manifest(folder, manifest)
-        if certificate is not None:
-            write_certificate(folder, certificate)
-        start = time.perf_counter()
-        tally.update()
-        commits = []
-        size = options.outputs(encoder.config.width).rows_per_part
-        for shard in shards(listing.inputs, size):
-            commits.append(run_shard(encoder, shard, folder, options, tally.settle))
-            tally.update(committed=sum(entry.rows for entry in commits))
-            assert tally.progress.committed == tally.progress.settled
-        seconds = time.perf_counter() - start
-        counts = {
-            "rows": len(listing.inputs),
-            "ok": tally.codes["ok"],
-            "errors": tally.errors,
-            "tokens": tally.progress.tokens,
-            "parts": len(commits),
-        }
-        assert counts["rows"] == tally.progress.committed == tally.codes.total()
-        write_manifest(folder, manifest | {"complete": True, "counts": counts})
+    assert counts["rows"] == tally.progress.committed == tally.codes.total()
+    put(folder / MANIFEST, encode_manifest(manifest | {"complete": True, "counts": counts}))
     return Summary(
         folder=str(folder),
-        model=name,
+        model=str(manifest["model"]),
         fingerprint=str(manifest["fingerprint"]),
         rows=len(listing.inputs),
         ok=tally.codes["ok"],
@@ -182,7 +206,15 @@ def run(
         ignored=listing.ignored,
         tokens=tally.progress.tokens,
         seconds=seconds,
+        kept_rows=kept_rows,
+        kept_tokens=kept_tokens,
     )
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file unless it already holds these bytes: what is resumed in vain stays untouched."""
+    if not (path.is_file() and path.read_bytes() == data):
+        write_whole(path, data)
 
 
 def shards(inputs: tuple[Input, ...], size: int) -> Iterator[Shard]:

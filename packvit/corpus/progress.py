@@ -16,11 +16,15 @@ class Progress:
     errors: int = 0
     tokens: int = 0
     committed: int = 0  # rows in parts that are whole
+    notes: tuple[str, ...] = ()  # what was found in the folder when the job began
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a finished job did. `seconds` is the time of embedding, without loading the model."""
+    """What a finished job did, and what was there of it when it was resumed.
+
+    `seconds` is the time of embedding, without loading the model.
+    """
 
     folder: str
     model: str
@@ -32,16 +36,18 @@ class Summary:
     ignored: int  # files passed over for their suffix
     tokens: int
     seconds: float
+    kept_rows: int = 0  # of `rows`, those that were committed before
+    kept_tokens: int = 0
 
     @property
     def images_per_second(self) -> float:
-        """Rows by time, errors among them."""
-        return self.rows / self.seconds
+        """Rows by time, errors among them; those that were kept took none."""
+        return (self.rows - self.kept_rows) / self.seconds
 
     @property
     def tokens_per_second(self) -> float:
         """Patches encoded by time."""
-        return self.tokens / self.seconds
+        return (self.tokens - self.kept_tokens) / self.seconds
 
 
 Tell = Callable[[Progress], None]
@@ -57,16 +63,27 @@ class Tally:
         self.examples: dict[str, str] = {}
 
     def settle(self, rows: Sequence[Row]) -> None:
-        """Count rows that are ok or an error from now on."""
+        """Count rows that are ok or an error from now on, and tell of it."""
+        self.count(rows)
+        self.update()
+
+    def count(self, rows: Sequence[Row]) -> None:
+        """Count rows that are ok or an error, and tell nobody."""
         for row in rows:
             self.codes[row.status] += 1
             self.examples.setdefault(row.status, row.id)
-        self.update(
+        self.progress = replace(
+            self.progress,
             settled=self.progress.settled + len(rows),
             errors=self.codes.total() - self.codes["ok"],
             tokens=self.progress.tokens
             + sum((row.rows or 0) * (row.columns or 0) for row in rows if row.status == "ok"),
         )
+
+    def begin(self, notes: Sequence[str]) -> None:
+        """Tell what is committed before anything is done, and what there is to say of it."""
+        self.progress = replace(self.progress, committed=self.progress.settled, notes=tuple(notes))
+        self.update()
 
     def update(self, **counts: int) -> None:
         """Set counts of the progress and tell of it."""

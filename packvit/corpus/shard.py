@@ -63,19 +63,25 @@ Watch = Callable[[Sequence[Row]], None]
 
 
 def run_shard(
-    encoder: Encoder, shard: Shard, folder: Path, options: Options, watch: Watch
+    encoder: Encoder,
+    shard: Shard,
+    folder: Path,
+    options: Options,
+    watch: Watch,
+    *,
+    mends: bool = False,
 ) -> Commit:
     """Embed a shard, commit its part to `folder`, and return its line of the log.
 
     The commit runs in a thread of its own. Interrupts reach the main thread alone, which then
-    waits for it, so that none can cut it in half.
+    waits for it, so that none can cut it in half. `mends`: the log has later parts already.
 
     Raises: WriteError if the disk does not take it.
     """
     table = embed_shard(encoder, shard.inputs, options, watch)
     assert table["id"].to_pylist() == [source.id for source in shard.inputs]
     with ThreadPoolExecutor(1, "packvit-commit") as writer:
-        return writer.submit(commit, folder, shard.number, table).result()
+        return writer.submit(commit, folder, shard.number, table, mends=mends).result()
 
 
 def embed_shard(

@@ -16,15 +16,16 @@ import pytest
 
 from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.folder import (
-    check_free,
     claim,
     commit,
     fingerprint,
     read_commits,
     read_manifest,
+    write_commits,
     write_manifest,
 )
 from packvit.corpus.parts import Outputs, build_table, encode_parquet
+from packvit.corpus.resume import check_usable
 from packvit.corpus.rows import Row
 
 OUTPUTS = Outputs(width=8, lists=("tokens", "tap_3"))
@@ -167,21 +168,31 @@ def test_the_fingerprint_does_not_hang_on_the_order_of_the_settings():
     assert fingerprint({"a": 1, "b": [2]}) != fingerprint({"a": 1, "b": [3]})
 
 
-def test_a_folder_that_holds_anything_is_refused_with_what_it_holds(tmp_path: Path):
-    check_free(tmp_path)
-    check_free(tmp_path / "not there yet")
+def test_a_folder_that_holds_anything_else_is_refused_with_what_it_holds(tmp_path: Path):
+    check_usable(tmp_path)
+    check_usable(tmp_path / "not there yet")
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".manifest.json.tmp").touch()  # a job that was killed at once
+    check_usable(tmp_path)
     (tmp_path / "holiday.txt").touch()
     with pytest.raises(WrongUse, match=r"not empty: it holds holiday\.txt and 0 other files"):
-        check_free(tmp_path)
+        check_usable(tmp_path, overwrite=True)
     with pytest.raises(WrongUse, match=r"holiday\.txt is not a folder"):
-        check_free(tmp_path / "holiday.txt")
-    (tmp_path / "manifest.json").write_text("no json")
-    with pytest.raises(WrongUse, match="of an unknown model for 0 of an unknown number of"):
-        check_free(tmp_path)
-    write_manifest(tmp_path, {"model": "tiny", "inputs": 9})
-    commit(tmp_path, 0, table())
-    with pytest.raises(WrongUse, match=r"features of tiny for 4 of 9 inputs\. Choose another"):
-        check_free(tmp_path)
+        check_usable(tmp_path / "holiday.txt")
+    (tmp_path / "manifest.json").write_text('{"manifest_version": 3}')  # of a browser's extension
+    for overwrite in (False, True):
+        with pytest.raises(WrongUse, match=r"no manifest\.json of packvit's\. Choose a new"):
+            check_usable(tmp_path, overwrite=overwrite)
+
+
+def test_a_damaged_manifest_is_refused_and_can_be_started_over(tmp_path: Path):
+    write_manifest(tmp_path, {"format": "packvit features 1"})
+    check_usable(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-3])
+    with pytest.raises(WrongUse, match=r"manifest\.json is damaged, .* start over with overwrite"):
+        check_usable(tmp_path)
+    check_usable(tmp_path, overwrite=True)
 
 
 def test_a_folder_is_held_by_one_job_at_a_time_and_let_go_when_it_ends(tmp_path: Path):
@@ -189,9 +200,25 @@ def test_a_folder_is_held_by_one_job_at_a_time_and_let_go_when_it_ends(tmp_path:
     with claim(out), pytest.raises(WrongUse, match="Another job is writing to"), claim(out):
         raise AssertionError("two jobs hold one folder")
     with claim(out):
-        write_manifest(out, {})
-    with pytest.raises(WrongUse, match="already holds features"), claim(out):
-        raise AssertionError("a folder was claimed that holds features")
+        pass
+
+
+def test_a_line_of_the_log_that_is_not_exactly_one_does_not_count(tmp_path: Path):
+    entry = commit(tmp_path, 0, table())
+    line = (tmp_path / "commits.jsonl").read_bytes()
+    for bad in (b"\xff\n", b"[]\n", line.replace(b"4", b'"4"', 1), b" " + line, line[:-2] + b"\n"):
+        (tmp_path / "commits.jsonl").write_bytes(bad + line)
+        assert read_commits(tmp_path) == (entry,)
+
+
+def test_a_part_that_is_mended_is_entered_where_it_belongs(tmp_path: Path):
+    for number in range(3):
+        commit(tmp_path, number, table())
+    before = (tmp_path / "commits.jsonl").read_bytes()
+    write_commits(tmp_path, [read_commits(tmp_path)[place] for place in (2, 0)])
+    assert [entry.part[5:10] for entry in read_commits(tmp_path)] == ["00000", "00002"]
+    commit(tmp_path, 1, table(), mends=True)
+    assert (tmp_path / "commits.jsonl").read_bytes() == before
 
 
 def test_a_killed_job_holds_no_folder(tmp_path: Path):

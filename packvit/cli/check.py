@@ -1,0 +1,47 @@
+"""`packvit check`: whether a feature folder is whole."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from packvit.corpus import WrongUse
+
+
+@click.command
+@click.argument("folder")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def check(context: click.Context, folder: str, as_json: bool) -> None:
+    """Read all of a feature FOLDER; say what is wrong with it and how to mend that.
+
+    The manifest, the log, the size and sha256 of every part, the checksum of every page, columns,
+    counts, one row for every input in their order, and features that are numbers. The exit code is
+    0 if all is well, 1 if not, and 2 if this is no feature folder.
+
+    \b
+    Examples:
+      packvit check features
+      packvit check features --json | jq .faults
+    """
+    from packvit.corpus.checking import check_folder  # brings pyarrow
+
+    try:
+        found = check_folder(Path(folder))
+    except WrongUse as error:
+        raise click.UsageError(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename} cannot be read: {error.strerror}.") from error
+    if as_json:
+        click.echo(json.dumps({"whole": not found.faults, **asdict(found)}))
+    else:
+        bad = sum(found.errors.values())
+        for fault in found.faults:
+            click.echo(f"{fault.file} {fault.found}\n  {fault.mend}")
+        faults = f"{len(found.faults)} fault{'' if len(found.faults) == 1 else 's'}"
+        click.echo(
+            f"{found.folder}: {found.parts:,} whole parts with {found.rows:,} rows, {bad:,} of "
+            f"them errors, and {found.tokens:,} tokens; {faults if found.faults else 'all is well'}"
+        )
+    context.exit(1 if found.faults else 0)

@@ -1,0 +1,321 @@
+"""A job that was killed, or whose folder was damaged, ends as if nothing had happened."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rotten import write_good
+from small_checkpoint import write_checkpoint
+
+import packvit
+from packvit.corpus import WrongUse
+from packvit.corpus.folder import CHECKSUM, claim, read_commits, read_manifest
+from packvit.corpus.job import embed
+from packvit.corpus.progress import Progress
+from packvit.encoder import Encoder
+
+INPUTS, PARTS = 400, 7  # 64 inputs a part, since tokens are written
+
+# Forks a job of its own session for each line on stdin, and kills all of it so many seconds after
+# so many parts were committed.
+KILLER = r"""
+import json, os, signal, sys, time
+import torch, packvit
+torch.set_num_threads(1)
+encoder = packvit.load(sys.argv[1], device="cpu")
+print("ready", flush=True)
+for line in sys.stdin:
+    photos, out, parts, seconds = json.loads(line)
+    job = os.fork()
+    if not job:
+        os.setsid()
+        packvit.embed(photos, out=out, model=encoder, tokens=True, threads=2)
+        os._exit(0)
+    log = os.path.join(out, "commits.jsonl")
+    while parts and (not os.path.exists(log) or open(log, "rb").read().count(b"\n") < parts):
+        time.sleep(0.001)
+    time.sleep(seconds)
+    try:
+        os.killpg(job, signal.SIGKILL)
+    except ProcessLookupError:  # it has not come to setsid
+        os.kill(job, signal.SIGKILL)
+    os.waitpid(job, 0)
+    print("dead", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint: Path) -> Encoder:
+    return packvit.load(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    names = write_good(folder, 7)
+    for number in range(INPUTS - 10):
+        os.link(folder / names[number % 7], folder / f"{number:03}.jpg")
+    for name in ("100a.jpg", "200a.jpg", "300a.jpg"):
+        (folder / name).write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path, encoder: Encoder) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = embed(photos, out=out, model=encoder, tokens=True)
+    assert (done.rows, done.errors) == (INPUTS, {"unidentified": 3})
+    assert len(read_commits(out)) == PARTS
+    return out
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def states(out: Path) -> dict[str, tuple[int, int]]:
+    """Return of every file what changes when it is written, with the same bytes or others."""
+    return {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in [out, *out.iterdir()]}
+
+
+def resume(photos: Path, out: Path, encoder: Encoder, **options: Any) -> list[Progress]:
+    told: list[Progress] = []
+    embed(photos, out=out, model=encoder, tokens=True, progress=told.append, **options)
+    return told
+
+
+def kill_and_resume(
+    tmp_path: Path, photos: Path, checkpoint: Path, encoder: Encoder, expected: Path, moments: int
+) -> list[int]:
+    """Kill and resume a job at random moments; return how many parts each had committed."""
+    start = time.monotonic()
+    embed(photos, out=tmp_path / "timed", model=encoder, tokens=True, threads=2)
+    seconds = (time.monotonic() - start) / PARTS
+    draw, committed = random.Random(0), []
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLER, str(checkpoint)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as killer:
+        assert killer.stdin
+        assert killer.stdout
+        assert killer.stdout.readline() == "ready\n"
+        for moment in range(moments):
+            out = tmp_path / str(moment)
+            job = [str(photos), str(out), moment * PARTS // moments, seconds * draw.random()]
+            killer.stdin.write(json.dumps(job) + "\n")
+            killer.stdin.flush()
+            assert killer.stdout.readline() == "dead\n"
+            committed.append(len(read_commits(out)))
+            told = resume(photos, out, encoder)
+            assert contents(out) == contents(expected)
+            assert told[0].committed == min(INPUTS, 64 * committed[-1])
+        killer.stdin.close()
+    return committed
+
+
+def test_a_job_killed_at_any_moment_ends_as_an_undisturbed_one(
+    tmp_path: Path, photos: Path, checkpoint: Path, encoder: Encoder, undisturbed: Path
+):
+    committed = kill_and_resume(tmp_path, photos, checkpoint, encoder, undisturbed, 6)
+    assert any(0 < parts < PARTS for parts in committed)
+
+
+@pytest.mark.soak
+def test_a_job_killed_at_twenty_moments_ends_as_an_undisturbed_one(
+    tmp_path: Path, photos: Path, checkpoint: Path, encoder: Encoder, undisturbed: Path
+):
+    committed = kill_and_resume(tmp_path, photos, checkpoint, encoder, undisturbed, 20)
+    assert len(set(committed)) > 3
+
+
+def change(path: Path, edit: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(edit(path.read_bytes()))
+
+
+def flip(data: bytes) -> bytes:
+    place = len(data) // 2
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+
+def unquote(data: bytes) -> bytes:
+    return data.replace(b'"', b"", 1)
+
+
+def test_a_finished_job_reads_no_image_and_changes_nothing(
+    tmp_path: Path, encoder: Encoder, capfd: pytest.CaptureFixture[str]
+):
+    photos = tmp_path / "photos"
+    names = [str(photos / name) for name in write_good(photos, 5)]
+    (photos / "bad.jpg").touch()
+    names.append(str(photos / "bad.jpg"))
+    first = embed(names, out=tmp_path / "out", model=encoder)
+    before, held = states(tmp_path / "out"), contents(tmp_path / "out")
+    shutil.rmtree(photos)  # inputs that are named are inputs whether they are there or not
+    again = embed(names, out=tmp_path / "out", model=encoder)
+    assert (states(tmp_path / "out"), contents(tmp_path / "out")) == (before, held)
+    assert (again.rows, again.ok, again.errors, again.examples, again.tokens) == (
+        (first.rows, first.ok, first.errors, first.examples, first.tokens)
+    )
+    assert (first.kept_rows, again.kept_rows, again.images_per_second) == (0, 6, 0)
+
+
+def test_kept_parts_are_not_read_again_and_not_written_again(
+    tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    own = shutil.copytree(photos, tmp_path / "photos")
+    lines = (out / "commits.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "commits.jsonl").write_bytes(b"".join(lines[:5]))
+    listed = sorted(os.listdir(own))
+    for name in listed[: 5 * 64]:
+        (own / name).write_bytes(b"not what was embedded")
+    before = states(out)
+    told = resume(own, out, encoder)
+    assert contents(out) == contents(undisturbed)
+    assert told[0].committed == told[0].settled == 5 * 64
+    after = states(out)
+    assert all(after[f"part-{n:05}.parquet"] == before[f"part-{n:05}.parquet"] for n in range(5))
+    # A part without a line is not believed.
+    assert after["part-00005.parquet"] != before["part-00005.parquet"]
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+def test_a_line_that_a_killed_job_left_half_written_is_taken_back(
+    tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path, cut: int
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    change(out / "commits.jsonl", lambda data: data[:-cut])
+    for name in ("part-00006.parquet", "manifest.json", "commits.jsonl"):
+        (out / f".{name}.tmp").write_bytes(b"half")
+    told = resume(photos, out, encoder)
+    assert contents(out) == contents(undisturbed)
+    assert (told[0].notes, told[0].committed) == ((), 6 * 64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "note"),
+    [
+        (lambda out: (out / "part-00002.parquet").unlink(), "part-00002.parquet is missing; it"),
+        (lambda out: change(out / "part-00002.parquet", flip), "is damaged: its sha256 is not"),
+        (lambda out: change(out / "part-00002.parquet", lambda d: d[:-1]), "but [0-9,]+ were comm"),
+        (lambda out: change(out / "commits.jsonl", flip), "damaged|committed"),
+        (lambda out: change(out / "commits.jsonl", unquote), "line of commits.jsonl is damaged"),
+        (lambda out: (out / "commits.jsonl").unlink(), None),
+    ],
+    ids=["missing", "flipped", "cut", "flipped log", "torn log", "no log"],
+)
+def test_damage_to_a_finished_folder_is_told_and_mended(
+    tmp_path: Path,
+    photos: Path,
+    encoder: Encoder,
+    undisturbed: Path,
+    damage: Callable[[Path], None],
+    note: str | None,
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    damage(out)
+    told = resume(photos, out, encoder)
+    assert contents(out) == contents(undisturbed)
+    if note:
+        (found,) = told[0].notes
+        assert re.search(note, found)
+        assert "embedded again." in found
+        assert told[0].committed == INPUTS - 64
+
+
+def test_a_job_that_is_killed_while_it_mends_loses_no_part_that_is_whole(
+    tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    (out / "part-00001.parquet").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        embed(photos, out=out, model=encoder, tokens=True, progress=interrupt)
+    kept = [entry.part[5:10] for entry in read_commits(out)]
+    assert kept == ["00000", "00002", "00003", "00004", "00005", "00006"]
+    assert (read_manifest(out) or {})["complete"] is False
+    resume(photos, out, encoder)
+    assert contents(out) == contents(undisturbed)
+
+
+def interrupt(progress: Progress) -> None:
+    raise KeyboardInterrupt
+
+
+def test_another_job_is_refused_with_every_difference_and_nothing_is_touched(
+    tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    before = states(out), contents(out)
+    with pytest.raises(WrongUse) as refused:
+        embed(photos, out=out, model=encoder, tokens=True, max_patches=9, token_budget=64)
+    assert str(refused.value).splitlines() == [
+        f"{out} holds the features of another job. What differs, its -> yours:",
+        "  preprocessing.max_patches: 1024 -> 9",
+        "  token_budget: 16384 -> 64",
+        "Ask for the same to go on with it, start over with overwrite, or choose another folder.",
+    ]
+    with pytest.raises(WrongUse) as refused:
+        embed(photos / "000.jpg", out=out, model=encoder, tokens=True)
+    first, second = str(refused.value).splitlines()[1:-1]
+    assert first.startswith("  inputs_sha256: ")
+    assert second == f"  inputs: {INPUTS} -> 1"
+    assert (states(out), contents(out)) == before
+
+
+def test_what_was_flipped_in_a_manifest_is_shown_or_mended(
+    tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    change(out / "manifest.json", lambda data: data.replace(b"float32", b"float3r"))
+    with pytest.raises(WrongUse, match='dtype: "float3r" -> "float32"'):
+        resume(photos, out, encoder)
+    checksum = json.loads((undisturbed / "manifest.json").read_bytes())[CHECKSUM].encode()
+    for good, bad in ((b'"ok": 397', b'"ok": 396'), (checksum, checksum[::-1])):
+        shutil.copy(undisturbed / "manifest.json", out)
+        change(out / "manifest.json", lambda data, g=good, b=bad: data.replace(g, b))
+        assert contents(out) != contents(undisturbed)
+        resume(photos, out, encoder)
+        assert contents(out) == contents(undisturbed)
+
+
+def test_overwrite_starts_over_and_removes_only_what_packvit_wrote(
+    tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    with pytest.raises(WrongUse, match=r"it holds notes\.txt and 0 other files that packvit did"):
+        embed(photos / "000.jpg", out=out, model=encoder, overwrite=True)
+    assert contents(out) == before
+    (out / "notes.txt").unlink()
+    with claim(out), pytest.raises(WrongUse, match="Another job is writing to"):
+        embed(photos / "000.jpg", out=out, model=encoder, overwrite=True)
+    embed(photos / "000.jpg", out=out, model=encoder, overwrite=True)
+    embed(photos / "000.jpg", out=tmp_path / "new", model=encoder)
+    assert contents(out) == contents(tmp_path / "new")
+
+
+def test_a_file_of_anothers_in_a_job_s_folder_is_let_be(
+    tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    (out / "part-00003.parquet").unlink()
+    resume(photos, out, encoder)
+    assert contents(out) == contents(undisturbed) | {"notes.txt": b"mine"}
