@@ -166,7 +166,8 @@ def readable_by_transformers(encoder: Encoder) -> bool:
     checkpoint = encoder.checkpoint
     assert checkpoint is not None
     layout = encoder.family.layout(checkpoint.tensors).name
-    return layout == "transformers" and bool(checkpoint.config.get("architectures"))
+    without_text = encoder.projection is not None and not checkpoint.config.get("architectures")
+    return layout == "transformers" and not without_text
 
 
 def without_projection(encoder: Encoder) -> Encoder:
