@@ -22,11 +22,13 @@ COMMANDS = {  # in the order of `--help`
 }
 
 
-INTERRUPTED, TERMINATED = 130, 143
-
-
 class Terminated(KeyboardInterrupt):
     """SIGTERM came; it stops a command as Ctrl-C does."""
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """Return what a command that was stopped exits with, as shells count signals: 128 and more."""
+    return 143 if isinstance(stop, Terminated) else 130
 
 
 class Commands(click.Group):
@@ -43,7 +45,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             click.echo("Stopped. Give the same command again to start anew.", err=True)
-            ctx.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
+            ctx.exit(exit_code(stop))
         finally:
             signal.signal(signal.SIGTERM, before)
 

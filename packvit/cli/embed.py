@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from packvit.cli import INTERRUPTED, TERMINATED, Terminated
+from packvit.cli import exit_code
 from packvit.cli.progress import Meter, duration, show_progress
 from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.progress import Summary
@@ -159,14 +159,13 @@ def embed(
 @contextmanager
 def stopping(context: click.Context, out: str, overwrite: bool) -> Iterator[Meter]:
     """Show the job's progress; on Ctrl-C or SIGTERM say what was written, and exit accordingly."""
-
     meter = None
     try:
         with show_progress() as meter:
             yield meter
     except KeyboardInterrupt as stop:
         click.echo(what_is_written(meter, out, overwrite), err=True)
-        context.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
+        context.exit(exit_code(stop))
 
 
 def what_is_written(meter: Meter | None, out: str, overwrite: bool) -> str:

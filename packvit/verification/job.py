@@ -128,8 +128,8 @@ def verify(
             converted = Path(stack.enter_context(TemporaryDirectory()))
             if encoder.projection is not None:
                 # transformers has no class of an image tower with its projection alone.
-                encoder, alone = without_projection(encoder), encoder
-                remarks.append(f"not compared: the projection to {alone.config.projection}")
+                remarks.append(f"not compared: the projection to {encoder.config.projection}")
+                encoder = without_projection(encoder)
             encoder.save_pretrained(converted)
             reference = Reference(encoder.family, converted)
         else:
