@@ -7,6 +7,7 @@ message and its line in `packvit info`.
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class Backend(NamedTuple):
     run: Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]
     obstacle: Callable[[Workload], str | None]  # completes "it cannot run because ..."
     measured: bool  # run and measured by us: "auto" takes no other
+    varlen: bool = True  # one launch whatever the lengths, so that a CUDA graph can hold it
 
 
 def flash_obstacle(work: Workload, oldest: tuple[int, int], largest: int) -> str | None:
@@ -172,7 +174,7 @@ BACKENDS = (  # fastest first: "auto" takes the first measured one without an ob
     Backend("fa3", "FlashAttention-3 (flash_attn_interface)", run_fa3, fa3_obstacle, False),
     Backend("fa2", "FlashAttention-2 (flash_attn)", run_fa2, fa2_obstacle, False),
     Backend("torch", "torch.nn.attention.varlen", run_torch, torch_obstacle, True),
-    Backend("sdpa", "one SDPA call per distinct length", run_sdpa, lambda work: None, True),
+    Backend("sdpa", "one SDPA call per distinct length", run_sdpa, lambda work: None, True, False),
 )
 
 
@@ -191,6 +193,16 @@ def resolve(name: str, work: Workload) -> Backend:
     if obstacle := named[name].obstacle(work):
         raise ValueError(f'Attention backend "{name}" cannot run: {obstacle}. Try "auto".')
     return named[name]
+
+
+@cache
+def opaque(backend: Backend) -> Backend:
+    """Return the backend as torch.compile must take it: run as it is, and never traced into.
+
+    `sdpa` groups sequences by their lengths in Python, which traced would compile anew for every
+    pack; the other kernels gain nothing from being traced.
+    """
+    return backend._replace(run=torch.compiler.disable(backend.run))
 
 
 def attend(
