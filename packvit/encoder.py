@@ -201,6 +201,7 @@ class Encoder(nn.Module):
             and backend.varlen
             and not (self.training or self.compiled or torch.is_grad_enabled())
             and not torch.is_autocast_enabled(stream.device.type)
+            and torch.cuda.is_available()  # fake tensors, which calls are counted with, need no GPU
             and not torch.cuda.is_current_stream_capturing()
         )
 
