@@ -28,6 +28,7 @@ class Workload(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     head_dim: int
+    teaches: bool = False  # whether gradients may be asked for
 
 
 class Backend(NamedTuple):
@@ -63,11 +64,19 @@ def seams(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, int, int]:
 
 
 def run_fa4(query: Queries, key: Heads, value: Heads, queries: Segments, keys: Segments) -> Queries:
-    """FlashAttention-4, from flash-attn-4 (signature of 4.0.0b36, which returns (out, lse))."""
+    """FlashAttention-4, from flash-attn-4 (signature of 4.0.0b36, which returns (out, lse)).
+
+    It multiplies the values behind a sequence's end by zero, so that NaN there would reach the
+    sequence: hence `tame`, in inference; in training a NaN ends in the sum of losses anyway.
+    """
     from flash_attn.cute import (  # pyright: ignore[reportMissingImports] # extra "hopper"
         flash_attn_varlen_func,
     )
 
+    if not value.requires_grad:
+        from packvit.kernels import tame
+
+        value = tame(value)
     out, _ = flash_attn_varlen_func(
         query,
         key,
@@ -84,6 +93,11 @@ def fa4_obstacle(work: Workload) -> str | None:
     """A wheel for Hopper and newer."""
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         return "flash_attn.cute is not installed; pip install 'packvit[hopper]'"
+    if work.teaches and work.head_dim % 64:
+        return (
+            f"its gradients are wrong at head_dim {work.head_dim} (seen in 4.0.0b36); it needs one "
+            "divisible by 64 to train"
+        )
     return flash_obstacle(work, (9, 0), 128)
 
 
@@ -178,6 +192,7 @@ BACKENDS = (  # fastest first: "auto" takes the first measured one without an ob
 )
 
 
+@cache
 def resolve(name: str, work: Workload) -> Backend:
     """Return the backend called `name`, or for "auto" the best measured one that can run.
 
@@ -219,5 +234,6 @@ def attend(
             f"query holds {len(query)} tokens, but the segments describe {segments.tokens}. "
             "Build both from the same grid_thw, with the same prefix tokens."
         )
-    work = Workload(query.device, query.dtype, query.shape[-1])
+    teaches = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    work = Workload(query.device, query.dtype, query.shape[-1], teaches)
     return resolve(backend, work).run(query, key, value, segments, segments)

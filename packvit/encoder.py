@@ -23,7 +23,7 @@ from packvit.features import Features, Pack
 from packvit.graphs import MOST_TOKENS, Graphs
 from packvit.images import ImageError, load_image
 from packvit.layers import Blocks, PatchEmbeddings, norm, rotary_turns, to_values
-from packvit.linear import Linear, fix_rows, float8_obstacle, to_float8
+from packvit.linear import Linear, float8_obstacle, make_steady, to_float8
 from packvit.packed import (
     Grid,
     PrefixPlaces,
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 
     @property
     def attention(self) -> str:
-        """The name of the attention backend that a forward would take now."""
+        """The name of the attention backend that inference would take now."""
         return resolve(self.backend, self.workload).name
 
     @property
@@ -169,7 +169,10 @@ class Encoder(nn.Module):
         places = (
             PrefixPlaces.from_grid(grid, config.prefix, device=device) if config.prefix else None
         )
-        backend = resolve(self.backend, self.workload)
+        teaches = torch.is_grad_enabled() and (
+            hidden_states.requires_grad or any(weight.requires_grad for weight in self.parameters())
+        )
+        backend = resolve(self.backend, self.workload._replace(teaches=teaches))
         if self.compiled:
             backend = opaque(backend)
 
@@ -405,7 +408,7 @@ class Encoder(nn.Module):
         return encoder
 
     def take(self, options: "Options") -> None:
-        """Run as `options` asks from now on: in 8 bits, with fixed rows, compiled.
+        """Run as `options` asks from now on: in 8 bits, steady, compiled.
 
         Raises: ValueError for 8 bits that cannot run here.
         """
@@ -415,7 +418,7 @@ class Encoder(nn.Module):
             to_float8(self.encoder)
             self.requires_grad_(False)
         if options.invariant:
-            fix_rows(self)
+            make_steady(self)
         if options.compile:
             for block in self.encoder.layers:
                 block.compile(dynamic=True)  # one after another, so that all share one compilation

@@ -263,3 +263,30 @@ def quantise_8(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def _(tokens):
     values = torch.empty_like(tokens, dtype=torch.float8_e4m3fn)
     return values, tokens.new_empty(len(tokens), 1, dtype=torch.float32)
+
+
+@triton.jit
+def tame_kernel(values, out, stride, width, block: tl.constexpr):
+    """One token: the largest of float16 wherever a value is not finite."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    inside = column < width
+    x = tl.load(values + row * stride + column, mask=inside, other=0.0)
+    finite = tl.abs(x.to(tl.float32)) < float("inf")  # NaN is not
+    tl.store(out + row * width + column, tl.where(finite, x, 65504.0), mask=inside)
+
+
+def tame(values: Tensor) -> Tensor:
+    """Return an attention's values with what is not finite made so.
+
+    Where a token is NaN its keys are too, so that its own sequence still comes out as NaN.
+
+    Shapes: [T, H, K], a token's heads side by side -> [T, H, K], contiguous.
+    """
+    rows, heads, depth = values.shape
+    assert values.stride()[1:] == (depth, 1)
+    out = values.new_empty(values.shape)
+    launch = tame_kernel[(rows,)]  # pyright: ignore[reportIndexIssue]
+    width = heads * depth
+    launch(values, out, values.stride(0), width, block=triton.next_power_of_2(width))
+    return out

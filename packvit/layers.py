@@ -15,7 +15,7 @@ from packvit.attention import Backend
 from packvit.config import Activation, EncoderConfig, Rotary, SinCos, Statistics, Table
 from packvit.linear import Linear, Rows8, affine
 from packvit.packed import Grid, PatchPlaces, PrefixPlaces, Segments
-from packvit.positions import ResizedTables, check_grid, look_up, rotary, rotate, sine_cosine
+from packvit.positions import Axes, ResizedTables, check_grid, look_up, rotary, rotate, sine_cosine
 from packvit.steps import Norm, RMSNorm, Tokens, add_norm, gate, rise
 
 AnyModule = TypeVar("AnyModule", bound="PatchEmbeddings")
@@ -61,6 +61,8 @@ class PatchEmbeddings(nn.Module):
             places = config.positions.rows * config.positions.columns + config.positions.class_row
             self.positions = nn.Parameter(torch.empty(places, config.width).normal_(std=0.02))
             self.resized = ResizedTables(config.positions)
+        elif isinstance(config.positions, SinCos):
+            self.axes = Axes(config.positions, config.width)
         if config.class_token:
             self.class_token = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
         if config.registers:
@@ -97,8 +99,7 @@ class PatchEmbeddings(nn.Module):
             return tokens
         places = PatchPlaces.from_grid(grid)
         if isinstance(positions, SinCos):
-            width = self.config.width
-            return tokens + sine_cosine(positions, places, width, tokens.device, tokens.dtype)
+            return tokens + sine_cosine(self.axes.get(places, tokens.device, tokens.dtype), places)
         if not (positions.any_grid or self.interpolate):
             check_grid(positions, grid, self.config.patch)
         return tokens + look_up(self.resized, self.positions, places, grid)
@@ -147,7 +148,7 @@ class Attention(nn.Module):
         bias = torch.cat([query, torch.zeros_like(query), value])  # keys have none
         if type(self.qkv) is Linear:
             assert isinstance(hidden_states, Tensor)
-            return affine(hidden_states, self.qkv.weight, bias, self.qkv.rows)
+            return affine(hidden_states, self.qkv.weight, bias, self.qkv.steady)
         return self.qkv(hidden_states) + bias
 
 

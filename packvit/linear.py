@@ -1,7 +1,9 @@
-"""How a matrix meets tokens: as it is, in fixed numbers of rows, or in 8 bits.
+"""How a matrix meets tokens: as it is, in steady numbers of rows, or in 8 bits.
 
 Libraries choose a matmul's kernel by its number of rows, so the same token may come out with other
-bits in a larger pack. `fix_rows` is the way out: every matmul is then of the same size.
+bits in a larger pack. `make_steady` is the way out. On CUDA only few rows are split along the sum
+(split-K), so a floor on the rows is enough, which the needle tests hold us to; on a CPU every
+matmul is given the same number of rows.
 """
 
 from typing import NamedTuple
@@ -12,36 +14,39 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 LARGEST_8 = 448.0  # of float8_e4m3fn
-ROWS = {"cuda": 2048, "cpu": 256}  # fills an H100 with one matmul of AIMv2-large's smallest matrix
+FLOOR = 2048  # rows on CUDA: one matmul of AIMv2-large's smallest matrix fills an H100
+ROWS = 256  # of every matmul elsewhere
 
 
 class Linear(nn.Linear):
     """A linear layer whose rows can be kept from knowing how many others there are."""
 
-    steady: bool = False  # every matmul of the same number of rows, the last being filled up
-
-    @property
-    def rows(self) -> int | None:
-        """How many rows every matmul has; None: as many as there are."""
-        return ROWS.get(self.weight.device.type, ROWS["cpu"]) if self.steady else None
+    steady: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight.T + bias. Shapes: [T, D] -> [T, features]."""
-        return affine(input, self.weight, self.bias, self.rows)
+        return affine(input, self.weight, self.bias, self.steady)
 
 
-def affine(tokens: Tensor, weight: Tensor, bias: Tensor | None, rows: int | None) -> Tensor:
-    """Return tokens @ weight.T + bias, in matmuls of exactly `rows` rows unless that is None."""
-    if rows is None or tokens.ndim != 2:
+def affine(tokens: Tensor, weight: Tensor, bias: Tensor | None, steady: bool) -> Tensor:
+    """Return tokens @ weight.T + bias, a row's bits not knowing of other rows where `steady`."""
+    if not steady or tokens.ndim != 2:
         return F.linear(tokens, weight, bias)
-    missing = -len(tokens) % rows
-    padded = F.pad(tokens, (0, 0, 0, missing)) if missing else tokens
-    parts = [F.linear(part, weight, bias) for part in padded.split(rows)]
-    return torch.cat(parts)[: len(tokens)] if len(parts) > 1 else parts[0][: len(tokens)]
+    if tokens.is_cuda:
+        return F.linear(fill(tokens, max(FLOOR, len(tokens))), weight, bias)[: len(tokens)]
+    filled = fill(tokens, -(-len(tokens) // ROWS) * ROWS)
+    parts = [F.linear(part, weight, bias) for part in filled.split(ROWS)]
+    return torch.cat(parts)[: len(tokens)]
 
 
-def fix_rows(module: nn.Module) -> None:
-    """Let every linear layer of `module` run in matmuls of a fixed number of rows."""
+def fill(tokens: Tensor, rows: int) -> Tensor:
+    """Fill up with zeros. Shapes: [T, D] -> [rows, D]."""
+    missing = rows - len(tokens)
+    return F.pad(tokens, (0, 0, 0, missing)) if missing else tokens
+
+
+def make_steady(module: nn.Module) -> None:
+    """Let no linear layer of `module` give a row other bits for the rows beside it."""
     for layer in module.modules():
         if isinstance(layer, Linear):
             layer.steady = True

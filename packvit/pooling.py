@@ -46,8 +46,8 @@ class ProbePool(nn.Module):
         """Return one vector for each sequence."""
         width = len(self.probe)
         weights, biases = (x.split([width, 2 * width]) for x in (self.qkv.weight, self.qkv.bias))
-        query = affine(self.probe, weights[0], biases[0], None)
-        held = affine(tokens, weights[1], biases[1], self.qkv.rows)
+        query = affine(self.probe, weights[0], biases[0], False)
+        held = affine(tokens, weights[1], biases[1], self.qkv.steady)
         pooled = self.out(attend_once(query, held, self.heads, segments, backend))
         return pooled + self.mlp(self.norm(pooled))
 

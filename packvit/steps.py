@@ -156,7 +156,7 @@ def can_rise_fused(tokens: Tokens | Rows8, up: nn.Module, activation: Activation
     # Exactly ours: what wraps a linear layer to change what it does (LoRA) is left to do so.
     if not (isinstance(tokens, Tensor) and type(up) is Linear and activation == "gelu_tanh"):
         return False
-    return up.rows is None and up.bias is not None and may_fuse(tokens, up.weight, up.bias)
+    return not up.steady and up.bias is not None and may_fuse(tokens, up.weight, up.bias)
 
 
 def rise_plain(tokens: Tokens, up: nn.Module, activation: Activation) -> Tensor:
