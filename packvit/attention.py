@@ -184,7 +184,7 @@ def batch(heads: Heads, segments: Segments, sequences: list[int], length: int) -
 
 
 BACKENDS = (  # fastest first: "auto" takes the first measured one without an obstacle
-    Backend("fa4", "FlashAttention-4 (flash_attn.cute)", run_fa4, fa4_obstacle, False),
+    Backend("fa4", "FlashAttention-4 (flash_attn.cute)", run_fa4, fa4_obstacle, True),
     Backend("fa3", "FlashAttention-3 (flash_attn_interface)", run_fa3, fa3_obstacle, False),
     Backend("fa2", "FlashAttention-2 (flash_attn)", run_fa2, fa2_obstacle, False),
     Backend("torch", "torch.nn.attention.varlen", run_torch, torch_obstacle, True),

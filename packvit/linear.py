@@ -1,9 +1,9 @@
 """How a matrix meets tokens: as it is, in steady numbers of rows, or in 8 bits.
 
 Libraries choose a matmul's kernel by its number of rows, so the same token may come out with other
-bits in a larger pack. `make_steady` is the way out. On CUDA only few rows are split along the sum
-(split-K), so a floor on the rows is enough, which the needle tests hold us to; on a CPU every
-matmul is given the same number of rows.
+bits in a larger pack. `make_steady` is the way out. In 16 bits on CUDA only few rows are split along
+the sum (split-K), so a floor on the rows is enough, which the needle tests hold us to; elsewhere
+every matmul is given the same number of rows.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 LARGEST_8 = 448.0  # of float8_e4m3fn
 FLOOR = 2048  # rows on CUDA: one matmul of AIMv2-large's smallest matrix fills an H100
-ROWS = 256  # of every matmul elsewhere
+ROWS = 256  # of every matmul on a CPU
 
 
 class Linear(nn.Linear):
@@ -32,10 +32,11 @@ def affine(tokens: Tensor, weight: Tensor, bias: Tensor | None, steady: bool) ->
     """Return tokens @ weight.T + bias, a row's bits not knowing of other rows where `steady`."""
     if not steady or tokens.ndim != 2:
         return F.linear(tokens, weight, bias)
-    if tokens.is_cuda:
+    if tokens.is_cuda and tokens.dtype != torch.float32:
         return F.linear(fill(tokens, max(FLOOR, len(tokens))), weight, bias)[: len(tokens)]
-    filled = fill(tokens, -(-len(tokens) // ROWS) * ROWS)
-    parts = [F.linear(part, weight, bias) for part in filled.split(ROWS)]
+    rows = FLOOR if tokens.is_cuda else ROWS
+    filled = fill(tokens, -(-len(tokens) // rows) * rows)
+    parts = [F.linear(part, weight, bias) for part in filled.split(rows)]
     return torch.cat(parts)[: len(tokens)]
 
 
