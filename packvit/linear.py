@@ -1,9 +1,9 @@
 """How a matrix meets tokens: as it is, in steady numbers of rows, or in 8 bits.
 
 Libraries choose a matmul's kernel by its number of rows, so the same token may come out with other
-bits in a larger pack. `make_steady` is the way out. In 16 bits on CUDA only few rows are split along
-the sum (split-K), so a floor on the rows is enough, which the needle tests hold us to; elsewhere
-every matmul is given the same number of rows.
+bits in a larger pack. `make_steady` is the way out. In 16 bits on CUDA only few rows are split
+along the sum (split-K), so a floor on the rows is enough, which the needle tests hold us to;
+elsewhere every matmul is given the same number of rows.
 """
 
 from typing import NamedTuple
