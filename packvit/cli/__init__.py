@@ -19,6 +19,7 @@ COMMANDS = {  # in the order of `--help`
     "verify": "packvit.cli.verify",
     "convert": "packvit.cli.convert",
     "info": "packvit.cli.info",
+    "pca": "packvit.cli.pca",
 }
 
 
@@ -69,6 +70,7 @@ def main() -> None:
     Examples:
       packvit embed photos --out features
       packvit embed photos --model apple/aimv2-large-patch14-native --out features
+      packvit pca photos --out pca.png
       packvit info
     """
 
