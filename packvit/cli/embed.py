@@ -24,7 +24,19 @@ DONE_WITH_ERRORS = 3
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("photos", nargs=-1, required=True)
+@click.argument("photos", nargs=-1)
+@click.option(
+    "--list",
+    "lists",
+    multiple=True,
+    metavar="FILE",
+    help="Embed the paths in this file too: a text, one a line, or .csv or .parquet, with "
+    "--column. They are relative to the working directory. May be repeated.",
+)
+@click.option("--column", default="path", help="The column of a --list table that has the paths.")
+@click.option(
+    "--image-column", default="image", help="The column of a Parquet file that has image bytes."
+)
 @click.option("--out", required=True, help="The feature folder to make or to go on with.")
 @click.option("--model", help="A checkpoint's name on the hub, or its folder.")
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
@@ -87,6 +99,9 @@ DONE_WITH_ERRORS = 3
 def embed(
     context: click.Context,
     photos: tuple[str, ...],
+    lists: tuple[str, ...],
+    column: str,
+    image_column: str,
     out: str,
     model: str | None,
     revision: str | None,
@@ -106,7 +121,11 @@ def embed(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write the features of PHOTOS, folders and files, to a feature folder.
+    """Write the features of PHOTOS to a feature folder.
+
+    PHOTOS are folders, files, quoted patterns ('photos/**/*.jpg'), .tar archives, .parquet files of
+    image bytes, and URLs of any of these (s3://, gs://, hf://, https://). Paths in a file are
+    given with --list.
 
     Every photograph becomes one row, in Parquet files that any reader opens. One that cannot be
     read becomes a row too, which says why; the exit code is then 3. A job that was stopped, however
@@ -117,7 +136,11 @@ def embed(
       packvit embed photos --out features
       packvit embed photos --out features --model apple/aimv2-large-patch14-native
       packvit embed a.jpg b.png --out features --tokens --tap 11 --json
+      packvit embed 'shards/*.tar' s3://bucket/photos --out features
+      packvit embed --list photos.csv --column file --out features
     """
+    if not photos and not lists:
+        raise click.UsageError("Missing argument 'PHOTOS...', or --list with a file of paths.")
     if model is None:
         click.echo(UNTRAINED, err=True)
     with stopping(context, out, overwrite) as meter:
@@ -129,6 +152,9 @@ def embed(
         try:
             summary = run(
                 photos,
+                lists=lists,
+                column=column,
+                image_column=image_column,
                 out=out,
                 model=model,
                 revision=revision,

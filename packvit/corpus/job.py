@@ -8,7 +8,7 @@ stays whole however the job ends.
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from packvit.corpus.folder import (
     fingerprint,
     write_whole,
 )
-from packvit.corpus.inputs import Input, Listing, list_inputs
+from packvit.corpus.inputs import list_inputs
+from packvit.corpus.listing import Listing
 from packvit.corpus.parts import DtypeOut
 from packvit.corpus.progress import Summary, Tally, Tell
 from packvit.corpus.resume import Found, check_usable, read_rows, take_up
@@ -48,8 +49,11 @@ TRIAL_INPUTS = 1000  # the most that a job without a chosen model takes
 
 
 def embed(
-    photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     *,
+    lists: Sequence[str | os.PathLike[str]] = (),
+    column: str = "path",
+    image_column: str = "image",
     out: str | os.PathLike[str],
     model: str | os.PathLike[str] | Encoder | None = None,
     device: str | torch.device | None = None,
@@ -74,7 +78,9 @@ def embed(
     Where `out` holds a part of this very job, the job goes on after it; where it holds all of it,
     no image is read. `overwrite` removes what packvit wrote there and starts over.
 
-    `photos` are folders, which are walked, and files. `model` is a checkpoint's name or folder, or
+    `photos` are folders, which are walked, files, patterns, tar and Parquet files that hold images,
+    and URLs of such; `lists` are files of paths. A table has the paths of a list in `column`, and
+    the bytes of images in `image_column`. `model` is a checkpoint's name or folder, or
     a loaded encoder, for which `device` to `positions` are already chosen; None tries the job out
     with the small untrained encoder that packvit brings. `tokens` and `taps` (layers, negative
     ones from the end) write every patch's features too, as `dtype_out`. `threads` decode; None is
@@ -99,10 +105,15 @@ def embed(
     check_options(options)
     folder = Path(out)
     check_usable(folder, overwrite=overwrite)
-    listing = list_inputs([os.fspath(path) for path in named])
-    if model is None and len(listing.inputs) > TRIAL_INPUTS:
+    listing = list_inputs(
+        [os.fspath(path) for path in named],
+        [os.fspath(path) for path in lists],
+        column=column,
+        image_column=image_column,
+    )
+    if model is None and len(listing) > TRIAL_INPUTS:
         raise WrongUse(
-            f"{len(listing.inputs)} inputs were found, but without a chosen model at most "
+            f"{len(listing)} inputs were found, but without a chosen model at most "
             f"{TRIAL_INPUTS} are embedded: the one that packvit brings is untrained. "
             'Choose one, for example model "apple/aimv2-large-patch14-native".'
         )
@@ -134,7 +145,7 @@ def embed(
     options = fit_options(encoder, options, taps)
     certificate = vouch(encoder, weights) if verify else None
     manifest = draft(encoder, weights, listing, options)
-    tally = Tally(len(listing.inputs), progress)
+    tally = Tally(len(listing), progress)
     with claim(folder):
         found = take_up(folder, manifest, overwrite=overwrite)
         return run(encoder, listing, folder, options, found, certificate, tally)
@@ -149,7 +160,7 @@ def draft(encoder: Encoder, weights: str, listing: Listing, options: Options) ->
         "fingerprint": fingerprint(settings),
         "model": encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__,
         **settings,
-        "inputs": len(listing.inputs),
+        "inputs": len(listing),
         "ignored": listing.ignored,
         "certificate_sha256": None,
         "counts": None,
@@ -172,26 +183,26 @@ def run(
         put(folder / CERTIFICATE, data)
         manifest |= {"certificate_sha256": hashlib.sha256(data).hexdigest()}
     size = options.outputs(encoder.config.width).rows_per_part
-    todo = [s for s in shards(listing.inputs, size) if s.number not in found.kept]
-    if todo:
+    parts = -(-len(listing) // size)
+    if len(found.kept) < parts:
         put(folder / MANIFEST, encode_manifest(manifest))
     for _, entry in sorted(found.kept.items()):
         tally.count(read_rows(folder, entry))
     kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
     tally.begin(found.notes)
     start = time.perf_counter()
-    for shard in todo:
+    for shard in shards(listing, size, found.kept):
         mends = shard.number < max(found.kept, default=0)
         entry = run_shard(encoder, shard, folder, options, tally.settle, mends=mends)
         tally.update(committed=tally.progress.committed + entry.rows)
         assert tally.progress.committed == tally.progress.settled
     seconds = time.perf_counter() - start
     counts = {
-        "rows": len(listing.inputs),
+        "rows": len(listing),
         "ok": tally.codes["ok"],
         "errors": tally.errors,
         "tokens": tally.progress.tokens,
-        "parts": len(found.kept) + len(todo),
+        "parts": parts,
     }
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     put(folder / MANIFEST, encode_manifest(manifest | {"complete": True, "counts": counts}))
@@ -199,7 +210,7 @@ def run(
         folder=str(folder),
         model=str(manifest["model"]),
         fingerprint=str(manifest["fingerprint"]),
-        rows=len(listing.inputs),
+        rows=len(listing),
         ok=tally.codes["ok"],
         errors=tally.errors,
         examples={code: tally.examples[code] for code in tally.errors},
@@ -217,10 +228,11 @@ def put(path: Path, data: bytes) -> None:
         write_whole(path, data)
 
 
-def shards(inputs: tuple[Input, ...], size: int) -> Iterator[Shard]:
-    """Yield the inputs in their order, `size` at a time."""
-    for number, start in enumerate(range(0, len(inputs), size)):
-        yield Shard(number, inputs[start : start + size])
+def shards(listing: Listing, size: int, kept: Container[int]) -> Iterator[Shard]:
+    """Yield the inputs in their order, `size` at a time, but for the parts that are kept."""
+    for number in range(-(-len(listing) // size)):
+        if number not in kept:
+            yield Shard(number, tuple(listing.between(number * size, (number + 1) * size)))
 
 
 def count_cpus() -> int:

@@ -14,7 +14,7 @@ from packvit import hub
 from packvit.checkpoints import CheckpointError
 from packvit.config import MostPatches, Table
 from packvit.corpus import WrongUse
-from packvit.corpus.inputs import Listing
+from packvit.corpus.listing import Listing
 from packvit.corpus.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS

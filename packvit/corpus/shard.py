@@ -25,8 +25,9 @@ from packvit.corpus.inputs import Input
 from packvit.corpus.parts import DtypeOut, build_table
 from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options
+from packvit.corpus.sources import read
 from packvit.encoder import Encoder
-from packvit.images import ImageError, decode, read_file
+from packvit.images import ImageError, decode
 from packvit.packing import plan_packs
 from packvit.preprocessing import to_patches
 
@@ -150,7 +151,7 @@ def prepare(source: Input, images: ImageConfig, order: PatchOrder, options: Opti
         code, stage = source.error
         return Prepared(replace(row, status=code, stage=stage))
     try:
-        data = read_file(source.path)
+        data = read(source)
         row = replace(row, sha256=hashlib.sha256(data).hexdigest())
         photo = decode(data, max_pixels=options.max_pixels)
         row = replace(row, note=photo.note, width=photo.width, height=photo.height)

@@ -259,7 +259,7 @@ class Counted(list[Input]):
 
 
 def test_only_a_few_images_are_decoded_ahead(photos: Path, encoder: Encoder):
-    inputs = Counted(list_inputs([str(photos)]).inputs)
+    inputs = Counted(list_inputs([str(photos)]))
     prepared = prepare_all(encoder, inputs, Options(threads=2))
     assert next(prepared).row.id == inputs[0].id
     assert inputs.taken == AHEAD * 2 + 1
