@@ -116,6 +116,15 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         raise ImageError("unreadable", "read") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An image whose header was read and found usable; none of its pixels is decoded yet."""
+
+    image: ImageFile.ImageFile
+    pixels: int
+    warns: bool  # decoding may make Pillow warn
+
+
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
     """Return the first frame of an image file, upright, on white where it is transparent.
 
@@ -124,17 +133,34 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
 
     Raises: ImageError.
     """
-    opened = _open(data)
-    _check(opened, max_pixels)
+    return decode_opened(open_image(data, max_pixels=max_pixels))
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
+    """Return the image file with its header read: what comes before memory is taken for pixels.
+
+    Raises: ImageError.
+    """
+    image = _open(data)
+    _check(image, max_pixels)
+    warns = image.format == "TIFF" or (image.format == "PNG" and b"acTL" in data)
+    return Opened(image, image.width * image.height, warns)
+
+
+def decode_opened(opened: Opened) -> Photo:
+    """Return the first frame of an opened image, as `decode` does.
+
+    Raises: ImageError.
+    """
+    image = opened.image
     notes = []
     with _boundary("header", "truncated"):
-        rescale_colour_key(opened)
-        if _has_frames(opened):
+        rescale_colour_key(image)
+        if _has_frames(image):
             notes.append("first frame of several")
-    warns = opened.format == "TIFF" or (opened.format == "PNG" and b"acTL" in data)
-    with _boundary("decode", "truncated"), _quiet() if warns else nullcontext():
-        opened.load()
-    return _photo(opened, opened, notes)
+    with _boundary("decode", "truncated"), _quiet() if opened.warns else nullcontext():
+        image.load()
+    return _photo(image, image, notes)
 
 
 def load_image(source: object, *, max_pixels: int = MAX_PIXELS) -> Photo:

@@ -107,7 +107,7 @@ def test_errors_are_told_by_code_with_an_example(tmp_path: Path, checkpoint: Pat
 def test_every_option_reaches_the_job(tmp_path: Path, photos: Path, checkpoint: Path):
     argv = ["--device", "cpu", "--dtype", "bfloat16", "--attention", "sdpa", "--max-patches", "20"]
     argv += ["--resize", "native", "--positions", "interpolate", "--max-pixels", "3300"]
-    argv += ["--tokens", "--tap", "-1", "--tap", "0", "--dtype-out", "float32", "--threads", "1"]
+    argv += ["--tokens", "--tap", "-1", "--tap", "0", "--dtype-out", "float32", "--workers", "1"]
     argv += ["--token-budget", "50"]
     result = invoke(photos, "--model", checkpoint, "--out", tmp_path / "out", *argv)
     manifest = read_manifest(tmp_path / "out")
