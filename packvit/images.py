@@ -281,6 +281,7 @@ def _photo(source: Image.Image, image: Image.Image, notes: list[str]) -> Photo:
         notes.append("EXIF unreadable")
     with _boundary("decode", "unsupported_mode"):
         rgb, done = to_rgb(image, getattr(source, "tag_v2", {}))
+        image.close()  # lets go of the file, and of pixels that `rgb` does not share
         if turn is not None:
             rgb = rgb.transpose(turn)
     rgb.info = {}  # no EXIF: whoever turns it by that again would turn it twice
