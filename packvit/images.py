@@ -279,6 +279,8 @@ def _photo(source: Image.Image, image: Image.Image, notes: list[str]) -> Photo:
         turn, readable = _orientation(source)
     if not readable:
         notes.append("EXIF unreadable")
+    if isinstance(image, ImageFile.ImageFile):
+        image.fp = None  # the file's bytes, which may be as many as the pixels'
     with _boundary("decode", "unsupported_mode"):
         rgb, done = to_rgb(image, getattr(source, "tag_v2", {}))
         image.close()  # lets go of the file, and of pixels that `rgb` does not share
