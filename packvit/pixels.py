@@ -35,7 +35,7 @@ def rescale_colour_key(image: ImageFile.ImageFile) -> None:
 def to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Image, list[str]]:
     """Return `image`, of one of MODES, as plain RGB, with notes on what that took.
 
-    `tags` are those of a TIFF. The image is used up: its pixels and its file go as soon as they can,
+    `tags` are those of a TIFF. The image is used up: its pixels and file go as soon as they can,
     so that no more than two images of this size are in memory; pixels of RGB are not even copied.
     """
     if image.mode in _GREY16:
