@@ -121,6 +121,7 @@ class Opened:
     """An image whose header was read and found usable; none of its pixels is decoded yet."""
 
     image: ImageFile.ImageFile
+    file: BytesIO
     pixels: int
     warns: bool  # decoding may make Pillow warn
 
@@ -141,10 +142,11 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
 
     Raises: ImageError.
     """
-    image = _open(data)
+    file = BytesIO(data)
+    image = _open(data, file)
     _check(image, max_pixels)
     warns = image.format == "TIFF" or (image.format == "PNG" and b"acTL" in data)
-    return Opened(image, image.width * image.height, warns)
+    return Opened(image, file, image.width * image.height, warns)
 
 
 def decode_opened(opened: Opened) -> Photo:
@@ -160,7 +162,7 @@ def decode_opened(opened: Opened) -> Photo:
             notes.append("first frame of several")
     with _boundary("decode", "truncated"), _quiet() if opened.warns else nullcontext():
         image.load()
-    return _photo(image, image, notes)
+    return _photo(image, image, notes, opened.file)
 
 
 def load_image(source: object, *, max_pixels: int = MAX_PIXELS) -> Photo:
@@ -246,11 +248,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes, file: BytesIO) -> ImageFile.ImageFile:
     """Read the header with the parsers of FORMATS alone; no other parser ever sees the bytes."""
     with _boundary("header", "truncated"), _quiet():
         try:
-            return Image.open(BytesIO(data), formats=FORMATS)
+            return Image.open(file, formats=FORMATS)
         except UnidentifiedImageError as error:
             code, note = describe(data, FORMATS)
             raise ImageError(code, "header", note) from error
@@ -273,14 +275,19 @@ def _has_frames(image: Image.Image) -> bool:
         return False
 
 
-def _photo(source: Image.Image, image: Image.Image, notes: list[str]) -> Photo:
-    """Make a photo of `image`, which is ours to change: `source` itself, or a copy of it."""
+def _photo(
+    source: Image.Image, image: Image.Image, notes: list[str], file: BytesIO | None = None
+) -> Photo:
+    """Make a photo of `image`, which is ours to use up: `source` itself, or a copy of it.
+
+    `file`, which `image` was loaded from, is closed.
+    """
     with _boundary("decode", "truncated"):
         turn, readable = _orientation(source)
     if not readable:
         notes.append("EXIF unreadable")
-    if isinstance(image, ImageFile.ImageFile):
-        image.fp = None  # the file's bytes, which may be as many as the pixels'
+    if file:
+        file.close()  # its bytes may be as many as the pixels'
     with _boundary("decode", "unsupported_mode"):
         rgb, done = to_rgb(image, getattr(source, "tag_v2", {}))
         image.close()  # lets go of the file, and of pixels that `rgb` does not share
