@@ -56,7 +56,7 @@ def test_a_pack_that_does_not_fit_is_halved_and_nothing_but_an_image_too_large_i
     sizes = sorted(row["rows"] * row["columns"] for row in expected)
     Narrow.room = max(size for size in sizes if size < sizes[-1])
     lost = sum(size > Narrow.room for size in sizes)
-    assert 0 < lost < len(sizes) < sum(sizes) / Narrow.room
+    assert 0 < lost < len(sizes)
     narrow = Narrow.from_pretrained(checkpoint, device="cpu")
     summary = packvit.embed(photos, out=tmp_path / "out", model=narrow)
     assert (whole.halved, summary.halved) == (0, 1)
