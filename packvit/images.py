@@ -126,6 +126,16 @@ def read_file(path: str | os.PathLike[str], start: int = 0, size: int | None = N
         raise ImageError("unreadable", "read") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An image whose header was read and found usable; none of its pixels is decoded yet."""
+
+    image: ImageFile.ImageFile
+    file: BytesIO
+    pixels: int
+    warns: bool  # decoding may make Pillow warn
+
+
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
     """Return the first frame of an image file, upright, on white where it is transparent.
 
@@ -134,17 +144,35 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
 
     Raises: ImageError.
     """
-    opened = _open(data)
-    _check(opened, max_pixels)
+    return decode_opened(open_image(data, max_pixels=max_pixels))
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
+    """Return the image file with its header read: what comes before memory is taken for pixels.
+
+    Raises: ImageError.
+    """
+    file = BytesIO(data)
+    image = _open(data, file)
+    _check(image, max_pixels)
+    warns = image.format == "TIFF" or (image.format == "PNG" and b"acTL" in data)
+    return Opened(image, file, image.width * image.height, warns)
+
+
+def decode_opened(opened: Opened) -> Photo:
+    """Return the first frame of an opened image, as `decode` does.
+
+    Raises: ImageError.
+    """
+    image = opened.image
     notes = []
     with _boundary("header", "truncated"):
-        rescale_colour_key(opened)
-        if _has_frames(opened):
+        rescale_colour_key(image)
+        if _has_frames(image):
             notes.append("first frame of several")
-    warns = opened.format == "TIFF" or (opened.format == "PNG" and b"acTL" in data)
-    with _boundary("decode", "truncated"), _quiet() if warns else nullcontext():
-        opened.load()
-    return _photo(opened, opened, notes)
+    with _boundary("decode", "truncated"), _quiet() if opened.warns else nullcontext():
+        image.load()
+    return _photo(image, image, notes, opened.file)
 
 
 def load_image(source: object, *, max_pixels: int = MAX_PIXELS) -> Photo:
@@ -230,11 +258,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes, file: BytesIO) -> ImageFile.ImageFile:
     """Read the header with the parsers of FORMATS alone; no other parser ever sees the bytes."""
     with _boundary("header", "truncated"), _quiet():
         try:
-            return Image.open(BytesIO(data), formats=FORMATS)
+            return Image.open(file, formats=FORMATS)
         except UnidentifiedImageError as error:
             code, note = describe(data, FORMATS)
             raise ImageError(code, "header", note) from error
@@ -257,14 +285,22 @@ def _has_frames(image: Image.Image) -> bool:
         return False
 
 
-def _photo(source: Image.Image, image: Image.Image, notes: list[str]) -> Photo:
-    """Make a photo of `image`, which is ours to change: `source` itself, or a copy of it."""
+def _photo(
+    source: Image.Image, image: Image.Image, notes: list[str], file: BytesIO | None = None
+) -> Photo:
+    """Make a photo of `image`, which is ours to use up: `source` itself, or a copy of it.
+
+    `file`, which `image` was loaded from, is closed.
+    """
     with _boundary("decode", "truncated"):
         turn, readable = _orientation(source)
     if not readable:
         notes.append("EXIF unreadable")
+    if file:
+        file.close()  # its bytes may be as many as the pixels'
     with _boundary("decode", "unsupported_mode"):
         rgb, done = to_rgb(image, getattr(source, "tag_v2", {}))
+        image.close()  # lets go of the file, and of pixels that `rgb` does not share
         if turn is not None:
             rgb = rgb.transpose(turn)
     rgb.info = {}  # no EXIF: whoever turns it by that again would turn it twice

@@ -7,14 +7,15 @@ stays whole however the job ends.
 
 import hashlib
 import os
-import time
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from packvit.corpus import WrongUse
+from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
 from packvit.corpus.folder import (
     CERTIFICATE,
     FORMAT,
@@ -23,6 +24,7 @@ from packvit.corpus.folder import (
     encode_certificate,
     encode_manifest,
     fingerprint,
+    read_manifest,
     write_whole,
 )
 from packvit.corpus.inputs import list_inputs
@@ -38,13 +40,14 @@ from packvit.corpus.settings import (
     fit_options,
     load_encoder,
 )
-from packvit.corpus.shard import Shard, run_shard
+from packvit.corpus.shard import Shard, run_shards
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS
 from packvit.sizes import Resize
 from packvit.verification.job import vouch
 
 TRIAL_MODEL = "tiny"
+MOST_WORKERS = 16  # that are started without being asked for
 TRIAL_INPUTS = 1000  # the most that a job without a chosen model takes
 
 
@@ -68,7 +71,9 @@ def embed(
     dtype_out: DtypeOut = "float16",
     token_budget: int = 16384,
     max_pixels: int = MAX_PIXELS,
-    threads: int | None = None,
+    image_timeout: float = IMAGE_TIMEOUT,
+    workers: int | None = None,
+    pixels_in_flight: int = PIXELS_IN_FLIGHT,
     verify: bool = False,
     overwrite: bool = False,
     progress: Tell | None = None,
@@ -83,14 +88,17 @@ def embed(
     the bytes of images in `image_column`. `model` is a checkpoint's name or folder, or
     a loaded encoder, for which `device` to `positions` are already chosen; None tries the job out
     with the small untrained encoder that packvit brings. `tokens` and `taps` (layers, negative
-    ones from the end) write every patch's features too, as `dtype_out`. `threads` decode; None is
-    one for each CPU, up to 16. `verify` compares the encoder with its reference before anything is
-    written, unless a certificate stands beside the checkpoint, and writes certificate.json.
+    ones from the end) write every patch's features too, as `dtype_out`. `workers` are processes
+    that decode; None is one for each CPU, up to 16. Images are decoded while together they have at
+    most `pixels_in_flight` pixels, and one that takes longer than `image_timeout` becomes an error.
+    `verify` compares the encoder with its reference before anything is written, unless a
+    certificate stands beside the checkpoint, and writes certificate.json.
 
-    Units: `max_patches` and `token_budget` count patches, of an image and of a pack.
+    Units: `max_patches` and `token_budget` count patches, of an image and of a pack;
+    `image_timeout` seconds.
     Raises: WrongUse for what cannot be done as asked; CheckpointError; WriteError if the disk does
-    not take it; VerificationError if the encoder is not what its reference is. An image that cannot
-    be used is none of these: it is a row.
+    not take it; DecoderError if no worker can be started; VerificationError if the encoder is not
+    what its reference is. An image that cannot be used is none of these: it is a row.
     """
     named = [photos] if isinstance(photos, (str, os.PathLike)) else photos
     options = Options(
@@ -100,7 +108,9 @@ def embed(
         dtype_out=dtype_out,
         token_budget=token_budget,
         max_pixels=max_pixels,
-        threads=min(16, count_cpus()) if threads is None else threads,
+        image_timeout=image_timeout,
+        workers=min(MOST_WORKERS, count_cpus()) if workers is None else workers,
+        pixels_in_flight=pixels_in_flight,
     )
     check_options(options)
     folder = Path(out)
@@ -117,6 +127,38 @@ def embed(
             f"{TRIAL_INPUTS} are embedded: the one that packvit brings is untrained. "
             'Choose one, for example model "apple/aimv2-large-patch14-native".'
         )
+    with Decoders(
+        options.workers,
+        pixels_in_flight=options.pixels_in_flight,
+        image_timeout=options.image_timeout,
+    ) as decoders:
+        if not (read_manifest(folder) or {}).get("complete"):
+            decoders.start(len(listing))  # while the model is loaded
+        encoder, weights = choose_encoder(
+            model, device, dtype, attention, revision, positions, verify
+        )
+        options = fit_options(encoder, options, taps)
+        certificate = vouch(encoder, weights) if verify else None
+        manifest = draft(encoder, weights, listing, options)
+        tally = Tally(len(listing), progress, options.token_budget)
+        with claim(folder):
+            found = take_up(folder, manifest, overwrite=overwrite)
+            return run(encoder, listing, folder, options, found, certificate, tally, decoders)
+
+
+def choose_encoder(
+    model: str | os.PathLike[str] | Encoder | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    attention: str,
+    revision: str | None,
+    positions: GridPolicy,
+    verify: bool,
+) -> tuple[Encoder, str]:
+    """Return the encoder that was asked for, loaded, and the digest of its weights.
+
+    Raises: WrongUse for what cannot be asked of it; CheckpointError.
+    """
     if isinstance(model, Encoder):
         if (device, dtype, attention, revision, positions) != (
             (None, None, "auto", None, "checkpoint")
@@ -142,13 +184,7 @@ def embed(
             'verify cannot vouch for positions="interpolate": no reference defines it for '
             f"{encoder.family.name}. Leave one of the two out."
         )
-    options = fit_options(encoder, options, taps)
-    certificate = vouch(encoder, weights) if verify else None
-    manifest = draft(encoder, weights, listing, options)
-    tally = Tally(len(listing), progress)
-    with claim(folder):
-        found = take_up(folder, manifest, overwrite=overwrite)
-        return run(encoder, listing, folder, options, found, certificate, tally)
+    return encoder, weights
 
 
 def draft(encoder: Encoder, weights: str, listing: Listing, options: Options) -> dict[str, Any]:
@@ -175,8 +211,9 @@ def run(
     found: Found,
     certificate: Mapping[str, Any] | None,
     tally: Tally,
+    decoders: Decoders,
 ) -> Summary:
-    """Run all shards that the claimed folder does not hold, one after another."""
+    """Run all shards that the claimed folder does not hold, and commit them in their order."""
     manifest = found.manifest | {"complete": False, "counts": None}
     if certificate is not None:
         data = encode_certificate(certificate)
@@ -190,13 +227,22 @@ def run(
         tally.count(read_rows(folder, entry))
     kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
     tally.begin(found.notes)
-    start = time.perf_counter()
-    for shard in shards(listing, size, found.kept):
-        mends = shard.number < max(found.kept, default=0)
-        entry = run_shard(encoder, shard, folder, options, tally.settle, mends=mends)
-        tally.update(committed=tally.progress.committed + entry.rows)
-        assert tally.progress.committed == tally.progress.settled
-    seconds = time.perf_counter() - start
+    halved, last = 0, max(found.kept, default=-1)
+    entries = run_shards(
+        encoder,
+        shards(listing, size, found.kept),
+        folder,
+        options,
+        tally.settle,
+        decoders=decoders,
+        last=last,
+        effort=tally.effort,
+    )
+    with closing(entries):
+        for entry in entries:
+            halved += entry.halved
+            tally.update(committed=tally.progress.committed + entry.rows)
+    seconds = tally.seconds
     counts = {
         "rows": len(listing),
         "ok": tally.codes["ok"],
@@ -219,6 +265,8 @@ def run(
         seconds=seconds,
         kept_rows=kept_rows,
         kept_tokens=kept_tokens,
+        shares=tally.progress.shares,
+        halved=halved,
     )
 
 

@@ -14,6 +14,7 @@ from packvit import hub
 from packvit.checkpoints import CheckpointError
 from packvit.config import MostPatches, Table
 from packvit.corpus import WrongUse
+from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
 from packvit.corpus.listing import Listing
 from packvit.corpus.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder, GridPolicy
@@ -27,9 +28,10 @@ NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can chan
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What decides a row's features beside the encoder, and on how many threads images decode.
+    """What decides a row's features beside the encoder, and how images are decoded.
 
-    Units: `max_patches` and `token_budget` count patches, of an image and of a pack.
+    Units: `max_patches` and `token_budget` count patches, of an image and of a pack;
+    `image_timeout` seconds; `pixels_in_flight` pixels.
     """
 
     resize: Resize | None = None
@@ -39,7 +41,9 @@ class Options:
     dtype_out: DtypeOut = "float16"
     token_budget: int = 16384
     max_pixels: int = MAX_PIXELS
-    threads: int = 1
+    image_timeout: float = IMAGE_TIMEOUT
+    workers: int = 1
+    pixels_in_flight: int = PIXELS_IN_FLIGHT
 
     def outputs(self, width: int) -> Outputs:
         """Return what a part holds of features of `width`."""
@@ -79,10 +83,12 @@ def load_encoder(
 
 def check_options(options: Options) -> None:
     """Refuse counts below 1 and words that are no choice."""
-    for name in ("max_patches", "token_budget", "max_pixels", "threads"):
+    for name in ("max_patches", "token_budget", "max_pixels", "workers", "pixels_in_flight"):
         count = getattr(options, name)
         if count is not None and count < 1:
             raise WrongUse(f"{name} is {count}, but must be 1 or more.")
+    if not options.image_timeout > 0:
+        raise WrongUse(f"image_timeout is {options.image_timeout}, but must be above 0 seconds.")
     if options.dtype_out not in ("float16", "float32"):
         raise WrongUse(f'dtype_out is "{options.dtype_out}". Choose float16 or float32.')
 

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.inputs import Input, list_inputs
-from packvit.corpus.job import TRIAL_MODEL, count_cpus
+from packvit.corpus.job import MOST_WORKERS, TRIAL_MODEL, count_cpus
 from packvit.corpus.progress import Tally, Tell
 from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options, load_encoder
@@ -84,7 +84,7 @@ def draw(
             "--positions interpolate": positions == "interpolate",
         }
     )
-    inputs = list_inputs(photos).inputs
+    inputs = list(list_inputs(photos))
     target = check_out(out, inputs)
     patch = find_patch(inputs, similar_to) if similar_to is not None else None
     options = Options(resize=resize, max_patches=max_patches)
@@ -97,7 +97,7 @@ def draw(
     if folder:
         check_model(encoder, manifest, folder)
     tally = Tally(len(inputs), progress)
-    options = replace(options, threads=min(16, count_cpus()))
+    options = replace(options, workers=min(MOST_WORKERS, count_cpus()))
     photographs = read_photographs(encoder, inputs, options, tally.settle, layer=layer)
     lost: list[str] = []
     try:

@@ -13,10 +13,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from packvit.corpus import WrongUse
+from packvit.corpus.decoding import Decoders
+from packvit.corpus.encoding import encode_halved
 from packvit.corpus.inputs import Input
+from packvit.corpus.preparing import Prepared
 from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options, check_options, fit_options
-from packvit.corpus.shard import Prepared, encode_pack, prepare_all
+from packvit.corpus.shard import recipe
 from packvit.encoder import Encoder, Source
 from packvit.images import ImageError, load_image
 from packvit.packing import plan_packs
@@ -111,7 +114,7 @@ class Photographs:
         for pack in plan_packs(sizes, budget):
             places = [todo[index] for index in pack]
             images = [self.prepared[place] for place in places]
-            encoded = encode_pack(self.encoder, images, self.options)
+            encoded, _, _ = encode_halved(self.encoder, images, self.options)
             if rows := [encoded[i].row for i, j in enumerate(places) if j not in self.told]:
                 self.watch(rows)
             self.told.update(places)
@@ -167,7 +170,9 @@ def read_photographs(
     Raises: WrongUse if the options do not fit the encoder.
     """
     options = ask(encoder, len(inputs), options, layer)
-    prepared = list(prepare_all(encoder, inputs, options))
+    with Decoders(min(options.workers, len(inputs))) as decoders:
+        ahead = options.max_pixels  # none is left waiting: all are kept
+        prepared = list(decoders.prepare_all(inputs, recipe(encoder, options), ahead))
     if bad := [one.row for one in prepared if one.patches is None]:
         watch(bad)
     return Photographs(encoder, options, prepared, watch)
