@@ -152,7 +152,10 @@ def test_gradients_are_those_of_the_same_sum_however_tokens_are_laid_out(
 
 
 def test_forward_and_backward_are_timed_too():
-    report = measure(Plan("tiny", ("small",), train=True, rounds=2, device="cpu"), silent)
+    plan = Plan("tiny", ("small",), train=True, rounds=2, device="cpu", clock="cpu")
+    report = measure(plan, silent)
+    assert "forward and backward, float32, on CPU" in as_markdown(report)
+    assert ", in CPU time;" in as_markdown(report)
     [work] = report["workloads"]
     assert report["pass"] == "forward and backward"
     assert work["wrong"] == {}
@@ -221,6 +224,7 @@ def test_wrong_use_is_answered_in_a_sentence(argv: list[str], code: int, said: s
 
 
 def test_plans_that_cannot_be_are_refused():
-    for plan in (Plan(workloads=("vast",)), Plan(rounds=1), Plan(dtype="int8")):
+    plans = Plan(workloads=("vast",)), Plan(rounds=1), Plan(dtype="int8"), Plan(clock="sun")
+    for plan in plans:
         with pytest.raises(BenchError):
             measure(plan, silent)

@@ -33,4 +33,5 @@ class Plan:
     device: str | None = None
     dtype: str | None = None
     layers: int | None = None  # cut a random model to so many
+    clock: str = "wall"  # or "cpu": the time that all threads were at work, on a CPU
     compiled: bool | None = None  # whether to wait for torch.compile; on a GPU, unless told

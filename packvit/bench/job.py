@@ -21,6 +21,7 @@ from packvit.bench.contenders import (
 )
 from packvit.bench.measuring import (
     CEILING,
+    CLOCKS,
     Run,
     Times,
     ceiling,
@@ -85,6 +86,7 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
         "device": device.type,
         "threads": torch.get_num_threads(),
         "seed": SEED,
+        "clock": plan.clock,
         "rounds": plan.rounds,
         "baseline": BASELINE,
         "workloads": [],
@@ -97,7 +99,7 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
         subject = Subject(model, work, patches.to(device, dtype), compiled, plan.train)
         say(f"{work.title}: {len(work.grid)} images, {len(patches):,} patches")
         with torch.set_grad_enabled(plan.train), torch.inference_mode(not plan.train):
-            report["workloads"].append(measure_workload(subject, plan.rounds, say))
+            report["workloads"].append(measure_workload(subject, plan, say))
     report["gpu_state_after"] = gpu_state()
     return report
 
@@ -114,6 +116,8 @@ def choose(plan: Plan) -> tuple[torch.device, torch.dtype]:
     device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if unknown := [name for name in plan.workloads if name not in WORKLOADS]:
         raise BenchError(f"No workload is called {unknown[0]}. Choose of: {', '.join(WORKLOADS)}.")
+    if plan.clock not in CLOCKS or (plan.clock == "cpu" and device.type != "cpu"):
+        raise BenchError(f'clock is "{plan.clock}", but must be "wall", or on a CPU "cpu".')
     if plan.rounds < 2:
         raise BenchError(f"rounds is {plan.rounds}, but quartiles want at least 2.")
     chosen = plan.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -130,7 +134,7 @@ def installed(name: str) -> str:
         return "not installed"
 
 
-def measure_workload(subject: Subject, rounds: int, say: Say) -> dict[str, Any]:
+def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
     """Check every contender's tokens, then time those that are right, turn by turn."""
     draw = torch.Generator().manual_seed(0)
     shape = (len(subject.patches), subject.model.config.width)
@@ -158,7 +162,7 @@ def measure_workload(subject: Subject, rounds: int, say: Say) -> dict[str, Any]:
                 exact=getattr(candidate, "limit", None) is None,
                 weights=weight_bytes(contender.module),
                 off=off,
-                first=seconds(run),
+                first=seconds(run, plan.clock),
             )
             say(f"  {candidate.title}: {entrants[candidate.title].first * 1e3:.1f} ms")
     if BASELINE not in entrants:
@@ -166,8 +170,9 @@ def measure_workload(subject: Subject, rounds: int, say: Say) -> dict[str, Any]:
     top, top_flops = ceiling(subject.patches.device, subject.patches.dtype)
     taken = interleave(
         {CEILING: top, **{title: entrant.run for title, entrant in entrants.items()}},
-        rounds=rounds,
+        rounds=plan.rounds,
         warmup=WARMUP,
+        clock=plan.clock,
         fewer={title: SLOW_ROUNDS for title, entrant in entrants.items() if entrant.first > SLOW},
     )
     flops = encoder_flops(subject.model.config, subject.workload.grid)

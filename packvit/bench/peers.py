@@ -174,7 +174,7 @@ def timm_forward(subject: Subject) -> tuple[Callable[[], Tensor], Tensor, Any]:
     if not isinstance(config.positions, Table) or config.gated or config.prefix:
         raise Unavailable("NaFlexVit cannot express this family: it has no such positions or MLP")
     if find_spec("timm") is None:
-        raise Unavailable("timm is not installed; pip install timm")
+        raise Unavailable("timm is not installed; pip install 'packvit[bench]'")
     from timm.models.naflexvit import (  # pyright: ignore[reportMissingImports] # needs torchvision
         NaFlexVit,
         NaFlexVitCfg,

@@ -26,6 +26,8 @@ def machine(report: dict[str, Any]) -> str:
     """Say in a sentence or two what ran where."""
     on_gpu = report["device"] == "cuda"
     place = report["gpus"] if on_gpu else f"CPU, {report['threads']} threads"
+    if report.get("clock") == "cpu":
+        place += ", in CPU time"
     return (
         f"{report['model']} ({report['layers']} layers, weights {report['weights']}), "
         f"{report['pass']}, {report['dtype']}, on {place}; torch {report['torch']}, "

@@ -47,7 +47,7 @@ def workload(name: str, *, small: bool) -> Workload:
     }
     reduced = {
         "mixed": lambda: mixed_sizes(12, 16, 144),
-        "tiny-images": lambda: mixed_sizes(128, 4, 16),
+        "tiny-images": lambda: mixed_sizes(64, 4, 16),
         "huge": lambda: ((1, 24, 32),),
         "equal": lambda: ((1, 16, 8),) * 8,
         "small": lambda: ((1, 8, 8),) * 4,

@@ -43,6 +43,12 @@ WRONG = 1
     help="Cut a model of random weights to so many layers; on a CPU to 2, unless told.",
 )
 @click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    help="cpu: the time that all threads were at work, for a CPU shared with other programs.",
+)
+@click.option(
     "--compiled/--no-compiled",
     default=None,
     help="Whether contenders take part that torch.compile prepares, which takes minutes; on a GPU "
@@ -65,6 +71,7 @@ def bench(
     device: str | None,
     rounds: int,
     layers: int | None,
+    clock: str,
     compiled: bool | None,
     target: Path | None,
 ) -> None:
@@ -83,7 +90,7 @@ def bench(
     chosen = tuple(WORKLOADS) if workload == "all" else (workload,)
     if target is not None and str(target) != "-" and not target.parent.is_dir():
         raise click.UsageError(f"{target.parent} is not a folder. Choose another file for --json.")
-    plan = Plan(model, chosen, train, rounds, device, dtype, layers, compiled)
+    plan = Plan(model, chosen, train, rounds, device, dtype, layers, clock, compiled)
     from packvit.bench.job import measure  # torch is imported here
     from packvit.checkpoints import CheckpointError
 
