@@ -146,8 +146,7 @@ def compile_it(subject: Subject, run: Callable[[], Tensor]) -> Callable[[], Tens
 def padded_compiled(subject: Subject) -> Contender:
     """The same, compiled; one batch of equal images where nothing is padded."""
     if len(set(subject.workload.grid)) == 1:
-        [call] = grouped(subject).calls
-        run, rows = call
+        run, rows = batch(subject, list(range(len(subject.images))))
     else:
         run, rows = padded_forward(subject)
     return Contender([Call(compile_it(subject, run), rows)], subject.model.reference)
