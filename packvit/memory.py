@@ -5,10 +5,12 @@ each, in numbers of the encoder's dtype, at its three widest moments. What is co
 holds less.
 
 - Embedding: patches in fp32 and in the dtype, 2 P; tokens, normed, positions twice, sum, 5 D.
-- Attention: residual and normed, 2 D; q, k, v, 3 D; attended and projected, 2 D; the copies that
-  `sdpa` makes of q, k, v and the result, 4 D; rotary turns of q and k, 4 D.
-- MLP: the residual before and after attention, what attention added, normed, 4 D; up and activated,
-  2 M, or if gated gate, up, act(gate) and the product, 4 M; the output, D, when one M is gone.
+- Attention: the residual and what the last block adds to it, before and after, 3 D; normed, D; q, k,
+  v, 3 D; attended and projected, 2 D; the copies that `sdpa` makes of q, k, v and the result, 4 D;
+  rotary turns of q and k, 4 D.
+- MLP: the residual before and after attention, what both halves added, normed, 5 D; up and
+  activated, 2 M, or if gated gate, up, act(gate) and the product, 4 M; the output, D, when one M is
+  gone.
 
 Each moment frees what it made, so the largest bounds them all. On top come the weights, the patches
 that the caller holds, one D for each tap, lists on their way to a file in fp32, tables of learned
@@ -51,9 +53,9 @@ def peak(config: EncoderConfig, dtype_bytes: int, *, taps: int = 0, lists: int =
     width, mlp, patch = config.width, config.mlp_width, config.patch_dim
     rotary = 4 * width if isinstance(config.positions, Rotary) else 0
     embedding = 5 * width * dtype_bytes + patch * (4 + dtype_bytes)
-    attention = (11 * width + rotary) * dtype_bytes
-    gated = max(4 * width + 4 * mlp, 5 * width + 3 * mlp)
-    transform = (gated if config.gated else 5 * width + 2 * mlp) * dtype_bytes
+    attention = (13 * width + rotary) * dtype_bytes
+    gated = max(5 * width + 4 * mlp, 6 * width + 3 * mlp)
+    transform = (gated if config.gated else 6 * width + 2 * mlp) * dtype_bytes
     held = patch * dtype_bytes + taps * width * dtype_bytes + lists * width * 4
     fixed = WORKSPACE
     if isinstance(config.positions, Table):

@@ -106,7 +106,7 @@ def test_what_computes_something_else_is_called_wrong_and_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ):
     swapped = Ours("packvit, channels first", {"patch_order": "chw"})
-    monkeypatch.setattr(job, "OURS", (OURS[-4], swapped))
+    monkeypatch.setattr(job, "OURS", (OURS[4], swapped))
     result = invoke("--model", "tiny", "--workload", "small", "--rounds", 2, "--device", "cpu")
     assert result.exit_code == 1
     assert "WRONG, so not timed: packvit, channels first" in result.stdout

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from packvit.bench.contenders import Call, Contender, Subject, Unavailable
 from packvit.config import SinCos, Table
 from packvit.packed import PatchPlaces
-from packvit.positions import sine_cosine
+from packvit.positions import sine_cosine, sine_cosine_axis
 from packvit.verification.references import inputs, tower
 
 MULTIPLE = 8  # of padded lengths, so that masks are aligned and no kernel has to copy them
@@ -110,13 +110,11 @@ def padded_aimv2(subject: Subject, looking: Any, padded: Padded) -> Callable[[],
     config, embeddings = subject.model.config, looking.embeddings
     convolution = embeddings.patch_embed
     assert isinstance(config.positions, SinCos)
-    flat = sine_cosine(
-        config.positions,
-        PatchPlaces.from_grid(subject.workload.grid),
-        config.width,
-        padded.patches.device,
-        padded.patches.dtype,
-    )
+    places = PatchPlaces.from_grid(subject.workload.grid)
+    side = int(max(places.rows.max(), places.columns.max()))
+    like = padded.patches
+    axis = sine_cosine_axis(config.positions, side, config.width, like.device, like.dtype)
+    flat = sine_cosine(axis, places)
     positions = flat[padded.rows.clamp(min=0)]
     mask = padded.real[:, None, None, :].expand(-1, 1, padded.real.shape[1], -1)
 
