@@ -5,7 +5,7 @@ each, in numbers of the encoder's dtype, at its three widest moments. What is co
 holds less.
 
 - Embedding: patches in fp32 and in the dtype, 2 P; tokens, normed, positions twice, sum, 5 D.
-- Attention: the residual and what the last block adds to it, before and after, 3 D; normed, D; q, k,
+- Attention: the residual, what the last block adds and their sum, 3 D; normed, D; q, k,
   v, 3 D; attended and projected, 2 D; the copies that `sdpa` makes of q, k, v and the result, 4 D;
   rotary turns of q and k, 4 D.
 - MLP: the residual before and after attention, what both halves added, normed, 5 D; up and
