@@ -17,6 +17,7 @@ COMMANDS = {  # in the order of `--help`
     "embed": "packvit.cli.embed",
     "check": "packvit.cli.check",
     "verify": "packvit.cli.verify",
+    "bench": "packvit.cli.bench",
     "convert": "packvit.cli.convert",
     "info": "packvit.cli.info",
     "pca": "packvit.cli.pca",

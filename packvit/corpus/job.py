@@ -34,10 +34,12 @@ from packvit.corpus.progress import Summary, Tally, Tell
 from packvit.corpus.resume import Found, check_usable, read_rows, take_up
 from packvit.corpus.settings import (
     Options,
+    check_memory,
     check_options,
     describe,
     digest_weights,
     fit_options,
+    free_memory,
     load_encoder,
 )
 from packvit.corpus.shard import Shard, run_shards
@@ -138,6 +140,7 @@ def embed(
             model, device, dtype, attention, revision, positions, verify
         )
         options = fit_options(encoder, options, taps)
+        check_memory(encoder, options, free_memory(encoder.device))
         certificate = vouch(encoder, weights) if verify else None
         manifest = draft(encoder, weights, listing, options)
         tally = Tally(len(listing), progress, options.token_budget)

@@ -19,6 +19,7 @@ from packvit.corpus.listing import Listing
 from packvit.corpus.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS
+from packvit.memory import peak
 from packvit.packing import PLAN_VERSION
 from packvit.sizes import NATIVE_MOST_PATCHES, Resize, resize_plan
 
@@ -131,6 +132,40 @@ def fit_options(encoder: Encoder, options: Options, taps: Sequence[int]) -> Opti
             f"{options.token_budget}. Raise token_budget, or lower max_patches."
         )
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a forward could still take on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def check_memory(encoder: Encoder, options: Options, free: int | None) -> None:
+    """Refuse a token budget whose packs can hardly fit in the `free` bytes of a device.
+
+    The bound of `memory.py` is up to 1.5 times what a forward takes, so two thirds of it decide; a
+    pack that does not fit after all is halved when it is met.
+
+    Raises: WrongUse with the budget that would fit.
+    """
+    if free is None:
+        return
+    config, budget = encoder.config, options.token_budget
+    taps = len(options.taps)
+    bound = peak(config, encoder.dtype.itemsize, taps=taps, lists=taps + options.tokens)
+    rows = 1 + config.prefix / 64  # of the stream for each patch: images have 64 or more
+    needed = bound.activations(round(budget * rows))
+    if 2 * needed <= 3 * free:
+        return
+    fits = int(bound.most_tokens(free) / rows)
+    advice = f"Lower token_budget to {fits}" if fits else "Choose a smaller model"
+    raise WrongUse(
+        f"A pack of token_budget {budget} patches takes up to {needed / 2**30:.1f} GiB beside the "
+        f"weights, and {encoder.device} has {free / 2**30:.1f} GiB free. {advice}, or free the "
+        "device of other programs."
+    )
 
 
 def describe(encoder: Encoder, weights: str, listing: Listing, options: Options) -> dict[str, Any]:
