@@ -124,8 +124,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
 
     Raises: ImageError.
     """
-    opened = _open(data)
-    _check(opened, max_pixels)
+    opened = open_header(data, max_pixels=max_pixels)
     notes = []
     with _boundary("header", "truncated"):
         rescale_colour_key(opened)
@@ -135,6 +134,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
     with _boundary("decode", "truncated"), _quiet() if warns else nullcontext():
         opened.load()
     return _photo(opened, opened, notes)
+
+
+def open_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
+    """Return an image file of which only the header was read, and found acceptable.
+
+    Raises: ImageError.
+    """
+    opened = _open(data)
+    _check(opened, max_pixels)
+    return opened
 
 
 def load_image(source: object, *, max_pixels: int = MAX_PIXELS) -> Photo:
@@ -250,7 +259,7 @@ def _has_frames(image: Image.Image) -> bool:
 def _photo(source: Image.Image, image: Image.Image, notes: list[str]) -> Photo:
     """Make a photo of `image`, which is ours to change: `source` itself, or a copy of it."""
     with _boundary("decode", "truncated"):
-        turn, readable = _orientation(source)
+        turn, readable = read_turn(source)
     if not readable:
         notes.append("EXIF unreadable")
     with _boundary("decode", "unsupported_mode"):
@@ -261,8 +270,8 @@ def _photo(source: Image.Image, image: Image.Image, notes: list[str]) -> Photo:
     return Photo(rgb, rgb.width, rgb.height, "; ".join(notes + done) or None)
 
 
-def _orientation(image: Image.Image) -> tuple[Image.Transpose | None, bool]:
-    """Return what turns a loaded image upright, and whether its EXIF could be read.
+def read_turn(image: Image.Image) -> tuple[Image.Transpose | None, bool]:
+    """Return what turns an image upright, and whether its EXIF could be read.
 
     A TIFF's is None: Pillow turns those while it loads them.
     """
