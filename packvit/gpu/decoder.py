@@ -98,7 +98,9 @@ class JpegDecoder:
         backend: Backend | None = None,
     ) -> None:
         check_pillow()
-        self.images, self.patch_order, self.device = images, patch_order, device
+        self.images: ImageConfig = images
+        self.patch_order: PatchOrder = patch_order
+        self.device = device
         with torch.cuda.device(device):
             self.consumer = torch.cuda.current_stream()
             self.stream = torch.cuda.Stream(priority=-1)
