@@ -17,6 +17,7 @@ tail -n 30 "$out/verify-gpu.txt"
 python3 -m benchmarks.forward --rounds 11 > "$out/forward-gpu.json"
 python3 -m benchmarks.naflex --rounds 11 > "$out/naflex-gpu.json" 2> "$out/naflex-gpu.log" \
     || tail -5 "$out/naflex-gpu.log"
+python3 -m benchmarks.decoding > "$out/decoding-gpu.json"
 python3 -m packvit info --json > "$out/info-gpu.json"
 python3 -m demo.photographs | xargs python3 -m packvit embed --out /tmp/demo-features --json \
     | tee "$out/embed-gpu.json"

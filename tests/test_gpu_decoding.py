@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,8 +14,9 @@ from PIL import Image
 
 from demo.photographs import photographs
 from packvit.config import Exact, Filter, ImageConfig, PatchOrder, ShortestEdge
-from packvit.gpu.decoder import check_pillow, lay_out, planes_to_patches
+from packvit.gpu.decoder import JpegDecoder, check_pillow, groups, lay_out, planes_to_patches
 from packvit.gpu.jpeg import SAMPLINGS, Jpeg, JpegPlan, Refusal, Sampling, plan_jpeg, read_jpeg
+from packvit.gpu.nvjpeg import NvJpeg, places
 from packvit.gpu.resampling import FILTERS
 from packvit.gpu.twins import resize, upright_rgb
 from packvit.images import decode
@@ -152,19 +155,21 @@ def check_kernels(order: PatchOrder) -> None:
     ):
         images = config(patch=7, sizing=sizing, resample=FILTER_NAMES[number])
         jpegs = [
-            invented(seed, (*SAMPLINGS, None)[seed % 5], TURNS[(seed + number) % len(TURNS)])
+            invented(
+                seed, (*SAMPLINGS, (1, 2), None)[seed % 5], TURNS[(seed + number) % len(TURNS)]
+            )
             for seed in range(8)
         ]
         plans = [JpegPlan(found, resize_plan(*found.upright, images)) for found in jpegs]
         layout, size = lay_out(plans)
         memory = rng.integers(0, 256, size, dtype=np.uint8)
         expected = []
-        for plan, places in zip(plans, layout, strict=True):
+        for plan, where in zip(plans, layout, strict=True):
             found = plan.jpeg
             shapes = [(found.height, found.width), found.chroma, found.chroma]
             planes = [
                 memory[start : start + rows * pitch].reshape(rows, pitch)[:, :columns]
-                for (start, pitch), (rows, columns) in zip(places, shapes, strict=False)
+                for (start, pitch), (rows, columns) in zip(where, shapes, strict=False)
             ]
             pixels = resize(upright_rgb(planes, found), plan.size, images.resample)
             expected.append(cut_patches(pixels, images.patch, order))
@@ -216,6 +221,7 @@ def test_all_that_would_not_be_exact_is_refused():
         (1, 0xC9, "not baseline"),  # arithmetic
         (4, 12, "not 8 bits"),
         (11, 0x41, "uncommon subsampling"),
+        (11, 0x12, "uncommon subsampling"),
         (10, 7, "uncommon structure"),  # a component that the scan does not name
     ):
         changed = bytearray(data)
@@ -238,6 +244,31 @@ def test_a_missing_restart_marker_is_noticed():
     assert refusal(data[:place] + data[place + 2 :]) == "restart markers missing"
     end = data.index(b"\xff\xd7")
     assert refusal(data[:end] + b"\xff\xd9") == "restart markers missing"
+
+
+def test_the_hosts_half_never_imports_torch():
+    words = "import sys, packvit.gpu.jpeg; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0
+
+
+def test_groups_hold_at_most_so_many_pixels_and_leave_none_out():
+    def one(side: int) -> JpegPlan:
+        return JpegPlan(Jpeg(side, side, None, None, 0), SizePlan(14, 14, None, 1, 1))
+
+    huge, large = one(20_000), one(10_000)
+    assert list(groups([])) == []
+    assert list(groups([large, huge, large, large, one(9)])) == [(0, 1), (1, 2), (2, 3), (3, 5)]
+
+
+def test_what_is_missing_is_said_in_one_sentence():
+    with pytest.raises(RuntimeError, match=r"needs a CUDA device, but the encoder is on cpu\."):
+        JpegDecoder(config(), "hwc", torch.device("cpu"))
+    if find_spec("triton") is None:
+        with pytest.raises(ImportError, match="Install: pip install triton"):
+            JpegDecoder(config(), "hwc", torch.device("cuda"))
+    if not list(places()):
+        with pytest.raises(ImportError, match=r"Install: pip install 'packvit\[gpu-decode\]'"):
+            NvJpeg()
 
 
 def test_options_that_contradict_each_other_are_a_mistake_not_a_refusal():
@@ -268,8 +299,6 @@ def files_of_all_kinds() -> list[bytes]:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("sizing", [None, Exact(224, 224), ShortestEdge(256, (224, 224))])
 def test_patches_from_the_gpu_are_pillows_to_the_last_bit(sizing: Any):
-    from packvit.gpu.decoder import JpegDecoder
-
     images = config(sizing=sizing)
     files = files_of_all_kinds()
     plans = [plan for file in files if isinstance(plan := plan_jpeg(file, images), JpegPlan)]

@@ -8,6 +8,7 @@ The files and plans come from `jpeg.plan_jpeg`, which runs wherever the bytes ar
 
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
+from importlib.util import find_spec
 from itertools import accumulate
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from packvit.config import ImageConfig, PatchOrder
 from packvit.gpu.jpeg import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, JpegPlan
-from packvit.gpu.nvjpeg import Backend, NvJpeg, NvJpegError, Plane
+from packvit.gpu.nvjpeg import NvJpeg, NvJpegError, Plane
 from packvit.gpu.resampling import rows_first, windows
 from packvit.gpu.twins import resize
 from packvit.sizes import SizePlan
@@ -86,7 +87,7 @@ class JpegDecoder:
     encoder's large ones, and it holds the memory of its largest pack.
 
     Raises: ImportError if nvJPEG or Triton is not there, with what to install; RuntimeError if the
-    installed Pillow does not resize as we do.
+    device has no JPEG engine, or the installed Pillow does not resize as we do.
     """
 
     def __init__(
@@ -94,9 +95,17 @@ class JpegDecoder:
         images: ImageConfig,
         patch_order: PatchOrder,
         device: torch.device,
-        *,
-        backend: Backend | None = None,
     ) -> None:
+        if device.type != "cuda":
+            raise RuntimeError(
+                f"Decoding on the GPU needs a CUDA device, but the encoder is on {device}. Move it "
+                "with .to(), or decode with pil."
+            )
+        if find_spec("triton") is None:
+            raise ImportError(
+                "Triton, which resizes on the GPU, was not found; it comes with torch for CUDA. "
+                "Install: pip install triton"
+            )
         check_pillow()
         self.images: ImageConfig = images
         self.patch_order: PatchOrder = patch_order
@@ -104,7 +113,7 @@ class JpegDecoder:
         with torch.cuda.device(device):
             self.consumer = torch.cuda.current_stream()
             self.stream = torch.cuda.Stream(priority=-1)
-            self.backend, self._nvjpeg = _best(backend)
+            self._nvjpeg = _engine(device)
 
     def decode(self, files: Sequence[bytes], plans: Sequence[JpegPlan]) -> Decoded:
         """Return the patches of `files`, laid end to end in their order, once they are there."""
@@ -113,7 +122,7 @@ class JpegDecoder:
             width = 3 * self.images.patch**2
             patches = torch.empty(starts[-1], width, dtype=torch.uint8, device=self.device)
             failed: list[int] = []
-            for first, end in _groups(plans):
+            for first, end in groups(plans):
                 missing = self._decode_group(
                     files[first:end], plans[first:end], patches[starts[first] : starts[end]]
                 )
@@ -128,7 +137,8 @@ class JpegDecoder:
         self, files: Sequence[bytes], plans: Sequence[JpegPlan], out: Tensor
     ) -> list[int]:
         layout, size = lay_out(plans)
-        planes = torch.empty(size, dtype=torch.uint8, device=self.device)
+        # Zeros: what nvJPEG leaves out of a damaged file must not be another image's pixels.
+        planes = torch.zeros(size, dtype=torch.uint8, device=self.device)
         failed = self._decode_planes(files, plans, planes, layout)
         planes_to_patches(planes, layout, plans, self.images, self.patch_order, out)
         return failed
@@ -304,7 +314,7 @@ def _upright(plan: JpegPlan, planes: Sequence[Plane], out: int) -> Upright:
     )
 
 
-def _groups(plans: Sequence[JpegPlan]) -> Iterator[tuple[int, int]]:
+def groups(plans: Sequence[JpegPlan]) -> Iterator[tuple[int, int]]:
     """Yield (first, end) of runs of images that share PIXELS_AT_ONCE; one alone may be larger."""
     first = pixels = 0
     for place, plan in enumerate(plans):
@@ -317,14 +327,15 @@ def _groups(plans: Sequence[JpegPlan]) -> Iterator[tuple[int, int]]:
         yield first, len(plans)
 
 
-def _best(backend: Backend | None) -> tuple[Backend, NvJpeg]:
-    """Return the JPEG engine where the GPU has one, as it takes no time from the encoder."""
-    if backend is not None:
-        return backend, NvJpeg(backend)
+def _engine(device: torch.device) -> NvJpeg:
     try:
-        return "hardware", NvJpeg("hardware")
-    except NvJpegError:
-        return "cuda", NvJpeg("cuda")
+        return NvJpeg()
+    except NvJpegError as error:
+        raise RuntimeError(
+            f"nvJPEG cannot use a JPEG engine on {torch.cuda.get_device_name(device)} ({error}), "
+            "and only the engine gives Pillow's pixels. A100, H100, H200 and newer data centre "
+            "GPUs have one; on others, decode with pil."
+        ) from error
 
 
 def check_pillow() -> None:
