@@ -84,7 +84,8 @@ class JpegDecoder:
     """Decodes, resizes and cuts packs of JPEGs on one device, from one thread.
 
     It works on a stream of high priority of its own, so that small kernels need not queue behind an
-    encoder's large ones, and it holds the memory of its largest pack.
+    encoder's large ones. Make it where the encoder runs, whose stream will read the patches; call
+    it from a thread of its own, so that the next pack is decoded while this one is encoded.
 
     Raises: ImportError if nvJPEG or Triton is not there, with what to install; RuntimeError if the
     device has no JPEG engine, or the installed Pillow does not resize as we do.
