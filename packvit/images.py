@@ -293,7 +293,7 @@ def _photo(
     `file`, which `image` was loaded from, is closed.
     """
     with _boundary("decode", "truncated"):
-        turn, readable = _orientation(source)
+        turn, readable = read_turn(source)
     if not readable:
         notes.append("EXIF unreadable")
     if file:
@@ -307,8 +307,8 @@ def _photo(
     return Photo(rgb, rgb.width, rgb.height, "; ".join(notes + done) or None)
 
 
-def _orientation(image: Image.Image) -> tuple[Image.Transpose | None, bool]:
-    """Return what turns a loaded image upright, and whether its EXIF could be read.
+def read_turn(image: Image.Image) -> tuple[Image.Transpose | None, bool]:
+    """Return what turns an image upright, and whether its EXIF could be read.
 
     A TIFF's is None: Pillow turns those while it loads them.
     """
