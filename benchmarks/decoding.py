@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from PIL import Image, features
 
-from benchmarks.measuring import interleave, where
 from demo.photographs import photographs
+from packvit.bench.measuring import interleave, where
 from packvit.config import Exact, ImageConfig, ShortestEdge
 from packvit.gpu.decoder import JpegDecoder
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg

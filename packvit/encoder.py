@@ -110,7 +110,10 @@ class Encoder(nn.Module):
     @property
     def workload(self) -> Workload:
         """What decides which attention backends can run."""
-        return Workload(self.device, self.dtype, self.config.head_dim)
+        kind = self.device.type
+        cast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else self.dtype
+        return Workload(self.device, dtype, self.config.head_dim)
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Tensor:
         """Return the tokens of every patch of the pack: the reference's `last_hidden_state`.

@@ -137,7 +137,8 @@ class Attention(nn.Module):
         heads = self.project(hidden_states).unflatten(-1, (3, self.heads, -1))
         query, key, value = heads.unbind(-3)
         if turns is not None:
-            query, key = rotate(query, *turns), rotate(key, *turns)
+            # Under autocast turns are fp32, and so would queries and keys be beside bf16 values.
+            query, key = (rotate(heads, *turns).to(value.dtype) for heads in (query, key))
         return self.out(backend.run(query, key, value, segments, segments).flatten(-2))
 
     def project(self, hidden_states: Tokens | Rows8) -> Float[Tensor, "T 3*D"]:

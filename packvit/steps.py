@@ -56,7 +56,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tokens) -> Tokens:
         """Normalise each token by itself."""
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        # Under autocast patches come in bf16 to fp32 weights, for which torch has no fused kernel.
+        values = hidden_states.to(self.weight.dtype)
+        return F.rms_norm(values, self.weight.shape, self.weight, self.eps)
 
 
 Norm = RMSNorm | nn.LayerNorm
