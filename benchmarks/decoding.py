@@ -23,7 +23,7 @@ import torch
 from PIL import Image, features
 
 from demo.photographs import photographs
-from packvit.bench.measuring import interleave, where
+from packvit.bench.measuring import interleave, median_ms, times_faster, where
 from packvit.config import Exact, ImageConfig, ShortestEdge
 from packvit.gpu.decoder import JpegDecoder
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
@@ -52,9 +52,15 @@ def main() -> None:
         runs[name] = lambda: list(pool.map(by_pillow, files))
         decoder = JpegDecoder(IMAGES, "hwc", torch.device("cuda"))
         runs["GPU"] = lambda: decoder.decode(files, plans)
-        results = interleave(runs, rounds=options.rounds, warmup=2, baseline=name)
-    for result in results.values():
-        result["images_per_second"] = options.images / result["median_ms"] * 1e3
+        taken = interleave(runs, rounds=options.rounds, warmup=2)
+    results = {
+        each: {
+            "median_ms": median_ms(taken, each),
+            "times_faster_than_baseline": times_faster(taken, each, name),
+            "images_per_second": options.images / median_ms(taken, each) * 1e3,
+        }
+        for each in runs
+    }
     report = where() | {
         "pillow": Image.__version__,
         "libjpeg_turbo": features.version("libjpeg_turbo"),

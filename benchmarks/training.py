@@ -3,7 +3,7 @@
     python -m benchmarks.training --model aimv2-large
 
 Both contenders are one encoder with random weights, bf16, on the pack of 52 images that
-`benchmarks/forward.py` has; they take turns. Activation memory is the peak of a step less what
+`packvit bench` has; they take turns. Activation memory is the peak of a step less what
 stood before it.
 """
 
