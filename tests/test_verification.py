@@ -107,7 +107,7 @@ def turn_antialiasing_over(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
 
 def use_another_activation(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
     mlp = encoder.get_submodule("encoder.layers.0.mlp")
-    patch.setattr(mlp, "activation", torch.tanh)
+    patch.setattr(mlp, "activation", "gelu" if mlp.activation == "silu" else "silu")
 
 
 MUTATIONS: list[tuple[str, Mutate]] = [
