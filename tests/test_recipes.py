@@ -1,5 +1,6 @@
 import csv
 import hashlib
+import json
 import os
 import re
 import signal
@@ -160,6 +161,25 @@ def test_a_crop_is_found_by_what_it_shares_with_its_photograph():
     assert evaluate.hits(evaluate.cosine(crops, photos)).all()
     crops[0] = photos[3]
     assert evaluate.hits(evaluate.cosine(crops, photos)).sum() == 99
+
+
+def test_the_embedded_encoder_finds_photographs_that_it_was_not_trained_on(folder: Path):
+    photos = [*evaluate.read_images(folder / "train"), *evaluate.read_images(folder / "validation")]
+    encoder = packvit.load("tiny", device="cpu")
+    twin = evaluate.untrained(encoder)
+    assert twin.config == encoder.config
+    trained, untrained = (evaluate.Trial(each, photos).figures() for each in (encoder, twin))
+    # The motorcycle is there twice, seen from the left and from the right.
+    assert min(trained.values()) > 0.8
+    assert max(untrained.values()) < 0.7
+
+
+def test_the_model_card_gives_the_figures_that_were_measured():
+    report = json.loads((ROOT / "benchmarks" / "results" / "tiny-retrieval.json").read_text())
+    card = (ROOT / "packvit" / "models" / "tiny" / "README.md").read_text()
+    for kind in ("plain", "edited"):
+        for mean, low, high in report[kind]["retrieval@1"].values():
+            assert f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})" in card
 
 
 def test_training_and_test_photographs_come_from_different_packages():

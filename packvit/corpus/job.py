@@ -43,8 +43,8 @@ from packvit.images import MAX_PIXELS
 from packvit.sizes import Resize
 from packvit.verification.job import vouch
 
-TRIAL_MODEL = "tiny"
-TRIAL_INPUTS = 1000  # the most that a job without a chosen model takes
+EMBEDDED_MODEL = "tiny"
+EMBEDDED_INPUTS = 1000  # the most that a job without a chosen model takes
 
 
 def embed(
@@ -75,8 +75,8 @@ def embed(
     no image is read. `overwrite` removes what packvit wrote there and starts over.
 
     `photos` are folders, which are walked, and files. `model` is a checkpoint's name or folder, or
-    a loaded encoder, for which `device` to `positions` are already chosen; None tries the job out
-    with the small untrained encoder that packvit brings. `tokens` and `taps` (layers, negative
+    a loaded encoder, for which `device` to `positions` are already chosen; None is "tiny", the
+    small encoder that packvit brings. `tokens` and `taps` (layers, negative
     ones from the end) write every patch's features too, as `dtype_out`. `threads` decode; None is
     one for each CPU, up to 16. `verify` compares the encoder with its reference before anything is
     written, unless a certificate stands beside the checkpoint, and writes certificate.json.
@@ -100,11 +100,11 @@ def embed(
     folder = Path(out)
     check_usable(folder, overwrite=overwrite)
     listing = list_inputs([os.fspath(path) for path in named])
-    if model is None and len(listing.inputs) > TRIAL_INPUTS:
+    if model is None and len(listing.inputs) > EMBEDDED_INPUTS:
         raise WrongUse(
             f"{len(listing.inputs)} inputs were found, but without a chosen model at most "
-            f"{TRIAL_INPUTS} are embedded: the one that packvit brings is untrained. "
-            'Choose one, for example model "apple/aimv2-large-patch14-native".'
+            f"{EMBEDDED_INPUTS} are embedded: the one that packvit brings is small. "
+            'Choose one, for example model "apple/aimv2-large-patch14-native", or "tiny" itself.'
         )
     if isinstance(model, Encoder):
         if (device, dtype, attention, revision, positions) != (
@@ -121,9 +121,8 @@ def embed(
             )
         encoder, weights = model, digest_weights(model)
     else:
-        encoder = load_encoder(
-            TRIAL_MODEL if model is None else model, device, dtype, attention, revision, positions
-        )
+        name = EMBEDDED_MODEL if model is None else model
+        encoder = load_encoder(name, device, dtype, attention, revision, positions)
         assert encoder.checkpoint
         weights = encoder.checkpoint.sha256()
     if verify and positions == "interpolate" and not encoder.family.reference.interpolates:
