@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak check install clean
+.PHONY: demo pictures test soak check install clean
 
 install: .venv/ready
 
@@ -12,11 +12,18 @@ install: .venv/ready
 	touch $@
 
 # The main job on eight photographs that come with scikit-image and scikit-learn, with the model
-# that is in the package; then a look at what was written.
+# that is in the package; then a look at what was written,
+# and a picture of what the model sees: demo-features.png.
 demo: install
 	rm -rf demo-features
 	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit embed --out demo-features
 	$(BIN)/python -m demo.look demo-features
+	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --out demo-features.png
+
+# The pictures in README and the docs, by the model in the package as it is now.
+pictures: install
+	$(BIN)/python -m demo.picture docs/pictures/pack.png
+	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --width 1000 --out docs/pictures/pca.webp
 
 test: install
 	$(BIN)/python -m pytest -q
@@ -32,4 +39,4 @@ check: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv demo-features build *.egg-info
+	rm -rf .venv demo-features demo-features.png build *.egg-info

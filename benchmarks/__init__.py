@@ -1,1 +1,1 @@
-"""One file per question; each prints JSON."""
+"""What `packvit bench` does not answer, one question a file; and what has been recorded."""

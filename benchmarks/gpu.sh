@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What is run on a GPU machine and recorded: the tests marked gpu, the forward beside its peer, and
-# the main job. Wants Python with torch, transformers and the packages of pyproject.toml.
+# What is run on a GPU machine and recorded: the tests marked gpu, our encoders beside their
+# peers, and the main job. Wants Python with torch, transformers, timm and the packages of
+# pyproject.toml.
 #
 #     bash benchmarks/gpu.sh results-folder
 set -uo pipefail
@@ -14,13 +15,13 @@ python3 -m pytest -m gpu -q -p no:cacheprovider -o addopts= -W default -rA tests
 tail -n 12 "$out/tests-gpu.txt"
 python3 -m packvit verify --family all --quick > "$out/verify-gpu.txt"; echo "verify exit code $?"
 tail -n 30 "$out/verify-gpu.txt"
-python3 -m benchmarks.forward --rounds 11 > "$out/forward-gpu.json"
-python3 -m benchmarks.naflex --rounds 11 > "$out/naflex-gpu.json" 2> "$out/naflex-gpu.log" \
-    || tail -5 "$out/naflex-gpu.log"
+for model in aimv2-large siglip2-so400m; do
+    python3 -m packvit bench --model "$model" --json "$out/bench-$model.json"
+    python3 -m packvit bench --model "$model" --train --json "$out/bench-$model-train.json"
+done
+python3 -m packvit bench --workload all --json "$out/bench-aimv2-large-workloads.json"
+python3 -m benchmarks.decoding > "$out/decoding-gpu.json"
 python3 -m packvit info --json > "$out/info-gpu.json"
 python3 -m demo.photographs | xargs python3 -m packvit embed --out /tmp/demo-features --json \
     | tee "$out/embed-gpu.json"
 python3 -m demo.look /tmp/demo-features
-for report in forward naflex; do
-    python3 -m benchmarks.table "$out/$report-gpu.json"
-done

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from functools import partial
 
-from benchmarks.measuring import interleave, where
+from packvit.bench.measuring import interleave, median_ms, times_faster, where
 
 BASELINE = "python alone"
 COMMANDS = {
@@ -26,7 +26,14 @@ def main() -> None:
         name: partial(subprocess.run, [sys.executable, *words], capture_output=True, check=True)
         for name, words in COMMANDS.items()
     }
-    results = interleave(runs, rounds=15, warmup=2, baseline=BASELINE)
+    taken = interleave(runs, rounds=15, warmup=2)
+    results = {
+        name: {
+            "median_ms": median_ms(taken, name),
+            "times_faster_than_baseline": times_faster(taken, name, BASELINE),
+        }
+        for name in runs
+    }
     json.dump(where() | {"baseline": BASELINE, "results": results}, sys.stdout, indent=2)
     print()
 

@@ -10,14 +10,23 @@ import sys
 from pathlib import Path
 
 import packvit
-from benchmarks.table import table
 from packvit import support
+from packvit.bench.table import as_markdown
 from packvit.cli import help_page
 from packvit.images import CODES
 
 ROOT = Path(__file__).parents[1]
-HEADLINES = ("forward-h200", "naflex-h200")  # in README too
-RESULTS = (*HEADLINES, "forward-cpu")
+RESULTS = ROOT / "benchmarks" / "results"
+HEADLINES = ("bench-aimv2-large", "bench-siglip2-so400m")  # in README too
+RECORDED = (  # regions of docs/benchmarks.md, each the newest run of one of `MACHINES`
+    *HEADLINES,
+    "bench-aimv2-large-train",
+    "bench-siglip2-so400m-train",
+    "bench-aimv2-large-workloads",
+    "bench-cpu-float32",
+    "bench-cpu-bfloat16",
+)
+MACHINES = ("-h200", "-h100", "")
 
 
 def reference_page() -> str:
@@ -67,6 +76,15 @@ def codes_table() -> str:
     return "\n".join(["| code | the input |", "|---|---|", *rows]) + "\n"
 
 
+def recorded(name: str) -> str:
+    """Return the tables of the newest run recorded under a name, whichever machine it was on."""
+    paths = [RESULTS / f"{name}{machine}.json" for machine in MACHINES]
+    reports = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if not reports:
+        return "No run is recorded yet.\n"
+    return as_markdown(max(reports, key=lambda report: report["date"]))
+
+
 def fill(page: str, name: str, content: str) -> str:
     """Return a page with what stands between its two marks called `name` replaced."""
     marks = rf"(<!-- {name}: [^>]* -->\n).*?(<!-- /{name} -->)"
@@ -81,11 +99,10 @@ def pages() -> dict[Path, str]:
     measured = ROOT / "docs" / "benchmarks.md"
     front = fill(readme.read_text(), "families", support.families_page())
     figures = measured.read_text()
-    for name in RESULTS:
-        report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        figures = fill(figures, name, table(report))
+    for name in RECORDED:
+        figures = fill(figures, name, recorded(name))
         if name in HEADLINES:
-            front = fill(front, name, table(report))
+            front = fill(front, name, recorded(name))
     return {
         measured: figures,
         ROOT / "docs" / "checkpoints.md": support.checkpoints_page(),

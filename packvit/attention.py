@@ -7,6 +7,7 @@ message and its line in `packvit info`.
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ class Workload(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     head_dim: int
+    teaches: bool = False  # whether gradients may be asked for
 
 
 class Backend(NamedTuple):
@@ -37,6 +39,7 @@ class Backend(NamedTuple):
     run: Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]
     obstacle: Callable[[Workload], str | None]  # completes "it cannot run because ..."
     measured: bool  # run and measured by us: "auto" takes no other
+    varlen: bool = True  # one launch whatever the lengths, so that a CUDA graph can hold it
 
 
 def flash_obstacle(work: Workload, oldest: tuple[int, int], largest: int) -> str | None:
@@ -61,11 +64,19 @@ def seams(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, int, int]:
 
 
 def run_fa4(query: Queries, key: Heads, value: Heads, queries: Segments, keys: Segments) -> Queries:
-    """FlashAttention-4, from flash-attn-4 (signature of 4.0.0b36, which returns (out, lse))."""
+    """FlashAttention-4, from flash-attn-4 (signature of 4.0.0b36, which returns (out, lse)).
+
+    It multiplies the values behind a sequence's end by zero, so that NaN there would reach the
+    sequence: hence `tame`, in inference; in training a NaN ends in the sum of losses anyway.
+    """
     from flash_attn.cute import (  # pyright: ignore[reportMissingImports] # extra "hopper"
         flash_attn_varlen_func,
     )
 
+    if not value.requires_grad:
+        from packvit.kernels import tame
+
+        value = tame(value)
     out, _ = flash_attn_varlen_func(
         query,
         key,
@@ -82,6 +93,11 @@ def fa4_obstacle(work: Workload) -> str | None:
     """A wheel for Hopper and newer."""
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         return "flash_attn.cute is not installed; pip install 'packvit[hopper]'"
+    if work.teaches and work.head_dim % 64:
+        return (
+            f"its gradients are wrong at head_dim {work.head_dim} (seen in 4.0.0b36); it needs one "
+            "divisible by 64 to train"
+        )
     return flash_obstacle(work, (9, 0), 128)
 
 
@@ -168,14 +184,15 @@ def batch(heads: Heads, segments: Segments, sequences: list[int], length: int) -
 
 
 BACKENDS = (  # fastest first: "auto" takes the first measured one without an obstacle
-    Backend("fa4", "FlashAttention-4 (flash_attn.cute)", run_fa4, fa4_obstacle, False),
+    Backend("fa4", "FlashAttention-4 (flash_attn.cute)", run_fa4, fa4_obstacle, True),
     Backend("fa3", "FlashAttention-3 (flash_attn_interface)", run_fa3, fa3_obstacle, False),
     Backend("fa2", "FlashAttention-2 (flash_attn)", run_fa2, fa2_obstacle, False),
     Backend("torch", "torch.nn.attention.varlen", run_torch, torch_obstacle, True),
-    Backend("sdpa", "one SDPA call per distinct length", run_sdpa, lambda work: None, True),
+    Backend("sdpa", "one SDPA call per distinct length", run_sdpa, lambda work: None, True, False),
 )
 
 
+@cache
 def resolve(name: str, work: Workload) -> Backend:
     """Return the backend called `name`, or for "auto" the best measured one that can run.
 
@@ -193,6 +210,16 @@ def resolve(name: str, work: Workload) -> Backend:
     return named[name]
 
 
+@cache
+def opaque(backend: Backend) -> Backend:
+    """Return the backend as torch.compile must take it: run as it is, and never traced into.
+
+    `sdpa` groups sequences by their lengths in Python, which traced would compile anew for every
+    pack; the other kernels gain nothing from being traced.
+    """
+    return backend._replace(run=torch.compiler.disable(backend.run))
+
+
 def attend(
     query: Heads, key: Heads, value: Heads, segments: Segments, *, backend: str = "auto"
 ) -> Heads:
@@ -207,5 +234,6 @@ def attend(
             f"query holds {len(query)} tokens, but the segments describe {segments.tokens}. "
             "Build both from the same grid_thw, with the same prefix tokens."
         )
-    work = Workload(query.device, query.dtype, query.shape[-1])
+    teaches = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    work = Workload(query.device, query.dtype, query.shape[-1], teaches)
     return resolve(backend, work).run(query, key, value, segments, segments)

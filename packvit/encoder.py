@@ -5,9 +5,9 @@ they are handed. Seams and places are worked out here, once, on the host.
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +15,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from packvit import checkpoints, pretrained
-from packvit.attention import Backend, Workload, resolve
+from packvit.attention import Backend, Workload, opaque, resolve
 from packvit.checkpoints import Checkpoint
 from packvit.config import EncoderConfig, ImageConfig, PatchOrder
 from packvit.family import Family
 from packvit.features import Features, Pack
+from packvit.graphs import MOST_TOKENS, Graphs
 from packvit.images import ImageError, load_image
 from packvit.layers import Blocks, PatchEmbeddings, norm, rotary_turns, to_values
+from packvit.linear import Linear, float8_obstacle, make_steady, to_float8
 from packvit.packed import (
     Grid,
     PrefixPlaces,
@@ -79,6 +81,8 @@ class Encoder(nn.Module):
         self.patch_order: PatchOrder = patch_order
         self.backend = attention
         self.checkpoint: Checkpoint | None = None  # where the weights came from
+        self.graphs: Graphs | None = Graphs()  # of small packs; None: none are made
+        self.fp8 = self.invariant = self.compiled = False
         self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
         self.skipped: tuple[str, ...] = ()  # its names left unread, of another tower's tensors
         self.embeddings = PatchEmbeddings(config, interpolate=positions == "interpolate")
@@ -86,7 +90,7 @@ class Encoder(nn.Module):
         self.norm = norm(config)
         self.head = pooling_head(config)
         shared = config.projection
-        self.projection = nn.Linear(config.width, shared, bias=False) if shared else None
+        self.projection = Linear(config.width, shared, bias=False) if shared else None
 
     @property
     def device(self) -> torch.device:
@@ -100,13 +104,16 @@ class Encoder(nn.Module):
 
     @property
     def attention(self) -> str:
-        """The name of the attention backend that a forward would take now."""
+        """The name of the attention backend that inference would take now."""
         return resolve(self.backend, self.workload).name
 
     @property
     def workload(self) -> Workload:
         """What decides which attention backends can run."""
-        return Workload(self.device, self.dtype, self.config.head_dim)
+        kind = self.device.type
+        cast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else self.dtype
+        return Workload(self.device, dtype, self.config.head_dim)
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Tensor:
         """Return the tokens of every patch of the pack: the reference's `last_hidden_state`.
@@ -165,11 +172,19 @@ class Encoder(nn.Module):
         places = (
             PrefixPlaces.from_grid(grid, config.prefix, device=device) if config.prefix else None
         )
-        backend = resolve(self.backend, self.workload)
+        teaches = torch.is_grad_enabled() and (
+            hidden_states.requires_grad or any(weight.requires_grad for weight in self.parameters())
+        )
+        backend = resolve(self.backend, self.workload._replace(teaches=teaches))
+        if self.compiled:
+            backend = opaque(backend)
 
         stream = self.embeddings(self.to_values(hidden_states), grid, places)
         turns = rotary_turns(config, grid, places, stream)
-        stream, tapped = self.encoder(stream, segments, turns, backend, taps)
+        if self.graphs is not None and self.may_graph(stream, backend):
+            stream, tapped = self.graphs(self.encoder, stream, segments, turns, backend, taps)
+        else:
+            stream, tapped = self.encoder(stream, segments, turns, backend, taps)
         if config.final_norm == "tokens":
             stream = self.norm(stream)
         if places is None:
@@ -183,6 +198,40 @@ class Encoder(nn.Module):
             segments,
             backend,
         )
+
+    def may_graph(self, stream: Tensor, backend: Backend) -> bool:
+        """Return whether the blocks may run by a CUDA graph: a small pack, for inference."""
+        return (
+            stream.is_cuda
+            and len(stream) <= MOST_TOKENS
+            and backend.varlen
+            and not (self.training or self.compiled or torch.is_grad_enabled())
+            and not torch.is_autocast_enabled(stream.device.type)
+            and torch.cuda.is_available()  # fake tensors, which calls are counted with, need no GPU
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def train(self: AnyEncoder, mode: bool = True) -> AnyEncoder:
+        """Switch between training and inference, and forget the graphs of small packs."""
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super().train(mode)
+
+    def _apply(
+        self: AnyEncoder, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> AnyEncoder:
+        """Move or cast; graphs read the weights where they were."""
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights; graphs read the weights where they were."""
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def pool(self, ran: Ran) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
@@ -284,6 +333,9 @@ class Encoder(nn.Module):
         revision: str | None = None,
         patch_order: PatchOrder = "hwc",
         positions: GridPolicy = "checkpoint",
+        invariant: bool = False,
+        compile: bool = False,
+        fp8: bool = False,
     ) -> AnyEncoder:
         """Load a checkpoint of this family by its name on the hub, or from a folder.
 
@@ -292,7 +344,7 @@ class Encoder(nn.Module):
         Raises: CheckpointError saying what is wrong with the checkpoint.
         """
         checkpoint = checkpoints.read(name_or_folder, revision=revision)
-        options = Options(device, dtype, attention, patch_order, positions)
+        options = Options(device, dtype, attention, patch_order, positions, invariant, compile, fp8)
         return cls.from_checkpoint(checkpoint, options)
 
     @classmethod
@@ -303,6 +355,9 @@ class Encoder(nn.Module):
         attention: str = "auto",
         patch_order: PatchOrder = "hwc",
         positions: GridPolicy = "checkpoint",
+        invariant: bool = False,
+        compile: bool = False,
+        fp8: bool = False,
     ) -> AnyEncoder:
         """Copy the weights of a transformers model in memory, to its device, in its dtype.
 
@@ -310,7 +365,16 @@ class Encoder(nn.Module):
         """
         checkpoint = pretrained.in_memory(model)
         first = next(model.parameters())
-        options = Options(first.device, first.dtype, attention, patch_order, positions)
+        options = Options(
+            first.device,
+            first.dtype,
+            attention,
+            patch_order,
+            positions,
+            invariant,
+            compile,
+            fp8,
+        )
         return cls.from_checkpoint(checkpoint, options)
 
     @classmethod
@@ -343,7 +407,25 @@ class Encoder(nn.Module):
         # A model in memory is copied, and must not be kept alive by its copy.
         encoder.checkpoint = checkpoint if checkpoint.files else None
         resolve(options.attention, encoder.workload)  # refused here rather than in a forward
-        return encoder.eval()
+        encoder.eval().take(options)
+        return encoder
+
+    def take(self, options: "Options") -> None:
+        """Run as `options` asks from now on: in 8 bits, steady, compiled.
+
+        Raises: ValueError for 8 bits that cannot run here.
+        """
+        if options.fp8:
+            if obstacle := float8_obstacle(self.encoder, self.device, self.dtype):
+                raise ValueError(f"fp8=True cannot run: fp8 {obstacle}. Leave it out.")
+            to_float8(self.encoder)
+            self.requires_grad_(False)
+        if options.invariant:
+            make_steady(self)
+        if options.compile:
+            for block in self.encoder.layers:
+                block.compile(dynamic=True)  # one after another, so that all share one compilation
+        self.fp8, self.invariant, self.compiled = options.fp8, options.invariant, options.compile
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], layout: pretrained.LayoutName = "transformers"
@@ -352,8 +434,13 @@ class Encoder(nn.Module):
 
         What was loaded in that dtype is written back bit for bit, what it carried unused too.
 
-        Raises: ValueError for a layout that the family does not have.
+        Raises: ValueError for a layout that the family does not have, or weights in 8 bits.
         """
+        if self.fp8:
+            raise ValueError(
+                "This encoder was loaded with fp8=True, and its rounded weights are no checkpoint. "
+                "Load it without fp8 to save it."
+            )
         pretrained.write(
             folder,
             self.family,
@@ -375,10 +462,18 @@ class Options:
     attention: str
     patch_order: PatchOrder
     positions: GridPolicy
+    invariant: bool = False
+    compile: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         check_choice("patch_order", self.patch_order, ("hwc", "chw"))
         check_choice("positions", self.positions, ("checkpoint", "interpolate"))
+        if self.fp8 and self.invariant:
+            raise ValueError(
+                "fp8=True and invariant=True exclude each other: matmuls in 8 bits give no such "
+                "promise. Leave one of them out."
+            )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

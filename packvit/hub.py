@@ -35,6 +35,9 @@ def load(
     revision: str | None = None,
     patch_order: PatchOrder = "hwc",
     positions: GridPolicy = "checkpoint",
+    invariant: bool = False,
+    compile: bool = False,
+    fp8: bool = False,
 ) -> Encoder:
     """Load an encoder by its name on the hub, or from a folder, and no network then.
 
@@ -43,10 +46,15 @@ def load(
     tag. `patch_order` "chw" is for callers whose patches are flattened channel first. `positions`
     "interpolate" allows grids that a learned table was not made for.
 
+    `invariant` gives an image the same bits alone and in any pack, on one machine and set of
+    versions. `compile` runs the blocks through torch.compile, once for packs of all sizes. `fp8`
+    runs their matmuls in 8 bits, for inference on Hopper; what that costs in accuracy is in
+    docs/numerics.md.
+
     Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option.
     """
     checkpoint = checkpoints.read(name_or_folder, revision=revision)
-    options = Options(device, dtype, attention, patch_order, positions)
+    options = Options(device, dtype, attention, patch_order, positions, invariant, compile, fp8)
     return family_of(checkpoint).from_checkpoint(checkpoint, options)
 
 

@@ -90,30 +90,50 @@ class Photo:
     note: str | None
 
 
-def read_file(path: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of a regular file; links are followed, and a pipe is never waited for.
+def find_file(path: str | os.PathLike[str], stage: Stage = "read") -> os.stat_result:
+    """Return what the system says of a regular file; links are followed, and nothing is opened.
 
     Raises: ImageError missing, not_a_file or unreadable.
     """
     try:
         found = os.stat(path)  # before opening: opening a pipe would wait for its other end
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in it
-        raise ImageError("missing", "read") from error
+        raise ImageError("missing", stage) from error
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise ImageError("missing", "read", "links in a circle") from error
-        raise ImageError("unreadable", "read") from error
+            raise ImageError("missing", stage, "links in a circle") from error
+        raise ImageError("unreadable", stage) from error
     if not stat.S_ISREG(found.st_mode):
-        raise ImageError("not_a_file", "read")
-    if found.st_size > MAX_BYTES:
+        raise ImageError("not_a_file", stage)
+    return found
+
+
+def read_file(path: str | os.PathLike[str], start: int = 0, size: int | None = None) -> bytes:
+    """Return the bytes of a regular file, or `size` of them from `start` on, or what there is.
+
+    Raises: ImageError missing, not_a_file or unreadable.
+    """
+    whole = find_file(path).st_size
+    if (whole if size is None else size) > MAX_BYTES:
         raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
     try:
         with open(path, "rb") as file:
-            return file.read()
+            file.seek(start)
+            return file.read() if size is None else file.read(size)
     except MemoryError as error:
         raise ImageError("out_of_memory", "read") from error
     except OSError as error:
         raise ImageError("unreadable", "read") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An image whose header was read and found usable; none of its pixels is decoded yet."""
+
+    image: ImageFile.ImageFile
+    file: BytesIO
+    pixels: int
+    warns: bool  # decoding may make Pillow warn
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
@@ -124,17 +144,35 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
 
     Raises: ImageError.
     """
-    opened = _open(data)
-    _check(opened, max_pixels)
+    return decode_opened(open_image(data, max_pixels=max_pixels))
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
+    """Return the image file with its header read: what comes before memory is taken for pixels.
+
+    Raises: ImageError.
+    """
+    file = BytesIO(data)
+    image = _open(data, file)
+    _check(image, max_pixels)
+    warns = image.format == "TIFF" or (image.format == "PNG" and b"acTL" in data)
+    return Opened(image, file, image.width * image.height, warns)
+
+
+def decode_opened(opened: Opened) -> Photo:
+    """Return the first frame of an opened image, as `decode` does.
+
+    Raises: ImageError.
+    """
+    image = opened.image
     notes = []
     with _boundary("header", "truncated"):
-        rescale_colour_key(opened)
-        if _has_frames(opened):
+        rescale_colour_key(image)
+        if _has_frames(image):
             notes.append("first frame of several")
-    warns = opened.format == "TIFF" or (opened.format == "PNG" and b"acTL" in data)
-    with _boundary("decode", "truncated"), _quiet() if warns else nullcontext():
-        opened.load()
-    return _photo(opened, opened, notes)
+    with _boundary("decode", "truncated"), _quiet() if opened.warns else nullcontext():
+        image.load()
+    return _photo(image, image, notes, opened.file)
 
 
 def load_image(source: object, *, max_pixels: int = MAX_PIXELS) -> Photo:
@@ -220,11 +258,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes, file: BytesIO) -> ImageFile.ImageFile:
     """Read the header with the parsers of FORMATS alone; no other parser ever sees the bytes."""
     with _boundary("header", "truncated"), _quiet():
         try:
-            return Image.open(BytesIO(data), formats=FORMATS)
+            return Image.open(file, formats=FORMATS)
         except UnidentifiedImageError as error:
             code, note = describe(data, FORMATS)
             raise ImageError(code, "header", note) from error
@@ -247,22 +285,30 @@ def _has_frames(image: Image.Image) -> bool:
         return False
 
 
-def _photo(source: Image.Image, image: Image.Image, notes: list[str]) -> Photo:
-    """Make a photo of `image`, which is ours to change: `source` itself, or a copy of it."""
+def _photo(
+    source: Image.Image, image: Image.Image, notes: list[str], file: BytesIO | None = None
+) -> Photo:
+    """Make a photo of `image`, which is ours to use up: `source` itself, or a copy of it.
+
+    `file`, which `image` was loaded from, is closed.
+    """
     with _boundary("decode", "truncated"):
-        turn, readable = _orientation(source)
+        turn, readable = read_turn(source)
     if not readable:
         notes.append("EXIF unreadable")
+    if file:
+        file.close()  # its bytes may be as many as the pixels'
     with _boundary("decode", "unsupported_mode"):
         rgb, done = to_rgb(image, getattr(source, "tag_v2", {}))
+        image.close()  # lets go of the file, and of pixels that `rgb` does not share
         if turn is not None:
             rgb = rgb.transpose(turn)
     rgb.info = {}  # no EXIF: whoever turns it by that again would turn it twice
     return Photo(rgb, rgb.width, rgb.height, "; ".join(notes + done) or None)
 
 
-def _orientation(image: Image.Image) -> tuple[Image.Transpose | None, bool]:
-    """Return what turns a loaded image upright, and whether its EXIF could be read.
+def read_turn(image: Image.Image) -> tuple[Image.Transpose | None, bool]:
+    """Return what turns an image upright, and whether its EXIF could be read.
 
     A TIFF's is None: Pillow turns those while it loads them.
     """

@@ -4,62 +4,25 @@ Weights that read the same input are one matrix: q, k and v, and an MLP's gate a
 A checkpoint that keeps them apart is fused as it is loaded (`weights.py`).
 """
 
-from collections.abc import Callable, Collection
-from importlib.util import find_spec
+from collections.abc import Collection
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from packvit.attention import Backend
 from packvit.config import Activation, EncoderConfig, Rotary, SinCos, Statistics, Table
+from packvit.linear import Linear, Rows8, affine
 from packvit.packed import Grid, PatchPlaces, PrefixPlaces, Segments
-from packvit.positions import ResizedTables, check_grid, look_up, rotary, rotate, sine_cosine
-
-HAS_TRITON = find_spec("triton") is not None
+from packvit.positions import Axes, ResizedTables, check_grid, look_up, rotary, rotate, sine_cosine
+from packvit.steps import Norm, RMSNorm, Tokens, add_norm, gate, rise
 
 AnyModule = TypeVar("AnyModule", bound="PatchEmbeddings")
-Tokens = Float[Tensor, "T D"]
 Turns = tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]  # rotary cosine and sine of each token
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of GELU. Source: CLIP, model.py."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation."""
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
-    "quick_gelu": quick_gelu,
-}
-
-
-class RMSNorm(nn.Module):
-    """Divide by the root mean square, in fp32 within, and scale.
-
-    The reference rounds to the input's dtype before it scales; we round once, after.
-    """
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, hidden_states: Tokens) -> Tokens:
-        """Normalise each token by itself."""
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
-
-
-def norm(config: EncoderConfig) -> nn.Module:
+def norm(config: EncoderConfig) -> Norm:
     """Return the norm that `config` names, over the encoder's width."""
     if config.norm == "rms":
         return RMSNorm(config.width, config.norm_eps)
@@ -92,12 +55,14 @@ class PatchEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.interpolate = interpolate
-        self.patches = nn.Linear(config.patch_dim, config.width, bias=config.patch_bias)
+        self.patches = Linear(config.patch_dim, config.width, bias=config.patch_bias)
         self.norm = norm(config) if config.embedding_norm else None
         if isinstance(config.positions, Table):
             places = config.positions.rows * config.positions.columns + config.positions.class_row
             self.positions = nn.Parameter(torch.empty(places, config.width).normal_(std=0.02))
             self.resized = ResizedTables(config.positions)
+        elif isinstance(config.positions, SinCos):
+            self.axes = Axes(config.positions, config.width)
         if config.class_token:
             self.class_token = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
         if config.registers:
@@ -134,8 +99,7 @@ class PatchEmbeddings(nn.Module):
             return tokens
         places = PatchPlaces.from_grid(grid)
         if isinstance(positions, SinCos):
-            width = self.config.width
-            return tokens + sine_cosine(positions, places, width, tokens.device, tokens.dtype)
+            return tokens + sine_cosine(self.axes.get(places, tokens.device, tokens.dtype), places)
         if not (positions.any_grid or self.interpolate):
             check_grid(positions, grid, self.config.patch)
         return tokens + look_up(self.resized, self.positions, places, grid)
@@ -156,29 +120,37 @@ class Attention(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias == "qkv")
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias == "qkv")
         if config.qkv_bias == "qv":
             self.qv_bias = nn.Parameter(torch.zeros(2 * config.width))
         self.has_qv_bias = config.qkv_bias == "qv"
-        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+        self.out = Linear(config.width, config.width, bias=config.bias)
 
     def forward(
-        self, hidden_states: Tokens, segments: Segments, turns: Turns | None, backend: Backend
+        self,
+        hidden_states: Tokens | Rows8,
+        segments: Segments,
+        turns: Turns | None,
+        backend: Backend,
     ) -> Tokens:
         """Attend, by `backend`, within `segments`; `turns` are rotary positions."""
         heads = self.project(hidden_states).unflatten(-1, (3, self.heads, -1))
         query, key, value = heads.unbind(-3)
         if turns is not None:
-            query, key = rotate(query, *turns), rotate(key, *turns)
+            # Under autocast turns are fp32, and so would queries and keys be beside bf16 values.
+            query, key = (rotate(heads, *turns).to(value.dtype) for heads in (query, key))
         return self.out(backend.run(query, key, value, segments, segments).flatten(-2))
 
-    def project(self, hidden_states: Tokens) -> Float[Tensor, "T 3*D"]:
+    def project(self, hidden_states: Tokens | Rows8) -> Float[Tensor, "T 3*D"]:
         """Return queries, keys and values side by side."""
         if not self.has_qv_bias:
             return self.qkv(hidden_states)
         query, value = self.qv_bias.chunk(2)
         bias = torch.cat([query, torch.zeros_like(query), value])  # keys have none
-        return F.linear(hidden_states, self.qkv.weight, bias)
+        if type(self.qkv) is Linear:
+            assert isinstance(hidden_states, Tensor)
+            return affine(hidden_states, self.qkv.weight, bias, self.qkv.steady)
+        return self.qkv(hidden_states) + bias
 
 
 class MLP(nn.Module):
@@ -186,37 +158,18 @@ class MLP(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.width, config.mlp_width, bias=config.bias)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.up = Linear(config.width, config.mlp_width, bias=config.bias)
+        self.down = Linear(config.mlp_width, config.width, bias=config.bias)
+        self.activation: Activation = config.activation
 
-    def forward(self, hidden_states: Tokens) -> Tokens:
+    @property
+    def reads(self) -> nn.Module:
+        """The first matrix, which decides what it is given."""
+        return self.up
+
+    def forward(self, hidden_states: Tokens | Rows8) -> Tokens:
         """Transform each token by itself."""
-        fits = self.activation is gelu_tanh and self.up.bias is not None
-        if fits and may_fuse(hidden_states, self.up):
-            return self.down(gelu_in_epilogue(hidden_states, self.up))
-        return self.down(self.activation(self.up(hidden_states)))
-
-
-def may_fuse(hidden_states: Tokens, linear: nn.Linear) -> bool:
-    """Return whether fused steps may run: on CUDA, in 16 bits, for inference.
-
-    They know no derivative. cuBLASLt's GELU is not exact in fp32: SigLIP2's taps would be off by
-    6e-6 where the reference's own error is 1e-6.
-    """
-    taught = hidden_states.requires_grad or linear.weight.requires_grad
-    half = hidden_states.dtype in (torch.bfloat16, torch.float16)
-    return hidden_states.is_cuda and half and not (taught and torch.is_grad_enabled())
-
-
-def gelu_in_epilogue(hidden_states: Tokens, linear: nn.Linear) -> Float[Tensor, "T hidden"]:
-    """Return gelu_tanh(linear(x)) without writing what stands between to memory.
-
-    cuBLASLt applies it to the fp32 sums, so it rounds once where its plain twin rounds twice. torch
-    has no derivative for it. Its gain is in benchmarks/LOG.md.
-    """
-    fused = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue] # its only name
-    return fused(linear.bias, hidden_states, linear.weight.t(), use_gelu=True)
+        return self.down(rise(hidden_states, self.up, self.activation, self.down))
 
 
 class GatedMLP(nn.Module):
@@ -224,19 +177,18 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=config.bias)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.gate_up = Linear(config.width, 2 * config.mlp_width, bias=config.bias)
+        self.down = Linear(config.mlp_width, config.width, bias=config.bias)
+        self.activation: Activation = config.activation
 
-    def forward(self, hidden_states: Tokens) -> Tokens:
+    @property
+    def reads(self) -> nn.Module:
+        """The first matrix, which decides what it is given."""
+        return self.gate_up
+
+    def forward(self, hidden_states: Tokens | Rows8) -> Tokens:
         """Transform each token by itself."""
-        gate_up = self.gate_up(hidden_states)
-        if self.activation is F.silu and may_fuse(hidden_states, self.gate_up) and HAS_TRITON:
-            from packvit.kernels import silu_times
-
-            return self.down(silu_times(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(gate(self.gate_up(hidden_states), self.activation, self.down))
 
 
 class LayerScale(nn.Module):
@@ -264,12 +216,22 @@ class Block(nn.Module):
         self.mlp_scale = LayerScale(config) if config.layer_scale else nn.Identity()
 
     def forward(
-        self, hidden_states: Tokens, segments: Segments, turns: Turns | None, backend: Backend
-    ) -> Tokens:
-        """Return the residual stream after this block."""
-        attended = self.attention(self.attention_norm(hidden_states), segments, turns, backend)
-        hidden_states = hidden_states + self.attention_scale(attended)
-        return hidden_states + self.mlp_scale(self.mlp(self.mlp_norm(hidden_states)))
+        self,
+        stream: Tokens,
+        delta: Tokens | None,
+        segments: Segments,
+        turns: Turns | None,
+        backend: Backend,
+    ) -> tuple[Tokens, Tokens]:
+        """Return the residual stream and what this block would add to it.
+
+        `delta` is what the block before would add: whoever norms next adds it, so that the stream
+        is read and written once for both.
+        """
+        stream, normed = add_norm(stream, delta, self.attention_norm, self.attention.qkv)
+        attended = self.attention_scale(self.attention(normed, segments, turns, backend))
+        stream, normed = add_norm(stream, attended, self.mlp_norm, self.mlp.reads)
+        return stream, self.mlp_scale(self.mlp(normed))
 
 
 class Blocks(nn.Module):
@@ -290,11 +252,13 @@ class Blocks(nn.Module):
     ) -> tuple[Tokens, dict[int, Tokens]]:
         """Return the residual stream after the last block, and after each layer in `taps`."""
         tapped = {}
+        delta = None
         for layer, block in enumerate(self.layers):
-            hidden_states = block(hidden_states, segments, turns, backend)
+            hidden_states, delta = block(hidden_states, delta, segments, turns, backend)
             if layer in taps:
+                hidden_states, delta = hidden_states + delta, None
                 tapped[layer] = hidden_states
-        return hidden_states, tapped
+        return hidden_states if delta is None else hidden_states + delta, tapped
 
 
 def rotary_turns(

@@ -24,9 +24,13 @@ def to_device(numbers: np.ndarray, device: torch.device | str) -> Tensor:
     return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Segments:
-    """The seams of T packed tokens that form S sequences."""
+    """The seams of T packed tokens that form S sequences; never changed once made.
+
+    Not a frozen dataclass: of such a one torch 2.11 compiles every field into its guards, and would
+    compile anew for each number of sequences.
+    """
 
     lengths: tuple[int, ...]  # S host ints: tokens per sequence
     cu_seqlens: Int32[Tensor, " seams"]  # [S + 1] on the tokens' device, from 0 up to T

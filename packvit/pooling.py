@@ -1,14 +1,15 @@
 """What makes one vector of a sequence: the heads that checkpoints come with."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from packvit.attention import Backend
 from packvit.config import EncoderConfig
-from packvit.layers import MLP, Tokens, norm
+from packvit.layers import MLP, norm
+from packvit.linear import Linear, affine
 from packvit.packed import Segments
+from packvit.steps import Tokens
 
 Pooled = Float[Tensor, "S D"]
 
@@ -20,8 +21,8 @@ class QueryPool(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.query = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
-        self.kv = nn.Linear(config.width, 2 * config.width, bias=bool(config.qkv_bias))
-        self.out = nn.Linear(config.width, config.width)
+        self.kv = Linear(config.width, 2 * config.width, bias=bool(config.qkv_bias))
+        self.out = Linear(config.width, config.width)
 
     def forward(self, tokens: Tokens, segments: Segments, backend: Backend) -> Pooled:
         """Return one vector for each sequence."""
@@ -36,8 +37,8 @@ class ProbePool(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.probe = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self.norm = norm(config)
         self.mlp = MLP(config)
 
@@ -45,8 +46,8 @@ class ProbePool(nn.Module):
         """Return one vector for each sequence."""
         width = len(self.probe)
         weights, biases = (x.split([width, 2 * width]) for x in (self.qkv.weight, self.qkv.bias))
-        query = F.linear(self.probe, weights[0], biases[0])
-        held = F.linear(tokens, weights[1], biases[1])
+        query = affine(self.probe, weights[0], biases[0], False)
+        held = affine(tokens, weights[1], biases[1], self.qkv.steady)
         pooled = self.out(attend_once(query, held, self.heads, segments, backend))
         return pooled + self.mlp(self.norm(pooled))
 

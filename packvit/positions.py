@@ -23,26 +23,53 @@ MODES = {
 }
 
 
-def sine_cosine(
-    positions: SinCos, places: PatchPlaces, width: int, device: torch.device, dtype: torch.dtype
-) -> Float[Tensor, "T D"]:
+def sine_cosine(axis: Float[Tensor, "side half"], places: PatchPlaces) -> Float[Tensor, "T D"]:
     """Return [sin x | cos x | sin y | cos y] of every patch, x being its column.
 
-    Each axis is tabulated once up to the longest side and then looked up, so the work in float64
-    does not grow with the pack.
+    Source: AIMv2 in ml-aim (`aim-v2`) and in transformers 5.17: column first.
+    """
+    along = (to_device(place, axis.device) for place in (places.column, places.row))
+    return torch.cat([axis.index_select(0, place) for place in along], dim=1)
 
-    Source: AIMv2 in ml-aim (`aim-v2`) and in transformers 5.17: column first, omega_k =
-    temperature ** (-k / (D / 4)).
+
+def sine_cosine_axis(
+    positions: SinCos, side: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "side half"]:
+    """Return [sin | cos] of the coordinates 0 to side - 1.
+
+    Source: as `sine_cosine`: omega_k = temperature ** (-k / (D / 4)).
     """
     exact = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    side = int(max(places.rows.max(), places.columns.max()))
     octave = torch.arange(width // 4, dtype=torch.float64, device=exact) / (width // 4)
     angles = torch.arange(side, dtype=torch.float64, device=exact).outer(
         1.0 / positions.temperature**octave
     )
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype).to(device)
-    along = (to_device(place, device) for place in (places.column, places.row))
-    return torch.cat([axis.index_select(0, place) for place in along], dim=1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype).to(device)
+
+
+class Axes:
+    """The sine-cosine axis of an encoder, made once and again when a longer one is asked for."""
+
+    def __init__(self, positions: SinCos, width: int) -> None:
+        self.positions, self.width = positions, width
+        self.made: Tensor | None = None
+
+    def get(
+        self, places: PatchPlaces, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "side half"]:
+        """Return an axis at least as long as the longest side of the pack."""
+        side = int(max(places.rows.max(), places.columns.max()))
+        made = self.made
+        if made is None or len(made) < side or (made.device, made.dtype) != (device, dtype):
+            with torch.inference_mode(False):  # what is kept must serve training too
+                length = max(64, 1 << (side - 1).bit_length())
+                made = sine_cosine_axis(self.positions, length, self.width, device, dtype)
+            self.made = made
+        return made
+
+    def __reduce__(self) -> tuple[type["Axes"], tuple[SinCos, int]]:
+        """Copy and travel empty."""
+        return Axes, (self.positions, self.width)
 
 
 def rotary(

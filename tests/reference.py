@@ -143,8 +143,15 @@ def right_interpolation() -> Iterator[None]:
 
 
 @torch.no_grad()
-@right_interpolation()
 def run(model: Any, patches: Tensor, grid: list[tuple[int, int, int]], **options: Any) -> Outputs:
+    """As `forward`, and no graph."""
+    return forward(model, patches, grid, **options)
+
+
+@right_interpolation()
+def forward(
+    model: Any, patches: Tensor, grid: list[tuple[int, int, int]], **options: Any
+) -> Outputs:
     """Forward every frame by itself, and lay the outputs end to end."""
     frames = [(rows, columns) for count, rows, columns in grid for _ in range(count)]
     lengths = [rows * columns for rows, columns in frames]

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import pytest
 import reference
 import torch
@@ -12,6 +15,10 @@ LENGTHS = (24, 4, 15, 24, 4)  # equal lengths that are no neighbours, and a lone
 FIRST, REST = slice(0, 24), slice(24, 71)
 
 on_gpu = pytest.mark.gpu
+with_fa4 = pytest.mark.skipif(
+    find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None,
+    reason="flash-attn-4 is not installed",
+)
 
 
 def qkv(
@@ -30,6 +37,7 @@ def qkv(
         ("sdpa", "cpu", torch.bfloat16),
         pytest.param("sdpa", "cuda", torch.bfloat16, marks=on_gpu),
         pytest.param("torch", "cuda", torch.bfloat16, marks=on_gpu),
+        pytest.param("fa4", "cuda", torch.bfloat16, marks=[on_gpu, with_fa4]),
     ],
 )
 def test_changing_image_0_leaves_the_others_bit_identical(change, backend, device, dtype):
@@ -53,6 +61,8 @@ def test_changing_image_0_leaves_the_others_bit_identical(change, backend, devic
         pytest.param("sdpa", "cuda", torch.bfloat16, 2e-2, marks=on_gpu),
         pytest.param("torch", "cuda", torch.bfloat16, 2e-2, marks=on_gpu),
         pytest.param("torch", "cuda", torch.float16, 3e-3, marks=on_gpu),
+        pytest.param("fa4", "cuda", torch.bfloat16, 2e-2, marks=[on_gpu, with_fa4]),
+        pytest.param("fa4", "cuda", torch.float16, 3e-3, marks=[on_gpu, with_fa4]),
     ],
 )
 def test_backends_agree_with_the_oracle(backend, device, dtype, atol, head_dim):
@@ -113,9 +123,56 @@ def test_the_torch_backend_knows_its_limits(
 
 
 def test_auto_takes_only_what_we_have_run():
-    assert [backend.name for backend in BACKENDS if backend.measured] == ["torch", "sdpa"]
+    assert [backend.name for backend in BACKENDS if backend.measured] == ["fa4", "torch", "sdpa"]
 
 
 def test_segments_of_another_pack_are_refused():
     with pytest.raises(ValueError, match="holds 71 tokens, but the segments describe 47"):
         attend(*qkv("cpu", torch.float32), Segments.from_lengths((24, 23)))
+
+
+def test_fa4_is_refused_where_its_gradients_are_wrong():
+    [fa4] = [backend for backend in BACKENDS if backend.name == "fa4"]
+    cuda = torch.device("cuda")
+    if fa4.obstacle(Workload(cuda, torch.bfloat16, 72)) is None:  # where it is installed
+        assert "wrong at head_dim 72" in str(fa4.obstacle(Workload(cuda, torch.bfloat16, 72, True)))
+        assert fa4.obstacle(Workload(cuda, torch.bfloat16, 128, True)) is None
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("backend", "head_dim"),
+    [
+        *((backend, head_dim) for backend in ("torch", "sdpa") for head_dim in (64, 72, 80, 128)),
+        pytest.param("fa4", 64, marks=with_fa4),
+        pytest.param("fa4", 128, marks=with_fa4),
+    ],
+)
+def test_gradients_agree_with_the_oracle(backend: str, head_dim: int):
+    """As near to float64 as FlashAttention-2's are, whatever the lengths, one row and none."""
+    lengths = (1, 300, 64, 128, 129, 1, 640, 300)
+    generator = torch.Generator().manual_seed(head_dim)
+    drawn = torch.randn(4, sum(lengths), 4, head_dim, generator=generator)
+
+    def gradients(drawn: Tensor, attention: Callable[[Tensor, Tensor, Tensor], Tensor]):
+        taught = [drawn[part].clone().requires_grad_() for part in range(3)]
+        return torch.autograd.grad((attention(*taught) * drawn[3]).sum(), taught)
+
+    segments = Segments.from_lengths(lengths, device="cuda")
+    half = drawn.bfloat16()
+    found = gradients(half.cuda(), lambda q, k, v: attend(q, k, v, segments, backend=backend))
+    wanted = gradients(half.double(), lambda q, k, v: reference.attention(q, k, v, lengths))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.double().cpu() - theirs).norm() <= 1.2e-2 * theirs.norm()
+
+
+@on_gpu
+@pytest.mark.parametrize("backend", ["torch", pytest.param("fa4", marks=with_fa4)])
+def test_empty_sequences_are_nothing(backend: str):
+    """CUDA graphs fill a pack up with them."""
+    tensors = qkv("cuda", torch.bfloat16, head_dim=64)
+    full = attend(*tensors, Segments.from_lengths(LENGTHS, device="cuda"), backend=backend)
+    lengths = (*LENGTHS, 0, 0, 0)
+    holes = Segments.from_lengths(lengths, device="cuda")
+    found = attend(*tensors, Segments(lengths, holes.cu_seqlens, 64), backend=backend)
+    assert torch.equal(found, full)

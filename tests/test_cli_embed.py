@@ -20,7 +20,7 @@ from small_checkpoint import write_checkpoint
 from packvit.cli.embed import embed, printable
 from packvit.cli.progress import Meter, duration, plain_lines
 from packvit.corpus.folder import claim, read_commits, read_manifest
-from packvit.corpus.progress import Progress
+from packvit.corpus.progress import Progress, Shares
 
 COMMAND = [sys.executable, "-m", "packvit", "embed"]
 
@@ -107,7 +107,7 @@ def test_errors_are_told_by_code_with_an_example(tmp_path: Path, checkpoint: Pat
 def test_every_option_reaches_the_job(tmp_path: Path, photos: Path, checkpoint: Path):
     argv = ["--device", "cpu", "--dtype", "bfloat16", "--attention", "sdpa", "--max-patches", "20"]
     argv += ["--resize", "native", "--positions", "interpolate", "--max-pixels", "3300"]
-    argv += ["--tokens", "--tap", "-1", "--tap", "0", "--dtype-out", "float32", "--threads", "1"]
+    argv += ["--tokens", "--tap", "-1", "--tap", "0", "--dtype-out", "float32", "--workers", "1"]
     argv += ["--token-budget", "50"]
     result = invoke(photos, "--model", checkpoint, "--out", tmp_path / "out", *argv)
     manifest = read_manifest(tmp_path / "out")
@@ -349,10 +349,15 @@ def test_elsewhere_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]):
     meter.draw = plain_lines(meter, pause=0.0)
     meter.tell(Progress(4000))
     meter.start -= 100
-    meter.tell(Progress(4000, settled=1000, errors=1, tokens=200_000))
+    shares = Shares(decoding=0.5, encoding=0.98, fill=0.97)
+    meter.tell(Progress(4000, settled=1000, errors=1, tokens=200_000, shares=shares))
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("0 of 4,000 images, 0.0 images/s, 0 tokens/s, 0 errors, unknown")
-    assert second == "1,000 of 4,000 images, 10.0 images/s, 2,000 tokens/s, 1 error, 5 min left"
+    assert first.startswith("0 of 4,000 images, 0.0 images/s, 0 tokens/s, 0 errors, decoding 0%")
+    assert first.endswith("unknown time left")
+    assert second == (
+        "1,000 of 4,000 images, 10.0 images/s, 2,000 tokens/s, 1 error, "
+        "decoding 50%, encoding 98%, packs 97% full, 5 min left"
+    )
     assert [duration(s) for s in (0.04, 9.96, 89.0, 90.0, 12345.0)] == [
         "0.0 s",
         "10 s",

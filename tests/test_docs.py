@@ -10,7 +10,13 @@ import rotten
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-EXECUTED = ("README.md", "embedding.md", "coming-from-research-code.md")
+EXECUTED = (
+    "README.md",
+    "embedding.md",
+    "pictures.md",
+    "coming-from-research-code.md",
+    "training.md",
+)
 
 
 @pytest.mark.parametrize("name", EXECUTED)

@@ -7,14 +7,16 @@ from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_positio
 
 from packvit.config import SinCos, Table
 from packvit.packed import PatchPlaces
-from packvit.positions import MODES, ResizedTables, look_up, resize, sine_cosine
+from packvit.positions import MODES, ResizedTables, look_up, resize, sine_cosine, sine_cosine_axis
 
 CPU = torch.device("cpu")
 GRID = ((1, 3, 17), (2, 1, 9), (1, 64, 2), (1, 1, 1))
 
 
 def test_sine_cosine_is_the_formula_column_first():
-    found = sine_cosine(SinCos(), PatchPlaces.from_grid(GRID[:1]), 16, CPU, torch.float64)
+    found = sine_cosine(
+        sine_cosine_axis(SinCos(), 32, 16, CPU, torch.float64), PatchPlaces.from_grid(GRID[:1])
+    )
     for row in range(3):
         for column in range(17):
             omegas = [10000 ** (-k / 4) for k in range(4)]
@@ -29,7 +31,7 @@ def test_sine_cosine_is_the_formula_column_first():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sine_cosine_is_the_references_to_the_last_bit(dtype: torch.dtype):
-    found = sine_cosine(SinCos(), PatchPlaces.from_grid(GRID), 64, CPU, dtype)
+    found = sine_cosine(sine_cosine_axis(SinCos(), 64, 64, CPU, dtype), PatchPlaces.from_grid(GRID))
     expected = []
     for frames, rows, columns in GRID:
         table = build_2d_sinusoidal_position_embedding(rows, columns, 64, dtype=dtype)

@@ -17,8 +17,10 @@ COMMANDS = {  # in the order of `--help`
     "embed": "packvit.cli.embed",
     "check": "packvit.cli.check",
     "verify": "packvit.cli.verify",
+    "bench": "packvit.cli.bench",
     "convert": "packvit.cli.convert",
     "info": "packvit.cli.info",
+    "pca": "packvit.cli.pca",
 }
 
 
@@ -69,6 +71,7 @@ def main() -> None:
     Examples:
       packvit embed photos --out features
       packvit embed photos --model apple/aimv2-large-patch14-native --out features
+      packvit pca photos --out pca.png
       packvit info
     """
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 
 from packvit.cli import exit_code
 from packvit.cli.progress import Meter, duration, show_progress
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import DecoderError, WriteError, WrongUse
 from packvit.corpus.progress import Summary
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
@@ -24,7 +25,19 @@ DONE_WITH_ERRORS = 3
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("photos", nargs=-1, required=True)
+@click.argument("photos", nargs=-1)
+@click.option(
+    "--list",
+    "lists",
+    multiple=True,
+    metavar="FILE",
+    help="Embed the paths in this file too: a text, one a line, or .csv or .parquet, with "
+    "--column. They are relative to the working directory. May be repeated.",
+)
+@click.option("--column", default="path", help="The column of a --list table that has the paths.")
+@click.option(
+    "--image-column", default="image", help="The column of a Parquet file that has image bytes."
+)
 @click.option("--out", required=True, help="The feature folder to make or to go on with.")
 @click.option("--model", help="A checkpoint's name on the hub, or its folder.")
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
@@ -70,7 +83,23 @@ DONE_WITH_ERRORS = 3
     help="What to write tokens and taps in.",
 )
 @click.option("--token-budget", type=COUNT, default=16384, help="Most tokens in one pack.")
-@click.option("--threads", type=COUNT, help="Threads that decode; one for each CPU, up to 16.")
+@click.option(
+    "--workers", type=COUNT, help="Processes that decode images; one for each CPU, up to 16."
+)
+@click.option(
+    "--image-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60,
+    metavar="SECONDS",
+    help="Give up on an image that takes longer to read and decode.",
+)
+@click.option(
+    "--pixels-in-flight",
+    type=COUNT,
+    default=256_000_000,
+    help="Most pixels being decoded or waiting for their pack at a time: lower it to use less "
+    "memory, some 8 bytes for each.",
+)
 @click.option(
     "--verify",
     is_flag=True,
@@ -87,6 +116,9 @@ DONE_WITH_ERRORS = 3
 def embed(
     context: click.Context,
     photos: tuple[str, ...],
+    lists: tuple[str, ...],
+    column: str,
+    image_column: str,
     out: str,
     model: str | None,
     revision: str | None,
@@ -101,12 +133,18 @@ def embed(
     taps: tuple[int, ...],
     dtype_out: Any,
     token_budget: int,
-    threads: int | None,
+    workers: int | None,
+    image_timeout: float,
+    pixels_in_flight: int,
     verify: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write the features of PHOTOS, folders and files, to a feature folder.
+    """Write the features of PHOTOS to a feature folder.
+
+    PHOTOS are folders, files, quoted patterns ('photos/**/*.jpg'), .tar archives, .parquet files of
+    image bytes, and URLs of any of these (s3://, gs://, hf://, https://). Paths in a file are
+    given with --list.
 
     Every photograph becomes one row, in Parquet files that any reader opens. One that cannot be
     read becomes a row too, which says why; the exit code is then 3. A job that was stopped, however
@@ -117,7 +155,11 @@ def embed(
       packvit embed photos --out features
       packvit embed photos --out features --model apple/aimv2-large-patch14-native
       packvit embed a.jpg b.png --out features --tokens --tap 11 --json
+      packvit embed 'shards/*.tar' s3://bucket/photos --out features
+      packvit embed --list photos.csv --column file --out features
     """
+    if not photos and not lists:
+        raise click.UsageError("Missing argument 'PHOTOS...', or --list with a file of paths.")
     if model is None:
         click.echo(EMBEDDED, err=True)
     with stopping(context, out, overwrite) as meter:
@@ -129,6 +171,9 @@ def embed(
         try:
             summary = run(
                 photos,
+                lists=lists,
+                column=column,
+                image_column=image_column,
                 out=out,
                 model=model,
                 revision=revision,
@@ -143,14 +188,16 @@ def embed(
                 taps=taps,
                 dtype_out=dtype_out,
                 token_budget=token_budget,
-                threads=threads,
+                workers=workers,
+                image_timeout=image_timeout,
+                pixels_in_flight=pixels_in_flight,
                 verify=verify,
                 overwrite=overwrite,
                 progress=meter.tell,
             )
         except WrongUse as error:
             raise click.UsageError(str(error)) from error
-        except (CheckpointError, ImportError, VerificationError, WriteError) as error:
+        except (CheckpointError, DecoderError, ImportError, VerificationError, WriteError) as error:
             raise click.ClickException(str(error)) from error
     click.echo(json.dumps(as_object(summary)) if as_json else as_table(summary))
     context.exit(DONE_WITH_ERRORS if summary.errors else 0)
@@ -201,6 +248,9 @@ def as_object(summary: Summary) -> dict[str, Any]:
         "seconds": summary.seconds,
         "images_per_second": summary.images_per_second,
         "tokens_per_second": summary.tokens_per_second,
+        "shares": asdict(summary.shares),
+        "slowest": summary.shares.slowest if summary.kept_rows < summary.rows else None,
+        "halved": summary.halved,
     }
 
 
@@ -223,11 +273,25 @@ def as_table(summary: Summary) -> str:
             f"{duration(summary.seconds)}: {summary.images_per_second:,.1f} images/s, "
             f"{summary.tokens_per_second:,.0f} tokens/s",
         ),
+        *busiest(summary),
         ("model", summary.model),
         ("folder", summary.folder),
     ]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+
+def busiest(summary: Summary) -> Iterator[tuple[str, str]]:
+    """Yield the lines that say where the time went; none where nothing was done."""
+    shares = summary.shares
+    if summary.kept_rows == summary.rows:
+        return
+    parts = ", ".join(f"{n} {getattr(shares, n):.0%}" for n in ("decoding", "encoding", "writing"))
+    yield "busy", f"{parts} of the time; the slowest is {shares.slowest}"
+    if shares.fill:
+        yield "packs", f"{shares.fill:.0%} full"
+    if summary.halved:
+        yield "halved", f"{summary.halved:,} packs that memory had no room for"
 
 
 def printable(name: str) -> str:

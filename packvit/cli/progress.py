@@ -40,6 +40,14 @@ class Meter:
             f"{(progress.tokens - self.first.tokens) / seconds:,.0f} tokens/s, {errors}"
         )
 
+    def shares(self, progress: Progress) -> str:
+        """Say which part of the time decoders and encoder were busy, and how full packs are."""
+        shares = progress.shares
+        return (
+            f"decoding {shares.decoding:.0%}, encoding {shares.encoding:.0%}, "
+            f"packs {shares.fill:.0%} full"
+        )
+
     def left(self, progress: Progress) -> str:
         """Say how long the rest takes at this rate."""
         settled = progress.settled - self.first.settled
@@ -83,7 +91,7 @@ def show_progress() -> Iterator[Meter]:
         task = bar.add_task("loading the model", total=None)
 
         def draw(progress: Progress) -> None:
-            text = f"{meter.rates(progress)}, {meter.left(progress)}"
+            text = ", ".join(say(progress) for say in (meter.rates, meter.shares, meter.left))
             bar.update(task, total=progress.rows, completed=progress.settled, description=text)
 
         meter.draw = draw
@@ -101,7 +109,7 @@ def plain_lines(meter: Meter, pause: float = PAUSE) -> Callable[[Progress], None
         due = time.monotonic() + pause
         click.echo(
             f"{progress.settled:,} of {progress.rows:,} images, {meter.rates(progress)}, "
-            f"{meter.left(progress)}",
+            f"{meter.shares(progress)}, {meter.left(progress)}",
             err=True,
         )
 

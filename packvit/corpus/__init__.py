@@ -7,3 +7,7 @@ class WrongUse(ValueError):
 
 class WriteError(OSError):
     """What could not be written and why; what was committed before stays whole."""
+
+
+class DecoderError(RuntimeError):
+    """What keeps decode workers from working at all; what is wrong with an image is its row."""

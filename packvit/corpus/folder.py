@@ -45,6 +45,7 @@ class Commit:
     tokens: int
     bytes: int
     sha256: str
+    halved: int = 0  # packs that were split for want of memory; a line says it where there are any
 
 
 def part_name(number: int) -> str:
@@ -58,7 +59,9 @@ def part_number(name: str) -> int | None:
     return int(found[1]) if found and part_name(int(found[1])) == name else None
 
 
-def commit(folder: Path, number: int, table: pa.Table, *, mends: bool = False) -> Commit:
+def commit(
+    folder: Path, number: int, table: pa.Table, *, mends: bool = False, halved: int = 0
+) -> Commit:
     """Write part `number` and enter it in the log; on failure leave neither.
 
     `mends` says that the log has later parts already: then all of it is replaced in one step, since
@@ -77,6 +80,7 @@ def commit(folder: Path, number: int, table: pa.Table, *, mends: bool = False) -
         tokens=sum(tokens),
         bytes=data.size,
         sha256=hashlib.sha256(data).hexdigest(),
+        halved=halved,
     )
     try:
         write_whole(part, data)
@@ -92,7 +96,10 @@ def commit(folder: Path, number: int, table: pa.Table, *, mends: bool = False) -
 
 def encode_commit(entry: Commit) -> str:
     """Return the line of the log that says `entry`, without its end."""
-    return json.dumps(asdict(entry))
+    values = asdict(entry)
+    if not entry.halved:
+        del values["halved"]
+    return json.dumps(values)
 
 
 def decode_commit(line: bytes) -> Commit | None:
@@ -103,7 +110,7 @@ def decode_commit(line: bytes) -> Commit | None:
     except (ValueError, TypeError):
         return None
     kinds = {"part": str, "sha256": str}
-    right = all(type(values[f.name]) is kinds.get(f.name, int) for f in fields(Commit))
+    right = all(type(getattr(entry, f.name)) is kinds.get(f.name, int) for f in fields(Commit))
     return entry if right and line == encode_commit(entry).encode() + b"\n" else None
 
 

@@ -1,112 +1,256 @@
-"""Which files a job embeds, what each is called, and in which order. No torch.
+"""Which photographs a job embeds, what each is called, and in which order. No torch.
 
 Nothing vanishes: what carries the suffix of a photograph and is not a regular file is an input
 too, one whose error is known before anything is read; what carries another suffix is counted.
 """
 
-import errno
-import hashlib
 import os
-import stat
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 
 from packvit.corpus import WrongUse
+from packvit.corpus import patterns as globs
+from packvit.corpus.archives import list_parquet, list_tar
+from packvit.corpus.listing import Listing, spooling
+from packvit.corpus.lists import read_list
+from packvit.corpus.sources import Input as Input
+from packvit.corpus.sources import find_url, is_url, unreadable
+from packvit.images import ImageError, find_file
 
 # Of the seven formats that images.py decodes.
 SUFFIXES = (b".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif").split()
+PHOTOGRAPHS = frozenset(SUFFIXES)
+COMPRESSED = re.compile(rb"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
-    """One input: what its row is called, where it lies, and what listing it already found out."""
+class Entry:
+    """What lies in a folder."""
 
-    id: str  # always valid UTF-8
-    path: str  # as the file system spells it: bytes that are not UTF-8 are surrogates
-    error: tuple[str, str] | None = None  # (code, stage) of an input that can't be read
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """All inputs of a job, sorted by the bytes of their names, and how many files are not."""
-
-    inputs: tuple[Input, ...]
-    ignored: int
-
-    def sha256(self) -> str:
-        """Return a digest of the inputs' names and order, which fix the parts and their packs."""
-        digest = hashlib.sha256()
-        for source in self.inputs:
-            digest.update(source.id.encode() + b"\0")  # no file name holds a NUL
-        return digest.hexdigest()
+    name: bytes
+    path: bytes
+    is_folder: bool
+    is_linked_folder: bool = False
 
 
-@dataclass(slots=True)
-class Walk:
-    """What is found while folders are read: `names` are ids in bytes, `ignored` counts files."""
+def list_inputs(
+    paths: Sequence[str],
+    lists: Sequence[str] = (),
+    *,
+    column: str = "path",
+    image_column: str = "image",
+) -> Listing:
+    """Return the photographs that `paths` and `lists` name, folders being walked to their ends.
 
-    found: list[tuple[bytes, bytes, str | None]] = field(default_factory=list)  # name, path, code
-    ignored: int = 0
+    A path is a folder, a file, a pattern, or a URL of one; a tar or Parquet file stands for the
+    photographs in it. A single folder's or archive's inputs are called by their path under it.
+    Several are told apart by the path as typed, which then begins the name. Links to folders are
+    entered only where they are named themselves, so no loop can be walked. `lists` are files of
+    paths, of one file each; `column` holds them in a table, and `image_column` the bytes of images.
 
-
-def list_inputs(paths: Sequence[str]) -> Listing:
-    """Return the photographs that `paths` name, folders being walked to their ends.
-
-    A single folder's inputs are called by their path under it. Several paths are told apart by
-    the path as typed, which then begins the name. Links to folders are entered only where they
-    are named themselves, so no loop can be walked.
-
-    Raises: WrongUse if there are no inputs, or if two have the same name.
+    Raises: WrongUse if there are no inputs, or if two have the same name; WriteError if there is no
+    room to sort them.
     """
-    walk = Walk()
-    for path in paths:
-        typed = os.fsencode(path)
-        root = typed.rstrip(b"/")
-        if os.path.isdir(typed):
-            walk_folder(walk, typed, b"" if len(paths) == 1 else root + b"/")
-        else:  # named by hand: an input, whatever its suffix
-            walk.found.append((typed, typed, find_obstacle(typed)))
-    if not walk.found:
-        raise WrongUse(
-            f"No photographs were found in {', '.join(paths) or 'nothing'}; {walk.ignored} other "
-            "files were passed over. Photographs in a folder end in "
-            f"{b' '.join(SUFFIXES).decode()}; name a file itself to take it whatever its suffix."
-        )
-    walk.found.sort(key=lambda entry: entry[0])
-    inputs = tuple(
-        Input(readable(name), os.fsdecode(path), (code, "list") if code else None)
-        for name, path, code in walk.found
-    )
-    check_ids(inputs)
-    return Listing(inputs, walk.ignored)
+    with spooling():
+        finder = Finder(Listing(), image_column)
+        alone = len(paths) + len(lists) == 1
+        for path in paths:
+            finder.add_path(os.fsencode(path), alone=alone)
+        for path in lists:
+            for name in read_list(path, column):
+                finder.add_file(name)
+        listing = finder.listing
+        if not len(listing):
+            raise WrongUse(
+                f"No photographs were found in {', '.join([*paths, *lists]) or 'nothing'}; "
+                f"{listing.ignored} other files were passed over. Photographs in a folder end in "
+                f"{b' '.join(SUFFIXES).decode()}; name a file itself to take it whatever its "
+                "suffix."
+            )
+        listing.sort()
+    return listing
 
 
-def walk_folder(walk: Walk, root: bytes, prefix: bytes) -> None:
-    """Add all inputs under the folder `root` to `walk`, their names opening with `prefix`."""
-    folders = [(root, prefix)]
-    while folders:
-        folder, prefix = folders.pop()
+class Finder:
+    """Adds what paths stand for to a listing."""
+
+    def __init__(self, listing: Listing, image_column: str) -> None:
+        self.listing = listing
+        self.image_column = image_column
+        self.protocols: set[bytes] = set()  # that are known to have what reads them
+
+    def add_path(self, typed: bytes, *, alone: bool) -> None:
+        """Add all that a path stands for, which is the only one if it is `alone`."""
+        remote = is_url(os.fsdecode(typed))
+        # Of a chained URL, zip://photos::s3://bucket/x.zip, the first link has the path.
+        first, joint, rest = typed.partition(b"::")
+        head, chain = (first, joint + rest) if remote and b"://" in first else (typed, b"")
+        if not remote and os.path.lexists(typed):
+            base, pattern = typed, b""
+        else:
+            base, pattern = globs.split(head, globs.MAGIC_URL if remote else globs.MAGIC)
+        if pattern:
+            before = len(self.listing)
+            self.add_pattern(base, pattern, chain, remote=remote)
+            if len(self.listing) == before:
+                raise WrongUse(
+                    f"Nothing matches {os.fsdecode(typed)}. ** stands for any number of folders, * "
+                    "and ? stay within one; quote a pattern, so that the shell leaves it alone."
+                )
+        elif is_folder(typed, head, remote=remote):
+            root = head.rstrip(b"/")
+            start = head if remote else typed
+            self.walk(start, b"" if alone else root + b"/", chain, remote=remote)
+        else:
+            self.add_named(typed, alone=alone)
+
+    def add_pattern(self, base: bytes, pattern: bytes, chain: bytes, *, remote: bool) -> None:
+        """Add the files under the folder `base` whose names match, as if each had been named."""
+        matched, most = globs.compile_pattern(pattern), globs.depth(pattern)
+        start = base if remote else base or b"."
+        if not remote and not os.path.isdir(start):
+            return
+        self.listing.push(start, base)
+        for entry, name in self.entries(chain, remote=remote):
+            inner = name[len(base) :]
+            if entry.is_folder and (most is None or inner.count(b"/") < most):
+                self.listing.push(entry.path, name + b"/")
+            if matched.fullmatch(inner):
+                if not entry.is_folder and not entry.is_linked_folder:
+                    self.add_named(name + chain, alone=False)
+                elif is_photograph(entry.name):
+                    self.listing.add(name, entry.path, "not_a_file")
+
+    def walk(self, root: bytes, prefix: bytes, chain: bytes, *, remote: bool) -> None:
+        """Add all photographs under the folder `root`, their names opening with `prefix`."""
+        self.listing.push(root, prefix)
+        for entry, name in self.entries(chain, remote=remote):
+            if entry.is_folder:
+                self.listing.push(entry.path, name + b"/")
+            if is_photograph(entry.name):
+                if remote:
+                    code = "not_a_file" if entry.is_folder else None
+                else:
+                    code = find_obstacle(entry.path)
+                self.listing.add(name, entry.path + chain, code)
+            elif not entry.is_folder:
+                self.listing.ignored += 1
+
+    def entries(self, chain: bytes, *, remote: bool) -> Iterator[tuple[Entry, bytes]]:
+        """Yield what lies in all folders that the listing remembers, with its name.
+
+        A folder that can't be read becomes the row that says photographs may be missing.
+        """
+        while found := self.listing.pop():
+            folder, prefix = found
+            try:
+                for entry in read_url_folder(folder, chain) if remote else read_folder(folder):
+                    yield entry, prefix + entry.name
+            except (OSError, ImageError):
+                name = prefix.rstrip(b"/") or folder
+                if not is_photograph(name):  # with such a suffix it is a row already
+                    self.listing.add(name, folder + chain, "unreadable")
+
+    def add_named(self, path: bytes, *, alone: bool) -> None:
+        """Add what a named file stands for: an archive's photographs, or itself."""
+        if COMPRESSED.search(path):
+            raise WrongUse(
+                f"{os.fsdecode(path)} is compressed, so that its members cannot be read where they "
+                "lie. Unpack it to a .tar, which takes no more room: photographs do not shrink."
+            )
+        suffix = os.path.splitext(path)[1].lower()
+        remote = is_url(os.fsdecode(path))
+        if suffix not in (b".tar", b".parquet") or not (remote or find_obstacle(path) is None):
+            self.add_file(path)
+            return
+        prefix = b"" if alone else path + b"/"
+        before, ignored, distinct = len(self.listing), self.listing.ignored, True
         try:
-            for entry in read_folder(folder):
-                name = prefix + entry.name
-                is_folder = entry.is_dir(follow_symlinks=False)
-                if is_folder:
-                    folders.append((entry.path, name + b"/"))
-                if os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                    walk.found.append((name, entry.path, find_obstacle(entry.path)))
-                elif not is_folder:
-                    walk.ignored += 1
-        except OSError:  # the folder itself becomes the row that says photographs may be missing
-            name = prefix.rstrip(b"/") or root
-            if os.path.splitext(name)[1].lower() not in SUFFIXES:  # with one, it is a row already
-                walk.found.append((name, folder, "unreadable"))
+            source = os.fsdecode(path)
+            if suffix == b".tar":
+                found = list_tar(source, PHOTOGRAPHS)
+            else:
+                found = list_parquet(source, self.image_column)
+            for item in found:
+                if item is not None:
+                    short, whole, within, code = item
+                    whole = prefix + whole
+                    self.listing.add(prefix + short, path, code, within, whole=whole)
+                elif suffix == b".tar":
+                    self.listing.ignored += 1
+                else:
+                    distinct = False
+        except ImageError as error:
+            # Its own row says that photographs may be missing.
+            self.listing.settle(before, distinct=distinct)
+            self.listing.add(path, path, error.code)
+            return
+        if len(self.listing) == before:
+            raise WrongUse(
+                f"{os.fsdecode(path)} holds no photographs, but "
+                f"{self.listing.ignored - ignored} other files. Photographs in an archive end in "
+                f"{b' '.join(SUFFIXES).decode()}."
+            )
+        self.listing.settle(before, distinct=distinct)
+
+    def add_file(self, path: bytes) -> None:
+        """Add one file, which is read as a photograph whatever its suffix."""
+        text = os.fsdecode(path)
+        if is_url(text):
+            protocol = path.partition(b"//")[0]
+            if protocol not in self.protocols:  # what is not installed is said at once
+                try:
+                    with unreadable():
+                        find_url(text)
+                except ImageError:
+                    pass  # reading it says so again, in its row
+                self.protocols.add(protocol)
+            self.listing.add(path, path, None)
+        else:
+            self.listing.add(path, path, find_obstacle(path))
 
 
-def read_folder(folder: bytes) -> Iterator[os.DirEntry[bytes]]:
+def is_photograph(name: bytes) -> bool:
+    """Tell whether a name ends as a photograph's does."""
+    return os.path.splitext(name)[1].lower() in PHOTOGRAPHS
+
+
+def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
+    """Tell whether a path is a folder; of a URL, only where its name does not already say not."""
+    if not remote:
+        return os.path.isdir(typed)
+    if is_photograph(head) or os.path.splitext(head)[1].lower() in (b".tar", b".parquet"):
+        return False
+    try:
+        with unreadable():
+            files, place = find_url(os.fsdecode(typed))
+            return files.isdir(place)
+    except ImageError:
+        return False
+
+
+def read_folder(folder: bytes) -> Iterator[Entry]:
     """Yield what lies in `folder`, in the file system's order, and close it in any case."""
     with os.scandir(folder) as entries:
-        yield from entries
+        for entry in entries:
+            inside = entry.is_dir(follow_symlinks=False)
+            linked = not inside and entry.is_symlink() and os.path.isdir(entry.path)
+            yield Entry(entry.name, entry.path, inside, linked)
+
+
+def read_url_folder(folder: bytes, chain: bytes) -> Iterator[Entry]:
+    """Yield what lies in a folder behind a URL, whose last links are `chain`."""
+    with unreadable():
+        files, place = find_url(os.fsdecode(folder + chain))
+        found = files.ls(place, detail=True)
+    for item in found:
+        name = os.fsencode(item["name"].rstrip("/").rpartition("/")[2])
+        if item["name"].rstrip("/") != place.rstrip("/"):  # some list a folder in itself
+            path = folder.rstrip(b"/") + b"/" + name
+            if folder.endswith(b"://"):
+                path = folder + name
+            yield Entry(name, path, item["type"] == "directory")
 
 
 def find_obstacle(path: bytes) -> str | None:
@@ -115,25 +259,7 @@ def find_obstacle(path: bytes) -> str | None:
     Asked before anything is opened, since opening a pipe waits for a writer that may never come.
     """
     try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return "missing"
-    except OSError as error:  # a link that leads to itself has nothing at its end
-        return "missing" if error.errno == errno.ELOOP else "unreadable"
-    return None if stat.S_ISREG(mode) else "not_a_file"
-
-
-def readable(name: bytes) -> str:
-    r"""Return `name` as text: Arrow takes UTF-8 alone, so that other bytes are written \xNN."""
-    return name.decode("utf-8", "backslashreplace")
-
-
-def check_ids(inputs: tuple[Input, ...]) -> None:
-    """Raise WrongUse, naming one, if two inputs would be rows of the same id."""
-    # Inputs are sorted by bytes, and only escaping can make neighbours of others: sort again.
-    for left, right in pairwise(sorted(source.id for source in inputs)):
-        if left == right:
-            raise WrongUse(
-                f'Two inputs are called "{left}". Name each path once, and no file that lies in a '
-                "folder you name too."
-            )
+        find_file(os.fsdecode(path), "list")
+    except ImageError as error:
+        return error.code
+    return None

@@ -7,14 +7,15 @@ stays whole however the job ends.
 
 import hashlib
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from packvit.corpus import WrongUse
+from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
 from packvit.corpus.folder import (
     CERTIFICATE,
     FORMAT,
@@ -23,33 +24,41 @@ from packvit.corpus.folder import (
     encode_certificate,
     encode_manifest,
     fingerprint,
+    read_manifest,
     write_whole,
 )
-from packvit.corpus.inputs import Input, Listing, list_inputs
+from packvit.corpus.inputs import list_inputs
+from packvit.corpus.listing import Listing
 from packvit.corpus.parts import DtypeOut
 from packvit.corpus.progress import Summary, Tally, Tell
 from packvit.corpus.resume import Found, check_usable, read_rows, take_up
 from packvit.corpus.settings import (
     Options,
+    check_memory,
     check_options,
     describe,
     digest_weights,
     fit_options,
+    free_memory,
     load_encoder,
 )
-from packvit.corpus.shard import Shard, run_shard
+from packvit.corpus.shard import Shard, run_shards
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS
 from packvit.sizes import Resize
 from packvit.verification.job import vouch
 
-EMBEDDED_MODEL = "tiny"
-EMBEDDED_INPUTS = 1000  # the most that a job without a chosen model takes
+TRIAL_MODEL = "tiny"
+MOST_WORKERS = 16  # that are started without being asked for
+TRIAL_INPUTS = 1000  # the most that a job without a chosen model takes
 
 
 def embed(
-    photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     *,
+    lists: Sequence[str | os.PathLike[str]] = (),
+    column: str = "path",
+    image_column: str = "image",
     out: str | os.PathLike[str],
     model: str | os.PathLike[str] | Encoder | None = None,
     device: str | torch.device | None = None,
@@ -64,7 +73,9 @@ def embed(
     dtype_out: DtypeOut = "float16",
     token_budget: int = 16384,
     max_pixels: int = MAX_PIXELS,
-    threads: int | None = None,
+    image_timeout: float = IMAGE_TIMEOUT,
+    workers: int | None = None,
+    pixels_in_flight: int = PIXELS_IN_FLIGHT,
     verify: bool = False,
     overwrite: bool = False,
     progress: Tell | None = None,
@@ -74,17 +85,22 @@ def embed(
     Where `out` holds a part of this very job, the job goes on after it; where it holds all of it,
     no image is read. `overwrite` removes what packvit wrote there and starts over.
 
-    `photos` are folders, which are walked, and files. `model` is a checkpoint's name or folder, or
-    a loaded encoder, for which `device` to `positions` are already chosen; None is "tiny", the
-    small encoder that packvit brings. `tokens` and `taps` (layers, negative
-    ones from the end) write every patch's features too, as `dtype_out`. `threads` decode; None is
-    one for each CPU, up to 16. `verify` compares the encoder with its reference before anything is
-    written, unless a certificate stands beside the checkpoint, and writes certificate.json.
+    `photos` are folders, which are walked, files, patterns, tar and Parquet files that hold images,
+    and URLs of such; `lists` are files of paths. A table has the paths of a list in `column`, and
+    the bytes of images in `image_column`. `model` is a checkpoint's name or folder, or
+    a loaded encoder, for which `device` to `positions` are already chosen; None is "tiny",
+    the small encoder that packvit brings. `tokens` and `taps` (layers, negative
+    ones from the end) write every patch's features too, as `dtype_out`. `workers` are processes
+    that decode; None is one for each CPU, up to 16. Images are decoded while together they have at
+    most `pixels_in_flight` pixels, and one that takes longer than `image_timeout` becomes an error.
+    `verify` compares the encoder with its reference before anything is written, unless a
+    certificate stands beside the checkpoint, and writes certificate.json.
 
-    Units: `max_patches` and `token_budget` count patches, of an image and of a pack.
+    Units: `max_patches` and `token_budget` count patches, of an image and of a pack;
+    `image_timeout` seconds.
     Raises: WrongUse for what cannot be done as asked; CheckpointError; WriteError if the disk does
-    not take it; VerificationError if the encoder is not what its reference is. An image that cannot
-    be used is none of these: it is a row.
+    not take it; DecoderError if no worker can be started; VerificationError if the encoder is not
+    what its reference is. An image that cannot be used is none of these: it is a row.
     """
     named = [photos] if isinstance(photos, (str, os.PathLike)) else photos
     options = Options(
@@ -94,18 +110,58 @@ def embed(
         dtype_out=dtype_out,
         token_budget=token_budget,
         max_pixels=max_pixels,
-        threads=min(16, count_cpus()) if threads is None else threads,
+        image_timeout=image_timeout,
+        workers=min(MOST_WORKERS, count_cpus()) if workers is None else workers,
+        pixels_in_flight=pixels_in_flight,
     )
     check_options(options)
     folder = Path(out)
     check_usable(folder, overwrite=overwrite)
-    listing = list_inputs([os.fspath(path) for path in named])
-    if model is None and len(listing.inputs) > EMBEDDED_INPUTS:
+    listing = list_inputs(
+        [os.fspath(path) for path in named],
+        [os.fspath(path) for path in lists],
+        column=column,
+        image_column=image_column,
+    )
+    if model is None and len(listing) > TRIAL_INPUTS:
         raise WrongUse(
-            f"{len(listing.inputs)} inputs were found, but without a chosen model at most "
-            f"{EMBEDDED_INPUTS} are embedded: the one that packvit brings is small. "
-            'Choose one, for example model "apple/aimv2-large-patch14-native", or "tiny" itself.'
+            f"{len(listing)} inputs were found, but without a chosen model at most "
+            f"{TRIAL_INPUTS} are embedded: the one that packvit brings is small. "
+            'Choose one, for example model "apple/aimv2-large-patch14-native".'
         )
+    with Decoders(
+        options.workers,
+        pixels_in_flight=options.pixels_in_flight,
+        image_timeout=options.image_timeout,
+    ) as decoders:
+        if not (read_manifest(folder) or {}).get("complete"):
+            decoders.start(len(listing))  # while the model is loaded
+        encoder, weights = choose_encoder(
+            model, device, dtype, attention, revision, positions, verify
+        )
+        options = fit_options(encoder, options, taps)
+        check_memory(encoder, options, free_memory(encoder.device))
+        certificate = vouch(encoder, weights) if verify else None
+        manifest = draft(encoder, weights, listing, options)
+        tally = Tally(len(listing), progress, options.token_budget)
+        with claim(folder):
+            found = take_up(folder, manifest, overwrite=overwrite)
+            return run(encoder, listing, folder, options, found, certificate, tally, decoders)
+
+
+def choose_encoder(
+    model: str | os.PathLike[str] | Encoder | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    attention: str,
+    revision: str | None,
+    positions: GridPolicy,
+    verify: bool,
+) -> tuple[Encoder, str]:
+    """Return the encoder that was asked for, loaded, and the digest of its weights.
+
+    Raises: WrongUse for what cannot be asked of it; CheckpointError.
+    """
     if isinstance(model, Encoder):
         if (device, dtype, attention, revision, positions) != (
             (None, None, "auto", None, "checkpoint")
@@ -121,8 +177,9 @@ def embed(
             )
         encoder, weights = model, digest_weights(model)
     else:
-        name = EMBEDDED_MODEL if model is None else model
-        encoder = load_encoder(name, device, dtype, attention, revision, positions)
+        encoder = load_encoder(
+            TRIAL_MODEL if model is None else model, device, dtype, attention, revision, positions
+        )
         assert encoder.checkpoint
         weights = encoder.checkpoint.sha256()
     if verify and positions == "interpolate" and not encoder.family.reference.interpolates:
@@ -130,13 +187,7 @@ def embed(
             'verify cannot vouch for positions="interpolate": no reference defines it for '
             f"{encoder.family.name}. Leave one of the two out."
         )
-    options = fit_options(encoder, options, taps)
-    certificate = vouch(encoder, weights) if verify else None
-    manifest = draft(encoder, weights, listing, options)
-    tally = Tally(len(listing.inputs), progress)
-    with claim(folder):
-        found = take_up(folder, manifest, overwrite=overwrite)
-        return run(encoder, listing, folder, options, found, certificate, tally)
+    return encoder, weights
 
 
 def draft(encoder: Encoder, weights: str, listing: Listing, options: Options) -> dict[str, Any]:
@@ -148,7 +199,7 @@ def draft(encoder: Encoder, weights: str, listing: Listing, options: Options) ->
         "fingerprint": fingerprint(settings),
         "model": encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__,
         **settings,
-        "inputs": len(listing.inputs),
+        "inputs": len(listing),
         "ignored": listing.ignored,
         "certificate_sha256": None,
         "counts": None,
@@ -163,34 +214,44 @@ def run(
     found: Found,
     certificate: Mapping[str, Any] | None,
     tally: Tally,
+    decoders: Decoders,
 ) -> Summary:
-    """Run all shards that the claimed folder does not hold, one after another."""
+    """Run all shards that the claimed folder does not hold, and commit them in their order."""
     manifest = found.manifest | {"complete": False, "counts": None}
     if certificate is not None:
         data = encode_certificate(certificate)
         put(folder / CERTIFICATE, data)
         manifest |= {"certificate_sha256": hashlib.sha256(data).hexdigest()}
     size = options.outputs(encoder.config.width).rows_per_part
-    todo = [s for s in shards(listing.inputs, size) if s.number not in found.kept]
-    if todo:
+    parts = -(-len(listing) // size)
+    if len(found.kept) < parts:
         put(folder / MANIFEST, encode_manifest(manifest))
     for _, entry in sorted(found.kept.items()):
         tally.count(read_rows(folder, entry))
     kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
     tally.begin(found.notes)
-    start = time.perf_counter()
-    for shard in todo:
-        mends = shard.number < max(found.kept, default=0)
-        entry = run_shard(encoder, shard, folder, options, tally.settle, mends=mends)
-        tally.update(committed=tally.progress.committed + entry.rows)
-        assert tally.progress.committed == tally.progress.settled
-    seconds = time.perf_counter() - start
+    halved, last = 0, max(found.kept, default=-1)
+    entries = run_shards(
+        encoder,
+        shards(listing, size, found.kept),
+        folder,
+        options,
+        tally.settle,
+        decoders=decoders,
+        last=last,
+        effort=tally.effort,
+    )
+    with closing(entries):
+        for entry in entries:
+            halved += entry.halved
+            tally.update(committed=tally.progress.committed + entry.rows)
+    seconds = tally.seconds
     counts = {
-        "rows": len(listing.inputs),
+        "rows": len(listing),
         "ok": tally.codes["ok"],
         "errors": tally.errors,
         "tokens": tally.progress.tokens,
-        "parts": len(found.kept) + len(todo),
+        "parts": parts,
     }
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     put(folder / MANIFEST, encode_manifest(manifest | {"complete": True, "counts": counts}))
@@ -198,7 +259,7 @@ def run(
         folder=str(folder),
         model=str(manifest["model"]),
         fingerprint=str(manifest["fingerprint"]),
-        rows=len(listing.inputs),
+        rows=len(listing),
         ok=tally.codes["ok"],
         errors=tally.errors,
         examples={code: tally.examples[code] for code in tally.errors},
@@ -207,6 +268,8 @@ def run(
         seconds=seconds,
         kept_rows=kept_rows,
         kept_tokens=kept_tokens,
+        shares=tally.progress.shares,
+        halved=halved,
     )
 
 
@@ -216,10 +279,11 @@ def put(path: Path, data: bytes) -> None:
         write_whole(path, data)
 
 
-def shards(inputs: tuple[Input, ...], size: int) -> Iterator[Shard]:
-    """Yield the inputs in their order, `size` at a time."""
-    for number, start in enumerate(range(0, len(inputs), size)):
-        yield Shard(number, inputs[start : start + size])
+def shards(listing: Listing, size: int, kept: Container[int]) -> Iterator[Shard]:
+    """Yield the inputs in their order, `size` at a time, but for the parts that are kept."""
+    for number in range(-(-len(listing) // size)):
+        if number not in kept:
+            yield Shard(number, tuple(listing.between(number * size, (number + 1) * size)))
 
 
 def count_cpus() -> int:

@@ -1,10 +1,51 @@
 """How far a job has come, and what it did in the end. No torch."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from packvit.corpus.rows import Row
+
+
+@dataclass(slots=True)
+class Effort:
+    """What was spent so far: seconds in which each part of the work was busy, and packs filled.
+
+    The parts work at the same time. `decoding` is the mean of the workers.
+    """
+
+    decoding: float = 0.0
+    encoding: float = 0.0
+    writing: float = 0.0
+    packs: int = 0
+    tokens: int = 0  # in the packs
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Which part of the time each part of the work was busy, and how full the packs were: 0 to 1.
+
+    The parts work at the same time, so the slowest is near 1 and keeps the others waiting.
+    """
+
+    decoding: float = 0.0
+    encoding: float = 0.0
+    writing: float = 0.0
+    fill: float = 0.0  # tokens of the packs, by what they may hold
+
+    @classmethod
+    def of(cls, effort: Effort, seconds: float, budget: int) -> "Shares":
+        """Return the shares of `seconds` of work, and of packs of `budget` tokens."""
+        spent = (effort.decoding, effort.encoding, effort.writing)
+        decoding, encoding, writing = (min(1.0, part / max(seconds, 1e-9)) for part in spent)
+        fill = effort.tokens / (effort.packs * budget) if effort.packs else 0.0
+        return cls(decoding, encoding, writing, fill)
+
+    @property
+    def slowest(self) -> str:
+        """The part of the work that was busy for longest, and so is worth speeding up."""
+        return max(("decoding", "encoding", "writing"), key=lambda name: getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +58,7 @@ class Progress:
     tokens: int = 0
     committed: int = 0  # rows in parts that are whole
     notes: tuple[str, ...] = ()  # what was found in the folder when the job began
+    shares: Shares = Shares()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +80,8 @@ class Summary:
     seconds: float
     kept_rows: int = 0  # of `rows`, those that were committed before
     kept_tokens: int = 0
+    shares: Shares = Shares()
+    halved: int = 0  # packs that were split for want of memory
 
     @property
     def images_per_second(self) -> float:
@@ -56,9 +100,12 @@ Tell = Callable[[Progress], None]
 class Tally:
     """Counts what becomes of rows, and tells whoever watches."""
 
-    def __init__(self, rows: int, tell: Tell | None) -> None:
+    def __init__(self, rows: int, tell: Tell | None, budget: int = 1) -> None:
         self.progress = Progress(rows)
         self.tell = tell
+        self.budget = budget  # tokens that a pack may hold
+        self.effort = Effort()
+        self.start = time.perf_counter()
         self.codes: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
@@ -82,14 +129,21 @@ class Tally:
 
     def begin(self, notes: Sequence[str]) -> None:
         """Tell what is committed before anything is done, and what there is to say of it."""
+        self.start = time.perf_counter()
         self.progress = replace(self.progress, committed=self.progress.settled, notes=tuple(notes))
         self.update()
 
     def update(self, **counts: int) -> None:
         """Set counts of the progress and tell of it."""
-        self.progress = replace(self.progress, **counts)
+        shares = Shares.of(self.effort, self.seconds, self.budget)
+        self.progress = replace(self.progress, shares=shares, **counts)
         if self.tell:
             self.tell(self.progress)
+
+    @property
+    def seconds(self) -> float:
+        """The time since the job began."""
+        return time.perf_counter() - self.start
 
     @property
     def errors(self) -> dict[str, int]:

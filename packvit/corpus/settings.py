@@ -14,10 +14,12 @@ from packvit import hub
 from packvit.checkpoints import CheckpointError
 from packvit.config import MostPatches, Table
 from packvit.corpus import WrongUse
-from packvit.corpus.inputs import Listing
+from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
+from packvit.corpus.listing import Listing
 from packvit.corpus.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS
+from packvit.memory import peak
 from packvit.packing import PLAN_VERSION
 from packvit.sizes import NATIVE_MOST_PATCHES, Resize, resize_plan
 
@@ -27,9 +29,10 @@ NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can chan
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What decides a row's features beside the encoder, and on how many threads images decode.
+    """What decides a row's features beside the encoder, and how images are decoded.
 
-    Units: `max_patches` and `token_budget` count patches, of an image and of a pack.
+    Units: `max_patches` and `token_budget` count patches, of an image and of a pack;
+    `image_timeout` seconds; `pixels_in_flight` pixels.
     """
 
     resize: Resize | None = None
@@ -39,7 +42,9 @@ class Options:
     dtype_out: DtypeOut = "float16"
     token_budget: int = 16384
     max_pixels: int = MAX_PIXELS
-    threads: int = 1
+    image_timeout: float = IMAGE_TIMEOUT
+    workers: int = 1
+    pixels_in_flight: int = PIXELS_IN_FLIGHT
 
     def outputs(self, width: int) -> Outputs:
         """Return what a part holds of features of `width`."""
@@ -79,10 +84,12 @@ def load_encoder(
 
 def check_options(options: Options) -> None:
     """Refuse counts below 1 and words that are no choice."""
-    for name in ("max_patches", "token_budget", "max_pixels", "threads"):
+    for name in ("max_patches", "token_budget", "max_pixels", "workers", "pixels_in_flight"):
         count = getattr(options, name)
         if count is not None and count < 1:
             raise WrongUse(f"{name} is {count}, but must be 1 or more.")
+    if not options.image_timeout > 0:
+        raise WrongUse(f"image_timeout is {options.image_timeout}, but must be above 0 seconds.")
     if options.dtype_out not in ("float16", "float32"):
         raise WrongUse(f'dtype_out is "{options.dtype_out}". Choose float16 or float32.')
 
@@ -125,6 +132,40 @@ def fit_options(encoder: Encoder, options: Options, taps: Sequence[int]) -> Opti
             f"{options.token_budget}. Raise token_budget, or lower max_patches."
         )
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a forward could still take on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def check_memory(encoder: Encoder, options: Options, free: int | None) -> None:
+    """Refuse a token budget whose packs can hardly fit in the `free` bytes of a device.
+
+    The bound of `memory.py` is up to 1.5 times what a forward takes, so two thirds of it decide; a
+    pack that does not fit after all is halved when it is met.
+
+    Raises: WrongUse with the budget that would fit.
+    """
+    if free is None:
+        return
+    config, budget = encoder.config, options.token_budget
+    taps = len(options.taps)
+    bound = peak(config, encoder.dtype.itemsize, taps=taps, lists=taps + options.tokens)
+    rows = 1 + config.prefix / 64  # of the stream for each patch: images have 64 or more
+    needed = bound.activations(round(budget * rows))
+    if 2 * needed <= 3 * free:
+        return
+    fits = int(bound.most_tokens(free) / rows)
+    advice = f"Lower token_budget to {fits}" if fits else "Choose a smaller model"
+    raise WrongUse(
+        f"A pack of token_budget {budget} patches takes up to {needed / 2**30:.1f} GiB beside the "
+        f"weights, and {encoder.device} has {free / 2**30:.1f} GiB free. {advice}, or free the "
+        "device of other programs."
+    )
 
 
 def describe(encoder: Encoder, weights: str, listing: Listing, options: Options) -> dict[str, Any]:

@@ -1,36 +1,35 @@
 """From a shard's inputs to its committed part: the unit of work, whoever hands it out.
 
-`run_shard` is what a runner calls. The table it commits is a function of the shard's inputs, the
-encoder and the options alone: packs are planned from the images' sizes, in the order of the inputs,
-so the same shard gives the same bytes again on the same machine.
+`run_shard` is what a runner calls for one shard, `run_shards` for many: it decodes, encodes and
+writes at the same time, across the borders of shards. The table that is committed is a function of
+the shard's inputs, the encoder and the options alone: packs are planned from the images' sizes, in
+the order of the inputs, and hold images of one shard, so the same shard gives the same bytes again
+on the same machine.
 """
 
-import hashlib
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
-from packvit.config import ImageConfig, PatchOrder
+from packvit.corpus.decoding import Decoders
+from packvit.corpus.encoding import OUT_OF_MEMORY, Encoded, Flight, encode_halved, land, launch
 from packvit.corpus.folder import Commit, commit
 from packvit.corpus.inputs import Input
-from packvit.corpus.parts import DtypeOut, build_table
+from packvit.corpus.parts import Outputs, build_table
+from packvit.corpus.preparing import Prepared, Recipe
+from packvit.corpus.progress import Effort
 from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options
 from packvit.encoder import Encoder
-from packvit.images import ImageError, decode, read_file
-from packvit.packing import plan_packs
-from packvit.preprocessing import to_patches
-
-AHEAD = 2  # images decoded ahead for each thread: enough to keep it busy, few enough to hold
+from packvit.packing import WINDOW, plan_packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +40,41 @@ class Shard:
     inputs: tuple[Input, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """An input's row, and its patches [rows * columns, P] where it is not an error."""
+@dataclass(slots=True, eq=False)
+class Part:
+    """A shard's rows and their features, as far as they are known.
 
-    row: Row
-    patches: np.ndarray | None = None
+    Shapes: pooled [N, D]; lists N arrays [tokens, D] under each name, None where there are none.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """What the encoder says of one image: pooled [D] float32, lists {name: [tokens, D]}."""
-
-    row: Row
+    shard: Shard
+    outputs: Outputs
     pooled: np.ndarray
-    lists: dict[str, np.ndarray]
+    lists: dict[str, list[np.ndarray | None]]
+    rows: list[Row] = field(default_factory=list)
+    halved: int = 0  # packs that memory had no room for
+
+    @classmethod
+    def of(cls, shard: Shard, outputs: Outputs) -> "Part":
+        """Return a part of which nothing is known yet."""
+        count = len(shard.inputs)
+        pooled = np.zeros((count, outputs.width), np.float32)
+        return cls(shard, outputs, pooled, {name: [None] * count for name in outputs.lists})
+
+    def take(self, places: Sequence[int], encoded: Sequence[Encoded]) -> list[Row]:
+        """Enter what the encoder said of the images at `places`, and return their rows."""
+        for place, image in zip(places, encoded, strict=True):
+            self.rows[place] = image.row
+            if image.row.status == "ok":
+                self.pooled[place] = image.pooled
+                for name, values in image.lists.items():
+                    self.lists[name][place] = values
+        return [image.row for image in encoded]
+
+    def table(self) -> pa.Table:
+        """Return the rows and features as they are written."""
+        assert [row.id for row in self.rows] == [source.id for source in self.shard.inputs]
+        return build_table(self.outputs, self.rows, self.pooled, self.lists)
 
 
 # Called with the rows that are settled since the last call.
@@ -69,166 +88,170 @@ def run_shard(
     options: Options,
     watch: Watch,
     *,
+    decoders: Decoders,
     mends: bool = False,
 ) -> Commit:
     """Embed a shard, commit its part to `folder`, and return its line of the log.
 
-    The commit runs in a thread of its own. Interrupts reach the main thread alone, which then
-    waits for it, so that none can cut it in half. `mends`: the log has later parts already.
+    `mends`: the log has later parts already.
 
-    Raises: WriteError if the disk does not take it.
+    Raises: as `run_shards`.
     """
-    table = embed_shard(encoder, shard.inputs, options, watch)
-    assert table["id"].to_pylist() == [source.id for source in shard.inputs]
+    last = shard.number + 1 if mends else -1
+    (entry,) = run_shards(encoder, [shard], folder, options, watch, decoders=decoders, last=last)
+    return entry
+
+
+def run_shards(
+    encoder: Encoder,
+    shards: Iterable[Shard],
+    folder: Path,
+    options: Options,
+    watch: Watch,
+    *,
+    decoders: Decoders,
+    last: int = -1,
+    effort: Effort | None = None,
+) -> Generator[Commit, None, None]:
+    """Embed shards, commit their parts to `folder` in their order, and yield their log lines.
+
+    While a shard is embedded, the part before it is written, in a thread of its own. Interrupts
+    reach the main thread alone, which then waits for it, so that none can cut it in half. `last` is
+    the greatest part that the log has already, -1 for none.
+
+    Raises: WriteError if the disk does not take it; DecoderError if no image can be decoded.
+    """
+    effort = effort or Effort()
+
+    def write(part: Part) -> Commit:
+        start = time.perf_counter()
+        number = part.shard.number
+        entry = commit(folder, number, part.table(), mends=number < last, halved=part.halved)
+        effort.writing += time.perf_counter() - start
+        return entry
+
     with ThreadPoolExecutor(1, "packvit-commit") as writer:
-        return writer.submit(commit, folder, shard.number, table, mends=mends).result()
+        written: Future[Commit] | None = None
+        with closing(embed_shards(encoder, shards, options, watch, decoders, effort)) as parts:
+            for part in parts:
+                if written:
+                    yield written.result()  # before the next is begun, which must not come first
+                written = writer.submit(write, part)
+        if written:
+            yield written.result()
 
 
 def embed_shard(
-    encoder: Encoder, inputs: Sequence[Input], options: Options, watch: Watch
+    encoder: Encoder,
+    inputs: Sequence[Input],
+    options: Options,
+    watch: Watch,
+    *,
+    decoders: Decoders,
 ) -> pa.Table:
     """Return the table of `inputs`: a row for each, in their order, whatever became of it."""
-    rows: list[Row] = []
+    shard = Shard(0, tuple(inputs))
+    (part,) = embed_shards(encoder, [shard], options, watch, decoders, Effort())
+    return part.table()
+
+
+def embed_shards(
+    encoder: Encoder,
+    shards: Iterable[Shard],
+    options: Options,
+    watch: Watch,
+    decoders: Decoders,
+    effort: Effort,
+) -> Generator[Part, None, None]:
+    """Yield the parts of shards in their order, each once all of it is known.
+
+    Images of the next packs and shards are decoded meanwhile, and a GPU is given a pack before the
+    one ahead of it is copied back.
+    """
+    listed: deque[Shard] = deque()  # those whose images are being decoded
+
+    def inputs() -> Iterator[Input]:
+        for shard in shards:
+            listed.append(shard)
+            yield from shard.inputs
+
+    outputs, budget = options.outputs(encoder.config.width), options.token_budget
+    # What a shard's last packs use up, and one pack more: the next shard's first need not wait.
+    ahead = (WINDOW + 1) * budget * encoder.config.patch**2
+    unfinished: deque[Part] = deque()
+    behind: tuple[Part, list[int], Flight] | None = None
+
+    def catch_up() -> None:
+        nonlocal behind
+        if behind:
+            part, places, flight = behind
+            behind = None
+            encoded, seconds = land(flight, options.dtype_out)
+            effort.encoding += seconds
+            watch(part.take(places, encoded))
+
+    with closing(decoders.prepare_all(inputs(), recipe(encoder, options), ahead)) as prepared:
+        for first in prepared:
+            part = Part.of(listed.popleft(), outputs)
+            unfinished.append(part)
+            coming = chain([first], islice(prepared, len(part.shard.inputs) - 1))
+            packs_before = effort.packs
+            for places, images in fill_packs(part, coming, budget, watch):
+                effort.packs += 1
+                effort.tokens += sum(len(i.patches) for i in images if i.patches is not None)
+                effort.decoding = decoders.busy / decoders.count
+                flight = None
+                with suppress(*OUT_OF_MEMORY):  # whose frames hold tensors: let go of here
+                    flight = launch(encoder, images, options)
+                catch_up()
+                if flight is None:
+                    encoded, seconds, pieces = encode_halved(encoder, images, options)
+                    effort.encoding += seconds
+                    part.halved += pieces > 1
+                    watch(part.take(places, encoded))
+                else:
+                    behind = part, places, flight
+                    if flight.end is None:  # it is here already
+                        catch_up()
+                while unfinished[0] is not part:
+                    yield unfinished.popleft()
+            if effort.packs == packs_before:
+                catch_up()
+            while unfinished and not behind:
+                yield unfinished.popleft()
+        catch_up()
+        yield from unfinished
+
+
+def recipe(encoder: Encoder, options: Options) -> Recipe:
+    """Return how images become patches for an encoder."""
+    return Recipe(
+        encoder.images,
+        encoder.patch_order,
+        options.resize,
+        options.max_patches,
+        options.max_pixels,
+    )
+
+
+def fill_packs(
+    part: Part, prepared: Iterator[Prepared], budget: int, watch: Watch
+) -> Iterator[tuple[list[int], list[Prepared]]]:
+    """Yield the packs of a shard: the places of their images in the part, and the images."""
     places: list[int] = []  # which row each image is that could be decoded
-    patches: dict[int, np.ndarray] = {}  # of the rows that wait for their pack
-    outputs = options.outputs(encoder.config.width)
-    pooled = np.zeros((len(inputs), outputs.width), np.float32)
-    lists: dict[str, list[np.ndarray | None]] = {n: [None] * len(inputs) for n in outputs.lists}
+    waiting: dict[int, Prepared] = {}  # those that wait for their pack, by their rows
 
     def lengths() -> Iterator[int]:
-        for place, prepared in enumerate(prepare_all(encoder, inputs, options)):
-            rows.append(prepared.row)
-            if prepared.patches is None:
-                watch([prepared.row])
+        for place, image in enumerate(prepared):
+            part.rows.append(image.row)
+            if image.patches is None:
+                watch([image.row])
                 continue
             places.append(place)
-            patches[place] = prepared.patches
+            waiting[place] = image
             # Where nothing bounds an image, one beyond the budget fills a pack by itself.
-            yield min(len(prepared.patches), options.token_budget)
+            yield min(len(image.patches), budget)
 
-    for pack in plan_packs(lengths(), options.token_budget):
+    for pack in plan_packs(lengths(), budget):
         chosen = [places[image] for image in pack]
-        images = [Prepared(rows[place], patches.pop(place)) for place in chosen]
-        for place, encoded in zip(chosen, encode_pack(encoder, images, options), strict=True):
-            rows[place], pooled[place] = encoded.row, encoded.pooled
-            if encoded.row.status == "ok":
-                for name, values in encoded.lists.items():
-                    lists[name][place] = values
-        watch([rows[place] for place in chosen])
-    return build_table(outputs, rows, pooled, lists)
-
-
-def prepare_all(encoder: Encoder, inputs: Sequence[Input], options: Options) -> Iterator[Prepared]:
-    """Yield all inputs prepared, in their order, a few decoded ahead of the one asked for."""
-    ahead: deque[Future[Prepared]] = deque()
-    with decoders(options.threads) as pool:
-        for source in inputs:
-            ahead.append(pool.submit(prepare, source, encoder.images, encoder.patch_order, options))
-            if len(ahead) > AHEAD * options.threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-@contextmanager
-def decoders(threads: int) -> Iterator[Executor]:
-    """Run decode threads; Pillow lets go of the interpreter while it decodes and resizes.
-
-    Left early, they finish the images they hold and begin no other.
-    """
-    pool = ThreadPoolExecutor(threads, "packvit-decode")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def prepare(source: Input, images: ImageConfig, order: PatchOrder, options: Options) -> Prepared:
-    """Read, decode, resize and cut one input; whatever is wrong with it ends in its row."""
-    row = Row(source.id)
-    if source.error:
-        code, stage = source.error
-        return Prepared(replace(row, status=code, stage=stage))
-    try:
-        data = read_file(source.path)
-        row = replace(row, sha256=hashlib.sha256(data).hexdigest())
-        photo = decode(data, max_pixels=options.max_pixels)
-        row = replace(row, note=photo.note, width=photo.width, height=photo.height)
-        cut = to_patches(
-            photo.image,
-            images,
-            resize=options.resize,
-            max_patches=options.max_patches,
-            patch_order=order,
-        )
-    except ImageError as error:
-        return Prepared(replace(row, status=error.code, stage=error.stage, note=error.note))
-    except MemoryError:
-        stage = "read" if row.sha256 is None else "decode" if row.width is None else "resize"
-        return Prepared(replace(row, status="out_of_memory", stage=stage, note=None))
-    except Exception as error:
-        error.add_note(f"While preparing the input {source.id!r}")
-        raise
-    return Prepared(replace(row, frames=1, rows=cut.rows, columns=cut.columns), cut.patches)
-
-
-@torch.inference_mode()
-def encode_pack(encoder: Encoder, images: Sequence[Prepared], options: Options) -> list[Encoded]:
-    """Encode images as one pack, and take the result apart on the host.
-
-    A row whose features are not all finite numbers becomes an error.
-    """
-    cut = [image.patches for image in images if image.patches is not None]
-    lengths = [len(patches) for patches in cut]
-    features = encoder.encode(
-        torch.from_numpy(np.concatenate(cut)).to(encoder.device),
-        torch.tensor([[1, image.row.rows, image.row.columns] for image in images]),
-        taps=options.taps,
-    )
-    pooled = features.pooled
-    pooled = image_means(features.tokens, lengths) if pooled is None else pooled.float()
-    lists = {"tokens": features.tokens} if options.tokens else {}
-    lists |= {f"tap_{layer}": features.taps[layer] for layer in options.taps}
-
-    starts = list(accumulate(lengths[:-1], initial=0))
-    vectors = pooled.cpu().numpy()
-    finite, fits = np.logical_and.reduce(np.isfinite(vectors), 1), np.ones(len(images), bool)
-    arrays: dict[str, list[np.ndarray]] = {}
-    for name, tokens in lists.items():
-        stored = tokens.to(getattr(torch, options.dtype_out))
-        finite &= all_finite(tokens, starts)
-        fits &= all_finite(stored, starts)
-        arrays[name] = np.split(stored.cpu().numpy(), starts[1:])
-    return [
-        Encoded(
-            settle(image.row, bool(finite[i]), bool(fits[i]), options.dtype_out),
-            vectors[i],
-            {name: parts[i] for name, parts in arrays.items()},
-        )
-        for i, image in enumerate(images)
-    ]
-
-
-def image_means(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the mean of each image's tokens in fp32, in one call that adds in a fixed order.
-
-    `index_add` would add in whatever order a GPU's threads arrive.
-
-    Shapes: tokens [T, D], lengths N host ints that sum to T -> [N, D].
-    """
-    counts = torch.tensor(lengths, device=tokens.device)
-    return torch.segment_reduce(tokens.float(), "mean", lengths=counts, unsafe=True)
-
-
-def all_finite(tokens: Tensor, starts: Sequence[int]) -> np.ndarray:
-    """Return for each image whether all its tokens, from `starts` on, are finite: [N] bools."""
-    return np.logical_and.reduceat(tokens.isfinite().all(1).cpu().numpy(), starts)
-
-
-def settle(row: Row, finite: bool, fits: bool, dtype_out: DtypeOut) -> Row:
-    """Return the row as it is, or as the error that its features make it."""
-    if not finite:
-        return replace(row, status="non_finite", stage="encode", note=None)
-    if not fits:
-        return replace(row, status="overflow", stage="encode", note=f"beyond {dtype_out}")
-    return row
+        yield chosen, [waiting.pop(place) for place in chosen]

@@ -19,11 +19,11 @@ def touch(*paths: Path) -> None:
 
 
 def ids(listing: Listing) -> list[str]:
-    return [source.id for source in listing.inputs]
+    return [source.id for source in listing]
 
 
 def codes(listing: Listing) -> dict[str, tuple[str, str] | None]:
-    return {source.id: source.error for source in listing.inputs}
+    return {source.id: source.error for source in listing}
 
 
 def test_folders_are_walked_and_other_files_are_counted(tmp_path: Path):
@@ -31,7 +31,7 @@ def test_folders_are_walked_and_other_files_are_counted(tmp_path: Path):
     touch(tmp_path / "jpg", tmp_path / ".jpg", tmp_path / "x.jpg.part")
     listing = list_inputs([str(tmp_path)])
     assert ids(listing) == ["a/deep/er/c.Png", "b.JPG"]
-    assert [source.path for source in listing.inputs] == [
+    assert [source.path for source in listing] == [
         str(tmp_path / "a/deep/er/c.Png"),
         str(tmp_path / "b.JPG"),
     ]
@@ -43,7 +43,7 @@ def test_every_suffix_of_the_seven_formats_counts_in_any_case(tmp_path: Path):
         touch(
             tmp_path / f"{number}{suffix.decode()}", tmp_path / f"{number}{suffix.decode().upper()}"
         )
-    assert len(list_inputs([str(tmp_path)]).inputs) == 2 * len(SUFFIXES) == 22
+    assert len(list_inputs([str(tmp_path)])) == 2 * len(SUFFIXES) == 22
 
 
 def test_the_order_is_that_of_the_bytes_of_the_path_wherever_it_stands(tmp_path: Path):
@@ -140,7 +140,7 @@ def test_a_tree_deeper_than_pythons_stack_is_walked(tmp_path: Path):
 
 def test_a_folder_too_deep_for_the_system_is_a_row_of_its_own(tmp_path: Path):
     nest(tmp_path, "d" * 249, 17)  # 17 x 250 bytes: past the 4096 that Linux takes in one path
-    (lost,) = list_inputs([str(tmp_path)]).inputs
+    (lost,) = list_inputs([str(tmp_path)])
     assert lost.error == ("unreadable", "list")
     assert set(lost.id.split("/")) == {"d" * 249}
     assert len(lost.path) > 3800
@@ -184,7 +184,7 @@ def test_bytes_that_are_not_utf8_are_written_out_and_the_file_is_still_found(tmp
     name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
     with open(name, "wb") as file:
         file.write(b"here")
-    (source,) = list_inputs([str(tmp_path)]).inputs
+    (source,) = list_inputs([str(tmp_path)])
     assert source.id == "caf\\xe9.jpg"
     assert Path(source.path).read_bytes() == b"here"
     touch(tmp_path / "caf\\xe9.jpg")

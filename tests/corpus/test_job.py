@@ -1,9 +1,8 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ from small_checkpoint import LAYERS, WIDTH, write_checkpoint
 
 import packvit
 from packvit.corpus import WrongUse
+from packvit.corpus.encoding import image_means
 from packvit.corpus.folder import fingerprint, read_commits, read_manifest
-from packvit.corpus.inputs import Input, list_inputs
 from packvit.corpus.job import embed
-from packvit.corpus.progress import Progress
-from packvit.corpus.settings import Options
-from packvit.corpus.shard import AHEAD, image_means, prepare_all
+from packvit.corpus.progress import Progress, Shares
 from packvit.encoder import Encoder
 
 
@@ -120,11 +117,11 @@ def test_features_are_those_of_each_image_alone_in_the_order_of_the_inputs(
         assert difference(row[f"tap_{LAYERS - 1}"], expected.taps[LAYERS - 1]) <= 5e-6
 
 
-def test_the_same_job_gives_the_same_bytes_on_any_number_of_threads(
+def test_the_same_job_gives_the_same_bytes_on_any_number_of_workers(
     tmp_path: Path, photos: Path, checkpoint: Path
 ):
-    for threads in (1, 4):
-        embed(photos, out=tmp_path / str(threads), model=checkpoint, threads=threads, tokens=True)
+    for workers in (1, 4):
+        embed(photos, out=tmp_path / str(workers), model=checkpoint, workers=workers, tokens=True)
     names = sorted(os.listdir(tmp_path / "1"))
     assert names == [".lock", "commits.jsonl", "manifest.json", "part-00000.parquet"]
     for name in names:
@@ -225,47 +222,6 @@ def test_tokens_too_large_for_float16_are_errors_that_name_it_and_float32_holds_
     assert whole.ok == pooled.ok == 30
 
 
-def test_an_image_that_memory_has_no_room_for_is_a_row_and_the_job_goes_on(
-    tmp_path: Path, checkpoint: Path
-):
-    write_good(tmp_path / "photos", 3)
-    (tmp_path / "photos" / "large.png").write_bytes(encode(Image.new("1", (9900, 9900)), "PNG"))
-    code = (
-        "import resource, sys; import packvit\n"
-        "photos, model, out = sys.argv[1:]\n"
-        "encoder = packvit.load(model, device='cpu')\n"
-        "packvit.embed(photos + '/good-0000.jpg', model=encoder, out=out + '-before', threads=1)\n"
-        "pages = int(open('/proc/self/statm').read().split()[0])\n"
-        "limit = pages * resource.getpagesize() + 350_000_000\n"  # the image asks for 490 MB
-        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
-        "packvit.embed(photos, model=encoder, out=out, threads=1)"
-    )
-    argv = [sys.executable, "-c", code, str(tmp_path / "photos"), str(checkpoint)]
-    subprocess.run([*argv, str(tmp_path / "out")], check=True)
-    found = {row["id"]: (row["status"], row["stage"]) for row in read_rows(tmp_path / "out")}
-    assert found.pop("large.png") == ("out_of_memory", "decode")
-    assert set(found.values()) == {("ok", None)}
-
-
-class Counted(list[Input]):
-    """Inputs that count how many of them were taken."""
-
-    taken = 0
-
-    def __iter__(self) -> Iterator[Input]:
-        for source in super().__iter__():
-            self.taken += 1
-            yield source
-
-
-def test_only_a_few_images_are_decoded_ahead(photos: Path, encoder: Encoder):
-    inputs = Counted(list_inputs([str(photos)]).inputs)
-    prepared = prepare_all(encoder, inputs, Options(threads=2))
-    assert next(prepared).row.id == inputs[0].id
-    assert inputs.taken == AHEAD * 2 + 1
-    assert len(list(prepared)) == len(inputs) - 1
-
-
 def test_progress_grows_until_every_row_is_committed(
     tmp_path: Path, photos: Path, encoder: Encoder
 ):
@@ -278,12 +234,13 @@ def test_progress_grows_until_every_row_is_committed(
         taps=(0,),
         progress=told.append,
     )
-    assert told[0] == Progress(summary.rows)
+    assert replace(told[0], shares=Shares()) == Progress(summary.rows)
     for before, after in pairwise(told):
         for name in ("settled", "errors", "tokens", "committed"):
             assert getattr(before, name) <= getattr(after, name)
     errors = sum(summary.errors.values())
-    assert told[-1] == Progress(summary.rows, summary.rows, errors, summary.tokens, summary.rows)
+    last = Progress(summary.rows, summary.rows, errors, summary.tokens, summary.rows)
+    assert replace(told[-1], shares=Shares()) == last
     assert summary.tokens == sum(entry.tokens for entry in read_commits(tmp_path / "out"))
 
 
@@ -330,8 +287,8 @@ def test_the_fingerprint_changes_with_whatever_decides_the_numbers(
 ):
     photo = photos / "good-0000.jpg"
     first, again = (
-        embed(photo, out=tmp_path / name, model=checkpoint, device="cpu", threads=threads)
-        for name, threads in (("first", 1), ("again", 2))
+        embed(photo, out=tmp_path / name, model=checkpoint, device="cpu", workers=workers)
+        for name, workers in (("first", 1), ("again", 2))
     )
     other = embed(photo, out=tmp_path / "other", model=checkpoint, device="cpu", **change)
     assert first.fingerprint == again.fingerprint != other.fingerprint
@@ -361,7 +318,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     out = tmp_path / "out"
     for options, message in (
         ({"token_budget": 0}, "token_budget is 0, but must be 1 or more"),
-        ({"threads": -1}, "threads is -1, but must be 1 or more"),
+        ({"workers": -1}, "workers is -1, but must be 1 or more"),
         ({"token_budget": 512}, "may have 1024 patches, but token_budget .* 512. Raise"),
         ({"taps": [LAYERS]}, f"taps asks for layer {LAYERS}, but this encoder has {LAYERS}"),
         ({"max_patches": 9, "resize": "checkpoint"}, "max_patches is 9, but this checkpoint's own"),

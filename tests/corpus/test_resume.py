@@ -38,7 +38,7 @@ for line in sys.stdin:
     job = os.fork()
     if not job:
         os.setsid()
-        packvit.embed(photos, out=out, model=encoder, tokens=True, threads=2)
+        packvit.embed(photos, out=out, model=encoder, tokens=True, workers=2)
         os._exit(0)
     log = os.path.join(out, "commits.jsonl")
     while parts and (not os.path.exists(log) or open(log, "rb").read().count(b"\n") < parts):
@@ -103,7 +103,7 @@ def kill_and_resume(
 ) -> list[int]:
     """Kill and resume a job at random moments; return how many parts each had committed."""
     start = time.monotonic()
-    embed(photos, out=tmp_path / "timed", model=encoder, tokens=True, threads=2)
+    embed(photos, out=tmp_path / "timed", model=encoder, tokens=True, workers=2)
     seconds = (time.monotonic() - start) / PARTS
     draw, committed = random.Random(0), []
     with subprocess.Popen(

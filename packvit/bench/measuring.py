@@ -1,0 +1,117 @@
+"""How everything here is timed, and what is said of the machine it ran on.
+
+Contenders take turns within each round, in shuffled order, so that a clock that drifts or a
+neighbour on the machine slows them all alike. Reported are medians over the rounds, and quartiles
+of each round's ratio to another contender: far apart, they say the machine was busy.
+"""
+
+import random
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from time import perf_counter, process_time
+from typing import Any
+
+import torch
+
+from packvit.support import machine
+
+Run = Callable[[], object]
+Times = Mapping[str, float]  # seconds of one round, by contender
+CEILING = "matmul ceiling"
+# A CPU's time is that of all threads, and of no other program: for machines that are shared.
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": perf_counter, "cpu": process_time}
+
+
+def synchronize() -> None:
+    """Wait for the device, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(run: Run, clock: str = "wall") -> float:
+    """Time one call, from an idle device to an idle device, by one of `CLOCKS`."""
+    now = CLOCKS[clock]
+    synchronize()
+    start = now()
+    run()
+    synchronize()
+    return now() - start
+
+
+def interleave(
+    runs: Mapping[str, Run],
+    *,
+    rounds: int,
+    warmup: int,
+    fewer: Mapping[str, int] | None = None,
+    clock: str = "wall",
+) -> list[Times]:
+    """Return the times of every round, after `warmup` rounds that are not kept.
+
+    `fewer` names slow contenders that take part in the first so many rounds alone, and in no
+    warm-up: they have run before.
+    """
+    shuffle, taken = random.Random(0), []
+    for turn in range(-warmup, rounds):
+        present = [
+            name
+            for name in runs
+            if (fewer or {}).get(name, rounds) > turn and (turn >= 0 or name not in (fewer or {}))
+        ]
+        order = shuffle.sample(present, len(present))
+        taken.append({name: seconds(runs[name], clock) for name in order})
+    return taken[warmup:]
+
+
+def median_ms(taken: Sequence[Times], name: str) -> float:
+    """Return a contender's median time in milliseconds."""
+    return statistics.median(times[name] for times in taken if name in times) * 1e3
+
+
+def times_faster(taken: Sequence[Times], name: str, than: str) -> list[float]:
+    """Return the quartiles of how many times faster one contender was in each shared round."""
+    both = [times[than] / times[name] for times in taken if {name, than} <= times.keys()]
+    return statistics.quantiles(both, n=4, method="inclusive")  # within what was seen
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> tuple[Run, float]:
+    """Return the machine's own limit as something to run, and its floating-point operations.
+
+    One large matmul on N(0, 1) data: zeros would draw less power, and clock higher.
+    """
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    return lambda: a @ b, 2.0 * side**3
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """Return the GPU memory that one call takes on top of what was held before, at its peak."""
+    if device.type != "cuda":
+        return None
+    synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def gpu_state() -> str | None:
+    """Return clocks, power and temperature where nvidia-smi tells them."""
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu,driver_version"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    if not torch.cuda.is_available():
+        return None
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def where() -> dict[str, Any]:
+    """Return the date, the machine and the versions."""
+    return {"date": datetime.now(UTC).date().isoformat()} | machine()

@@ -1,0 +1,39 @@
+"""Our own contenders: a table of what they are called and which options they are loaded with."""
+
+from typing import Any, NamedTuple
+
+from packvit.attention import BACKENDS
+from packvit.bench.contenders import Call, Contender, Subject, Unavailable
+
+
+class Ours(NamedTuple):
+    """An encoder of ours, as a user would ask for it."""
+
+    title: str
+    options: dict[str, Any]  # of `packvit.load`
+    limit: float | None = None  # on the relative difference, where it is not the dtype's
+
+    def build(self, subject: Subject) -> Contender:
+        """Load it. Raises: Unavailable; what loading raises when it cannot run here."""
+        model = subject.model
+        load = model.encoder.from_transformers
+        if self.options.get("compile") and not subject.compiled:
+            raise Unavailable("compilation takes a while: ask for it with --compiled")
+        positions = "interpolate" if model.resizes else "checkpoint"
+        encoder = load(model.reference, positions=positions, **self.options)
+        patches, grid = subject.patches, subject.grid_thw
+        rows = subject.rows[0].new_tensor(range(len(patches)))
+        if encoder.head is None:
+            return Contender([Call(lambda: encoder(patches, grid), rows)], encoder)
+        # The reference's forward pools too.
+        return Contender([Call(lambda: encoder.encode(patches, grid).tokens, rows)], encoder)
+
+
+OURS = (
+    *(Ours(f"packvit, {backend.name}", {"attention": backend.name}) for backend in BACKENDS),
+    Ours("packvit, compiled", {"compile": True}),
+    Ours("packvit, fp8", {"fp8": True}, limit=0.15),
+    Ours("packvit, compiled, fp8", {"compile": True, "fp8": True}, limit=0.15),
+    Ours("packvit, invariant", {"invariant": True}),
+    Ours("packvit, compiled, invariant", {"compile": True, "invariant": True}),
+)

@@ -1,0 +1,246 @@
+"""Our peers, each set up as its own authors would, on the same weights and images.
+
+What a peer needs and does not compute itself (pixels put together, padding, masks, coordinates) is
+made before the clock starts.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from packvit.bench.contenders import Call, Contender, Subject, Unavailable
+from packvit.config import SinCos, Table
+from packvit.packed import PatchPlaces
+from packvit.positions import sine_cosine, sine_cosine_axis
+from packvit.verification.references import inputs, tower
+
+MULTIPLE = 8  # of padded lengths, so that masks are aligned and no kernel has to copy them
+
+
+class Peer(NamedTuple):
+    """Another way to run the same weights."""
+
+    title: str
+    build: Callable[[Subject], Contender]  # raises Unavailable
+
+
+def reference_options(subject: Subject) -> dict[str, Any]:
+    """Return what lets the reference take grids that its positions were not learned for."""
+    asked = subject.model.resizes and subject.model.encoder.family.reference.interpolates
+    return {"interpolate_pos_encoding": True} if asked else {}
+
+
+def batch(subject: Subject, members: list[int]) -> Call:
+    """Return one forward of images that share a grid."""
+    looking, options = tower(subject.model.reference), reference_options(subject)
+    _, rows, columns = subject.workload.grid[members[0]]
+    each = [inputs(looking, subject.images[image], rows, columns) for image in members]
+    given: dict[str, Any] = {name: torch.cat([one[name] for one in each]) for name in each[0]}
+    if "pixel_attention_mask" in given:
+        given["pixel_attention_mask"] = None  # nothing is padded, and a mask costs
+    places = torch.stack([subject.rows[image] for image in members])
+    prefix = places.new_full((len(members), subject.model.config.prefix), -1)
+    return Call(
+        lambda: looking(**given, **options).last_hidden_state, torch.cat([prefix, places], 1)
+    )
+
+
+def one_by_one(subject: Subject) -> Contender:
+    """transformers, as its examples are written."""
+    calls = [batch(subject, [image]) for image in range(len(subject.images))]
+    return Contender(calls, subject.model.reference)
+
+
+def grouped(subject: Subject) -> Contender:
+    """transformers on batches of images that share a grid."""
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for image, grid in enumerate(subject.workload.grid):
+        groups.setdefault(grid, []).append(image)
+    if len(groups) == len(subject.images):
+        raise Unavailable("no two images share a grid, so it is one by one")
+    calls = [batch(subject, members) for members in groups.values()]
+    return Contender(calls, subject.model.reference)
+
+
+class Padded(NamedTuple):
+    """All images side by side, padded to the longest. Shapes: [N, L, P], and [N, L] twice."""
+
+    patches: Tensor
+    real: Tensor  # bool
+    rows: Tensor  # which row of the pack, or -1
+
+
+def pad(subject: Subject) -> Padded:
+    """Pad images to the longest, and to a multiple of `MULTIPLE`.
+
+    Raises: Unavailable where there is nothing to pad.
+    """
+    if len(set(subject.workload.lengths)) == 1:
+        raise Unavailable("all images are of one length, so nothing is padded")
+    patches = pad_sequence(list(subject.images), batch_first=True)
+    rows = pad_sequence(list(subject.rows), batch_first=True, padding_value=-1)
+    more = -patches.shape[1] % MULTIPLE
+    patches = torch.nn.functional.pad(patches, (0, 0, 0, more))
+    rows = torch.nn.functional.pad(rows, (0, more), value=-1)
+    return Padded(patches, rows >= 0, rows)
+
+
+def padded_forward(subject: Subject) -> tuple[Callable[[], Tensor], Tensor]:
+    """Return the padded forward of whichever family has one, and its rows."""
+    looking, padded = tower(subject.model.reference), pad(subject)
+    kind = type(looking).__name__
+    if kind.startswith("Siglip2"):
+        shapes = subject.grid_thw[:, 1:]
+        return lambda: looking(padded.patches, padded.real, shapes).last_hidden_state, padded.rows
+    if kind.startswith("Aimv2") and isinstance(subject.model.config.positions, SinCos):
+        return padded_aimv2(subject, looking, padded), padded.rows
+    raise Unavailable(f"{kind} takes no mask")
+
+
+def padded_aimv2(subject: Subject, looking: Any, padded: Padded) -> Callable[[], Tensor]:
+    """AIMv2's own layers on padded tokens: transformers masks them, but embeds images of one size.
+
+    Its convolution is the linear layer that it is, and positions are made beforehand, both in the
+    peer's favour.
+    """
+    config, embeddings = subject.model.config, looking.embeddings
+    convolution = embeddings.patch_embed
+    assert isinstance(config.positions, SinCos)
+    places = PatchPlaces.from_grid(subject.workload.grid)
+    side = int(max(places.rows.max(), places.columns.max()))
+    like = padded.patches
+    axis = sine_cosine_axis(config.positions, side, config.width, like.device, like.dtype)
+    flat = sine_cosine(axis, places)
+    positions = flat[padded.rows.clamp(min=0)]
+    mask = padded.real[:, None, None, :].expand(-1, 1, padded.real.shape[1], -1)
+
+    def run() -> Tensor:
+        weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
+        tokens = torch.nn.functional.linear(padded.patches, weight, convolution.bias)
+        tokens = embeddings.rms_norm(tokens) + positions
+        encoded = looking.encoder(inputs_embeds=tokens, attention_mask=mask)
+        return looking.rms_norm(encoded.last_hidden_state)
+
+    return run
+
+
+def padded(subject: Subject) -> Contender:
+    """transformers on one padded batch with a mask."""
+    run, rows = padded_forward(subject)
+    return Contender([Call(run, rows)], subject.model.reference)
+
+
+def compile_it(subject: Subject, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Compile a forward, if there is the time. Raises: Unavailable."""
+    if not subject.compiled:
+        raise Unavailable("compilation takes a while: ask for it with --compiled")
+    return torch.compile(run)
+
+
+def padded_compiled(subject: Subject) -> Contender:
+    """The same, compiled; one batch of equal images where nothing is padded."""
+    if len(set(subject.workload.grid)) == 1:
+        run, rows = batch(subject, list(range(len(subject.images))))
+    else:
+        run, rows = padded_forward(subject)
+    return Contender([Call(compile_it(subject, run), rows)], subject.model.reference)
+
+
+def timm(subject: Subject) -> Contender:
+    """timm's NaFlexVit on one padded batch with a mask."""
+    run, rows, model = timm_forward(subject)
+    return Contender([Call(run, rows)], model)
+
+
+def timm_compiled(subject: Subject) -> Contender:
+    """The same, compiled."""
+    run, rows, model = timm_forward(subject)
+    return Contender([Call(compile_it(subject, run), rows)], model)
+
+
+def timm_forward(subject: Subject) -> tuple[Callable[[], Tensor], Tensor, Any]:
+    """Return NaFlexVit's forward, its rows, and the model with SigLIP2's weights.
+
+    Raises: Unavailable without timm, and for families that NaFlexVit cannot express.
+    """
+    config = subject.model.config
+    if not isinstance(config.positions, Table) or config.gated or config.prefix:
+        raise Unavailable("NaFlexVit cannot express this family: it has no such positions or MLP")
+    if find_spec("timm") is None:
+        raise Unavailable("timm is not installed; pip install 'packvit[bench]'")
+    from timm.models.naflexvit import (  # pyright: ignore[reportMissingImports] # needs torchvision
+        NaFlexVit,
+        NaFlexVitCfg,
+    )
+
+    side = (config.positions.rows, config.positions.columns)
+    model = NaFlexVit(
+        NaFlexVitCfg(
+            patch_size=config.patch,
+            embed_dim=config.width,
+            depth=config.layers,
+            num_heads=config.heads,
+            mlp_ratio=(config.mlp_width + 0.5) / config.width,  # which timm rounds down
+            act_layer="gelu_tanh",
+            global_pool="",
+            pos_embed_grid_size=side,
+            pos_embed_interp_mode="bilinear",
+        ),
+        num_classes=0,
+    )
+    model.load_state_dict(timm_weights(tower(subject.model.reference), side, config.layers))
+    model = model.eval().to(subject.patches)
+    try:
+        padded = pad(subject)
+    except Unavailable:  # equal lengths: a batch of which every patch is real
+        rows = torch.stack(list(subject.rows))
+        padded = Padded(torch.stack(list(subject.images)), rows >= 0, rows)
+    places = torch.zeros(*padded.rows.shape, 2, dtype=torch.int64)
+    for row, (_, rows, columns) in zip(places, subject.workload.grid, strict=True):
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        row[: rows * columns] = torch.stack([y, x], -1).flatten(0, 1)
+    places = places.to(padded.patches.device)
+
+    def run() -> Tensor:
+        return model.forward_features(padded.patches, places, padded.real)["patches"]
+
+    return run, padded.rows, model
+
+
+TIMM_NAMES = {  # of a block: timm's to transformers', side by side where timm has one matrix
+    "norm1": ("layer_norm1",),
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.proj": ("self_attn.out_proj",),
+    "norm2": ("layer_norm2",),
+    "mlp.fc1": ("mlp.fc1",),
+    "mlp.fc2": ("mlp.fc2",),
+}
+
+
+def timm_weights(looking: Any, side: tuple[int, int], layers: int) -> dict[str, Tensor]:
+    """Return the weights of transformers' SigLIP2 under timm's names."""
+    theirs = looking.state_dict()
+    named = {"embeds.pos_embed": theirs["embeddings.position_embedding.weight"].view(1, *side, -1)}
+    for kind in ("weight", "bias"):
+        named[f"embeds.proj.{kind}"] = theirs[f"embeddings.patch_embedding.{kind}"]
+        named[f"norm.{kind}"] = theirs[f"post_layernorm.{kind}"]
+        for layer in range(layers):
+            for name, parts in TIMM_NAMES.items():
+                found = [theirs[f"encoder.layers.{layer}.{part}.{kind}"] for part in parts]
+                named[f"blocks.{layer}.{name}.{kind}"] = torch.cat(found)
+    return named
+
+
+BASELINE = "transformers, one by one"
+PEERS = (
+    Peer(BASELINE, one_by_one),
+    Peer("transformers, grouped by equal grid", grouped),
+    Peer("transformers, padded", padded),
+    Peer("transformers, padded, compiled", padded_compiled),
+    Peer("timm NaFlexVit, padded", timm),
+    Peer("timm NaFlexVit, padded, compiled", timm_compiled),
+)

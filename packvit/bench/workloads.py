@@ -1,0 +1,74 @@
+"""What is run: the grids of a workload, and how many operations an encoder spends on them."""
+
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from packvit.bench import SEED, WORKLOADS
+from packvit.config import EncoderConfig
+from packvit.packed import Grid, sequence_lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One pack."""
+
+    name: str
+    title: str
+    grid: Grid
+    scaled_down: bool  # smaller than the workload of that name on a GPU
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Patches of each image."""
+        return sequence_lengths(self.grid)
+
+
+def mixed_sizes(images: int, fewest: int, most: int, *, seed: int = SEED) -> Grid:
+    """Draw images of `fewest` to `most` patches at aspect ratios of 0.5 to 2."""
+    draw = random.Random(seed)
+    grid: list[tuple[int, int, int]] = []
+    while len(grid) < images:
+        area, aspect = draw.uniform(fewest, most), 2 ** draw.uniform(-1, 1)
+        rows, columns = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if fewest <= rows * columns <= most:
+            grid.append((1, rows, columns))
+    return tuple(grid)
+
+
+def workload(name: str, *, small: bool) -> Workload:
+    """Return a workload by its name; `small` is what two cores do in a second or so."""
+    full = {
+        "mixed": lambda: mixed_sizes(52, 240, 1008),  # 33,739 patches
+        "tiny-images": lambda: mixed_sizes(2048, 4, 16),
+        "huge": lambda: ((1, 128, 128),),
+        "equal": lambda: ((1, 16, 16),) * 64,
+        "small": lambda: ((1, 16, 16),) * 8,
+    }
+    reduced = {
+        "mixed": lambda: mixed_sizes(12, 16, 144),
+        "tiny-images": lambda: mixed_sizes(64, 4, 16),
+        "huge": lambda: ((1, 24, 32),),
+        "equal": lambda: ((1, 16, 8),) * 8,
+        "small": lambda: ((1, 8, 8),) * 4,
+    }
+    return Workload(name, WORKLOADS[name], (reduced if small else full)[name](), small)
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one pass: two for every multiplication and addition."""
+
+    forward: float
+    backward: float  # of all weights; patches need no gradient, and nothing is computed twice
+
+
+def encoder_flops(config: EncoderConfig, grid: Grid) -> Flops:
+    """Return what an encoder spends on matmuls and attention, its pooling head left out."""
+    lengths = sequence_lengths(grid, config.prefix)
+    patches = sum(sequence_lengths(grid))
+    width, matrices = config.width, 3 if config.gated else 2
+    embedding = 2.0 * patches * config.patch_dim * width
+    linear = 2.0 * sum(lengths) * (4 * width**2 + matrices * width * config.mlp_width)
+    attention = 4.0 * width * sum(length**2 for length in lengths)
+    blocks = config.layers * (linear + attention)
+    return Flops(embedding + blocks, embedding + 2 * blocks)

@@ -1,0 +1,138 @@
+"""`packvit pca`: pictures of the features of photographs."""
+
+from typing import Any
+
+import click
+
+from packvit.cli.embed import COUNT, DONE_WITH_ERRORS, printable
+from packvit.cli.progress import show_progress
+from packvit.corpus import WriteError, WrongUse
+from packvit.images import CODES
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("photos", nargs=-1, required=True)
+@click.option("--out", required=True, help="The picture to write: .png, .jpg or .webp.")
+@click.option("--model", help="A checkpoint's name on the hub, or its folder.")
+@click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
+@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@click.option(
+    "--positions",
+    type=click.Choice(["checkpoint", "interpolate"]),
+    default="checkpoint",
+    help="Whether learned positions are resized for grids that they were not made for.",
+)
+@click.option(
+    "--resize",
+    type=click.Choice(["checkpoint", "native"]),
+    help="As the checkpoint's own preprocessing, or keeping size and aspect ratio; "
+    "checkpoint where it defines a size.",
+)
+@click.option("--max-patches", type=COUNT, help="Shrink larger images to so many patches.")
+@click.option("--layer", type=int, help="Draw the tokens leaving this layer; -1 is the last.")
+@click.option("--per-image", is_flag=True, help="Give every photograph a PCA of its own.")
+@click.option(
+    "--background",
+    type=click.Choice(["keep", "remove"]),
+    default="keep",
+    help="Whether to leave out the side of the first component that the photographs' rims are on.",
+)
+@click.option("--overlay", is_flag=True, help="Lay the colours over the photograph.")
+@click.option(
+    "--similar-to",
+    metavar="PHOTO:ROW,COLUMN",
+    help="Draw the cosine of this patch of one of PHOTOS to every patch, in place of a PCA.",
+)
+@click.option(
+    "--neighbours",
+    metavar="FOLDER",
+    help="Draw each photograph's nearest neighbours in this feature folder, in place of a PCA.",
+)
+@click.option("--root", default=".", help="Where the photographs of the feature folder lie.")
+@click.option("--count", type=COUNT, default=6, help="How many neighbours.")
+@click.option(
+    "--width", type=click.IntRange(600, 1600), default=1600, help="Pixels across the picture."
+)
+@click.pass_context
+def pca(
+    context: click.Context,
+    photos: tuple[str, ...],
+    out: str,
+    model: str | None,
+    revision: str | None,
+    device: str | None,
+    positions: Any,  # click has checked the words of these three
+    resize: Any,
+    max_patches: int | None,
+    layer: int | None,
+    per_image: bool,
+    background: Any,
+    overlay: bool,
+    similar_to: str | None,
+    neighbours: str | None,
+    root: str,
+    count: int,
+    width: int,
+) -> None:
+    """Draw what an encoder sees in PHOTOS, folders and files, as one picture.
+
+    Every patch is coloured by the first three components of one PCA over all photographs, so that
+    equal colours mean equal things; signs and scale are fixed. A photograph that cannot be read is
+    named on stderr and left out; the exit code is then 3.
+
+    \b
+    Examples:
+      packvit pca photos --out pca.png
+      packvit pca cat.jpg dog.jpg --out pca.png --background remove --layer -2
+      packvit pca cat.jpg dog.jpg --out like.png --similar-to cat.jpg:12,20
+      packvit pca cat.jpg --out near.png --neighbours features --root photos
+    """
+    if model is None and neighbours is None:
+        click.echo('No --model was given, so "tiny" runs, which packvit brings.', err=True)
+    with show_progress() as meter:
+        # torch is imported here, and Ctrl-C is heeded while it is.
+        from packvit.checkpoints import CheckpointError
+        from packvit.pictures.job import draw
+
+        try:
+            drawn = draw(
+                photos,
+                out=out,
+                model=model,
+                revision=revision,
+                device=device,
+                positions=positions,
+                resize=resize,
+                max_patches=max_patches,
+                layer=layer,
+                per_image=per_image,
+                background=background,
+                overlay=overlay,
+                similar_to=similar_to,
+                neighbours=neighbours,
+                root=root,
+                count=count,
+                width=width,
+                progress=meter.tell,
+            )
+        except WrongUse as error:
+            raise click.UsageError(str(error)) from error
+        except (CheckpointError, ImportError, WriteError) as error:
+            raise click.ClickException(str(error)) from error
+    for row in drawn.errors:
+        why = CODES[row.status] + (f" ({row.note})" if row.note else "")
+        click.echo(f"{printable(row.id)}: {row.status}: {why}", err=True)
+    if drawn.lost:
+        click.echo(
+            f"{len(drawn.lost)} of the neighbours, for example {printable(drawn.lost[0])}, cannot "
+            f"be read under {root} and are blank. Name their folder with --root.",
+            err=True,
+        )
+    if not drawn.photographs:
+        raise click.ClickException(
+            f"None of the {len(drawn.errors)} photographs can be drawn, so {out} was not written."
+        )
+    plural = "" if drawn.photographs == 1 else "s"
+    width, height = drawn.size
+    click.echo(f"{out}: {drawn.photographs} photograph{plural}, {width} x {height} pixels")
+    context.exit(DONE_WITH_ERRORS if drawn.errors else 0)

@@ -1,0 +1,94 @@
+"""A decode worker: a process that turns inputs into patches, and never imports torch.
+
+`python -m packvit.corpus.worker DESCRIPTOR` is started by `processes.py` and talks with it through
+a socket: a greeting; then for each task the pixels of its header, to be admitted, and its result.
+An error that the header shows, or an earlier one, is a result at once.
+"""
+
+import fcntl
+import os
+import pickle
+import signal
+import socket
+import sys
+import traceback
+from typing import Any
+
+LENGTH = 8  # bytes that say how long a message is
+
+
+def send(link: socket.socket, message: object) -> None:
+    """Send a message whole."""
+    data = pickle.dumps(message)
+    link.sendall(len(data).to_bytes(LENGTH, "big") + data)
+
+
+def receive(link: socket.socket) -> Any:
+    """Return the next message.
+
+    Raises: EOFError if the other side has gone; TimeoutError where `link` has a time limit.
+    """
+    length = int.from_bytes(receive_into(link, bytearray(LENGTH)), "big")
+    return pickle.loads(receive_into(link, bytearray(length)))
+
+
+def receive_into(link: socket.socket, buffer: bytearray | memoryview) -> bytearray | memoryview:
+    """Fill a buffer with the bytes that come next, and return it."""
+    view, filled = memoryview(buffer), 0
+    while filled < len(view):
+        count = link.recv_into(view[filled:])
+        if not count:
+            raise EOFError
+        filled += count
+    return buffer
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process, whatever it does then, once the parent has gone.
+
+    The parent holds the other end of stdin and writes nothing. An idle worker needs none of this:
+    it finds its socket closed.
+    """
+    if hasattr(fcntl, "F_SETSIG"):  # Linux; elsewhere a worker finishes its image first
+        fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def main() -> None:
+    """Serve tasks until the other side has gone."""
+    die_with_parent()
+    from PIL import AvifImagePlugin
+
+    from packvit.corpus.preparing import prepare  # slow: by now this process cannot be orphaned
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the other CPUs have workers of their own
+    link = socket.socket(fileno=int(sys.argv[1]))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of bad images
+
+    def admit(pixels: int) -> None:
+        send(link, pixels)
+        receive(link)
+
+    try:
+        send(link, "ready")
+        while True:
+            source, recipe = receive(link)
+            try:
+                prepared = prepare(source, recipe, admit)
+            except (EOFError, ConnectionError):
+                raise
+            except Exception:  # a fault of ours: told where it can be seen
+                send(link, traceback.format_exc())
+                continue
+            patches = prepared.patches
+            send(link, (prepared.row, None if patches is None else patches.shape))
+            if patches is not None:
+                link.sendall(patches.data)
+            del prepared, patches  # before the next image takes memory
+    except (EOFError, ConnectionError):
+        pass
+
+
+if __name__ == "__main__":
+    main()

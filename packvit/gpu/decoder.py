@@ -1,0 +1,358 @@
+"""JPEGs to patches on the device: nvJPEG for the planes, then three launches for all images.
+
+    decoder = JpegDecoder(encoder.images, encoder.patch_order, device)
+    decoded = decoder.decode(files, plans)
+
+The files and plans come from `jpeg.plan_jpeg`, which runs wherever the bytes are read.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from importlib.util import find_spec
+from itertools import accumulate
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from packvit.config import ImageConfig, PatchOrder
+from packvit.gpu.jpeg import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, JpegPlan
+from packvit.gpu.nvjpeg import NvJpeg, NvJpegError, Plane
+from packvit.gpu.resampling import rows_first, windows
+from packvit.gpu.twins import resize
+from packvit.sizes import SizePlan
+
+PIXELS_AT_ONCE = 128 << 20  # decoded between two launches: 1 GB of planes, RGB and half-resized
+ALIGNMENT = 256  # bytes, of each plane and of each of its rows: whole lines of memory
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The patches of all images, and the places of those that nvJPEG would not decode.
+
+    The rows of the latter are zeros, to be filled by Pillow's path.
+
+    Shapes: patches uint8 [T, P], on the device.
+    """
+
+    patches: UInt8[Tensor, "T P"]
+    failed: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Upright:
+    """What upright_kernel is told of an image; sizes are as stored, places count bytes."""
+
+    height: int
+    width: int
+    swapped: bool
+    flipped_rows: bool
+    flipped_columns: bool
+    luma: int
+    blue: int
+    red: int
+    luma_pitch: int
+    chroma_pitch: int
+    across: int
+    down: int
+    chroma_columns: int
+    chroma_rows: int
+    out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What pass_kernel is told of an image: the size that comes out, and how to walk the source."""
+
+    height: int
+    width: int
+    step: int
+    other: int
+    last: int
+    plane: int
+    across: bool
+    taps: int
+    starts: int
+    weights: int
+    source: int
+    out: int
+
+
+class JpegDecoder:
+    """Decodes, resizes and cuts packs of JPEGs on one device, from one thread.
+
+    It works on a stream of high priority of its own, so that small kernels need not queue behind an
+    encoder's large ones. Make it where the encoder runs, whose stream will read the patches; call
+    it from a thread of its own, so that the next pack is decoded while this one is encoded.
+
+    Raises: ImportError if nvJPEG or Triton is not there, with what to install; RuntimeError if the
+    device has no JPEG engine, or the installed Pillow does not resize as we do.
+    """
+
+    def __init__(
+        self,
+        images: ImageConfig,
+        patch_order: PatchOrder,
+        device: torch.device,
+    ) -> None:
+        if device.type != "cuda":
+            raise RuntimeError(
+                f"Decoding on the GPU needs a CUDA device, but the encoder is on {device}. Move it "
+                "with .to(), or decode with pil."
+            )
+        if find_spec("triton") is None:
+            raise ImportError(
+                "Triton, which resizes on the GPU, was not found; it comes with torch for CUDA. "
+                "Install: pip install triton"
+            )
+        check_pillow()
+        self.images: ImageConfig = images
+        self.patch_order: PatchOrder = patch_order
+        self.device = device
+        with torch.cuda.device(device):
+            self.consumer = torch.cuda.current_stream()
+            self.stream = torch.cuda.Stream(priority=-1)
+            self._nvjpeg = _engine(device)
+
+    def decode(self, files: Sequence[bytes], plans: Sequence[JpegPlan]) -> Decoded:
+        """Return the patches of `files`, laid end to end in their order, once they are there."""
+        starts = list(accumulate((plan.patches for plan in plans), initial=0))
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            width = 3 * self.images.patch**2
+            patches = torch.empty(starts[-1], width, dtype=torch.uint8, device=self.device)
+            failed: list[int] = []
+            for first, end in groups(plans):
+                missing = self._decode_group(
+                    files[first:end], plans[first:end], patches[starts[first] : starts[end]]
+                )
+                failed += [first + place for place in missing]
+            for place in failed:
+                patches[starts[place] : starts[place + 1]] = 0
+            patches.record_stream(self.consumer)
+            self.stream.synchronize()  # of this thread alone; files may go, patches are there
+        return Decoded(patches, tuple(failed))
+
+    def _decode_group(
+        self, files: Sequence[bytes], plans: Sequence[JpegPlan], out: Tensor
+    ) -> list[int]:
+        layout, size = lay_out(plans)
+        # Zeros: what nvJPEG leaves out of a damaged file must not be another image's pixels.
+        planes = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        failed = self._decode_planes(files, plans, planes, layout)
+        planes_to_patches(planes, layout, plans, self.images, self.patch_order, out)
+        return failed
+
+    def _decode_planes(
+        self,
+        files: Sequence[bytes],
+        plans: Sequence[JpegPlan],
+        planes: Tensor,
+        layout: Sequence[Sequence[Plane]],
+    ) -> list[int]:
+        """Run nvJPEG over all files at once, or one by one if it takes offence at any."""
+        lengths = [plan.jpeg.length for plan in plans]
+        base, stream = planes.data_ptr(), self.stream.cuda_stream
+        places = [[(base + start, pitch) for start, pitch in ours] for ours in layout]
+        try:
+            self._nvjpeg.decode(files, lengths, places, stream)
+            self.stream.synchronize()
+            return []
+        except NvJpegError:
+            failed = []
+        for place, file in enumerate(files):
+            try:
+                self.stream.synchronize()
+                self._nvjpeg.decode([file], [lengths[place]], [places[place]], stream)
+            except NvJpegError:
+                failed.append(place)
+        return failed
+
+
+def planes_to_patches(
+    planes: Tensor,
+    layout: Sequence[Sequence[Plane]],
+    plans: Sequence[JpegPlan],
+    images: ImageConfig,
+    order: PatchOrder,
+    out: Tensor,
+) -> None:
+    """Launch the three kernels on the current stream: upright RGB, first pass, second pass.
+
+    Shapes: planes uint8, laid out by `lay_out`; out uint8 [T, P].
+    """
+    from packvit.gpu.kernels import TILE, pass_kernel, upright_kernel
+
+    upright, first, second, table = _facts(layout, plans, images)
+    sizes = (upright, first, second)
+    rows = [np.array([astuple(row) for row in part], np.int64) for part in sizes]
+    flat = [row.ravel().view(np.int32) for row in rows]
+    sent = torch.from_numpy(np.concatenate([*flat, table]))
+    if planes.is_cuda:
+        sent = sent.pin_memory().to(planes.device, non_blocking=True)
+    facts = sent[: sum(map(len, flat))].view(torch.int64)
+    facts = facts.split([row.size for row in rows])
+    weights = sent[sum(map(len, flat)) :]
+
+    def grid(part: np.ndarray) -> tuple[int, int]:
+        return -(-int((part[:, 0] * part[:, 1]).max()) // TILE), len(part)
+
+    rgb = planes.new_empty(sum(3 * row.height * row.width for row in upright))
+    half = planes.new_empty(sum(3 * row.height * row.width for row in first))
+    launch = upright_kernel[grid(rows[0])]  # pyright: ignore[reportIndexIssue] # Triton's launch
+    launch(facts[0], planes, rgb, fields=len(fields(Upright)), tile=TILE)
+    width = len(fields(Pass))
+    launch = pass_kernel[grid(rows[1])]  # pyright: ignore[reportIndexIssue]
+    launch(facts[1], weights, rgb, half, fields=width, tile=TILE, side=0, whole=False)
+    launch = pass_kernel[grid(rows[2])]  # pyright: ignore[reportIndexIssue]
+    whole = order == "chw"
+    side = images.patch
+    launch(facts[2], weights, half, out, fields=width, tile=TILE, side=side, whole=whole)
+
+
+def lay_out(plans: Sequence[JpegPlan]) -> tuple[list[list[Plane]], int]:
+    """Return where each image's planes begin and their pitches, and how many bytes all take."""
+    place = 0
+    layout = []
+    for plan in plans:
+        sizes = [(plan.jpeg.height, plan.jpeg.width)]
+        sizes += [plan.jpeg.chroma] * (0 if plan.jpeg.sampling is None else 2)
+        ours: list[Plane] = []
+        for height, width in sizes:
+            pitch = -(-width // ALIGNMENT) * ALIGNMENT
+            ours.append((place, pitch))
+            place += height * pitch
+        layout.append(ours)
+    return layout, place
+
+
+def _facts(
+    layout: Sequence[Sequence[Plane]], plans: Sequence[JpegPlan], images: ImageConfig
+) -> tuple[list[Upright], list[Pass], list[Pass], np.ndarray]:
+    """Return a row for each image and kernel, and the windows that the passes' rows point into."""
+    upright: list[Upright] = []
+    passes: tuple[list[Pass], list[Pass]] = [], []
+    table: list[np.ndarray] = []
+    known: dict[tuple[int, int, int, int], tuple[int, int, int]] = {}
+    length = rgb = half = out = 0
+
+    def place(before: int, after: int, skipped: int, kept: int) -> tuple[int, int, int]:
+        """Return where starts and weights are in the table, and the taps of each window."""
+        nonlocal length
+        key = (before, after, skipped, kept)
+        if key not in known:
+            found = windows(before, after, images.resample)
+            starts = found.starts[skipped : skipped + kept]
+            weights = found.weights[skipped : skipped + kept]
+            table.extend((starts, weights.ravel()))
+            known[key] = length, length + kept, weights.shape[1]
+            length += kept + weights.size
+        return known[key]
+
+    for plan, planes in zip(plans, layout, strict=True):
+        jpeg, size = plan.jpeg, plan.size
+        upright.append(_upright(plan, planes, rgb))
+        height, width = jpeg.upright
+        top, left = size.crop[:2] if size.crop else (0, 0)
+        rows, columns = size.rows * images.patch, size.columns * images.patch
+        down = place(height, size.height, top, rows)
+        across = place(width, size.width, left, columns)
+        kept = (rows, columns)
+        if rows_first((height, width), (size.height, size.width)):
+            between = (height, columns)
+            order = ((True, across), (False, down))
+        else:
+            between = (rows, width)
+            order = ((False, down), (True, across))
+        before, source = (height, width), rgb
+        for number, (is_across, (starts, weights, taps)) in enumerate(order):
+            after, to = ((between, half), (kept, out))[number]
+            step, other = (1, before[1]) if is_across else (before[1], 1)
+            last = before[is_across] - 1
+            passes[number].append(
+                Pass(
+                    *after,
+                    step=step,
+                    other=other,
+                    last=last,
+                    plane=before[0] * before[1],
+                    across=is_across,
+                    taps=taps,
+                    starts=starts,
+                    weights=weights,
+                    source=source,
+                    out=to,
+                )
+            )
+            before, source = after, to
+        rgb += 3 * height * width
+        half += 3 * between[0] * between[1]
+        out += 3 * rows * columns
+    return upright, *passes, np.concatenate(table)
+
+
+def _upright(plan: JpegPlan, planes: Sequence[Plane], out: int) -> Upright:
+    jpeg = plan.jpeg
+    across, down = jpeg.sampling or (0, 0)
+    (luma, luma_pitch), blue, red = (*planes, (0, 0), (0, 0))[:3]
+    return Upright(
+        jpeg.height,
+        jpeg.width,
+        swapped=jpeg.turn in TRANSPOSED,
+        flipped_rows=jpeg.turn in FLIPPED_ROWS,
+        flipped_columns=jpeg.turn in FLIPPED_COLUMNS,
+        luma=luma,
+        blue=blue[0],
+        red=red[0],
+        luma_pitch=luma_pitch,
+        chroma_pitch=blue[1],
+        across=across,
+        down=down,
+        chroma_columns=jpeg.chroma[1],
+        chroma_rows=jpeg.chroma[0],
+        out=out,
+    )
+
+
+def groups(plans: Sequence[JpegPlan]) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of runs of images that share PIXELS_AT_ONCE; one alone may be larger."""
+    first = pixels = 0
+    for place, plan in enumerate(plans):
+        mine = plan.jpeg.height * plan.jpeg.width
+        if place > first and pixels + mine > PIXELS_AT_ONCE:
+            yield first, place
+            first, pixels = place, 0
+        pixels += mine
+    if first < len(plans):
+        yield first, len(plans)
+
+
+def _engine(device: torch.device) -> NvJpeg:
+    try:
+        return NvJpeg()
+    except NvJpegError as error:
+        raise RuntimeError(
+            f"nvJPEG cannot use a JPEG engine on {torch.cuda.get_device_name(device)} ({error}), "
+            "and only the engine gives Pillow's pixels. A100, H100, H200 and newer data centre "
+            "GPUs have one; on others, decode with pil."
+        ) from error
+
+
+def check_pillow() -> None:
+    """Resize a few pixels in both orders with Pillow and with our arithmetic.
+
+    The order of its passes has changed before (in 13.0), and may again.
+
+    Raises: RuntimeError if they differ.
+    """
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8)
+    for height, width in ((30, 20), (12, 50), (60, 9), (100, 30)):
+        ours = resize(pixels, SizePlan(height, width, None, 1, 1), "bicubic")
+        theirs = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        if not np.array_equal(ours, np.asarray(theirs)):
+            raise RuntimeError(
+                "Decoding on the GPU gives the same pixels as Pillow 13.0, but the installed "
+                "Pillow resizes in another way. Install: pip install 'packvit[gpu-decode]', or "
+                "decode with pil."
+            )

@@ -1,0 +1,200 @@
+"""All of `packvit pca`: from what was asked to a picture file.
+
+What cannot be done as asked is refused before the model is loaded, where that can be known.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from packvit.corpus import WriteError, WrongUse
+from packvit.corpus.inputs import Input, list_inputs
+from packvit.corpus.job import MOST_WORKERS, TRIAL_MODEL, count_cpus
+from packvit.corpus.progress import Tally, Tell
+from packvit.corpus.rows import Row
+from packvit.corpus.settings import Options, load_encoder
+from packvit.encoder import GridPolicy
+from packvit.pictures.maps import Background, pca_sheet, similarity_sheet
+from packvit.pictures.neighbours import (
+    COUNT,
+    check_model,
+    neighbour_sheet,
+    open_folder,
+    options_of,
+)
+from packvit.pictures.sheet import WIDTH
+from packvit.pictures.tokens import NothingToDraw, read_photographs
+from packvit.sizes import Resize
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+QUALITY = 90  # of a JPEG or WebP, with colour at full resolution: patches keep their edges
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What became of a picture: what is on it, what could not be, and its (width, height)."""
+
+    photographs: int
+    errors: list[Row]
+    lost: list[str]  # neighbours that no file was found for
+    size: tuple[int, int]
+
+
+def draw(
+    photos: Sequence[str],
+    *,
+    out: str,
+    model: str | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    positions: GridPolicy = "checkpoint",
+    resize: Resize | None = None,
+    max_patches: int | None = None,
+    layer: int | None = None,
+    per_image: bool = False,
+    background: Background = "keep",
+    overlay: bool = False,
+    similar_to: str | None = None,
+    neighbours: str | None = None,
+    root: str = ".",
+    count: int = COUNT,
+    width: int = WIDTH,
+    progress: Tell | None = None,
+) -> Drawn:
+    """Write a picture of photographs to `out`, unless none of them can be used.
+
+    `neighbours` takes the model, and how photographs are resized, from that feature folder.
+
+    Raises: WrongUse for what cannot be done as asked; CheckpointError; WriteError.
+    """
+    check_together(
+        {
+            "--similar-to": similar_to is not None,
+            "--neighbours": neighbours is not None,
+            "--per-image": per_image,
+            "--background remove": background == "remove",
+            "--layer": layer is not None,
+            "--overlay": overlay,
+            "--resize": resize is not None,
+            "--max-patches": max_patches is not None,
+            "--positions interpolate": positions == "interpolate",
+        }
+    )
+    inputs = list(list_inputs(photos))
+    target = check_out(out, inputs)
+    patch = find_patch(inputs, similar_to) if similar_to is not None else None
+    options = Options(resize=resize, max_patches=max_patches)
+    folder = Path(neighbours) if neighbours is not None else None
+    manifest = open_folder(folder) if folder else {}
+    if folder:
+        model, revision = model or manifest["model"], revision or manifest["revision"]
+        options, positions = options_of(manifest), manifest["positions"]
+    encoder = load_encoder(model or TRIAL_MODEL, device, None, "auto", revision, positions)
+    if folder:
+        check_model(encoder, manifest, folder)
+    tally = Tally(len(inputs), progress)
+    options = replace(options, workers=min(MOST_WORKERS, count_cpus()))
+    photographs = read_photographs(encoder, inputs, options, tally.settle, layer=layer)
+    lost: list[str] = []
+    try:
+        if folder:
+            sheet, lost = neighbour_sheet(photographs, folder, Path(root), count, width=width)
+        elif patch:
+            sheet = similarity_sheet(photographs, patch, overlay=overlay, width=width)
+        else:
+            sheet = pca_sheet(
+                photographs,
+                per_image=per_image,
+                background=background,
+                overlay=overlay,
+                width=width,
+            )
+    except NothingToDraw:
+        return Drawn(0, photographs.errors, lost, (0, 0))
+    write_picture(sheet, target)
+    return Drawn(len(photographs.usable), photographs.errors, lost, sheet.size)
+
+
+def check_together(asked: dict[str, bool]) -> None:
+    """Refuse options that say nothing beside each other.
+
+    Raises: WrongUse naming two of them.
+    """
+    idle = {
+        "--similar-to": ("--neighbours", "--per-image", "--background remove"),
+        "--neighbours": (
+            *("--per-image", "--background remove", "--layer", "--overlay"),
+            *("--resize", "--max-patches", "--positions interpolate"),
+        ),
+    }
+    for kind, others in idle.items():
+        for other in others:
+            if asked[kind] and asked[other]:
+                raise WrongUse(f"{other} has no meaning beside {kind}. Leave one of the two out.")
+
+
+def check_out(out: str, inputs: Sequence[Input]) -> Path:
+    """Return where the picture goes.
+
+    Raises: WrongUse if that is no picture's name, or would replace something else.
+    """
+    target = Path(out)
+    if target.suffix.lower() not in FORMATS:
+        raise WrongUse(f"--out is {out}, but must end in {', '.join(FORMATS)}.")
+    if not target.parent.is_dir():
+        raise WrongUse(f"--out is {out}, but there is no folder {target.parent}. Make it first.")
+    if not os.path.lexists(target):
+        return target
+    if any(one.error is None and os.path.samefile(one.path, target) for one in inputs):
+        raise WrongUse(f"--out is {out}, which is one of the photographs. Choose another name.")
+    try:
+        with Image.open(target):
+            return target
+    except (OSError, UnidentifiedImageError) as error:
+        raise WrongUse(f"{out} is there and is no picture. Choose another name.") from error
+
+
+def find_patch(inputs: Sequence[Input], named: str) -> tuple[int, int, int]:
+    """Return (place of the photograph, row, column) of PHOTO:ROW,COLUMN.
+
+    Raises: WrongUse if it is written otherwise, or is no photograph that was given.
+    """
+    photo, _, numbers = named.rpartition(":")
+    row, _, column = numbers.partition(",")
+    if not (photo and row.strip().isdecimal() and column.strip().isdecimal()):
+        raise WrongUse(
+            f'--similar-to is "{named}", but is written PHOTO:ROW,COLUMN, for example '
+            "cat.jpg:12,20, counted in patches from the upper left, from 0 on."
+        )
+    path = os.path.abspath(photo)
+    for place, one in enumerate(inputs):
+        if one.id == photo or os.path.abspath(one.path) == path:
+            return place, int(row), int(column)
+    raise WrongUse(f"--similar-to names {photo}, which is none of the {len(inputs)} photographs.")
+
+
+def write_picture(sheet: Image.Image, target: Path) -> None:
+    """Write a picture in the format of its name, whole or not at all.
+
+    Raises: WriteError if the disk does not take it.
+    """
+    kind, data = FORMATS[target.suffix.lower()], BytesIO()
+    if kind == "JPEG":
+        sheet.save(data, kind, quality=QUALITY, subsampling=0, optimize=True)
+    elif kind == "WEBP":
+        sheet.save(data, kind, quality=QUALITY)
+    else:
+        sheet.save(data, kind)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        try:
+            temporary.write_bytes(data.getvalue())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(f"{target} could not be written: {error.strerror}.") from error

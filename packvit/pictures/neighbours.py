@@ -1,0 +1,186 @@
+"""Photographs beside their nearest neighbours in a feature folder, as a contact sheet."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from packvit.corpus import WrongUse
+from packvit.corpus.folder import FORMAT, read_commits, read_manifest
+from packvit.corpus.settings import Options, digest_weights
+from packvit.encoder import Encoder, Source
+from packvit.images import ImageError, load_image
+from packvit.pictures.colours import BLANK
+from packvit.pictures.maps import count, short, unit
+from packvit.pictures.sheet import APART, WIDTH, Panel, draw_sheet
+from packvit.pictures.tokens import Photographs, take_photographs
+
+COUNT = 6
+BATCH = 4096  # rows of a part that are held at once: 16 MiB at a width of 1024
+THUMBNAIL = 480  # pixels a side at most
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A photograph of a feature folder, and the cosine of its vector to the query's."""
+
+    id: str
+    score: float
+
+
+def draw_neighbours(
+    encoder: Encoder,
+    images: Sequence[Source],
+    features: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] = ".",
+    neighbours: int = COUNT,
+) -> Image.Image:
+    """Return a contact sheet: each image, and beside it its nearest in the folder `features`.
+
+    Near is a large cosine of `pooled`. The images are resized as the folder's were. The folder
+    holds names; photographs are looked for under `root`, and are blank where they are not found.
+
+    Raises: ImageError as `draw_pca`; WrongUse if `features` is no feature folder, or one of another
+    model.
+    """
+    folder = Path(features)
+    manifest = open_folder(folder)
+    check_model(encoder, manifest, folder)
+    photographs = take_photographs(encoder, images, options_of(manifest))
+    sheet, _ = neighbour_sheet(photographs, folder, Path(root), neighbours)
+    photographs.refuse_errors()
+    return sheet
+
+
+def open_folder(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a feature folder.
+
+    Raises: WrongUse if it is none.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("format") != FORMAT:
+        raise WrongUse(
+            f"{folder} is no feature folder: it has no manifest.json of packvit's. "
+            "Name one that `packvit embed` wrote."
+        )
+    return manifest
+
+
+def options_of(manifest: dict[str, Any]) -> Options:
+    """Return the options by which the folder's photographs were prepared."""
+    asked = manifest["preprocessing"]
+    return Options(
+        resize=asked["resize"],
+        max_patches=asked["max_patches"],
+        max_pixels=asked["max_pixels"],
+        token_budget=manifest["token_budget"],
+    )
+
+
+def check_model(encoder: Encoder, manifest: dict[str, Any], folder: Path) -> None:
+    """Raise WrongUse unless the folder's features are of the encoder's weights."""
+    known = {digest_weights(encoder)}
+    if encoder.checkpoint:
+        known.add(encoder.checkpoint.sha256())
+    if manifest["weights_sha256"] not in known:
+        mine = encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__
+        raise WrongUse(
+            f'The features in {folder} are of the model "{manifest["model"]}", and the weights of '
+            f'"{mine}" are others. Cosines between the two mean nothing: leave the model out, or '
+            "embed the folder's photographs again."
+        )
+
+
+def neighbour_sheet(
+    photographs: Photographs, folder: Path, root: Path, neighbours: int, *, width: int = WIDTH
+) -> tuple[Image.Image, list[str]]:
+    """Return the contact sheet of photographs that were read, and the names it found no file of."""
+    queries = {place: one.pooled for place, one in photographs.encode()}
+    places = sorted(queries)
+    found, rows = nearest(np.stack([queries[place] for place in places]), folder, neighbours)
+    lost: list[str] = []
+    panels = [
+        Panel(
+            (
+                Image.fromarray(photographs.pixels(place)),
+                *(thumbnail(root, one.id, lost) for one in near),
+            ),
+            (
+                short(photographs, place),
+                *(f"{one.score:.3f}  {PurePath(one.id).name}" for one in near),
+            ),
+            after_first=APART,
+        )
+        for place, near in zip(places, found, strict=True)
+    ]
+    title = (
+        f"{photographs.source}: left, {count(len(places), 'photograph')}; right, the nearest of "
+        f"{rows:,} by the cosine of their vectors"
+    )
+    return draw_sheet(title, panels, one_a_line=True, width=width), lost
+
+
+def nearest(
+    queries: np.ndarray, folder: Path, neighbours: int
+) -> tuple[list[list[Neighbour]], int]:
+    """Return the nearest rows of a feature folder for each query, and how many rows there are.
+
+    Shapes: queries [N, D] -> N lists, the nearest first; of equals the earlier row.
+    Raises: WrongUse if no row has features, or if they are of another width.
+    """
+    wanted, rows = unit(queries), 0
+    best: list[list[Neighbour]] = [[] for _ in queries]
+    for ids, vectors in read_vectors(folder):
+        if vectors.shape[1] != queries.shape[1]:
+            raise WrongUse(
+                f"The vectors in {folder} have {vectors.shape[1]} numbers, and those of the "
+                f"photographs {queries.shape[1]}. Take the model that wrote the folder."
+            )
+        rows += len(ids)
+        for place, scores in enumerate(wanted @ unit(vectors).T):
+            top = np.argsort(-scores, kind="stable")[:neighbours]
+            merged = best[place] + [Neighbour(ids[i], float(scores[i])) for i in top]
+            best[place] = sorted(merged, key=lambda one: -one.score)[:neighbours]
+    if not rows:
+        raise WrongUse(f"{folder} holds no row with features. Is its job still at its beginning?")
+    return best, rows
+
+
+def read_vectors(folder: Path) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yield the ids and vectors [rows, D] of a feature folder, some at a time; no error rows.
+
+    The parts are those that the log vouches for.
+    """
+    for entry in read_commits(folder):
+        try:
+            with pq.ParquetFile(folder / entry.part, page_checksum_verification=True) as part:
+                columns = ["id", "status", "pooled"]
+                for batch in part.iter_batches(BATCH, columns=columns):
+                    good = batch.filter(pa.array(batch["status"].to_numpy(False) == "ok"))
+                    if len(good):
+                        vectors = good["pooled"].flatten().to_numpy()
+                        yield good["id"].to_pylist(), vectors.reshape(len(good), -1)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise WrongUse(
+                f"{folder / entry.part} is missing or damaged. `packvit check {folder}` says how "
+                "to mend it."
+            ) from error
+
+
+def thumbnail(root: Path, name: str, lost: list[str]) -> Image.Image:
+    """Return the photograph called `name` under `root`, or a blank that goes on the list `lost`."""
+    try:
+        image = load_image(root / name).image
+    except ImageError:
+        if name not in lost:
+            lost.append(name)
+        return Image.new("RGB", (THUMBNAIL, THUMBNAIL * 3 // 4), (BLANK,) * 3)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image

@@ -1,0 +1,207 @@
+"""The patch tokens of photographs, a pack at a time, as often as they are asked for.
+
+What is kept of a photograph is its pixels as the encoder sees them. Of the tokens only so many are
+kept, and the rest are computed again when they are wanted again: an exact PCA wants them twice.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from packvit.corpus import WrongUse
+from packvit.corpus.decoding import Decoders
+from packvit.corpus.encoding import encode_halved
+from packvit.corpus.inputs import Input
+from packvit.corpus.preparing import Prepared
+from packvit.corpus.rows import Row
+from packvit.corpus.settings import Options, check_options, fit_options
+from packvit.corpus.shard import recipe
+from packvit.encoder import Encoder, Source
+from packvit.images import ImageError, load_image
+from packvit.packing import plan_packs
+from packvit.preprocessing import to_patches
+
+KEPT = 65536  # tokens: 256 MiB at a width of 1024
+MOST = 140  # photographs of a sheet: at their tallest 62,000 pixels, and JPEG ends at 65,535
+
+# Called with the rows of photographs that were read or encoded since the last call.
+Watch = Callable[[Sequence[Row]], None]
+
+
+class NothingToDraw(ValueError):
+    """Every photograph is in error."""
+
+
+class Tokens(NamedTuple):
+    """What the encoder says of one photograph: tokens [rows * columns, D], pooled [D], float32."""
+
+    tokens: Float[np.ndarray, "T D"]
+    pooled: Float[np.ndarray, " D"]
+
+
+@dataclass(slots=True)
+class Photographs:
+    """Photographs, cut into patches, and the encoder that speaks about them.
+
+    `options` says what is asked of it: the tokens, or the tap of one layer.
+    """
+
+    encoder: Encoder
+    options: Options
+    prepared: list[Prepared]
+    watch: Watch
+    kept: dict[int, Tokens] = field(default_factory=dict)  # by place in `prepared`
+    told: set[int] = field(default_factory=set)  # the places that `watch` has heard of
+
+    @property
+    def usable(self) -> list[int]:
+        """The places of the photographs that are in no error so far."""
+        return [i for i, one in enumerate(self.prepared) if one.row.status == "ok"]
+
+    @property
+    def errors(self) -> list[Row]:
+        """The rows of the photographs that cannot be drawn."""
+        return [one.row for one in self.prepared if one.row.status != "ok"]
+
+    @property
+    def source(self) -> str:
+        """What the tokens are called in a title: the model, and the layer if one was chosen."""
+        checkpoint = self.encoder.checkpoint
+        name = checkpoint.name if checkpoint else type(self.encoder).__name__
+        return f"{name}, layer {self.options.taps[0]}" if self.options.taps else name
+
+    def refuse_errors(self) -> None:
+        """Raise the ImageError of the first photograph in error, for callers who asked for all."""
+        for index, one in enumerate(self.prepared):
+            if one.row.status != "ok":
+                raise ImageError(one.row.status, "encode", one.row.note, index)
+
+    def grid(self, place: int) -> tuple[int, int]:
+        """Return the rows and columns of a usable photograph, in patches."""
+        row = self.prepared[place].row
+        assert row.rows is not None
+        assert row.columns is not None
+        return row.rows, row.columns
+
+    def pixels(self, place: int) -> UInt8[np.ndarray, "height width 3"]:
+        """Return a usable photograph as the encoder sees it: resized, cropped, whole patches."""
+        patches, (rows, columns) = self.prepared[place].patches, self.grid(place)
+        assert patches is not None
+        side = self.encoder.config.patch
+        if self.encoder.patch_order == "hwc":
+            cut = patches.reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4)
+        else:
+            cut = patches.reshape(rows, columns, 3, side, side).transpose(0, 3, 1, 4, 2)
+        return cut.reshape(rows * side, columns * side, 3)
+
+    def encode(self) -> Iterator[tuple[int, Tokens]]:
+        """Yield the place and the tokens of every usable photograph, one forward a pack.
+
+        One whose tokens are not all finite becomes an error and is passed over.
+
+        Raises: NothingToDraw if no photograph is left.
+        """
+        todo = [place for place in self.usable if place not in self.kept]
+        yield from list(self.kept.items())
+        room = KEPT - sum(len(one.tokens) for one in self.kept.values())
+        budget = self.options.token_budget
+        # Where nothing bounds an image, one beyond the budget fills a pack by itself.
+        sizes = [min(self.grid(place)[0] * self.grid(place)[1], budget) for place in todo]
+        for pack in plan_packs(sizes, budget):
+            places = [todo[index] for index in pack]
+            images = [self.prepared[place] for place in places]
+            encoded, _, _ = encode_halved(self.encoder, images, self.options)
+            if rows := [encoded[i].row for i, j in enumerate(places) if j not in self.told]:
+                self.watch(rows)
+            self.told.update(places)
+            for place, one in zip(places, encoded, strict=True):
+                if one.row.status != "ok":
+                    self.prepared[place] = Prepared(one.row)
+                    continue
+                [tokens] = one.lists.values()
+                found = Tokens(tokens, one.pooled)
+                if len(tokens) <= room:
+                    # The arrays are views of the whole pack's.
+                    self.kept[place] = Tokens(tokens.copy(), one.pooled.copy())
+                    room -= len(tokens)
+                yield place, found
+        if not self.usable:
+            raise NothingToDraw("None of the photographs has features that are finite numbers.")
+
+    def maps(
+        self, function: Callable[[Float[np.ndarray, "T D"]], np.ndarray]
+    ) -> dict[int, np.ndarray]:
+        """Return what `function` makes of every photograph's tokens, [rows, columns, ...]."""
+        return {
+            place: (made := function(one.tokens)).reshape(*self.grid(place), *made.shape[1:])
+            for place, one in self.encode()
+        }
+
+
+def ask(encoder: Encoder, images: int, options: Options, layer: int | None) -> Options:
+    """Return options that ask for the tokens, or the tap of `layer`, and fit the encoder.
+
+    Raises: WrongUse if they do not fit, or if there are more images than a sheet takes, or none.
+    """
+    if not 1 <= images <= MOST:
+        raise WrongUse(
+            f"{images:,} photographs were given, but a picture takes 1 to {MOST}. "
+            "Name fewer at a time."
+        )
+    check_options(options)
+    wanted = replace(options, tokens=layer is None, dtype_out="float32")
+    return fit_options(encoder, wanted, () if layer is None else (layer,))
+
+
+def read_photographs(
+    encoder: Encoder,
+    inputs: Sequence[Input],
+    options: Options,
+    watch: Watch,
+    *,
+    layer: int | None = None,
+) -> Photographs:
+    """Read photographs as `packvit embed` does; one that cannot be used becomes an error.
+
+    Raises: WrongUse if the options do not fit the encoder.
+    """
+    options = ask(encoder, len(inputs), options, layer)
+    with Decoders(min(options.workers, len(inputs))) as decoders:
+        ahead = options.max_pixels  # none is left waiting: all are kept
+        prepared = list(decoders.prepare_all(inputs, recipe(encoder, options), ahead))
+    if bad := [one.row for one in prepared if one.patches is None]:
+        watch(bad)
+    return Photographs(encoder, options, prepared, watch)
+
+
+def take_photographs(
+    encoder: Encoder, images: Sequence[Source], options: Options, *, layer: int | None = None
+) -> Photographs:
+    """Cut images that a caller of the library holds: paths, PIL images or uint8 arrays.
+
+    Raises: ImageError with the index of the first that cannot be used; WrongUse as above.
+    """
+    options = ask(encoder, len(images), options, layer)
+    prepared = []
+    for index, source in enumerate(images):
+        try:
+            photo = load_image(source)
+            cut = to_patches(
+                photo.image,
+                encoder.images,
+                resize=options.resize,
+                max_patches=options.max_patches,
+                patch_order=encoder.patch_order,
+            )
+        except ImageError as error:
+            error.index = index
+            raise
+        named = isinstance(source, (str, os.PathLike))
+        name = os.fsencode(source).decode("utf-8", "replace") if named else f"image {index}"
+        row = Row(name, width=photo.width, height=photo.height, frames=1)
+        prepared.append(Prepared(replace(row, rows=cut.rows, columns=cut.columns), cut.patches))
+    return Photographs(encoder, options, prepared, lambda rows: None)

@@ -1,0 +1,75 @@
+"""What becomes of an encoder's blocks when it is trained: frozen, checkpointed, adapted.
+
+Nothing is wrapped, so the names of parameters, and with them checkpoints, stay what they were.
+"""
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from packvit.attention import Backend
+from packvit.encoder import Encoder
+from packvit.layers import Block, Tokens, Turns
+from packvit.packed import Segments
+
+
+class CheckpointedBlock(Block):
+    """A block that keeps its inputs alone, and runs again when its gradient is asked for."""
+
+    def forward(
+        self,
+        stream: Tokens,
+        delta: Tokens | None,
+        segments: Segments,
+        turns: Turns | None,
+        backend: Backend,
+    ) -> tuple[Tokens, Tokens]:
+        """Return the residual stream and what this block would add to it."""
+        return checkpoint(
+            super().forward, stream, delta, segments, turns, backend, use_reentrant=False
+        )
+
+
+def checkpoint_activations(encoder: Encoder) -> None:
+    """Let every block keep its inputs alone and recompute the rest, which costs a forward more.
+
+    Dropout that an adapter brings is drawn again as it was. Before `shard`.
+    """
+    for block in encoder.encoder.layers:
+        # Its own subclass, not a wrapper: named alike, copied and pickled like any other.
+        if type(block) is Block:
+            block.__class__ = CheckpointedBlock
+
+
+def freeze(encoder: Encoder, blocks: int | None = None) -> None:
+    """Keep the embeddings and the first `blocks` blocks as they are; None keeps the whole encoder.
+
+    What is frozen from the front builds no graph and keeps no activations.
+
+    Raises: ValueError for more blocks than there are.
+    """
+    if blocks is None:
+        encoder.requires_grad_(False)
+        return
+    if not 0 <= blocks <= encoder.config.layers:
+        raise ValueError(
+            f"blocks is {blocks}, but this encoder has {encoder.config.layers}. None freezes all "
+            "of it, heads too."
+        )
+    encoder.embeddings.requires_grad_(False)
+    for block in encoder.encoder.layers[:blocks]:
+        block.requires_grad_(False)
+
+
+def block_linears(encoder: Encoder) -> list[str]:
+    """Name every linear layer of every block: the `target_modules` of a peft LoraConfig.
+
+    Whole names, so that nothing outside the blocks is meant: a pooling head reads its weights in
+    slices, past an adapter.
+    """
+    layers = encoder.encoder.layers
+    return [
+        f"encoder.layers.{number}.{name}"
+        for number, block in enumerate(layers)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]

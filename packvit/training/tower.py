@@ -1,0 +1,51 @@
+"""A vision tower for a multimodal model: an encoder's layers, merged and projected."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from packvit.encoder import Encoder
+from packvit.merging import Merging
+from packvit.packed import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a tower hands to another model: M tokens, and which image each stands in."""
+
+    tokens: Float[Tensor, "M width"]
+    grid_thw: Tensor  # [N, 3] on the host: frames, rows and columns of merged tokens
+    segments: Segments  # every frame is a sequence
+
+
+class Tower(nn.Module):
+    """Tokens of several layers side by side, `side` x `side` patches to one, through a projector.
+
+    The last layer comes after the encoder's final norm, earlier ones as they leave their blocks, so
+    the projector opens with a norm. `width` is the other model's.
+    """
+
+    def __init__(
+        self, encoder: Encoder, width: int, *, taps: Sequence[int] = (), side: int = 2
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.side = side
+        self.taps = [encoder.check_layer(layer) for layer in taps]
+        merged = (1 + len(self.taps)) * side**2 * encoder.config.width
+        self.projector = nn.Sequential(
+            nn.LayerNorm(merged), nn.Linear(merged, width), nn.GELU(), nn.Linear(width, width)
+        ).to(encoder.device, encoder.dtype)
+
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Seen:
+        """Return the projected tokens of a pack; it takes what an encoder takes."""
+        # `run`, not `encode`: no pooling head is needed.
+        ran = self.encoder.run(hidden_states, grid_thw, self.taps)
+        tokens = torch.cat([*(ran.taps[layer] for layer in self.taps), ran.tokens], -1)
+        merging = Merging.from_grid(
+            torch.tensor(ran.grid), patches=len(tokens), side=self.side, device=tokens.device
+        )
+        return Seen(self.projector(merging.merge(tokens)), merging.grid_thw, merging.segments)

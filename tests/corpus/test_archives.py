@@ -1,0 +1,251 @@
+"""Photographs in tar and Parquet files, through the command and past what is wrong with them."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from rotten import encode, pixels
+
+from packvit.cli.embed import embed
+from packvit.corpus import WrongUse
+from packvit.corpus.folder import read_commits
+from packvit.corpus.inputs import list_inputs
+from packvit.corpus.listing import Listing
+from packvit.corpus.sources import Cell, Input, read
+from packvit.images import ImageError
+
+
+def photo(number: int) -> bytes:
+    return encode(pixels(20 + number, 30, number), "PNG" if number % 2 else "JPEG")
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **facts: Any) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for fact, value in facts.items():
+        setattr(member, fact, value)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def write_tar(path: Path, files: Iterable[tuple[str, bytes]], **options: Any) -> Path:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in files:
+            add(tar, name, data)
+    return path
+
+
+def write_images(path: Path, images: list[bytes | None], paths: list[str | None]) -> Path:
+    """Write a table as datasets lays images out."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    values = [{"bytes": b, "path": p} for b, p in zip(images, paths, strict=True)]
+    pq.write_table(pa.table({"image": pa.array(values, kind)}), path, row_group_size=3)
+    return path
+
+
+def run(*argv: object) -> dict[str, dict[str, Any]]:
+    """Run the command with the tiny model, and return the rows it wrote by id."""
+    words = [str(word) for word in argv]
+    done = CliRunner().invoke(embed, [*words, "--device", "cpu", "--json"])
+    assert done.exit_code in (0, 3), done.output
+    out = Path(words[words.index("--out") + 1])
+    tables = [pq.read_table(out / entry.part) for entry in read_commits(out)]
+    rows = pa.concat_tables(tables).to_pylist()
+    assert [row["id"] for row in rows] == sorted((row["id"] for row in rows), key=str.encode)
+    assert json.loads(done.stdout)["rows"] == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def outcome(listing: Listing) -> dict[str, str | bytes]:
+    """Return what each input's bytes are, or the code of why there are none."""
+    found: dict[str, str | bytes] = {}
+    for source in listing:
+        if source.error:
+            found[source.id] = source.error[0]
+            continue
+        try:
+            found[source.id] = read(pickle.loads(pickle.dumps(source)))
+        except ImageError as error:
+            found[source.id] = error.code
+    return found
+
+
+def check_rows(rows: dict[str, dict[str, Any]], expected: dict[str, bytes]) -> None:
+    """Compare rows with the bytes that they must be of, and with those photographs as files."""
+    assert {name: row["sha256"] for name, row in rows.items()} == {
+        name: hashlib.sha256(data).hexdigest() for name, data in expected.items()
+    }
+    assert {row["status"] for row in rows.values()} == {"ok"}
+
+
+def test_a_tar_gives_the_features_that_its_members_give_as_files(tmp_path: Path):
+    files = {f"a/{number:04}": photo(number) for number in range(6)}
+    (tmp_path / "files/a").mkdir(parents=True)
+    members = []
+    for number, (name, data) in enumerate(files.items()):
+        members += [(f"{name}.{'png' if number % 2 else 'jpg'}", data), (f"{name}.json", b"{}")]
+        (tmp_path / "files" / f"{name}.jpg").write_bytes(data)
+    write_tar(tmp_path / "x.tar", members)
+    rows = run(tmp_path / "x.tar", "--out", tmp_path / "out")
+    check_rows(rows, files)
+    loose = run(tmp_path / "files", "--out", tmp_path / "loose")
+    assert [row["pooled"] for row in rows.values()] == [row["pooled"] for row in loose.values()]
+
+
+def test_several_tars_are_told_apart_by_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x", "y"):
+        write_tar(Path(f"{name}.tar"), [("1.jpg", photo(0))])
+    assert list(outcome(list_inputs(["y.tar", "./x.tar"]))) == ["./x.tar/1", "y.tar/1"]
+    assert list(outcome(list_inputs(["*.tar"]))) == ["x.tar/1", "y.tar/1"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_and_names_that_are_not_utf8_are_found(tmp_path: Path, kind: int):
+    long = "d" * 150 + "/" + "é" * 120
+    files = [(f"{long}.jpg", b"long"), ("caf\udce9.JPG", b"bytes"), ("s.p.jpg", b"dots")]
+    options = {"format": kind, "encoding": "utf-8", "errors": "surrogateescape"}
+    path = write_tar(tmp_path / "x.tar", files, **options)
+    expected = {long: b"long", "caf\\xe9": b"bytes", "s": b"dots"}
+    assert outcome(list_inputs([str(path)])) == expected
+
+
+def test_members_are_called_by_their_whole_names_where_a_sample_has_two_photographs(tmp_path: Path):
+    files = [("1.jpg", b"1"), ("1.mask.png", b"m"), ("2.jpg", b"2"), (".jpg", b"none")]
+    path = write_tar(tmp_path / "x.tar", files)
+    listing = list_inputs([str(path)])
+    assert outcome(listing) == {"1.jpg": b"1", "1.mask.png": b"m", "2.jpg": b"2"}
+    assert listing.ignored == 1
+    path = write_tar(tmp_path / "x.tar", [("1.jpg", b"1"), ("1.jpg", b"2")])
+    with pytest.raises(WrongUse, match=r'called "1\.jpg".* an archive may hold a name once'):
+        list_inputs([str(path)])
+
+
+def test_what_is_called_a_photograph_in_a_tar_and_is_no_file_is_a_row(tmp_path: Path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "file.jpg", b"file")
+        add(tar, "empty.jpg")
+        add(tar, "folder.jpg", type=tarfile.DIRTYPE)
+        add(tar, "folder", type=tarfile.DIRTYPE)
+        add(tar, "link.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "hard.jpg", type=tarfile.LNKTYPE, linkname="file.jpg")
+        add(tar, "pipe.jpg", type=tarfile.FIFOTYPE)
+        holes = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}
+        add(tar, "sparse.jpg", b"x", pax_headers=holes)
+    listing = list_inputs([str(tmp_path / "x.tar")])
+    links = dict.fromkeys(("folder", "link", "hard", "pipe"), "not_a_file")
+    assert outcome(listing) == {"file": b"file", "empty": b"", "sparse": "unreadable", **links}
+    assert listing.ignored == 0
+
+
+def test_a_tar_cut_anywhere_says_so_and_loses_nothing_that_is_there(tmp_path: Path):
+    whole = write_tar(tmp_path / "x.tar", [("1.jpg", b"a" * 700), ("2.jpg", b"b" * 700)])
+    data = whole.read_bytes()
+    cut, name = tmp_path / "cut.tar", str(tmp_path / "cut.tar")
+    for size in (0, 1, 511, 512, 900, 1212, 1536, 1600, 2048, 2700, 3072):
+        cut.write_bytes(data[:size])
+        found = outcome(list_inputs([name]))
+        assert found.pop(name) == "truncated"
+        assert set(found.values()) <= {b"a" * 700, b"b" * 700, "truncated"}
+        assert (found.get("1") == b"a" * 700) == (size >= 1212)
+        assert (found.get("2") == b"b" * 700) == (size >= 2748)
+    cut.write_bytes(data[:1536] + b"?" * 512 + data[2048:])  # a damaged header is no end
+    assert outcome(list_inputs([name])) == {"1": b"a" * 700, name: "truncated"}
+    cut.write_bytes(data)
+    listing = list_inputs([name])
+    cut.write_bytes(data[:600])
+    assert outcome(listing) == {"1": "truncated", "2": "truncated"}
+    cut.unlink()
+    assert outcome(listing) == {"1": "missing", "2": "missing"}
+
+
+def test_an_archive_without_photographs_or_compressed_is_wrong_use(tmp_path: Path):
+    for files, count in (([], 0), ([("a.txt", b"x"), ("b.json", b"x")], 2)):
+        path = write_tar(tmp_path / "x.tar", files)
+        with pytest.raises(WrongUse, match=rf"x\.tar holds no photographs, but {count} other"):
+            list_inputs([str(path)])
+    for name in ("x.tar.gz", "x.TGZ", "x.tar.zst"):
+        with pytest.raises(WrongUse, match=r"is compressed, .* Unpack it to a \.tar"):
+            list_inputs([str(tmp_path / name)])
+
+
+def test_archives_in_a_folder_are_counted_and_not_opened(tmp_path: Path):
+    write_tar(tmp_path / "x.tar", [("1.jpg", b"1")])
+    (tmp_path / "y.jpg").touch()
+    listing = list_inputs([str(tmp_path)])
+    assert ([source.id for source in listing], listing.ignored) == (["y.jpg"], 1)
+
+
+def test_a_table_in_the_layout_of_datasets_is_embedded(tmp_path: Path):
+    images = [photo(number) for number in range(8)]
+    names = [f"{7 - number}.jpg" for number in range(8)]
+    path = write_images(tmp_path / "x.parquet", [*images], [*names])
+    rows = run(path, "--out", tmp_path / "out")
+    check_rows(rows, dict(zip(names, images, strict=True)))
+
+
+def test_rows_are_called_by_their_numbers_where_paths_do_not_tell_them_apart(tmp_path: Path):
+    images: list[bytes | None] = [bytes([number]) for number in range(12)]
+    numbers = {f"{number:02}": bytes([number]) for number in range(12)}
+    for odd in (None, "", "1.jpg"):
+        names = [f"{number}.jpg" for number in range(11)] + [odd]
+        path = write_images(tmp_path / "x.parquet", images, names)
+        assert outcome(list_inputs([str(path)])) == numbers
+    images[3] = None
+    path = write_images(tmp_path / "x.parquet", images, [None] * 12)
+    assert outcome(list_inputs([str(path)])) == {**numbers, "03": "missing"}
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_a_column_of_bytes_is_embedded_by_its_name(tmp_path: Path, kind: pa.DataType):
+    images = [photo(number) for number in range(3)]
+    table = pa.table({"jpg": pa.array(images, kind), "label": [0, 1, 2]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    rows = run(tmp_path / "x.parquet", "--image-column", "jpg", "--out", tmp_path / "out")
+    check_rows(rows, {str(number): data for number, data in enumerate(images)})
+    for column in ("image", "label"):
+        with pytest.raises(WrongUse, match=r"It has: jpg \(.*binary\), label \(int64\)\. Name one"):
+            list_inputs([str(tmp_path / "x.parquet")], image_column=column)
+
+
+def test_rows_are_read_in_any_order_from_row_groups_of_any_size(tmp_path: Path):
+    values = [os.urandom(5) for _ in range(500)]
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": values}), path, row_group_size=190)
+    order = [0, 1, 2, 70, 3, 199, 64, 189, 499, 190, 380, 400, 390, 0]
+    for row in order:
+        source = Input("x", str(path), None, Cell(row // 190, row % 190, "image"))
+        assert read(source) == values[row]
+
+
+def test_a_damaged_table_is_a_row_and_so_is_each_row_that_is_damaged(tmp_path: Path):
+    path = tmp_path / "x.parquet"
+    values = [bytes([65 + number]) * 2000 for number in range(6)]
+    options = {"row_group_size": 3, "compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table({"image": values}), path, write_page_checksum=True, **options)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"BBBB") + 500] ^= 1
+    path.write_bytes(data)
+    expected = {"0": "truncated", "1": "truncated", "2": "truncated"}
+    expected |= {str(number): values[number] for number in (3, 4, 5)}
+    assert outcome(list_inputs([str(path)])) == expected
+    for content in (b"", b"PAR1 no table", bytes(data[:-9])):
+        path.write_bytes(content)
+        assert outcome(list_inputs([str(path)])) == {str(path): "truncated"}
+
+
+def test_a_missing_archive_is_a_row_as_any_path_that_is_named(tmp_path: Path):
+    for name in ("x.tar", "x.parquet"):
+        path = str(tmp_path / name)
+        assert outcome(list_inputs([path])) == {path: "missing"}

@@ -1,0 +1,346 @@
+"""Decode workers are real processes here, and what befalls them is done to them from outside."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event, Lock, Thread
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from rotten import encode, exif, pixels, write_good, write_rotten
+from small_checkpoint import write_checkpoint
+
+import packvit
+from packvit.config import ImageConfig
+from packvit.corpus import DecoderError
+from packvit.corpus.checking import check_folder
+from packvit.corpus.decoding import Decoders, Line
+from packvit.corpus.folder import read_commits
+from packvit.corpus.inputs import Input, list_inputs
+from packvit.corpus.preparing import Recipe, prepare
+from packvit.corpus.processes import Worker
+from packvit.encoder import Encoder
+
+HALF = (0.5, 0.5, 0.5)
+IMAGES = ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic", sizing=None)
+RECIPE = Recipe(IMAGES, "hwc", "native", 256, 100_000_000)
+AHEAD = 10_000_000
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    worker.await_ready()
+    yield worker
+    worker.end()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    return packvit.load(write_checkpoint(tmp_path_factory.mktemp("checkpoint")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A PNG that takes about a second and 350 MB."""
+    return encode(Image.new("1", (9400, 9400)), "PNG")
+
+
+def memory(pid: int, name: str = "VmRSS") -> int:
+    """Return bytes that a process holds now, or (VmHWM) ever held."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+    except (OSError, StopIteration):  # it has ended
+        return 0
+
+
+def tasks(pid: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
+
+
+def children(pid: int) -> list[int]:
+    """Return the decode workers among the processes that `pid` started."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
+            if (
+                parent == pid
+                and b"packvit.corpus.worker" in Path(f"/proc/{name}/cmdline").read_bytes()
+            ):
+                found.append(int(name))
+        except OSError:  # it has ended
+            pass
+    return found
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def at_once(count: int) -> None:
+    """Admit whatever asks."""
+
+
+class Modules(Input):
+    """Arrives in a worker as an input whose name is the list of modules there."""
+
+    def __reduce__(self):
+        modules = "','.join(sorted(__import__('sys').modules))"
+        inputs = "__import__('packvit.corpus.inputs', fromlist=['Input'])"
+        return eval, (f"{inputs}.Input({modules}, '/nowhere')",)
+
+
+def test_a_worker_never_imports_torch(worker: Worker):
+    prepared, _ = worker.prepare(Modules("", ""), RECIPE, at_once, 60.0)
+    modules = prepared.row.id.split(",")
+    assert "PIL.Image" in modules
+    assert not {"torch", "pyarrow", "jaxtyping", "multiprocessing"} & set(modules)
+    assert memory(worker.process.pid) < 60_000_000
+
+
+def test_a_worker_holds_8_bytes_a_pixel_of_its_largest_image_beside_60_mb(
+    tmp_path: Path, worker: Worker
+):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 2500, 3), np.uint8))
+    clear = noise.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(noise.size))
+    turned = exif(6)
+    files = {
+        "a.jpg": encode(noise, "JPEG", quality=95),
+        "b.jpg": encode(noise, "JPEG", quality=95, exif=turned),
+        "c.png": encode(noise, "PNG", compress_level=0),
+        "d.png": encode(noise, "PNG", compress_level=0, exif=turned),
+        "e.png": encode(clear, "PNG", compress_level=0),
+        "f.jpg": encode(noise.convert("CMYK"), "JPEG", exif=turned),
+        "g.png": encode(Image.fromarray(np.asarray(noise)[..., 0].astype(np.uint16)), "PNG"),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        source = Input(name, str(tmp_path / name))
+        assert worker.prepare(source, RECIPE, at_once, 60.0)[0].row.status == "ok"
+        assert memory(worker.process.pid, "VmHWM") < 60e6 + 8 * 2000 * 2500, name
+
+
+def test_each_of_eight_workers_decodes_on_one_thread(tmp_path: Path):
+    (tmp_path / "0.avif").write_bytes(encode(pixels(600, 800), "AVIF", speed=10))
+    for number in range(1, 16):
+        os.link(tmp_path / "0.avif", tmp_path / f"{number}.avif")
+    over = Event()
+    with Decoders(8) as decoders:
+        decoders.start(16)
+        most = {worker.process.pid: 0 for worker in decoders.workers.idle}
+
+        def watch() -> None:
+            while not over.wait(0.005):
+                for pid in most:
+                    most[pid] = max(most[pid], tasks(pid))
+
+        watching = Thread(target=watch)
+        watching.start()
+        inputs = list(list_inputs([str(tmp_path)]))
+        done = list(decoders.prepare_all(inputs, RECIPE, AHEAD))
+        over.set()
+        watching.join()
+    assert [image.row.status for image in done] == ["ok"] * 16
+    assert list(most.values()) == [1] * 8
+
+
+def test_images_come_in_order_and_as_they_would_without_workers(tmp_path: Path):
+    write_rotten(tmp_path)
+    write_good(tmp_path, 20)
+    inputs = list(list_inputs([str(tmp_path)]))
+    with Decoders(3, pixels_in_flight=5_000) as decoders:
+        for _ in range(2):  # the same workers serve again
+            done = list(decoders.prepare_all(inputs, RECIPE, AHEAD))
+            expected = [prepare(source, RECIPE, at_once) for source in inputs]
+            assert [image.row for image in done] == [image.row for image in expected]
+            for found, right in zip(done, expected, strict=True):
+                assert (found.patches is None) == (right.patches is None)
+                if found.patches is not None and right.patches is not None:
+                    assert np.array_equal(found.patches, right.patches)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, "decoder_crash"), (signal.SIGSTOP, "timeout")]
+)
+def test_a_worker_that_dies_or_hangs_costs_one_image_and_the_job_goes_on(
+    tmp_path: Path, encoder: Encoder, large: bytes, number: signal.Signals, code: str
+):
+    write_good(tmp_path / "photos", 12)
+    (tmp_path / "photos" / "good-0005a.png").write_bytes(large)
+    struck: list[int] = []
+
+    def strike() -> None:
+        while not struck:
+            for pid in children(os.getpid()):
+                if memory(pid) > 150_000_000:  # half of the image
+                    os.kill(pid, number)
+                    struck.append(pid)
+            time.sleep(0.005)
+
+    striking = Thread(target=strike)
+    striking.start()
+    summary = packvit.embed(
+        tmp_path / "photos", out=tmp_path / "out", model=encoder, workers=2, image_timeout=4.0
+    )
+    striking.join()
+    assert (summary.ok, summary.errors) == (12, {code: 1})
+    rows = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    (bad,) = (row for row in rows if row["status"] != "ok")
+    assert (bad["id"], bad["stage"]) == ("good-0005a.png", "decode")
+    assert bad["note"] == ("over 4 s" if code == "timeout" else None)
+    assert not check_folder(tmp_path / "out").faults
+    wait_for(lambda: not memory(struck[0]))
+    assert not children(os.getpid())
+
+
+def test_an_image_that_memory_has_no_room_for_is_a_row_and_its_worker_goes_on(
+    tmp_path: Path, large: bytes, worker: Worker
+):
+    (good,) = write_good(tmp_path, 1)
+    (tmp_path / "large.png").write_bytes(large)
+    with open(f"/proc/{worker.process.pid}/statm") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + 250_000_000
+    resource.prlimit(worker.process.pid, resource.RLIMIT_AS, (limit, limit))
+    found = [
+        worker.prepare(Input(name, str(tmp_path / name)), RECIPE, at_once, 60.0)[0].row
+        for name in ("large.png", good)
+    ]
+    assert [(row.status, row.stage) for row in found] == [("out_of_memory", "decode"), ("ok", None)]
+
+
+def test_a_worker_that_is_killed_while_idle_costs_no_image(tmp_path: Path):
+    write_good(tmp_path, 3)
+    inputs = list(list_inputs([str(tmp_path)]))
+    with Decoders(1) as decoders:
+        list(decoders.prepare_all(inputs, RECIPE, AHEAD))
+        (pid,) = children(os.getpid())
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not memory(pid))
+        done = list(decoders.prepare_all(inputs, RECIPE, AHEAD))
+    assert [image.row.status for image in done] == ["ok"] * 3
+
+
+def test_workers_heed_no_signal_that_asks_the_job_to_end(tmp_path: Path, worker: Worker):
+    (good,) = write_good(tmp_path, 1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(worker.process.pid, number)
+    prepared, _ = worker.prepare(Input(good, str(tmp_path / good)), RECIPE, at_once, 60.0)
+    assert prepared.row.status == "ok"
+
+
+def test_no_worker_outlives_a_job_that_is_killed_whatever_it_does():
+    code = (
+        "import os, signal; from packvit.corpus.processes import Worker\n"
+        "workers = [Worker(), Worker()]\n"
+        "for worker in workers: worker.await_ready()\n"
+        "os.kill(workers[0].process.pid, signal.SIGSTOP)\n"  # as one that hangs
+        "print(*(worker.process.pid for worker in workers), flush=True)\n"
+        "signal.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout
+        pids = [int(pid) for pid in job.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(memory(pid) for pid in pids)
+        job.kill()
+    for pid in pids:
+        wait_for(lambda pid=pid: not memory(pid))  # nor has a zombie any
+
+
+def test_pixels_being_decoded_stay_within_the_budget_but_for_one_image_alone():
+    line = Line(Decoders(8, pixels_in_flight=100), [], RECIPE, AHEAD)
+    lock, held, worst = Lock(), [], []
+
+    def decode(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(200):
+            count = draw.choice((5, 30, 60, 250))
+            line.admit(count)
+            with lock:
+                held.append(count)
+                worst.append((len(held), sum(held)))
+            with lock:
+                held.remove(count)
+            line.release(count)
+
+    threads = [Thread(target=decode, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(images == 1 or total <= 100 for images, total in worst)
+    assert len(worst) == 1600
+
+
+def test_few_images_wait_for_whoever_is_slower_than_the_workers(tmp_path: Path):
+    write_good(tmp_path, 30)
+    inputs = list(list_inputs([str(tmp_path)]))
+    taken, most = 0, 0
+
+    def count() -> Iterator[Input]:
+        nonlocal most
+        for number, source in enumerate(inputs, 1):
+            most = max(most, number - taken)
+            yield source
+
+    with Decoders(2) as decoders:
+        for _ in decoders.prepare_all(count(), RECIPE, 1):
+            taken += 1
+    assert taken == 30
+    # Two done before the wanted one, or two under way beside it, and the one just handed over.
+    assert most <= 5
+
+
+def test_workers_that_cannot_start_are_an_error_and_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_good(tmp_path, 3)
+    inputs = list(list_inputs([str(tmp_path)]))
+    for executable, message in (
+        ("/bin/false", r"ended before its first image \(code 1\)"),
+        ("/nowhere", "could not be started: No such file"),
+    ):
+        monkeypatch.setattr(sys, "executable", executable)
+        with Decoders(2) as decoders, pytest.raises(DecoderError, match=message):
+            list(decoders.prepare_all(inputs, RECIPE, AHEAD))
+
+
+def test_what_lists_the_inputs_may_fail_and_is_heard():
+    def listing() -> Iterator[Input]:
+        yield Input("gone", "/nowhere")
+        raise ConnectionError("the bucket is gone")
+
+    with Decoders(2) as decoders, pytest.raises(ConnectionError, match="the bucket is gone"):
+        list(decoders.prepare_all(listing(), RECIPE, AHEAD))
+
+
+def test_no_commit_is_lost_between_shards(tmp_path: Path, encoder: Encoder):
+    (first,) = write_good(tmp_path / "photos", 1)
+    for number in range(199):
+        path = tmp_path / "photos" / f"{number:03}.jpg"
+        if 64 <= number < 128:
+            path.touch()  # a shard without a single pack
+        else:
+            os.link(tmp_path / "photos" / first, path)
+    packvit.embed(tmp_path / "photos", out=tmp_path / "out", model=encoder, tokens=True, workers=2)
+    entries = read_commits(tmp_path / "out")
+    assert [entry.part[5:10] for entry in entries] == ["00000", "00001", "00002", "00003"]
+    assert [entry.errors for entry in entries] == [0, 64, 0, 0]
+    assert not check_folder(tmp_path / "out").faults

@@ -1,0 +1,218 @@
+"""Lists of paths, patterns and URLs, through the command and one by one."""
+
+import glob
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rotten import write_good
+
+from packvit.cli.embed import embed
+from packvit.corpus import WrongUse
+from packvit.corpus.folder import read_commits
+from packvit.corpus.inputs import list_inputs
+from packvit.corpus.listing import Listing
+from packvit.corpus.patterns import compile_pattern
+from packvit.corpus.sources import read
+from packvit.images import ImageError
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Four photographs under the working directory, by their paths."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for folder in ("photos", "photos/more"):
+        found += [f"{folder}/{name}" for name in write_good(Path(folder), 2)]
+    Path("photos/notes.txt").write_text("no photograph")
+    return sorted(found, key=str.encode)
+
+
+def ids(listing: Listing) -> list[str]:
+    return [source.id for source in listing]
+
+
+def outcome(listing: Listing) -> dict[str, str | bytes]:
+    """Return what each input's bytes are, or the code of why there are none."""
+    found: dict[str, str | bytes] = {}
+    for source in listing:
+        try:
+            found[source.id] = read(pickle.loads(pickle.dumps(source)))
+        except ImageError as error:
+            found[source.id] = error.code
+    return found
+
+
+def run(*words: str) -> dict[str, dict[str, Any]]:
+    """Run the command with the tiny model, and return the rows it wrote by id."""
+    done = CliRunner().invoke(embed, [*words, "--out", "out", "--overwrite", "--device", "cpu"])
+    assert done.exit_code in (0, 3), done.output
+    tables = [pq.read_table(Path("out") / entry.part) for entry in read_commits(Path("out"))]
+    return {row["id"]: row for row in pa.concat_tables(tables).to_pylist()}
+
+
+def check_rows(rows: dict[str, dict[str, Any]], paths: list[str]) -> None:
+    assert list(rows) == paths
+    for name, row in rows.items():
+        assert row["status"] == "ok"
+        assert row["sha256"] == hashlib.sha256(Path(name).read_bytes()).hexdigest()
+
+
+def test_lists_of_every_kind_give_a_row_for_each_path(photos: list[str]):
+    Path("a.txt").write_bytes("\r\n".join([*photos, "", "gone.jpg"]).encode())
+    Path("b.csv").write_text("\ufefflabel,path\n" + "".join(f'1,"{path}"\n' for path in photos))
+    pq.write_table(pa.table({"file": photos, "label": [0] * 4}), "c.parquet")
+    rows = run("--list", "a.txt")
+    assert rows.pop("gone.jpg")["status"] == "missing"
+    check_rows(rows, photos)
+    check_rows(run("--list", "b.csv"), photos)
+    check_rows(run("--list", "c.parquet", "--column", "file"), photos)
+
+
+def test_lists_and_paths_go_together(photos: list[str]):
+    Path("a.txt").write_text(photos[0] + "\n")
+    Path("b").write_text(photos[1])
+    found = ids(list_inputs(["photos/more"], ["a.txt", "b"]))
+    assert found == sorted({photos[0], photos[1], *(p for p in photos if "more" in p)})
+    with pytest.raises(WrongUse, match=rf'called "{photos[0]}"'):
+        list_inputs(["photos"], ["a.txt"])
+
+
+def test_a_list_takes_names_of_any_bytes_and_files_of_any_kind(photos: list[str]):
+    with open(b"caf\xe9", "wb") as file:
+        file.write(b"here")
+    os.mkfifo("pipe.jpg")
+    Path("broken.jpg").symlink_to("nowhere")
+    names = [b"caf\xe9", b"pipe.jpg", b"broken.jpg", b"photos", b"a\0b.jpg", b"*.jpg"]
+    Path("a.txt").write_bytes(b"\n".join(names))
+    assert outcome(list_inputs([], ["a.txt"])) == {
+        "caf\\xe9": b"here",
+        "pipe.jpg": "not_a_file",
+        "broken.jpg": "missing",
+        "photos": "not_a_file",
+        "a\\x00b.jpg": "missing",
+        "*.jpg": "missing",
+    }
+
+
+def test_a_list_that_cannot_be_used_is_wrong_use_with_the_columns_there_are(photos: list[str]):
+    Path("a.csv").write_text("name,label\nx.jpg,1\n")
+    Path("hole.csv").write_text("path,label\nx.jpg,1\n,2\n")
+    Path("twice.csv").write_text("path,path\nx.jpg,1\n")
+    Path("empty.txt").touch()
+    Path("text.parquet").write_text("x.jpg\n")
+    pq.write_table(pa.table({"name": ["x.jpg"], "path": [1]}), "a.parquet")
+    for name, message in (
+        ("gone.txt", "The list gone.txt cannot be read: there is no file at this path"),
+        ("photos", "The list photos cannot be read: this is a folder"),
+        ("a.csv", 'a.csv has no column "path" of paths. It has: name, label. Name one with --col'),
+        ("twice.csv", 'twice.csv has no column "path" of paths. It has: path, path'),
+        ("a.parquet", r"It has: name \(string\), path \(int64\)"),
+        ("hole.csv", 'hole.csv has no "path" in row 2'),
+        ("text.parquet", "text.parquet cannot be read: it is no whole Parquet file"),
+        ("empty.txt", "No photographs were found in empty.txt"),
+    ):
+        with pytest.raises(WrongUse, match=message):
+            list_inputs([], [name])
+    done = CliRunner().invoke(embed, ["--list", "gone.txt", "--out", "out"])
+    assert done.exit_code == 2
+    assert not Path("out").exists()
+
+
+def test_a_pattern_takes_the_files_that_it_matches(photos: list[str]):
+    check_rows(run("photos/**/*.jpg"), [path for path in photos if path.endswith("jpg")])
+    assert ids(list_inputs(["photos/*.txt"])) == ["photos/notes.txt"]
+    Path("photos/[1].jpg").touch()  # a name that is there is no pattern
+    assert ids(list_inputs(["photos/[1].jpg"])) == ["photos/[1].jpg"]
+    for pattern in ("photos/*.gone", "nowhere/*.jpg"):
+        with pytest.raises(WrongUse, match=r"Nothing matches .*quote a pattern"):
+            list_inputs([pattern])
+
+
+TREE = ("a.jpg", "b/a.jpg", "b/c/a.jpg", "b/c/d.png", "b/e.jpg", "b]/x.jpg", "c/1.jpg", "c/-.jpg")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tree")
+    for name in TREE:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).touch()
+    return folder
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(parts=st.lists(st.sampled_from(("a", "**", "*", "?", "[a-c]", "[!a]", "[]]", ".jpg", "/"))))
+def test_patterns_match_what_pythons_glob_does(tree: Path, parts: list[str]):
+    pattern = "".join(parts)
+    words = pattern.split("/")
+    if "" in words or any("**" in word and word != "**" for word in words):
+        return  # what glob leaves undefined
+    expected = set(glob.glob(pattern, root_dir=tree, recursive=True)) & set(TREE)
+    matched = compile_pattern(pattern.encode())
+    assert {name for name in TREE if matched.fullmatch(name.encode())} == expected
+
+
+def test_a_url_names_a_file_a_folder_a_pattern_or_an_archive(photos: list[str]):
+    here = "file://" + os.getcwd()
+    content = {path: Path(path).read_bytes() for path in photos}
+    below = {path.removeprefix("photos/"): data for path, data in content.items()}
+    listing = list_inputs([f"{here}/photos"])
+    assert outcome(listing) == below
+    assert ids(listing) == sorted(below, key=str.encode)
+    assert listing.ignored == 1
+    assert outcome(list_inputs([f"{here}/{photos[0]}"])) == {
+        f"{here}/{photos[0]}": content[photos[0]]
+    }
+    matched = {f"{here}/{p}": d for p, d in content.items() if p.endswith(".jpg")}
+    assert outcome(list_inputs([f"{here}/photos/**/*.jpg"])) == matched
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        for path in photos:
+            archive.write(path)
+    assert outcome(list_inputs([f"zip://photos::{here}/x.zip"])) == below
+    zipped = {f"zip://{p}::{here}/x.zip": d for p, d in content.items() if "more" in p}
+    assert outcome(list_inputs([f"zip://photos/more/*::{here}/x.zip"])) == zipped
+    subprocess.run(["tar", "cf", "x.tar", "--format=gnu", *photos], check=True)
+    keys = {os.path.splitext(path)[0]: data for path, data in content.items()}
+    assert outcome(list_inputs([f"{here}/x.tar"])) == keys
+    table = pa.table({"image": [content[path] for path in photos]})
+    pq.write_table(table, "x.parquet")
+    numbered = {str(number): content[path] for number, path in enumerate(photos)}
+    assert outcome(list_inputs([f"{here}/x.parquet"])) == numbered
+    Path("a.txt").write_text(f"{here}/{photos[0]}\n")
+    rows = run("--list", f"{here}/a.txt")
+    assert [(name, row["status"]) for name, row in rows.items()] == [(f"{here}/{photos[0]}", "ok")]
+
+
+def test_a_url_that_cannot_be_read_is_a_row_with_a_code(photos: list[str]):
+    here = "file://" + os.getcwd()
+    urls = {f"{here}/gone.jpg": "missing", "ftp://127.0.0.1:1/x.jpg": "unreadable"}
+    urls |= {f"{here}/photos": "not_a_file", f"zip://x.jpg::{here}/gone.zip": "missing"}
+    urls |= {f"zip://x.jpg::{here}/photos/notes.txt": "unreadable"}
+    Path("a.txt").write_text("\n".join(urls))
+    assert outcome(list_inputs([], ["a.txt"])) == urls
+    for url in (f"{here}/gone.tar", f"{here}/gone.parquet"):
+        assert outcome(list_inputs([url])) == {url: "missing"}
+
+
+def test_an_unknown_protocol_is_wrong_use_and_a_missing_package_is_named(
+    photos: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(WrongUse, match=r"warp://x\.jpg cannot be read: fsspec knows no such"):
+        list_inputs(["warp://x.jpg"])
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    done = CliRunner().invoke(embed, ["s3://bucket/x.jpg", "--out", "out"])
+    assert done.exit_code == 1
+    assert "s3://bucket/x.jpg cannot be read: pip install s3fs" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,237 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from click.testing import CliRunner, Result
+from small_checkpoint import write_checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from packvit.bench import MODELS, WORKLOADS, BenchError, Plan, job, models
+from packvit.bench.contenders import Subject, collect, forward_backward
+from packvit.bench.job import BASELINE, measure
+from packvit.bench.measuring import interleave, times_faster
+from packvit.bench.ours import OURS, Ours
+from packvit.bench.peers import PEERS, grouped, one_by_one, padded
+from packvit.bench.table import as_markdown
+from packvit.bench.workloads import Workload, encoder_flops, workload
+from packvit.cli.bench import bench
+from packvit.families import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
+from packvit.verification.references import write_random
+
+TITLES = {candidate.title for candidate in (*PEERS, *OURS)}
+GRID = ((1, 4, 6), (1, 2, 3), (1, 4, 6), (1, 1, 7))
+
+
+def silent(words: str) -> None:
+    """What is going on is nobody's business here."""
+
+
+def invoke(*argv: object) -> Result:
+    return CliRunner().invoke(bench, [str(word) for word in argv])
+
+
+@pytest.fixture(scope="module")
+def siglip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small NaFlex checkpoint with a pooling head."""
+    folder = tmp_path_factory.mktemp("siglip2")
+    family = Siglip2NaflexPacking.family
+    write_random(family.reference.variants[0], family, folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def aimv2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small AIMv2-native checkpoint without a head, as the embedded one is."""
+    return write_checkpoint(tmp_path_factory.mktemp("aimv2"), head=False)
+
+
+def subject(model: models.Model, *, train: bool = False) -> Subject:
+    patches = reference.draw_patches([*GRID], model.config.patch_dim)
+    return Subject(model, Workload("few", "few", GRID, True), patches, False, train)
+
+
+def test_the_models_and_workloads_of_the_records_are_there():
+    assert tuple(models.SIZES) == MODELS
+    mixed = workload("mixed", small=False)
+    assert (len(mixed.lengths), sum(mixed.lengths)) == (52, 33_739)
+    for name in WORKLOADS:
+        full, small = workload(name, small=False), workload(name, small=True)
+        assert sum(small.lengths) < sum(full.lengths)
+        assert small.scaled_down
+        assert not full.scaled_down
+    tiny = workload("tiny-images", small=False)
+    assert len(tiny.lengths) == 2048
+    assert {4, 16} <= set(tiny.lengths) <= set(range(4, 17))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "kind", "changes"),
+    [
+        (AIMv2Packing, "aimv2", {"is_native": True, "use_head": False}),
+        (Siglip2NaflexPacking, "siglip2", {"vision_use_head": False}),
+        (DINOv3ViTPacking, "dinov3", {}),
+    ],
+)
+def test_operations_are_those_that_torch_counts(encoder: Any, kind: str, changes: dict[str, Any]):
+    ours = encoder.from_transformers(reference.build(kind, **changes))
+    patches = reference.draw_patches([*GRID], ours.config.patch_dim)
+    flops = encoder_flops(ours.config, GRID)
+    with sdpa_kernel(SDPBackend.MATH):  # whose backward computes nothing twice
+        with FlopCounterMode(display=False) as forward:
+            tokens = ours(patches, torch.tensor(GRID))
+        with FlopCounterMode(display=False) as backward:
+            tokens.sum().backward()
+    assert forward.get_total_flops() == flops.forward
+    assert backward.get_total_flops() == flops.backward
+
+
+@pytest.mark.parametrize("name", ["aimv2", "siglip2"])
+def test_all_contenders_compute_the_same(name: str, aimv2: Path, siglip2: Path):
+    model = {"aimv2": aimv2, "siglip2": siglip2}[name]
+    report = measure(Plan(str(model), ("mixed", "equal"), rounds=2, device="cpu"), silent)
+    mixed, equal = report["workloads"]
+    for work in (mixed, equal):
+        assert work["wrong"] == {}
+        assert work["results"].keys() | work["missing"].keys() == TITLES
+        assert not work["results"].keys() & work["missing"].keys()
+        for entry in work["results"].values():
+            assert entry["relative_difference"] < 1e-6
+    assert {BASELINE, "transformers, padded", "packvit, sdpa"} <= mixed["results"].keys()
+    assert "no two images share a grid" in mixed["missing"]["transformers, grouped by equal grid"]
+    assert {BASELINE, "transformers, grouped by equal grid"} <= equal["results"].keys()
+    assert "it needs CUDA tensors" in mixed["missing"]["packvit, torch"]
+
+
+def test_what_computes_something_else_is_called_wrong_and_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    swapped = Ours("packvit, channels first", {"patch_order": "chw"})
+    monkeypatch.setattr(job, "OURS", (OURS[4], swapped))
+    result = invoke("--model", "tiny", "--workload", "small", "--rounds", 2, "--device", "cpu")
+    assert result.exit_code == 1
+    assert "WRONG, so not timed: packvit, channels first" in result.stdout
+    assert f"| {swapped.title}" not in result.stdout
+
+
+@pytest.mark.parametrize("name", ["aimv2-large", "siglip2-so400m"])
+def test_gradients_are_those_of_the_same_sum_however_tokens_are_laid_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    encoder, architecture, entries = models.SIZES[name]
+    small = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+    monkeypatch.setitem(models.SIZES, name, (encoder, architecture, entries | small))
+    model = models.build(name, 2, torch.device("cpu"), torch.float64)
+    given = subject(model, train=True)
+    given = Subject(model, given.workload, given.patches.double(), False, True)
+    cotangent = torch.randn(len(given.patches), 64, dtype=torch.float64)
+    ours = Ours("ours", {"attention": "sdpa"}).build(given)
+    found = {}
+    for title, contender in {
+        "one by one": one_by_one(given),
+        "grouped": grouped(given),
+        "padded": padded(given),
+        "ours": ours,
+    }.items():
+        forward_backward(contender, cotangent)()
+        embedding = next(
+            weight
+            for key, weight in contender.module.named_parameters()
+            if key.endswith(("patch_embed.bias", "patch_embedding.bias", "patches.bias"))
+        )
+        assert embedding.grad is not None
+        found[title] = embedding.grad.clone()
+        contender.module.zero_grad(set_to_none=True)
+    largest = found["one by one"].abs().max()
+    for title, gradient in found.items():  # transformers' RMSNorm is in fp32 whatever it is given
+        assert (gradient - found["one by one"]).abs().max() < 1e-5 * largest, title
+    with torch.inference_mode():
+        tokens = collect(ours, len(given.patches))
+        torch.testing.assert_close(
+            tokens, collect(padded(given), len(given.patches)), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_forward_and_backward_are_timed_too(aimv2: Path):
+    plan = Plan(str(aimv2), ("small",), train=True, rounds=2, device="cpu", clock="cpu")
+    report = measure(plan, silent)
+    assert "forward and backward, float32, on CPU" in as_markdown(report)
+    assert ", in CPU time;" in as_markdown(report)
+    [work] = report["workloads"]
+    assert report["pass"] == "forward and backward"
+    assert work["wrong"] == {}
+    assert "packvit, sdpa" in work["results"]
+
+
+def test_slow_contenders_take_fewer_turns_and_share_them_with_all():
+    turns: dict[str, int] = {"quick": 0, "slow": 0}
+
+    def run(name: str) -> None:
+        turns[name] += 1
+
+    runs = {name: lambda name=name: run(name) for name in turns}
+    taken = interleave(runs, rounds=5, warmup=2, fewer={"slow": 3})
+    assert turns == {"quick": 7, "slow": 3}
+    assert [len(times) for times in taken] == [2, 2, 2, 1, 1]
+    low, middle, high = times_faster(taken, "quick", "slow")
+    assert low <= middle <= high
+
+
+def test_the_command_prints_a_table_and_writes_a_report(aimv2: Path, tmp_path: Path):
+    target = tmp_path / "report.json"
+    words = ["--model", aimv2, "--workload", "small", "--rounds", "2", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "packvit", "bench", *words, "--json", target],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # threads that wait for each other on busy cores
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(target.read_text())
+    assert done.stdout == as_markdown(report) + "\n"
+    assert report["weights"] == "the checkpoint's"
+    assert report.keys() >= {"date", "packvit", "torch", "transformers", "timm", "gpus", "threads"}
+    assert report.keys() >= {"model", "layers", "dtype", "rounds", "baseline", "gpu_state_after"}
+    [work] = report["workloads"]
+    assert work["results"][work["headline"]["ours"]]["ours"]
+    assert not work["results"][work["headline"]["peer"]]["ours"]
+    assert work["ceiling_tflops"] > 0
+    for title, entry in work["results"].items():
+        assert entry["ours"] == title.startswith("packvit")
+        assert entry["rounds"] == 2
+        low, middle, high = entry["times_faster_than_baseline"]
+        assert 0 < low <= middle <= high
+    assert "timm NaFlexVit, padded" in work["missing"]
+    assert "NaFlexVit cannot express this family" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["--rounds", "1"], 2, "--rounds"),
+        (["--workload", "vast"], 2, "--workload"),
+        (["--model", "tiny", "--layers", "3"], 2, "--layers cuts random models"),
+        (["--device", "gpu"], 2, 'device "gpu" cannot be used'),
+        (["--json", "nowhere/report.json"], 2, "nowhere is not a folder"),
+        (["--model", "./nowhere"], 1, "nowhere"),
+    ],
+)
+def test_wrong_use_is_answered_in_a_sentence(argv: list[str], code: int, said: str):
+    result = invoke(*argv)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_plans_that_cannot_be_are_refused():
+    plans = Plan(workloads=("vast",)), Plan(rounds=1), Plan(dtype="int8"), Plan(clock="sun")
+    for plan in plans:
+        with pytest.raises(BenchError):
+            measure(plan, silent)

@@ -1,0 +1,148 @@
+"""`invariant=True`: an image's bits do not depend on what shares its pack.
+
+The needle: one image alone, then in random packs at random places, every result bit for bit the
+same, the first time. The inverse test shows that this harness sees a kernel that varies.
+"""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from packvit.encoder import Encoder
+from packvit.families import FAMILIES
+from packvit.linear import Linear, affine
+
+Grid = list[tuple[int, int, int]]
+SIDES = (5, 5)  # what fixed tables are made for; packs of any grid hold it too
+
+
+def steady(kind: str, device: str, dtype: torch.dtype, attention: str, **changes) -> Encoder:
+    model = reference.build(kind, **changes).to(device, dtype)
+    [family] = [f for f in FAMILIES if model.config.model_type in f.family.model_types]
+    return family.from_transformers(
+        model, attention=attention, positions="interpolate", invariant=True
+    )
+
+
+def noise(kind: str, draw: random.Random) -> Callable[[Tensor], Tensor]:
+    value = {"nan": float("nan"), "inf": float("inf"), "large": 1e4, "plain": 1.0}[kind]
+    return lambda patches: patches * value
+
+
+def haystacks(encoder: Encoder, packs: int, most: int, seed: int, neighbours: str) -> list[int]:
+    """Put one image in random packs, and return in which of them its bits are other than alone."""
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    side = encoder.config.patch_dim
+    needle = torch.randn(SIDES[0] * SIDES[1], side, generator=generator).to(encoder.device)
+
+    def run(patches: list[Tensor], grid: Grid, at: int) -> list[Tensor]:
+        with torch.inference_mode():
+            out = encoder.encode(torch.cat(patches), torch.tensor(grid), taps=[0])
+        starts = [rows * columns for _, rows, columns in grid]
+        first = sum(starts[:at])
+        rows = slice(first, first + len(needle))
+        pooled = [] if out.pooled is None else [out.pooled[at]]
+        return [out.tokens[rows], out.taps[0][rows], out.prefix[at], *pooled]
+
+    alone = run([needle], [(1, *SIDES)], 0)
+    different = []
+    for pack in range(packs):
+        count = draw.randrange(1, 12)
+        grid: Grid = [(1, draw.randint(1, most), draw.randint(1, most)) for _ in range(count)]
+        change = noise(neighbours, draw)
+        patches = [
+            change(torch.randn(rows * columns, side, generator=generator)).to(encoder.device)
+            for _, rows, columns in grid
+        ]
+        at = draw.randrange(count + 1)
+        grid.insert(at, (1, *SIDES))
+        patches.insert(at, needle)
+        found = run(patches, grid, at)
+        if not all(torch.equal(a, b) for a, b in zip(alone, found, strict=True)):
+            different.append(pack)
+    return different
+
+
+@pytest.mark.parametrize("kind", reference.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_has_the_same_bits_alone_and_in_any_pack(kind: str, dtype: torch.dtype):
+    assert haystacks(steady(kind, "cpu", dtype, "sdpa"), 6, 12, 1, "plain") == []
+
+
+@pytest.mark.parametrize("neighbours", ["plain", "nan", "inf", "large"])
+def test_200_packs_change_no_bit_of_an_image(neighbours: str):
+    packs = 200 if neighbours == "plain" else 20
+    encoder = steady("aimv2", "cpu", torch.float32, "sdpa", num_hidden_layers=2)
+    assert haystacks(encoder, packs, 8, 2, neighbours) == []
+
+
+LARGE = {  # AIMv2-large's widths, at which libraries choose between many kernels
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 2,
+    "is_native": True,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("neighbours", ["plain", "nan", "inf", "large"])
+@pytest.mark.parametrize(
+    ("dtype", "attention"),
+    [
+        (torch.bfloat16, "torch"),
+        (torch.bfloat16, "fa4"),
+        (torch.bfloat16, "sdpa"),
+        (torch.float32, "sdpa"),
+    ],
+)
+def test_200_packs_change_no_bit_of_an_image_on_a_gpu(dtype, attention, neighbours: str):
+    if attention == "fa4":
+        pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+    packs = 200 if neighbours == "plain" else 20
+    encoder = steady("aimv2", "cuda", dtype, attention, **LARGE)
+    assert haystacks(encoder, packs, 40, 3, neighbours) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", reference.KINDS)
+def test_every_family_keeps_the_bits_on_a_gpu(kind: str):
+    assert haystacks(steady(kind, "cuda", torch.bfloat16, "torch"), 10, 30, 1, "plain") == []
+
+
+def test_the_harness_notices_a_matmul_that_varies_with_its_rows(monkeypatch: pytest.MonkeyPatch):
+    encoder = steady("aimv2", "cpu", torch.float32, "sdpa")
+    assert haystacks(encoder, 3, 8, 4, "plain") == []
+
+    def split(self: Linear, input: Tensor) -> Tensor:  # split-K, as libraries do for few rows
+        halves = 1 + (len(input) < 100)
+        parts = zip(input.chunk(halves, 1), self.weight.chunk(halves, 1), strict=True)
+        out = torch.stack([part @ weight.T for part, weight in parts]).sum(0)
+        return out if self.bias is None else out + self.bias
+
+    monkeypatch.setattr(Linear, "forward", split)
+    assert haystacks(encoder, 20, 8, 4, "plain") != []
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 700])
+def test_steady_rows_compute_the_same_layer(tokens: int):
+    torch.manual_seed(tokens)
+    layer, x = Linear(24, 40).double(), torch.randn(tokens, 24, dtype=torch.float64)
+    plain = layer(x)
+    steady = affine(x, layer.weight, layer.bias, True)
+    torch.testing.assert_close(steady, plain, atol=1e-14, rtol=0)
+
+
+def test_fp8_makes_no_such_promise():
+    with pytest.raises(ValueError, match="exclude each other"):
+        FAMILIES[0].from_transformers(reference.build("aimv2"), fp8=True, invariant=True)
+
+
+def test_fp8_is_refused_where_it_cannot_run():
+    with pytest.raises(ValueError, match="fp8 needs a CUDA device and the encoder is on cpu"):
+        FAMILIES[0].from_transformers(reference.build("aimv2"), fp8=True)
