@@ -6,12 +6,9 @@ they are handed. Seams and places are worked out here, once, on the host.
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from packvit import checkpoints, pretrained
@@ -19,11 +16,12 @@ from packvit.attention import Backend, Workload, opaque, resolve
 from packvit.checkpoints import Checkpoint
 from packvit.config import EncoderConfig, ImageConfig, PatchOrder
 from packvit.family import Family
-from packvit.features import Features, Pack
+from packvit.features import Features, Pack, make_pack
 from packvit.graphs import MOST_TOKENS, Graphs
-from packvit.images import ImageError, load_image
+from packvit.images import Source
 from packvit.layers import Blocks, PatchEmbeddings, norm, rotary_turns, to_values
 from packvit.linear import Linear, float8_obstacle, make_steady, to_float8
+from packvit.options import GridPolicy, Options
 from packvit.packed import (
     Grid,
     PrefixPlaces,
@@ -34,11 +32,9 @@ from packvit.packed import (
     to_device,
 )
 from packvit.pooling import pooling_head
-from packvit.preprocessing import Resize, to_patches
+from packvit.preprocessing import Resize
 
-GridPolicy = Literal["checkpoint", "interpolate"]
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
-Source = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 class Ran(NamedTuple):
@@ -255,32 +251,14 @@ class Encoder(nn.Module):
 
         Raises: ImageError with the index and the code of the first image that cannot be used.
         """
-        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
-            raise TypeError(
-                f"images is one {type(images).__name__}, but must be a list of them: "
-                "encoder.pack([image])."
-            )
-        if not images:
-            raise ValueError("images is empty, but a pack holds at least one image.")
-        cut = []
-        for index, source in enumerate(images):
-            try:
-                photo = load_image(source)
-                cut.append(
-                    to_patches(
-                        photo.image,
-                        self.images,
-                        resize=resize,
-                        max_patches=max_patches,
-                        patch_order=self.patch_order,
-                    )
-                )
-            except ImageError as error:
-                error.index = index
-                raise
-        patches = torch.from_numpy(np.concatenate([one.patches for one in cut]))
-        grid = torch.tensor([[1, one.rows, one.columns] for one in cut])
-        return Pack(patches.to(self.device), grid)
+        return make_pack(
+            images,
+            self.images,
+            resize=resize,
+            max_patches=max_patches,
+            patch_order=self.patch_order,
+            device=self.device,
+        )
 
     def check_layer(self, layer: int) -> int:
         """Return the number of a tapped layer, counted from the front."""
@@ -451,36 +429,3 @@ class Encoder(nn.Module):
             patch_order=self.patch_order,
             preprocessor=self.checkpoint.preprocessor if self.checkpoint else None,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a caller chooses when an encoder is loaded; None is chosen by the machine."""
-
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-    attention: str
-    patch_order: PatchOrder
-    positions: GridPolicy
-    invariant: bool = False
-    compile: bool = False
-    fp8: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("patch_order", self.patch_order, ("hwc", "chw"))
-        check_choice("positions", self.positions, ("checkpoint", "interpolate"))
-        if self.fp8 and self.invariant:
-            raise ValueError(
-                "fp8=True and invariant=True exclude each other: matmuls in 8 bits give no such "
-                "promise. Leave one of them out."
-            )
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a word that is not among an option's.
-
-    Raises: ValueError listing the option's words.
-    """
-    if value not in choices:
-        listed = " or ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f'{name} is "{value}", but must be {listed}.')

@@ -1,10 +1,19 @@
 """What goes into an encoder's forward, and what comes out of it."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
+from packvit.config import ImageConfig, PatchOrder
+from packvit.images import ImageError, Source, load_image
 from packvit.packed import Grid
+from packvit.preprocessing import to_patches
+from packvit.sizes import Resize
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +47,41 @@ class Features:
         """Return the patch tokens of each image: N views [frames, rows, columns, D]."""
         parts = self.tokens.split([frames * rows * columns for frames, rows, columns in self.grid])
         return [part.unflatten(0, sides) for part, sides in zip(parts, self.grid, strict=True)]
+
+
+def make_pack(
+    images: Sequence[Source],
+    config: ImageConfig,
+    *,
+    resize: Resize | None,
+    max_patches: int | None,
+    patch_order: PatchOrder,
+    device: torch.device,
+) -> Pack:
+    """Make one pack of paths, PIL images or uint8 arrays, as `Encoder.pack` says."""
+    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+        raise TypeError(
+            f"images is one {type(images).__name__}, but must be a list of them: "
+            "encoder.pack([image])."
+        )
+    if not images:
+        raise ValueError("images is empty, but a pack holds at least one image.")
+    cut = []
+    for index, source in enumerate(images):
+        try:
+            photo = load_image(source)
+            cut.append(
+                to_patches(
+                    photo.image,
+                    config,
+                    resize=resize,
+                    max_patches=max_patches,
+                    patch_order=patch_order,
+                )
+            )
+        except ImageError as error:
+            error.index = index
+            raise
+    patches = torch.from_numpy(np.concatenate([one.patches for one in cut]))
+    grid = torch.tensor([[1, one.rows, one.columns] for one in cut])
+    return Pack(patches.to(device), grid)

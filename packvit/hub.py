@@ -10,8 +10,9 @@ from packvit import checkpoints, pretrained
 from packvit.checkpoints import Checkpoint, CheckpointError
 from packvit.config import PatchOrder
 from packvit.downloads import WEIGHTS, listing
-from packvit.encoder import Encoder, GridPolicy, Options
+from packvit.encoder import Encoder
 from packvit.families import FAMILIES
+from packvit.options import GridPolicy, Options
 from packvit.pretrained import LayoutName
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import packvit
-from packvit.encoder import check_choice
 from packvit.families.aimv2 import AIMv2Packing
+from packvit.options import check_choice
 
 GRID = [(1, 3, 4), (2, 2, 5), (1, 1, 7), (1, 3, 4)]
 
