@@ -18,12 +18,12 @@ demo: install
 	rm -rf demo-features
 	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit embed --out demo-features
 	$(BIN)/python -m demo.look demo-features
-	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --out demo-features.png
+	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --layer 4 --out demo-features.png
 
 # The pictures in README and the docs, by the model in the package as it is now.
 pictures: install
 	$(BIN)/python -m demo.picture docs/pictures/pack.png
-	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --width 1000 --out docs/pictures/pca.webp
+	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --layer 4 --width 1000 --out docs/pictures/pca.webp
 
 test: install
 	$(BIN)/python -m pytest -q

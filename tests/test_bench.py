@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from click.testing import CliRunner, Result
+from small_checkpoint import write_checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,6 +44,12 @@ def siglip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = Siglip2NaflexPacking.family
     write_random(family.reference.variants[0], family, folder, seed=0)
     return folder
+
+
+@pytest.fixture(scope="module")
+def aimv2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small AIMv2-native checkpoint without a head, as the embedded one is."""
+    return write_checkpoint(tmp_path_factory.mktemp("aimv2"), head=False)
 
 
 def subject(model: models.Model, *, train: bool = False) -> Subject:
@@ -85,10 +92,10 @@ def test_operations_are_those_that_torch_counts(encoder: Any, kind: str, changes
     assert backward.get_total_flops() == flops.backward
 
 
-@pytest.mark.parametrize("name", ["tiny", "siglip2"])
-def test_all_contenders_compute_the_same(name: str, siglip2: Path):
-    model = "tiny" if name == "tiny" else str(siglip2)
-    report = measure(Plan(model, ("mixed", "equal"), rounds=2, device="cpu"), silent)
+@pytest.mark.parametrize("name", ["aimv2", "siglip2"])
+def test_all_contenders_compute_the_same(name: str, aimv2: Path, siglip2: Path):
+    model = {"aimv2": aimv2, "siglip2": siglip2}[name]
+    report = measure(Plan(str(model), ("mixed", "equal"), rounds=2, device="cpu"), silent)
     mixed, equal = report["workloads"]
     for work in (mixed, equal):
         assert work["wrong"] == {}
@@ -151,8 +158,8 @@ def test_gradients_are_those_of_the_same_sum_however_tokens_are_laid_out(
         )
 
 
-def test_forward_and_backward_are_timed_too():
-    plan = Plan("tiny", ("small",), train=True, rounds=2, device="cpu", clock="cpu")
+def test_forward_and_backward_are_timed_too(aimv2: Path):
+    plan = Plan(str(aimv2), ("small",), train=True, rounds=2, device="cpu", clock="cpu")
     report = measure(plan, silent)
     assert "forward and backward, float32, on CPU" in as_markdown(report)
     assert ", in CPU time;" in as_markdown(report)
@@ -176,9 +183,9 @@ def test_slow_contenders_take_fewer_turns_and_share_them_with_all():
     assert low <= middle <= high
 
 
-def test_the_command_prints_a_table_and_writes_a_report(tmp_path: Path):
+def test_the_command_prints_a_table_and_writes_a_report(aimv2: Path, tmp_path: Path):
     target = tmp_path / "report.json"
-    words = ["--model", "tiny", "--workload", "small", "--rounds", "2", "--device", "cpu"]
+    words = ["--model", aimv2, "--workload", "small", "--rounds", "2", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-m", "packvit", "bench", *words, "--json", target],
         capture_output=True,
@@ -189,12 +196,12 @@ def test_the_command_prints_a_table_and_writes_a_report(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     report = json.loads(target.read_text())
     assert done.stdout == as_markdown(report) + "\n"
-    assert report["weights"] == "untrained (random)"
+    assert report["weights"] == "the checkpoint's"
     assert report.keys() >= {"date", "packvit", "torch", "transformers", "timm", "gpus", "threads"}
     assert report.keys() >= {"model", "layers", "dtype", "rounds", "baseline", "gpu_state_after"}
     [work] = report["workloads"]
-    assert work["headline"]["ours"] == "packvit, sdpa"
-    assert work["headline"]["peer"] in work["results"]
+    assert work["results"][work["headline"]["ours"]]["ours"]
+    assert not work["results"][work["headline"]["peer"]]["ours"]
     assert work["ceiling_tflops"] > 0
     for title, entry in work["results"].items():
         assert entry["ours"] == title.startswith("packvit")

@@ -123,13 +123,13 @@ def test_every_option_reaches_the_job(tmp_path: Path, photos: Path, checkpoint: 
     assert manifest["preprocessing"]["max_pixels"] == 3300
 
 
-def test_without_a_model_one_line_says_that_the_weights_are_untrained(tmp_path: Path):
+def test_without_a_model_one_line_says_which_one_runs_and_how_to_choose(tmp_path: Path):
     for number in range(1001):
         (tmp_path / f"{number}.jpg").touch()
     result = invoke(tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 2
     notice, *usage = result.stderr.splitlines()
-    assert "its weights are untrained (random): good for trying the job, not for" in notice
+    assert notice.startswith('No --model was given, so "tiny" runs, which packvit brings: 6.6')
     assert notice.endswith("for example --model apple/aimv2-large-patch14-native.")
     assert "1001 inputs were found, but without a chosen model at most 1000" in usage[-1]
     assert not (tmp_path / "out").exists()

@@ -134,9 +134,11 @@ def test_a_bad_checkpoint_is_a_failure_in_a_sentence(checkpoint: Path, tmp_path:
         assert isinstance(result.exception, SystemExit)
 
 
-def test_a_certificate_that_cannot_be_written_is_a_failure_in_a_sentence(tmp_path: Path):
+def test_a_certificate_that_cannot_be_written_is_a_failure_in_a_sentence(
+    checkpoint: Path, tmp_path: Path
+):
     target = tmp_path / "none" / "c.json"
-    result = invoke("--model", "tiny", "--quick", "--device", "cpu", "--certificate", target)
+    result = invoke("--model", checkpoint, "--quick", "--device", "cpu", "--certificate", target)
     assert result.exit_code == 1
     assert f"{target} could not be written: No such file or directory." in result.stderr
 

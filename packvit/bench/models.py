@@ -89,8 +89,7 @@ def checkpoint_model(name: str, device: torch.device, dtype: torch.dtype) -> Mod
     encoder = hub.load(name, device="cpu", dtype=torch.float32)
     if encoder.projection is not None:
         encoder = without_projection(encoder)
-    weights = "untrained (random)" if name == "tiny" else "the checkpoint's"
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
         reference = Reference(encoder.family, Path(folder)).load(dtype, device)
-    return Model(name, weights, type(encoder), encoder.config, reference)
+    return Model(name, "the checkpoint's", type(encoder), encoder.config, reference)

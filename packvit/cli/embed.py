@@ -15,10 +15,10 @@ from packvit.corpus import DecoderError, WriteError, WrongUse
 from packvit.corpus.progress import Summary
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
-UNTRAINED = (
-    'No --model was given, so "tiny" runs, which packvit brings: its weights are untrained '
-    "(random): good for trying the job, not for features. Choose a real checkpoint with --model, "
-    f"for example --model {EXAMPLE}."
+EMBEDDED = (
+    'No --model was given, so "tiny" runs, which packvit brings: 6.6 million parameters, trained '
+    "on 269 photographs. For features to build on choose a large checkpoint with --model, for "
+    f"example --model {EXAMPLE}."
 )
 COUNT = click.IntRange(min=1)
 DONE_WITH_ERRORS = 3
@@ -161,7 +161,7 @@ def embed(
     if not photos and not lists:
         raise click.UsageError("Missing argument 'PHOTOS...', or --list with a file of paths.")
     if model is None:
-        click.echo(UNTRAINED, err=True)
+        click.echo(EMBEDDED, err=True)
     with stopping(context, out, overwrite) as meter:
         # torch is imported here, and Ctrl-C is heeded while it is.
         from packvit.checkpoints import CheckpointError

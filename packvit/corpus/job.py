@@ -88,8 +88,8 @@ def embed(
     `photos` are folders, which are walked, files, patterns, tar and Parquet files that hold images,
     and URLs of such; `lists` are files of paths. A table has the paths of a list in `column`, and
     the bytes of images in `image_column`. `model` is a checkpoint's name or folder, or
-    a loaded encoder, for which `device` to `positions` are already chosen; None tries the job out
-    with the small untrained encoder that packvit brings. `tokens` and `taps` (layers, negative
+    a loaded encoder, for which `device` to `positions` are already chosen; None is "tiny",
+    the small encoder that packvit brings. `tokens` and `taps` (layers, negative
     ones from the end) write every patch's features too, as `dtype_out`. `workers` are processes
     that decode; None is one for each CPU, up to 16. Images are decoded while together they have at
     most `pixels_in_flight` pixels, and one that takes longer than `image_timeout` becomes an error.
@@ -126,7 +126,7 @@ def embed(
     if model is None and len(listing) > TRIAL_INPUTS:
         raise WrongUse(
             f"{len(listing)} inputs were found, but without a chosen model at most "
-            f"{TRIAL_INPUTS} are embedded: the one that packvit brings is untrained. "
+            f"{TRIAL_INPUTS} are embedded: the one that packvit brings is small. "
             'Choose one, for example model "apple/aimv2-large-patch14-native".'
         )
     with Decoders(

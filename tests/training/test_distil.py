@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import rotten
 import torch
+from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit.families.aimv2 import AIMv2Packing
@@ -21,12 +22,13 @@ def configure(tmp_path: Path, out: str, epochs: int) -> Path:
     if not (tmp_path / "photos").exists():
         rotten.write_good(tmp_path / "photos", 7)
         (tmp_path / "photos" / "broken.jpg").write_bytes(b"no photograph")
+        write_checkpoint(tmp_path / "small", head=False)
     path = tmp_path / f"{out}.toml"
     path.write_text(
         f"""
 photographs = ["{tmp_path / "photos"}"]
-teacher = "tiny"
-student = "tiny"
+teacher = "{tmp_path / "small"}"
+student = "{tmp_path / "small"}"
 out = "{tmp_path / out}"
 epochs = {epochs}
 budget = 40
@@ -68,7 +70,7 @@ def test_a_student_learns_and_what_was_killed_goes_on_with_the_same_losses(tmp_p
     assert expected[-1] < expected[0]
     student = packvit.load(tmp_path / "whole" / "student")
     assert isinstance(student, AIMv2Packing)
-    start = packvit.load("tiny").state_dict()
+    start = packvit.load(tmp_path / "small").state_dict()
     assert all(not torch.equal(x, start[name]) for name, x in student.state_dict().items())
 
     path = configure(tmp_path, "cut", 4)
