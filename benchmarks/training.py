@@ -1,116 +1,93 @@
 """What do checkpointed activations save, and cost? Memory and time of a training step, as JSON.
 
     python -m benchmarks.training --model aimv2-large
+    OMP_NUM_THREADS=2 python -m benchmarks.training --layers 12 --images 3
 
-Both contenders are one encoder with random weights, bf16, on the pack of 52 images that
-`packvit bench` has; they take turns. Activation memory is the peak of a step less what
-stood before it.
+Both contenders are one encoder with random weights, on a pack of the sizes that `packvit bench`
+calls mixed; they take turns. On a GPU it is bf16 and all 52 images. Activation memory is the most
+that a step holds on top of what stood before it, as torch's allocator or its profiler saw it.
 """
 
 import argparse
 import copy
 import json
 import statistics
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-import packvit
+from packvit.bench import measuring
+from packvit.bench.models import MODELS, random_model
+from packvit.bench.workloads import mixed_sizes
 from packvit.encoder import Encoder
 from packvit.training.blocks import checkpoint_activations
 
-ROUNDS = 7
+KEPT, CHECKPOINTED = "kept", "checkpointed"
 
 
-def build(model: str) -> Encoder:
-    """Return an encoder of a published shape on the GPU, its weights random."""
-    from transformers import (
-        Aimv2VisionConfig,
-        Aimv2VisionModel,
-        Siglip2VisionConfig,
-        Siglip2VisionModel,
-    )
-
-    if model == "aimv2-large":
-        theirs = Aimv2VisionModel(Aimv2VisionConfig(is_native=True, use_head=False))
-        encoder = packvit.AIMv2Packing.from_transformers(theirs)
-    else:
-        config = Siglip2VisionConfig(
-            hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16
-        )
-        encoder = packvit.Siglip2NaflexPacking.from_transformers(Siglip2VisionModel(config))
-    return encoder.to("cuda", torch.bfloat16).train()
-
-
-def draw_grid(images: int = 52) -> Tensor:
-    """Return images of 240 to 1008 patches, aspect ratios 0.5 to 2, from a fixed seed."""
-    draw = torch.Generator().manual_seed(0)
-    patches = torch.randint(240, 1009, (images,), generator=draw)
-    aspects = 2 ** (2 * torch.rand(images, generator=draw) - 1)
-    rows = (patches / aspects).sqrt().round().clamp(min=1).long()
-    return torch.stack([torch.ones_like(rows), rows, patches // rows], 1)
-
-
-def measure(step: Callable[[], None]) -> tuple[float, int]:
-    """Return one step's milliseconds and the bytes it needed at most beyond what stood before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end), torch.cuda.max_memory_allocated() - before
+def peak(step: Callable[[], None], device: torch.device) -> int:
+    """Return the bytes that a step holds at most on top of what was there before."""
+    on_gpu = measuring.peak_bytes(step, device)
+    if on_gpu is not None:
+        return on_gpu
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    held = most = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        most = max(most, held)
+    return most
 
 
 def main() -> None:
     """Time both, in turn, and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=["aimv2-large", "so400m"], default="aimv2-large")
-    plain = build(parser.parse_args().model)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", choices=[*MODELS], default="aimv2-large")
+    parser.add_argument("--layers", type=int, help="Cut the model to so many.")
+    parser.add_argument("--images", type=int, default=52)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = random_model(options.model, options.layers, device, dtype)
+    plain = model.encoder.from_transformers(model.reference).train()
     lean = copy.deepcopy(plain)
     checkpoint_activations(lean)
-    grid = draw_grid()
-    tokens = int(grid.prod(1).sum())
-    patches = torch.randn(tokens, plain.config.patch_dim, device="cuda", dtype=torch.bfloat16)
+    grid = mixed_sizes(options.images, 240, 1008)
+    tokens = sum(frames * rows * columns for frames, rows, columns in grid)
+    patches = torch.randn(tokens, model.config.patch_dim, device=device, dtype=dtype)
 
     def train(encoder: Encoder) -> None:
-        encoder(patches, grid).float().square().mean().backward()
+        encoder(patches, torch.tensor(grid)).float().square().mean().backward()
 
-    contenders = {"kept": plain, "checkpointed": lean}
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders}
-    for turn in range(ROUNDS + 2):
-        for name, encoder in contenders.items():
-            if turn == 0:
-                train(encoder)  # gradients stand from here on
-                continue
-            taken = measure(lambda encoder=encoder: train(encoder))
-            if turn > 1:
-                found[name].append(taken)
-    results = {
-        name: {
-            "milliseconds": statistics.median(time for time, _ in rows),
-            "activation_bytes": statistics.median(memory for _, memory in rows),
-        }
-        for name, rows in found.items()
+    runs = {KEPT: lambda: train(plain), CHECKPOINTED: lambda: train(lean)}
+    for run in runs.values():
+        run()  # gradients stand from here on
+    memory = {name: peak(run, device) for name, run in runs.items()}
+    taken = measuring.interleave(runs, rounds=options.rounds, warmup=1)
+    slower = [times[CHECKPOINTED] / times[KEPT] for times in taken]
+    report = measuring.where() | {
+        "model": options.model,
+        "layers": model.config.layers,
+        "dtype": str(dtype),
+        "threads": torch.get_num_threads(),
+        "images": len(grid),
+        "tokens": tokens,
+        "rounds": options.rounds,
+        "median_ms": {name: measuring.median_ms(taken, name) for name in runs},
+        "activation_bytes": memory,
+        "memory_ratio": memory[KEPT] / memory[CHECKPOINTED],
+        "time_ratio_quartiles": statistics.quantiles(slower, n=4),
     }
-    kept, less = results["kept"], results["checkpointed"]
-    print(
-        json.dumps(
-            {
-                "machine": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "model": parser.parse_args().model,
-                "tokens": tokens,
-                "results": results,
-                "memory_ratio": kept["activation_bytes"] / less["activation_bytes"],
-                "time_ratio": less["milliseconds"] / kept["milliseconds"],
-            },
-            indent=1,
-        )
-    )
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
