@@ -10,7 +10,7 @@ import click
 
 from packvit.cli import exit_code
 from packvit.cli.progress import Meter, duration, show_progress
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import WorkerError, WriteError, WrongUse
 from packvit.corpus.progress import Summary
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
@@ -70,7 +70,23 @@ DONE_WITH_ERRORS = 3
     help="What to write tokens and taps in.",
 )
 @click.option("--token-budget", type=COUNT, default=16384, help="Most tokens in one pack.")
-@click.option("--threads", type=COUNT, help="Threads that decode; one for each CPU, up to 16.")
+@click.option(
+    "--threads", type=COUNT, help="Threads that decode in a process; one for each CPU, up to 16."
+)
+@click.option(
+    "--gpus",
+    "--processes",
+    "processes",
+    type=COUNT,
+    help="Embed in so many processes, one on each GPU, or on CPUs each with its share of them; "
+    "what is written is the same.",
+)
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help='Embed on a Ray cluster; "auto" is the one this machine is part of, "local" starts one '
+    "here.",
+)
 @click.option(
     "--verify",
     is_flag=True,
@@ -102,6 +118,8 @@ def embed(
     dtype_out: Any,
     token_budget: int,
     threads: int | None,
+    processes: int | None,
+    ray: str | None,
     verify: bool,
     overwrite: bool,
     as_json: bool,
@@ -144,13 +162,15 @@ def embed(
                 dtype_out=dtype_out,
                 token_budget=token_budget,
                 threads=threads,
+                processes=processes,
+                ray=ray,
                 verify=verify,
                 overwrite=overwrite,
                 progress=meter.tell,
             )
         except WrongUse as error:
             raise click.UsageError(str(error)) from error
-        except (CheckpointError, ImportError, VerificationError, WriteError) as error:
+        except (CheckpointError, ImportError, VerificationError, WriteError, WorkerError) as error:
             raise click.ClickException(str(error)) from error
     click.echo(json.dumps(as_object(summary)) if as_json else as_table(summary))
     context.exit(DONE_WITH_ERRORS if summary.errors else 0)

@@ -7,3 +7,7 @@ class WrongUse(ValueError):
 
 class WriteError(OSError):
     """What could not be written and why; what was committed before stays whole."""
+
+
+class WorkerError(RuntimeError):
+    """A worker process died again and again, or is not what the job needs."""

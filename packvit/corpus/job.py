@@ -9,6 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from packvit.corpus.inputs import Input, Listing, list_inputs
 from packvit.corpus.parts import DtypeOut
 from packvit.corpus.progress import Summary, Tally, Tell
 from packvit.corpus.resume import Found, check_usable, read_rows, take_up
+from packvit.corpus.runners import choose_runner
+from packvit.corpus.runners.order import Runner, Work
+from packvit.corpus.runners.worker import Job
 from packvit.corpus.settings import (
     Options,
     check_options,
@@ -37,7 +41,7 @@ from packvit.corpus.settings import (
     fit_options,
     load_encoder,
 )
-from packvit.corpus.shard import Shard, run_shard
+from packvit.corpus.shard import Shard
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS
 from packvit.sizes import Resize
@@ -65,6 +69,8 @@ def embed(
     token_budget: int = 16384,
     max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
+    processes: int | None = None,
+    ray: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
     progress: Tell | None = None,
@@ -77,8 +83,13 @@ def embed(
     `photos` are folders, which are walked, and files. `model` is a checkpoint's name or folder, or
     a loaded encoder, for which `device` to `positions` are already chosen; None tries the job out
     with the small untrained encoder that packvit brings. `tokens` and `taps` (layers, negative
-    ones from the end) write every patch's features too, as `dtype_out`. `threads` decode; None is
-    one for each CPU, up to 16. `verify` compares the encoder with its reference before anything is
+    ones from the end) write every patch's features too, as `dtype_out`. `threads` decode in each
+    process; None is one for each CPU, up to 16, shared among the processes.
+
+    `processes` embed side by side, one on each GPU, or each with a share of the CPUs; what is
+    written is the same. `ray` runs them on a cluster instead: its address, "auto" for the one that
+    this machine is part of, or "local" to start one here; `processes` None is then all
+    that there is room for. `verify` compares the encoder with its reference before anything is
     written, unless a certificate stands beside the checkpoint, and writes certificate.json.
 
     Units: `max_patches` and `token_budget` count patches, of an image and of a pack.
@@ -94,9 +105,11 @@ def embed(
         dtype_out=dtype_out,
         token_budget=token_budget,
         max_pixels=max_pixels,
-        threads=min(16, count_cpus()) if threads is None else threads,
+        threads=min(16, max(1, count_cpus() // (processes or 1))) if threads is None else threads,
     )
     check_options(options)
+    if processes is not None and processes < 1:
+        raise WrongUse(f"processes is {processes}, but must be 1 or more.")
     folder = Path(out)
     check_usable(folder, overwrite=overwrite)
     listing = list_inputs([os.fspath(path) for path in named])
@@ -119,6 +132,11 @@ def embed(
                 "model is a loaded encoder, whose weights may have been trained since, so there is "
                 "no reference to verify it by. Leave verify out, or give the model's name."
             )
+        if ray is not None or processes not in (None, 1):
+            raise WrongUse(
+                "model is a loaded encoder, which lives in this process alone, so that no other "
+                "can embed with it. Give the model's name, or leave processes and ray out."
+            )
         encoder, weights = model, digest_weights(model)
     else:
         encoder = load_encoder(
@@ -133,16 +151,21 @@ def embed(
         )
     options = fit_options(encoder, options, taps)
     certificate = vouch(encoder, weights) if verify else None
-    manifest = draft(encoder, weights, listing, options)
+    described = describe(encoder, weights, options)
+    manifest = draft(encoder, described, listing)
+    name = encoder.checkpoint.name if encoder.checkpoint else ""
+    job = Job(str(folder), options, described, positions, name)
+    runner = choose_runner(encoder, job, processes, ray)
+    del encoder  # a runner that embeds here holds it; the others need the memory
     tally = Tally(len(listing.inputs), progress)
     with claim(folder):
         found = take_up(folder, manifest, overwrite=overwrite)
-        return run(encoder, listing, folder, options, found, certificate, tally)
+        return run(runner, listing, folder, found, certificate, tally)
 
 
-def draft(encoder: Encoder, weights: str, listing: Listing, options: Options) -> dict[str, Any]:
+def draft(encoder: Encoder, described: Mapping[str, Any], listing: Listing) -> dict[str, Any]:
     """Return the manifest of a job of which nothing is written yet."""
-    settings = describe(encoder, weights, listing, options)
+    settings = {**described, "inputs_sha256": listing.sha256()}
     return {
         "format": FORMAT,
         "complete": False,
@@ -157,22 +180,21 @@ def draft(encoder: Encoder, weights: str, listing: Listing, options: Options) ->
 
 
 def run(
-    encoder: Encoder,
+    runner: Runner,
     listing: Listing,
     folder: Path,
-    options: Options,
     found: Found,
     certificate: Mapping[str, Any] | None,
     tally: Tally,
 ) -> Summary:
-    """Run all shards that the claimed folder does not hold, one after another."""
+    """Run all shards that the claimed folder does not hold."""
     manifest = found.manifest | {"complete": False, "counts": None}
     if certificate is not None:
         data = encode_certificate(certificate)
         put(folder / CERTIFICATE, data)
         manifest |= {"certificate_sha256": hashlib.sha256(data).hexdigest()}
-    size = options.outputs(encoder.config.width).rows_per_part
-    todo = [s for s in shards(listing.inputs, size) if s.number not in found.kept]
+    size = manifest["rows_per_part"]
+    todo = -(-len(listing.inputs) // size) - len(found.kept)
     if todo:
         put(folder / MANIFEST, encode_manifest(manifest))
     for _, entry in sorted(found.kept.items()):
@@ -180,18 +202,20 @@ def run(
     kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
     tally.begin(found.notes)
     start = time.perf_counter()
-    for shard in todo:
-        mends = shard.number < max(found.kept, default=0)
-        entry = run_shard(encoder, shard, folder, options, tally.settle, mends=mends)
-        tally.update(committed=tally.progress.committed + entry.rows)
-        assert tally.progress.committed == tally.progress.settled
+    missing = (s for s in shards(listing.inputs, size) if s.number not in found.kept)
+    work = Work(missing, todo, folder, max(found.kept, default=0), tally.settle)
+    if todo:
+        with closing(runner(work)) as entries:
+            for entry in entries:
+                tally.update(committed=tally.progress.committed + entry.rows)
+                assert tally.progress.committed == tally.progress.settled
     seconds = time.perf_counter() - start
     counts = {
         "rows": len(listing.inputs),
         "ok": tally.codes["ok"],
         "errors": tally.errors,
         "tokens": tally.progress.tokens,
-        "parts": len(found.kept) + len(todo),
+        "parts": len(found.kept) + todo,
     }
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     put(folder / MANIFEST, encode_manifest(manifest | {"complete": True, "counts": counts}))

@@ -20,6 +20,8 @@ from packvit.corpus.folder import (
     COMMITS,
     LOCK,
     MANIFEST,
+    SPOOL,
+    TEMPORARY,
     Commit,
     decode_commit,
     encode_manifest,
@@ -27,7 +29,6 @@ from packvit.corpus.folder import (
     read_log,
     read_manifest,
     sync_names,
-    temporary_name,
     write_commits,
     writing,
 )
@@ -91,6 +92,13 @@ def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[st
     if "model" in differ:
         told.insert(0, "model")
     return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in told or differ]
+
+
+def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Return where two settings differ, a line for each field."""
+    old, new = dict(flatten(recorded)), dict(flatten(found))
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in names]
 
 
 def flatten(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -180,15 +188,21 @@ def own_files(folder: Path) -> tuple[str, ...]:
 
 def left_over(folder: Path) -> tuple[str, ...]:
     """Return the temporary files that a killed job left in `folder`."""
-    names = {name: name.removeprefix(".").removesuffix(".tmp") for name in os.listdir(folder)}
-    ours = (COMMITS, CERTIFICATE, MANIFEST)
+    ours = (COMMITS, CERTIFICATE, MANIFEST, SPOOL)
+    found = [(name, TEMPORARY.fullmatch(name)) for name in os.listdir(folder)]
     return tuple(
         sorted(
             name
-            for name, final in names.items()
-            if name == temporary_name(final) and (final in ours or part_number(final) is not None)
+            for name, parsed in found
+            if parsed and (parsed[1] in ours or part_number(parsed[1]) is not None)
         )
     )
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files that workers left which were stopped."""
+    for name in left_over(folder):
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_usable(folder: Path, *, overwrite: bool = False) -> None:

@@ -14,7 +14,6 @@ from packvit import hub
 from packvit.checkpoints import CheckpointError
 from packvit.config import MostPatches, Table
 from packvit.corpus import WrongUse
-from packvit.corpus.inputs import Listing
 from packvit.corpus.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS
@@ -127,8 +126,8 @@ def fit_options(encoder: Encoder, options: Options, taps: Sequence[int]) -> Opti
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
 
 
-def describe(encoder: Encoder, weights: str, listing: Listing, options: Options) -> dict[str, Any]:
-    """Return all that decides what is written, for the fingerprint and for whoever reads it."""
+def describe(encoder: Encoder, weights: str, options: Options) -> dict[str, Any]:
+    """Return all that decides what is written of an input, for the fingerprint and for readers."""
     outputs = options.outputs(encoder.config.width)
     return {
         "revision": encoder.checkpoint.revision if encoder.checkpoint else None,
@@ -151,7 +150,6 @@ def describe(encoder: Encoder, weights: str, listing: Listing, options: Options)
         "lists": list(outputs.lists),
         "dtype_out": options.dtype_out,
         "rows_per_part": outputs.rows_per_part,
-        "inputs_sha256": listing.sha256(),
         "versions": {
             "packvit": packvit.__version__,
             **{package: version(package) for package in NUMBERS_FROM},

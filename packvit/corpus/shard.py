@@ -79,7 +79,6 @@ def run_shard(
     Raises: WriteError if the disk does not take it.
     """
     table = embed_shard(encoder, shard.inputs, options, watch)
-    assert table["id"].to_pylist() == [source.id for source in shard.inputs]
     with ThreadPoolExecutor(1, "packvit-commit") as writer:
         return writer.submit(commit, folder, shard.number, table, mends=mends).result()
 
@@ -115,6 +114,7 @@ def embed_shard(
                 for name, values in encoded.lists.items():
                     lists[name][place] = values
         watch([rows[place] for place in chosen])
+    assert [row.id for row in rows] == [source.id for source in inputs]
     return build_table(outputs, rows, pooled, lists)
 
 

@@ -1,0 +1,187 @@
+"""A Ray cluster: Ray Data schedules shards on actors, one a GPU, and starts lost ones again.
+
+The job's folder, its photographs and a model's folder lie on a file system that all nodes share
+under the same paths. Shards are spooled beside the parts, so that Ray moves their numbers alone.
+"""
+
+import logging
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from packvit.corpus import WorkerError, WrongUse
+from packvit.corpus.folder import SPOOL, Commit, temporary_name, writing
+from packvit.corpus.resume import remove_left_over
+from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
+from packvit.corpus.runners.worker import Finished, Job, finish, portable, prepare
+from packvit.encoder import Encoder
+
+# Ray schedules by block, and looks after each. Up to so many shards, each is one: beyond, what a
+# lost actor repeats grows with the job.
+MOST_BLOCKS = 20_000
+
+
+def check_ray() -> None:
+    """Import Ray Data.
+
+    Raises: ImportError with the line that installs it.
+    """
+    try:
+        import ray.data  # noqa: F401  whether it is there is all that is asked
+    except ImportError as error:
+        raise ImportError(f'Ray is needed: pip install "packvit[ray]". ({error})') from error
+
+
+def run_ray(
+    job: Job, address: str, actors: int | None, work: Work
+) -> Generator[Commit, None, None]:
+    """Embed shards on the actors of a Ray cluster, and commit them here, in their order.
+
+    `actors` None is one for each GPU of the cluster, or for each CPU where it has none.
+
+    Raises: WorkerError if a shard loses its actor `TRIES` times; WrongUse if there is no cluster at
+    `address`; WriteError if the disk does not take a part.
+    """
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        connect(address)
+    try:
+        yield from enter_all(run_shards(job, actors, work), work)
+    finally:
+        if ours:
+            ray.shutdown()
+        remove_left_over(work.folder)
+
+
+def connect(address: str) -> None:
+    """Join the cluster at `address`, or start one on this machine.
+
+    Raises: WrongUse if there is none.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a job makes no calls of its own
+    heeded = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            include_dashboard=False if address == "local" else None,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise WrongUse(
+            f'There is no Ray cluster at "{address}": {reason}. Start one with `ray start --head`, '
+            'or give "local" to start one for this job.'
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, heeded)  # Ray would leave at once, without a word
+
+
+def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
+    """Yield all shards in their order, each when its part is staged."""
+    import ray
+    import ray.data
+    from ray.exceptions import RayError
+
+    numbers, places = spool(work)
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    actors = min(actors or gpus or cpus, len(numbers))
+    threads = min(job.options.threads, max(1, cpus // actors))  # Ray counts CPUs, not threads
+    job = replace(
+        job, folder=os.path.abspath(job.folder), options=replace(job.options, threads=threads)
+    )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.wait_for_min_actors_s = 0  # begin with those that are there
+    context.actor_task_retry_on_errors = False  # an error that is raised would be raised again
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is ours to tell
+    outcomes = ray.data.from_items(places, override_num_blocks=min(len(places), MOST_BLOCKS)).map(
+        ShardActor,  # pyright: ignore[reportArgumentType]  its type knows functions alone
+        fn_constructor_args=(job, os.getcwd()),
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_gpus=1 if gpus else 0,
+        num_cpus=0 if gpus else 1,
+        ray_remote_args_fn=lambda: {"max_task_retries": TRIES - 1},
+    )
+    order = Sequencer()
+    for number in numbers:
+        order.expect(number)
+    try:
+        for row in outcomes.iter_rows():
+            outcome = pickle.loads(row["outcome"])
+            if isinstance(outcome, Exception):
+                raise outcome
+            order.add(outcome)
+            yield from order.release()
+    except RayError as error:
+        raise WorkerError(
+            f"Ray lost an actor {TRIES} times over the same part ({type(error).__name__}). If "
+            "memory ran out, ask for a smaller token_budget; then the same command goes on after "
+            "what is written. Ray's own logs say more."
+        ) from error
+
+
+def spool(work: Work) -> tuple[list[int], list[dict[str, int]]]:
+    """Write all shards to a temporary file; return their numbers and their places in it.
+
+    Raises: WriteError.
+    """
+    numbers, places = [], []
+    path = spool_path(work.folder)
+    with writing(path), path.open("wb") as file:
+        for shard in work.shards:
+            size = file.write(pickle.dumps(shard))
+            places.append({"start": file.tell() - size, "bytes": size})
+            numbers.append(shard.number)
+    return numbers, places
+
+
+def spool_path(folder: Path) -> Path:
+    """Return the file that shards wait in."""
+    return folder / temporary_name(SPOOL)
+
+
+class ShardActor:
+    """Embeds shards, on one GPU where the cluster has any."""
+
+    def __init__(self, job: Job, working: str) -> None:
+        import torch
+
+        self.job = job
+        self.encoder: Encoder | None = None
+        self.failure: Exception | None = None
+        try:
+            os.chdir(working)  # paths were typed there
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.encoder = prepare(job, device)
+        except Exception as error:  # told at the first call: Ray would wrap it in its own words
+            self.failure = portable(error)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return what became of a shard, pickled: Finished, or the exception."""
+        return {"outcome": pickle.dumps(self.embed(row["start"], row["bytes"]))}
+
+    def embed(self, start: int, size: int) -> Finished | Exception:
+        """Embed one shard and stage its part."""
+        if self.encoder is None:
+            assert self.failure
+            return self.failure
+        try:
+            with spool_path(Path(self.job.folder)).open("rb") as file:
+                file.seek(start)
+                shard = pickle.loads(file.read(size))
+            # An actor that Ray gave up may still be writing the same part.
+            return finish(self.encoder, shard, self.job, attempt=token_hex(4))
+        except Exception as error:
+            return portable(error)
