@@ -10,13 +10,13 @@ import pickle
 import signal
 import threading
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 from packvit.corpus import WorkerError, WrongUse
-from packvit.corpus.folder import SPOOL, Commit, temporary_name, writing
+from packvit.corpus.folder import SPOOL, Commit, part_name, temporary_name, writing
 from packvit.corpus.resume import remove_left_over
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
 from packvit.corpus.runners.worker import Finished, Job, finish, portable, prepare
@@ -112,7 +112,6 @@ def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_gpus=1 if gpus else 0,
         num_cpus=0 if gpus else 1,
-        ray_remote_args_fn=lambda: {"max_task_retries": TRIES - 1},
     )
     order = Sequencer()
     for number in numbers:
@@ -126,9 +125,8 @@ def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
             yield from order.release()
     except RayError as error:
         raise WorkerError(
-            f"Ray lost an actor {TRIES} times over the same part ({type(error).__name__}). If "
-            "memory ran out, ask for a smaller token_budget; then the same command goes on after "
-            "what is written. Ray's own logs say more."
+            f"Ray could not go on ({type(error).__name__}); its own logs say more. The same "
+            "command goes on after what is written."
         ) from error
 
 
@@ -181,7 +179,26 @@ class ShardActor:
             with spool_path(Path(self.job.folder)).open("rb") as file:
                 file.seek(start)
                 shard = pickle.loads(file.read(size))
-            # An actor that Ray gave up may still be writing the same part.
-            return finish(self.encoder, shard, self.job, attempt=token_hex(4))
+            attempt = begin_attempt(Path(self.job.folder), shard.number)
+            return finish(self.encoder, shard, self.job, attempt=attempt)
         except Exception as error:
             return portable(error)
+
+
+def begin_attempt(folder: Path, number: int) -> str:
+    """Make the temporary file of an attempt at a part, and return what tells it from others.
+
+    The files of attempts that died are still there, which bounds them: Ray itself would try for
+    ever. An actor that Ray gave up may be alive and writing, so no two attempts share a file.
+
+    Raises: WorkerError if `TRIES` attempts were made; OSError.
+    """
+    for attempt in range(TRIES):
+        name = f"{attempt:08x}"
+        with suppress(FileExistsError):
+            (folder / temporary_name(part_name(number), name)).touch(exist_ok=False)
+            return name
+    raise WorkerError(
+        f"The actors that embedded {part_name(number)} died {TRIES} times. If memory ran out, ask "
+        "for a smaller token_budget; then the same command goes on after what is written."
+    )
