@@ -1,8 +1,9 @@
 """`packvit embed`: photographs to a feature folder, the main job."""
 
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ DONE_WITH_ERRORS = 3
     default="float16",
     help="What to write tokens and taps in.",
 )
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["parquet", "npy"]),
+    default="parquet",
+    help="With npy, make a NumPy matrix of the pooled features too, and a list of the ids.",
+)
 @click.option("--token-budget", type=COUNT, default=16384, help="Most tokens in one pack.")
 @click.option(
     "--threads", type=COUNT, help="Threads that decode in a process; one for each CPU, up to 16."
@@ -109,13 +117,14 @@ def embed(
     device: str | None,
     dtype: str | None,
     attention: str,
-    positions: Any,  # click has checked the words of these four
+    positions: Any,  # click has checked the words of these
     resize: Any,
     max_patches: int | None,
     max_pixels: int,
     tokens: bool,
     taps: tuple[int, ...],
     dtype_out: Any,
+    format_: Any,
     token_budget: int,
     threads: int | None,
     processes: int | None,
@@ -138,7 +147,7 @@ def embed(
     """
     if model is None:
         click.echo(UNTRAINED, err=True)
-    with stopping(context, out, overwrite) as meter:
+    with stopping(context, out, overwrite) as meter, redirect_stdout(sys.stderr):
         # torch is imported here, and Ctrl-C is heeded while it is.
         from packvit.checkpoints import CheckpointError
         from packvit.corpus.job import embed as run
@@ -160,6 +169,7 @@ def embed(
                 tokens=tokens,
                 taps=taps,
                 dtype_out=dtype_out,
+                format=format_,
                 token_budget=token_budget,
                 threads=threads,
                 processes=processes,

@@ -4,6 +4,7 @@
     commits.jsonl       one line for each part that is whole: rows, errors, tokens, bytes, sha256
     certificate.json    how the encoder was verified, where that was asked for
     part-00000.parquet  one row for each input, in the order of the inputs
+    pooled.npy, ids.jsonl   made of the parts once they are all there, where that was asked for
 
 A part is written under a temporary name, flushed, renamed, and only then entered in the log, so
 readers trust the log and not the listing. Lines stand in the order of the parts. Nothing that is
@@ -29,6 +30,7 @@ from packvit.corpus.parts import encode_parquet
 
 MANIFEST, COMMITS, LOCK = "manifest.json", "commits.jsonl", ".lock"
 CERTIFICATE = "certificate.json"
+POOLED, IDS = "pooled.npy", "ids.jsonl"
 SPOOL = "shards"  # only ever under its temporary name: what waits for workers on other hosts
 FORMAT = "packvit features 1"
 CHECKSUM = "manifest_sha256"

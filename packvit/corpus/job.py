@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from packvit.corpus import WrongUse
+from packvit.corpus.exports import Format, check_format, export
 from packvit.corpus.folder import (
     CERTIFICATE,
     FORMAT,
@@ -24,6 +25,7 @@ from packvit.corpus.folder import (
     encode_certificate,
     encode_manifest,
     fingerprint,
+    part_name,
     write_whole,
 )
 from packvit.corpus.inputs import Input, Listing, list_inputs
@@ -66,6 +68,7 @@ def embed(
     tokens: bool = False,
     taps: Sequence[int] = (),
     dtype_out: DtypeOut = "float16",
+    format: Format = "parquet",
     token_budget: int = 16384,
     max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
@@ -83,7 +86,8 @@ def embed(
     `photos` are folders, which are walked, and files. `model` is a checkpoint's name or folder, or
     a loaded encoder, for which `device` to `positions` are already chosen; None tries the job out
     with the small untrained encoder that packvit brings. `tokens` and `taps` (layers, negative
-    ones from the end) write every patch's features too, as `dtype_out`. `threads` decode in each
+    ones from the end) write every patch's features too, as `dtype_out`. `format` "npy" makes
+    a NumPy matrix of the pooled features too, once all parts are there. `threads` decode in each
     process; None is one for each CPU, up to 16, shared among the processes.
 
     `processes` embed side by side, one on each GPU, or each with a share of the CPUs; what is
@@ -108,6 +112,7 @@ def embed(
         threads=min(16, max(1, count_cpus() // (processes or 1))) if threads is None else threads,
     )
     check_options(options)
+    check_format(format)
     if processes is not None and processes < 1:
         raise WrongUse(f"processes is {processes}, but must be 1 or more.")
     folder = Path(out)
@@ -160,7 +165,7 @@ def embed(
     tally = Tally(len(listing.inputs), progress)
     with claim(folder):
         found = take_up(folder, manifest, overwrite=overwrite)
-        return run(runner, listing, folder, found, certificate, tally)
+        return run(runner, listing, folder, found, certificate, format, tally)
 
 
 def draft(encoder: Encoder, described: Mapping[str, Any], listing: Listing) -> dict[str, Any]:
@@ -175,6 +180,7 @@ def draft(encoder: Encoder, described: Mapping[str, Any], listing: Listing) -> d
         "inputs": len(listing.inputs),
         "ignored": listing.ignored,
         "certificate_sha256": None,
+        "exports": {},
         "counts": None,
     }
 
@@ -185,6 +191,7 @@ def run(
     folder: Path,
     found: Found,
     certificate: Mapping[str, Any] | None,
+    format: Format,
     tally: Tally,
 ) -> Summary:
     """Run all shards that the claimed folder does not hold."""
@@ -218,6 +225,10 @@ def run(
         "parts": len(found.kept) + todo,
     }
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
+    if format == "npy":
+        parts = [part_name(number) for number in range(counts["parts"])]
+        width, recorded = manifest["config"]["width"], manifest.get("exports") or {}
+        manifest |= {"exports": export(folder, parts, counts["rows"], width, recorded)}
     put(folder / MANIFEST, encode_manifest(manifest | {"complete": True, "counts": counts}))
     return Summary(
         folder=str(folder),

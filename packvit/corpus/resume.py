@@ -18,8 +18,10 @@ from packvit.corpus import WrongUse
 from packvit.corpus.folder import (
     CERTIFICATE,
     COMMITS,
+    IDS,
     LOCK,
     MANIFEST,
+    POOLED,
     SPOOL,
     TEMPORARY,
     Commit,
@@ -35,7 +37,7 @@ from packvit.corpus.folder import (
 from packvit.corpus.rows import Row
 
 # What a manifest says beside the job: of one job, they may differ.
-BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256")
+BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256", "exports")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Fo
         whole = (folder / MANIFEST).read_bytes() == encode_manifest(recorded)
     kept, notes = keep(folder, wanted["inputs"], wanted["rows_per_part"])
     if not whole:  # it describes this job, but something beside it is damaged
-        certificate = recorded.get("certificate_sha256")
-        recorded = {**wanted, "certificate_sha256": certificate}
+        made = {name: recorded.get(name) for name in ("certificate_sha256", "exports")}
+        recorded = {**wanted, **made}
     return Found(recorded, kept, tuple(notes))
 
 
@@ -151,15 +153,19 @@ def find_fault(folder: Path, entry: Commit) -> str | None:
 
     Raises: OSError if it is there and cannot be read.
     """
-    path = folder / entry.part
+    return find_damage(folder / entry.part, entry.bytes, entry.sha256)
+
+
+def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
+    """Return how a file differs from what is on record of it, as `find_fault` does."""
     if not path.exists():
         return "is missing"
     size = path.stat().st_size
-    if size != entry.bytes:
-        return f"has {size:,} bytes, but {entry.bytes:,} were committed"
+    if size != bytes:
+        return f"has {size:,} bytes, but {bytes:,} were committed"
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if digest == entry.sha256 else "is damaged: its sha256 is not what was committed"
+    return None if digest == sha256 else "is damaged: its sha256 is not what was committed"
 
 
 def read_rows(folder: Path, entry: Commit) -> list[Row]:
@@ -179,7 +185,7 @@ def is_ours(folder: Path) -> bool:
 
 def own_files(folder: Path) -> tuple[str, ...]:
     """Return the files in `folder` that carry a name we give, but for the lock; manifest last."""
-    fixed = (COMMITS, CERTIFICATE, MANIFEST)
+    fixed = (POOLED, IDS, COMMITS, CERTIFICATE, MANIFEST)
     with os.scandir(folder) as entries:
         files = [e.name for e in entries if e.is_file(follow_symlinks=False)]
     parts = sorted(n for n in files if part_number(n) is not None)
@@ -188,7 +194,7 @@ def own_files(folder: Path) -> tuple[str, ...]:
 
 def left_over(folder: Path) -> tuple[str, ...]:
     """Return the temporary files that a killed job left in `folder`."""
-    ours = (COMMITS, CERTIFICATE, MANIFEST, SPOOL)
+    ours = (COMMITS, CERTIFICATE, MANIFEST, POOLED, IDS, SPOOL)
     found = [(name, TEMPORARY.fullmatch(name)) for name in os.listdir(folder)]
     return tuple(
         sorted(

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import suppress
@@ -68,6 +69,8 @@ def connect(address: str) -> None:
     """
     import ray
 
+    if address not in ("auto", "local"):
+        check_listens(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a job makes no calls of its own
     heeded = signal.getsignal(signal.SIGTERM)
     try:
@@ -78,13 +81,31 @@ def connect(address: str) -> None:
             include_dashboard=False if address == "local" else None,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise WrongUse(
-            f'There is no Ray cluster at "{address}": {reason}. Start one with `ray start --head`, '
-            'or give "local" to start one for this job.'
-        ) from error
+        raise no_cluster(address, str(error).partition("\n")[0]) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, heeded)  # Ray would leave at once, without a word
+
+
+def check_listens(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would ask again for minutes.
+
+    Raises: WrongUse.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except ValueError as error:
+        raise no_cluster(address, "it is not of the form host:port") from error
+    except OSError as error:
+        raise no_cluster(address, error.strerror or str(error)) from error
+
+
+def no_cluster(address: str, reason: str) -> WrongUse:
+    """Return what to tell whoever named a cluster that is not there."""
+    return WrongUse(
+        f'There is no Ray cluster at "{address}": {reason.rstrip(".")}. Start one with `ray start '
+        '--head`, or give "local" to start one for this job.'
+    )
 
 
 def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
