@@ -279,10 +279,10 @@ def append_line(path: Path, line: str) -> None:
             if file.write(data) < len(data):  # a disk that fills up takes a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
+            sync_names(path.parent)
         except OSError:
             file.truncate(before)
             raise
-    sync_names(path.parent)
 
 
 def sync_names(folder: Path) -> None:
