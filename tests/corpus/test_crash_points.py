@@ -218,3 +218,44 @@ def test_a_job_that_meets_a_fault_at_any_call_ends_as_if_it_had_not(
     assert not check_folder(out).faults
     assert met >= 0.9 * len(points)
     print(f"{state}, {fault}: {met} of {len(points)} points stopped the job")
+
+
+# Runs a job on a disk that is too small for it, then read-only, and then again with room.
+DISK = r"""
+set -u
+disk=$1; shift
+mount -t tmpfs -o size=300k tmpfs "$disk"
+"$@" --out "$disk/out" 2> "$disk.full"; echo $?
+mount -o remount,ro "$disk"
+"$@" --out "$disk/out" 2> "$disk.read-only"; echo $?
+mount -o remount,rw,size=50m "$disk"
+"$@" --out "$disk/out" > /dev/null 2> "$disk.room"; echo $?
+cp -r "$disk/out" "$disk.out"
+"""
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_full_and_a_read_only_disk_cost_one_sentence_and_nothing_that_is_whole(
+    tmp_path: Path, checkpoint: Path, processes: str
+):
+    write_good(tmp_path / "photos", INPUTS)
+    embed(tmp_path / "photos", out=tmp_path / "as", model=checkpoint, device="cpu", tokens=True)
+    job = [sys.executable, "-m", "packvit", "embed", str(tmp_path / "photos"), "--gpus", processes]
+    job += ["--model", str(checkpoint), "--device", "cpu", "--tokens"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        # Mounts are allowed in a namespace of one's own, to anyone.
+        ["unshare", "-rm", "bash", "-c", DISK, "disk", str(disk), *job],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.split() == ["1", "1", "0"], done.stderr
+    for state, reason in (("full", "No space left on device"), ("read-only", "Read-only file")):
+        said = (tmp_path / f"disk.{state}").read_text()
+        last = said.splitlines()[-1]
+        assert last.startswith("Error: "), said
+        assert f"could not be written: {reason}" in last, said
+        assert "Traceback" not in said
+    assert contents(tmp_path / "disk.out") == contents(tmp_path / "as")
