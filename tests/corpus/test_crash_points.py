@@ -224,10 +224,10 @@ def test_a_job_that_meets_a_fault_at_any_call_ends_as_if_it_had_not(
 DISK = r"""
 set -u
 disk=$1; shift
-mount -t tmpfs -o size=300k tmpfs "$disk"
-"$@" --out "$disk/out" 2> "$disk.full"; echo $?
+mount -t tmpfs -o size=120k tmpfs "$disk"
+"$@" --out "$disk/out" > /dev/null 2> "$disk.full"; echo $?
 mount -o remount,ro "$disk"
-"$@" --out "$disk/out" 2> "$disk.read-only"; echo $?
+"$@" --out "$disk/out" > /dev/null 2> "$disk.read-only"; echo $?
 mount -o remount,rw,size=50m "$disk"
 "$@" --out "$disk/out" > /dev/null 2> "$disk.room"; echo $?
 cp -r "$disk/out" "$disk.out"
