@@ -85,6 +85,37 @@ def recorded(name: str) -> str:
     return as_markdown(max(reports, key=lambda report: report["date"]))
 
 
+def sizing_table() -> str:
+    """Return what the measured rates mean for a billion images.
+
+    `bench-aimv2-large-h200` is the encoder alone on packs that lie ready. An `embed-*.json` is what
+    `packvit embed --json` printed, with the machine's facts beside it: `gpus` and `processes`.
+    """
+    report = json.loads((RESULTS / "bench-aimv2-large-h200.json").read_text())
+    (mixed,) = (load for load in report["workloads"] if load["name"] == "mixed")
+    best = min(way["median_ms"] for way in mixed["results"].values() if way["ours"])
+    rate = mixed["tokens"] / best * 1000
+    alone = f"AIMv2-large bf16, {report['gpus']}, the encoder alone"
+    rows = [(alone, tokens, rate / tokens) for tokens in (256, 1024)]
+    for path in sorted(RESULTS.glob("embed-*.json")):
+        done = json.loads(path.read_text())
+        processes = done.get("processes", 1)
+        name = f"{done['model']}, {processes} x {done['gpus']}, from files to parts"
+        rows.append((name, done["tokens"] / done["ok"], done["images_per_second"] / processes))
+    lines = [
+        "| measured | T | images/s on one | images per GPU-hour | 1 billion images on 8 | on 64 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, tokens, images in rows:
+        days = [1e9 / images / gpus / 86400 for gpus in (8, 64)]
+        lines.append(
+            f"| {name} | {tokens:,.0f} | {images:,.0f} | {images * 3600 / 1e6:,.1f} million | "
+            + " | ".join(f"{d:,.1f} days" for d in days)
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def fill(page: str, name: str, content: str) -> str:
     """Return a page with what stands between its two marks called `name` replaced."""
     marks = rf"(<!-- {name}: [^>]* -->\n).*?(<!-- /{name} -->)"
@@ -96,6 +127,7 @@ def fill(page: str, name: str, content: str) -> str:
 def pages() -> dict[Path, str]:
     """Return every generated page, by its path."""
     readme, embedding = ROOT / "README.md", ROOT / "docs" / "embedding.md"
+    sizing = ROOT / "docs" / "sizing.md"
     measured = ROOT / "docs" / "benchmarks.md"
     front = fill(readme.read_text(), "families", support.families_page())
     figures = measured.read_text()
@@ -109,6 +141,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "cli.md": help_page(),
         ROOT / "docs" / "reference.md": reference_page(),
         readme: front,
+        sizing: fill(sizing.read_text(), "sizing", sizing_table()),
         embedding: fill(embedding.read_text(), "codes", codes_table()),
     }
 

@@ -1,8 +1,9 @@
 """`packvit embed`: photographs to a feature folder, the main job."""
 
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import click
 
 from packvit.cli import exit_code
 from packvit.cli.progress import Meter, duration, show_progress
-from packvit.corpus import DecoderError, WriteError, WrongUse
+from packvit.corpus import DecoderError, EmbedderError, WriteError, WrongUse
 from packvit.corpus.progress import Summary
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
@@ -82,9 +83,19 @@ DONE_WITH_ERRORS = 3
     default="float16",
     help="What to write tokens and taps in.",
 )
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["parquet", "npy"]),
+    default="parquet",
+    help="With npy, make a NumPy matrix of the pooled features too, and a list of the ids.",
+)
 @click.option("--token-budget", type=COUNT, default=16384, help="Most tokens in one pack.")
 @click.option(
-    "--workers", type=COUNT, help="Processes that decode images; one for each CPU, up to 16."
+    "--workers",
+    type=COUNT,
+    help="Processes that decode images, beside each that embeds; one for each CPU of its share, "
+    "up to 16.",
 )
 @click.option(
     "--image-timeout",
@@ -97,8 +108,22 @@ DONE_WITH_ERRORS = 3
     "--pixels-in-flight",
     type=COUNT,
     default=256_000_000,
-    help="Most pixels being decoded or waiting for their pack at a time: lower it to use less "
-    "memory, some 8 bytes for each.",
+    help="Most pixels being decoded or waiting for their pack at a time, beside each process "
+    "that embeds: lower it to use less memory, some 8 bytes for each.",
+)
+@click.option(
+    "--gpus",
+    "--processes",
+    "processes",
+    type=COUNT,
+    help="Embed in so many processes, one on each GPU, or on CPUs each with its share of them; "
+    "what is written is the same.",
+)
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help='Embed on a Ray cluster; "auto" is the one this machine is part of, "local" starts one '
+    "here.",
 )
 @click.option(
     "--verify",
@@ -125,17 +150,20 @@ def embed(
     device: str | None,
     dtype: str | None,
     attention: str,
-    positions: Any,  # click has checked the words of these four
+    positions: Any,  # click has checked the words of these
     resize: Any,
     max_patches: int | None,
     max_pixels: int,
     tokens: bool,
     taps: tuple[int, ...],
     dtype_out: Any,
+    format_: Any,
     token_budget: int,
     workers: int | None,
     image_timeout: float,
     pixels_in_flight: int,
+    processes: int | None,
+    ray: str | None,
     verify: bool,
     overwrite: bool,
     as_json: bool,
@@ -162,7 +190,7 @@ def embed(
         raise click.UsageError("Missing argument 'PHOTOS...', or --list with a file of paths.")
     if model is None:
         click.echo(EMBEDDED, err=True)
-    with stopping(context, out, overwrite) as meter:
+    with stopping(context, out, overwrite) as meter, redirect_stdout(sys.stderr):
         # torch is imported here, and Ctrl-C is heeded while it is.
         from packvit.checkpoints import CheckpointError
         from packvit.corpus.job import embed as run
@@ -187,17 +215,27 @@ def embed(
                 tokens=tokens,
                 taps=taps,
                 dtype_out=dtype_out,
+                format=format_,
                 token_budget=token_budget,
                 workers=workers,
                 image_timeout=image_timeout,
                 pixels_in_flight=pixels_in_flight,
+                processes=processes,
+                ray=ray,
                 verify=verify,
                 overwrite=overwrite,
                 progress=meter.tell,
             )
         except WrongUse as error:
             raise click.UsageError(str(error)) from error
-        except (CheckpointError, DecoderError, ImportError, VerificationError, WriteError) as error:
+        except (
+            CheckpointError,
+            DecoderError,
+            EmbedderError,
+            ImportError,
+            VerificationError,
+            WriteError,
+        ) as error:
             raise click.ClickException(str(error)) from error
     click.echo(json.dumps(as_object(summary)) if as_json else as_table(summary))
     context.exit(DONE_WITH_ERRORS if summary.errors else 0)

@@ -11,3 +11,7 @@ class WriteError(OSError):
 
 class DecoderError(RuntimeError):
     """What keeps decode workers from working at all; what is wrong with an image is its row."""
+
+
+class EmbedderError(RuntimeError):
+    """A worker process died again and again, or is not what the job needs."""

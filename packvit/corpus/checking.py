@@ -20,7 +20,9 @@ from packvit.corpus.folder import (
     CERTIFICATE,
     COMMITS,
     FORMAT,
+    IDS,
     MANIFEST,
+    POOLED,
     Commit,
     decode_commit,
     encode_manifest,
@@ -31,7 +33,7 @@ from packvit.corpus.folder import (
     read_manifest,
 )
 from packvit.corpus.parts import Outputs
-from packvit.corpus.resume import find_fault, is_ours, left_over
+from packvit.corpus.resume import find_damage, find_fault, is_ours, left_over
 from packvit.images import CODES
 
 AGAIN = "Give the same embed command again: it goes on with what is whole."
@@ -40,7 +42,7 @@ MANIFEST_MEND = (
     "over with --overwrite."
 )
 BUG = "The log vouches for these bytes, so they were written so: start over with --overwrite."
-BESIDE = ("format", "complete", "fingerprint", "model", "inputs", "ignored", "counts")
+BESIDE = ("format", "complete", "fingerprint", "model", "inputs", "ignored", "counts", "exports")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,13 @@ def check_manifest(check: Check, folder: Path) -> dict[str, Any] | None:
     if digest != manifest["certificate_sha256"]:
         state = "is missing" if digest is None else "is not the one that the manifest vouches for"
         check.add(CERTIFICATE, f"{state}.", "Give the same embed command again, with --verify.")
+    exports = manifest.get("exports", {})
+    for name, record in exports.items():
+        if fault := find_damage(folder / name, **record):
+            check.add(name, f"{fault}.", "Give the same embed command again, with --format npy.")
+    for name in (POOLED, IDS):
+        if name not in exports and (folder / name).exists():
+            check.add(name, f"is not in {MANIFEST}, so no reader may trust it.")
     return manifest
 
 

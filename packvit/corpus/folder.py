@@ -4,6 +4,7 @@
     commits.jsonl       one line for each part that is whole: rows, errors, tokens, bytes, sha256
     certificate.json    how the encoder was verified, where that was asked for
     part-00000.parquet  one row for each input, in the order of the inputs
+    pooled.npy, ids.jsonl   made of the parts once they are all there, where that was asked for
 
 A part is written under a temporary name, flushed, renamed, and only then entered in the log, so
 readers trust the log and not the listing. Lines stand in the order of the parts. Nothing that is
@@ -29,9 +30,12 @@ from packvit.corpus.parts import encode_parquet
 
 MANIFEST, COMMITS, LOCK = "manifest.json", "commits.jsonl", ".lock"
 CERTIFICATE = "certificate.json"
+POOLED, IDS = "pooled.npy", "ids.jsonl"
+SPOOL = "shards"  # only ever under its temporary name: what waits for workers on other hosts
 FORMAT = "packvit features 1"
 CHECKSUM = "manifest_sha256"
 PART = re.compile(r"part-(\d{5,})\.parquet")
+TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9a-f]{8})?\.tmp")  # with what `attempt` may be
 COUNTED = ("status", "frames", "rows", "columns")
 
 
@@ -46,6 +50,14 @@ class Commit:
     bytes: int
     sha256: str
     halved: int = 0  # packs that were split for want of memory; a line says it where there are any
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A part that is whole on the disk, but under a temporary name and in no log yet."""
+
+    entry: Commit
+    file: str  # its temporary name
 
 
 def part_name(number: int) -> str:
@@ -69,6 +81,18 @@ def commit(
 
     Raises: WriteError if the disk does not take it.
     """
+    return enter(folder, stage(folder, number, table, halved=halved), mends=mends)
+
+
+def stage(
+    folder: Path, number: int, table: pa.Table, *, attempt: str = "", halved: int = 0
+) -> Staged:
+    """Write part `number` under a temporary name, flushed; on failure leave nothing.
+
+    `attempt` makes the name one's own, where another may still be writing the same part.
+
+    Raises: WriteError if the disk does not take it.
+    """
     part = folder / part_name(number)
     data = encode_parquet(table)
     facts = zip(*(table[name].to_pylist() for name in COUNTED), strict=True)
@@ -82,16 +106,31 @@ def commit(
         sha256=hashlib.sha256(data).hexdigest(),
         halved=halved,
     )
+    temporary = folder / temporary_name(part.name, attempt)
+    with writing(part):
+        write_flushed(temporary, data)
+    return Staged(entry, temporary.name)
+
+
+def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
+    """Give a staged part its name and enter it in the log; on failure leave neither.
+
+    Raises: WriteError if the disk does not take it.
+    """
+    part = folder / staged.entry.part
     try:
-        write_whole(part, data)
+        with writing(part):
+            os.replace(folder / staged.file, part)
+            sync_names(folder)
         if mends:
-            write_commits(folder, [*read_commits(folder), entry])
+            write_commits(folder, [*read_commits(folder), staged.entry])
         else:
-            append_line(folder / COMMITS, encode_commit(entry))
+            append_line(folder / COMMITS, encode_commit(staged.entry))
     except WriteError:
-        part.unlink(missing_ok=True)
+        for path in (folder / staged.file, part):
+            path.unlink(missing_ok=True)
         raise
-    return entry
+    return staged.entry
 
 
 def encode_commit(entry: Commit) -> str:
@@ -208,9 +247,9 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def temporary_name(name: str) -> str:
-    """Return what the file called `name` is called while it is written."""
-    return f".{name}.tmp"
+def temporary_name(name: str, attempt: str = "") -> str:
+    """Return what the file called `name` is called while it is written, at one of many attempts."""
+    return f".{name}.{attempt}.tmp" if attempt else f".{name}.tmp"
 
 
 def write_whole(path: Path, data: bytes | pa.Buffer) -> None:
@@ -218,14 +257,26 @@ def write_whole(path: Path, data: bytes | pa.Buffer) -> None:
     temporary = path.with_name(temporary_name(path.name))
     with writing(path):
         try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_flushed(temporary, data)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync_names(path.parent)
+
+
+def write_flushed(path: Path, data: bytes | pa.Buffer) -> None:
+    """Write a file and wait until the disk has it; leave nothing where the disk does not take it.
+
+    Raises: OSError.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def append_line(path: Path, line: str) -> None:
@@ -237,10 +288,10 @@ def append_line(path: Path, line: str) -> None:
             if file.write(data) < len(data):  # a disk that fills up takes a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
+            sync_names(path.parent)
         except OSError:
             file.truncate(before)
             raise
-    sync_names(path.parent)
 
 
 def sync_names(folder: Path) -> None:

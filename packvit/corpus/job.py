@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from packvit.corpus import WrongUse
-from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
+from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
+from packvit.corpus.exports import Format, check_format, export
 from packvit.corpus.folder import (
     CERTIFICATE,
     FORMAT,
@@ -24,6 +25,7 @@ from packvit.corpus.folder import (
     encode_certificate,
     encode_manifest,
     fingerprint,
+    part_name,
     read_manifest,
     write_whole,
 )
@@ -32,6 +34,9 @@ from packvit.corpus.listing import Listing
 from packvit.corpus.parts import DtypeOut
 from packvit.corpus.progress import Summary, Tally, Tell
 from packvit.corpus.resume import Found, check_usable, read_rows, take_up
+from packvit.corpus.runners import choose_runner
+from packvit.corpus.runners.embedder import Job
+from packvit.corpus.runners.order import Runner, Work
 from packvit.corpus.settings import (
     Options,
     check_memory,
@@ -42,14 +47,14 @@ from packvit.corpus.settings import (
     free_memory,
     load_encoder,
 )
-from packvit.corpus.shard import Shard, run_shards
+from packvit.corpus.shard import Shard
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS
 from packvit.sizes import Resize
 from packvit.verification.job import vouch
 
 TRIAL_MODEL = "tiny"
-MOST_WORKERS = 16  # that are started without being asked for
+MOST_WORKERS = 16  # that one process starts without being asked for
 TRIAL_INPUTS = 1000  # the most that a job without a chosen model takes
 
 
@@ -71,11 +76,14 @@ def embed(
     tokens: bool = False,
     taps: Sequence[int] = (),
     dtype_out: DtypeOut = "float16",
+    format: Format = "parquet",
     token_budget: int = 16384,
     max_pixels: int = MAX_PIXELS,
     image_timeout: float = IMAGE_TIMEOUT,
     workers: int | None = None,
     pixels_in_flight: int = PIXELS_IN_FLIGHT,
+    processes: int | None = None,
+    ray: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
     progress: Tell | None = None,
@@ -90,11 +98,17 @@ def embed(
     the bytes of images in `image_column`. `model` is a checkpoint's name or folder, or
     a loaded encoder, for which `device` to `positions` are already chosen; None is "tiny",
     the small encoder that packvit brings. `tokens` and `taps` (layers, negative
-    ones from the end) write every patch's features too, as `dtype_out`. `workers` are processes
+    ones from the end) write every patch's features too, as `dtype_out`. `format` "npy" makes
+    a NumPy matrix of the pooled features too, once all parts are there. `workers` are processes
     that decode; None is one for each CPU, up to 16. Images are decoded while together they have at
     most `pixels_in_flight` pixels, and one that takes longer than `image_timeout` becomes an error.
-    `verify` compares the encoder with its reference before anything is written, unless a
-    certificate stands beside the checkpoint, and writes certificate.json.
+
+    `processes` embed side by side, one on each GPU, or each with a share of the CPUs; each has
+    workers and pixels in flight of its own, and what is written is the same. `ray` runs them on
+    a cluster instead: its address, "auto" for the one that this machine is part of, or "local" to
+    start one here; `processes` None is then all that there is room for. `verify` compares the
+    encoder with its reference before anything is written, unless a certificate stands beside the
+    checkpoint, and writes certificate.json.
 
     Units: `max_patches` and `token_budget` count patches, of an image and of a pack;
     `image_timeout` seconds.
@@ -111,10 +125,19 @@ def embed(
         token_budget=token_budget,
         max_pixels=max_pixels,
         image_timeout=image_timeout,
-        workers=min(MOST_WORKERS, count_cpus()) if workers is None else workers,
+        workers=fair_workers(processes) if workers is None else workers,
         pixels_in_flight=pixels_in_flight,
     )
     check_options(options)
+    check_format(format)
+    if processes is not None and processes < 1:
+        raise WrongUse(f"processes is {processes}, but must be 1 or more.")
+    here = ray is None and processes in (None, 1)
+    if isinstance(model, Encoder) and not here:
+        raise WrongUse(
+            "model is a loaded encoder, which lives in this process alone, so that no other "
+            "can embed with it. Give the model's name, or leave processes and ray out."
+        )
     folder = Path(out)
     check_usable(folder, overwrite=overwrite)
     listing = list_inputs(
@@ -129,12 +152,8 @@ def embed(
             f"{TRIAL_INPUTS} are embedded: the one that packvit brings is small. "
             'Choose one, for example model "apple/aimv2-large-patch14-native".'
         )
-    with Decoders(
-        options.workers,
-        pixels_in_flight=options.pixels_in_flight,
-        image_timeout=options.image_timeout,
-    ) as decoders:
-        if not (read_manifest(folder) or {}).get("complete"):
+    with options.decoders() as decoders:
+        if here and not (read_manifest(folder) or {}).get("complete"):
             decoders.start(len(listing))  # while the model is loaded
         encoder, weights = choose_encoder(
             model, device, dtype, attention, revision, positions, verify
@@ -142,11 +161,16 @@ def embed(
         options = fit_options(encoder, options, taps)
         check_memory(encoder, options, free_memory(encoder.device))
         certificate = vouch(encoder, weights) if verify else None
-        manifest = draft(encoder, weights, listing, options)
+        described = describe(encoder, weights, options)
+        manifest = draft(encoder, described, listing)
+        name = encoder.checkpoint.name if encoder.checkpoint else ""
+        job = Job(str(folder), options, described, positions, name)
+        runner = choose_runner(encoder, decoders, job, processes, ray)
+        del encoder  # a runner that embeds here holds it; the others need the memory
         tally = Tally(len(listing), progress, options.token_budget)
         with claim(folder):
             found = take_up(folder, manifest, overwrite=overwrite)
-            return run(encoder, listing, folder, options, found, certificate, tally, decoders)
+            return run(runner, listing, folder, found, certificate, format, tally)
 
 
 def choose_encoder(
@@ -190,9 +214,9 @@ def choose_encoder(
     return encoder, weights
 
 
-def draft(encoder: Encoder, weights: str, listing: Listing, options: Options) -> dict[str, Any]:
+def draft(encoder: Encoder, described: Mapping[str, Any], listing: Listing) -> dict[str, Any]:
     """Return the manifest of a job of which nothing is written yet."""
-    settings = describe(encoder, weights, listing, options)
+    settings = {**described, "inputs_sha256": listing.sha256()}
     return {
         "format": FORMAT,
         "complete": False,
@@ -202,19 +226,19 @@ def draft(encoder: Encoder, weights: str, listing: Listing, options: Options) ->
         "inputs": len(listing),
         "ignored": listing.ignored,
         "certificate_sha256": None,
+        "exports": {},
         "counts": None,
     }
 
 
 def run(
-    encoder: Encoder,
+    runner: Runner,
     listing: Listing,
     folder: Path,
-    options: Options,
     found: Found,
     certificate: Mapping[str, Any] | None,
+    format: Format,
     tally: Tally,
-    decoders: Decoders,
 ) -> Summary:
     """Run all shards that the claimed folder does not hold, and commit them in their order."""
     manifest = found.manifest | {"complete": False, "counts": None}
@@ -222,29 +246,22 @@ def run(
         data = encode_certificate(certificate)
         put(folder / CERTIFICATE, data)
         manifest |= {"certificate_sha256": hashlib.sha256(data).hexdigest()}
-    size = options.outputs(encoder.config.width).rows_per_part
+    size = manifest["rows_per_part"]
     parts = -(-len(listing) // size)
-    if len(found.kept) < parts:
+    todo = parts - len(found.kept)
+    if todo:
         put(folder / MANIFEST, encode_manifest(manifest))
     for _, entry in sorted(found.kept.items()):
         tally.count(read_rows(folder, entry))
     kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
     tally.begin(found.notes)
     halved, last = 0, max(found.kept, default=-1)
-    entries = run_shards(
-        encoder,
-        shards(listing, size, found.kept),
-        folder,
-        options,
-        tally.settle,
-        decoders=decoders,
-        last=last,
-        effort=tally.effort,
-    )
-    with closing(entries):
-        for entry in entries:
-            halved += entry.halved
-            tally.update(committed=tally.progress.committed + entry.rows)
+    work = Work(shards(listing, size, found.kept), todo, folder, last, tally.settle, tally.effort)
+    if todo:
+        with closing(runner(work)) as entries:
+            for entry in entries:
+                halved += entry.halved
+                tally.update(committed=tally.progress.committed + entry.rows)
     seconds = tally.seconds
     counts = {
         "rows": len(listing),
@@ -254,6 +271,10 @@ def run(
         "parts": parts,
     }
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
+    if format == "npy":
+        parts = [part_name(number) for number in range(counts["parts"])]
+        width, recorded = manifest["config"]["width"], manifest.get("exports") or {}
+        manifest |= {"exports": export(folder, parts, counts["rows"], width, recorded)}
     put(folder / MANIFEST, encode_manifest(manifest | {"complete": True, "counts": counts}))
     return Summary(
         folder=str(folder),
@@ -284,6 +305,11 @@ def shards(listing: Listing, size: int, kept: Container[int]) -> Iterator[Shard]
     for number in range(-(-len(listing) // size)):
         if number not in kept:
             yield Shard(number, tuple(listing.between(number * size, (number + 1) * size)))
+
+
+def fair_workers(processes: int | None) -> int:
+    """Return how many workers decode for each of the processes that share the CPUs."""
+    return min(MOST_WORKERS, max(1, count_cpus() // (processes or 1)))
 
 
 def count_cpus() -> int:

@@ -156,6 +156,8 @@ class Workers:
             self.busy.discard(worker)
             if worker.alive:
                 self.idle.append(worker)
+            else:
+                worker.end()  # it may have been killed with its answer given: nobody has closed it
 
     def stop_busy(self) -> None:
         """Kill the workers that are borrowed, so that whoever waits for one need not."""

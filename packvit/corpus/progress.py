@@ -12,7 +12,8 @@ from packvit.corpus.rows import Row
 class Effort:
     """What was spent so far: seconds in which each part of the work was busy, and packs filled.
 
-    The parts work at the same time. `decoding` is the mean of the workers.
+    The parts work at the same time. `decoding` is the mean of the workers, and all seconds are the
+    mean of the processes that embed side by side.
     """
 
     decoding: float = 0.0
@@ -20,6 +21,24 @@ class Effort:
     writing: float = 0.0
     packs: int = 0
     tokens: int = 0  # in the packs
+
+    def since(self, before: "Effort", processes: int) -> "Effort":
+        """Return what was spent since `before`; of seconds, the share of one among processes."""
+        return Effort(
+            (self.decoding - before.decoding) / processes,
+            (self.encoding - before.encoding) / processes,
+            (self.writing - before.writing) / processes,
+            self.packs - before.packs,
+            self.tokens - before.tokens,
+        )
+
+    def add(self, spent: "Effort") -> None:
+        """Count what a process has spent."""
+        self.decoding += spent.decoding
+        self.encoding += spent.encoding
+        self.writing += spent.writing
+        self.packs += spent.packs
+        self.tokens += spent.tokens
 
 
 @dataclass(frozen=True, slots=True)

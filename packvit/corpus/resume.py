@@ -18,8 +18,12 @@ from packvit.corpus import WrongUse
 from packvit.corpus.folder import (
     CERTIFICATE,
     COMMITS,
+    IDS,
     LOCK,
     MANIFEST,
+    POOLED,
+    SPOOL,
+    TEMPORARY,
     Commit,
     decode_commit,
     encode_manifest,
@@ -27,14 +31,13 @@ from packvit.corpus.folder import (
     read_log,
     read_manifest,
     sync_names,
-    temporary_name,
     write_commits,
     writing,
 )
 from packvit.corpus.rows import Row
 
 # What a manifest says beside the job: of one job, they may differ.
-BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256")
+BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256", "exports")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,8 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Fo
         whole = (folder / MANIFEST).read_bytes() == encode_manifest(recorded)
     kept, notes = keep(folder, wanted["inputs"], wanted["rows_per_part"])
     if not whole:  # it describes this job, but something beside it is damaged
-        certificate = recorded.get("certificate_sha256")
-        recorded = {**wanted, "certificate_sha256": certificate}
+        made = {name: recorded.get(name) for name in ("certificate_sha256", "exports")}
+        recorded = {**wanted, **made}
     return Found(recorded, kept, tuple(notes))
 
 
@@ -91,6 +94,13 @@ def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[st
     if "model" in differ:
         told.insert(0, "model")
     return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in told or differ]
+
+
+def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Return where two settings differ, a line for each field."""
+    old, new = dict(flatten(recorded)), dict(flatten(found))
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in names]
 
 
 def flatten(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -143,15 +153,19 @@ def find_fault(folder: Path, entry: Commit) -> str | None:
 
     Raises: OSError if it is there and cannot be read.
     """
-    path = folder / entry.part
+    return find_damage(folder / entry.part, entry.bytes, entry.sha256)
+
+
+def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
+    """Return how a file differs from what is on record of it, as `find_fault` does."""
     if not path.exists():
         return "is missing"
     size = path.stat().st_size
-    if size != entry.bytes:
-        return f"has {size:,} bytes, but {entry.bytes:,} were committed"
+    if size != bytes:
+        return f"has {size:,} bytes, but {bytes:,} were committed"
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if digest == entry.sha256 else "is damaged: its sha256 is not what was committed"
+    return None if digest == sha256 else "is damaged: its sha256 is not what was committed"
 
 
 def read_rows(folder: Path, entry: Commit) -> list[Row]:
@@ -171,7 +185,7 @@ def is_ours(folder: Path) -> bool:
 
 def own_files(folder: Path) -> tuple[str, ...]:
     """Return the files in `folder` that carry a name we give, but for the lock; manifest last."""
-    fixed = (COMMITS, CERTIFICATE, MANIFEST)
+    fixed = (POOLED, IDS, COMMITS, CERTIFICATE, MANIFEST)
     with os.scandir(folder) as entries:
         files = [e.name for e in entries if e.is_file(follow_symlinks=False)]
     parts = sorted(n for n in files if part_number(n) is not None)
@@ -180,15 +194,21 @@ def own_files(folder: Path) -> tuple[str, ...]:
 
 def left_over(folder: Path) -> tuple[str, ...]:
     """Return the temporary files that a killed job left in `folder`."""
-    names = {name: name.removeprefix(".").removesuffix(".tmp") for name in os.listdir(folder)}
-    ours = (COMMITS, CERTIFICATE, MANIFEST)
+    ours = (COMMITS, CERTIFICATE, MANIFEST, POOLED, IDS, SPOOL)
+    found = [(name, TEMPORARY.fullmatch(name)) for name in os.listdir(folder)]
     return tuple(
         sorted(
             name
-            for name, final in names.items()
-            if name == temporary_name(final) and (final in ours or part_number(final) is not None)
+            for name, parsed in found
+            if parsed and (parsed[1] in ours or part_number(parsed[1]) is not None)
         )
     )
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files that workers left which were stopped."""
+    for name in left_over(folder):
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_usable(folder: Path, *, overwrite: bool = False) -> None:

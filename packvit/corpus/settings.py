@@ -14,8 +14,7 @@ from packvit import hub
 from packvit.checkpoints import CheckpointError
 from packvit.config import MostPatches, Table
 from packvit.corpus import WrongUse
-from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
-from packvit.corpus.listing import Listing
+from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
 from packvit.corpus.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS
@@ -50,6 +49,14 @@ class Options:
         """Return what a part holds of features of `width`."""
         lists = ("tokens",) if self.tokens else ()
         return Outputs(width, (*lists, *(f"tap_{tap}" for tap in self.taps)), self.dtype_out)
+
+    def decoders(self) -> Decoders:
+        """Return what decodes images for one process that embeds; no worker is started yet."""
+        return Decoders(
+            self.workers,
+            pixels_in_flight=self.pixels_in_flight,
+            image_timeout=self.image_timeout,
+        )
 
 
 def load_encoder(
@@ -168,8 +175,8 @@ def check_memory(encoder: Encoder, options: Options, free: int | None) -> None:
     )
 
 
-def describe(encoder: Encoder, weights: str, listing: Listing, options: Options) -> dict[str, Any]:
-    """Return all that decides what is written, for the fingerprint and for whoever reads it."""
+def describe(encoder: Encoder, weights: str, options: Options) -> dict[str, Any]:
+    """Return all that decides what is written of an input, for the fingerprint and for readers."""
     outputs = options.outputs(encoder.config.width)
     return {
         "revision": encoder.checkpoint.revision if encoder.checkpoint else None,
@@ -192,7 +199,6 @@ def describe(encoder: Encoder, weights: str, listing: Listing, options: Options)
         "lists": list(outputs.lists),
         "dtype_out": options.dtype_out,
         "rows_per_part": outputs.rows_per_part,
-        "inputs_sha256": listing.sha256(),
         "versions": {
             "packvit": packvit.__version__,
             **{package: version(package) for package in NUMBERS_FROM},

@@ -1,8 +1,8 @@
 """From a shard's inputs to its committed part: the unit of work, whoever hands it out.
 
-`run_shard` is what a runner calls for one shard, `run_shards` for many: it decodes, encodes and
-writes at the same time, across the borders of shards. The table that is committed is a function of
-the shard's inputs, the encoder and the options alone: packs are planned from the images' sizes, in
+`run_shards` decodes, encodes and writes at the same time, across the borders of shards;
+`embed_shards` leaves the writing to whoever calls it. The table of a part is a function of the
+shard's inputs, the encoder and the options alone: packs are planned from the images' sizes, in
 the order of the inputs, and hold images of one shard, so the same shard gives the same bytes again
 on the same machine.
 """
@@ -81,27 +81,6 @@ class Part:
 Watch = Callable[[Sequence[Row]], None]
 
 
-def run_shard(
-    encoder: Encoder,
-    shard: Shard,
-    folder: Path,
-    options: Options,
-    watch: Watch,
-    *,
-    decoders: Decoders,
-    mends: bool = False,
-) -> Commit:
-    """Embed a shard, commit its part to `folder`, and return its line of the log.
-
-    `mends`: the log has later parts already.
-
-    Raises: as `run_shards`.
-    """
-    last = shard.number + 1 if mends else -1
-    (entry,) = run_shards(encoder, [shard], folder, options, watch, decoders=decoders, last=last)
-    return entry
-
-
 def run_shards(
     encoder: Encoder,
     shards: Iterable[Shard],
@@ -139,20 +118,6 @@ def run_shards(
                 written = writer.submit(write, part)
         if written:
             yield written.result()
-
-
-def embed_shard(
-    encoder: Encoder,
-    inputs: Sequence[Input],
-    options: Options,
-    watch: Watch,
-    *,
-    decoders: Decoders,
-) -> pa.Table:
-    """Return the table of `inputs`: a row for each, in their order, whatever became of it."""
-    shard = Shard(0, tuple(inputs))
-    (part,) = embed_shards(encoder, [shard], options, watch, decoders, Effort())
-    return part.table()
 
 
 def embed_shards(

@@ -232,7 +232,7 @@ def test_a_worker_that_is_killed_while_idle_costs_no_image(tmp_path: Path):
         list(decoders.prepare_all(inputs, RECIPE, AHEAD))
         (pid,) = children(os.getpid())
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not memory(pid))
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         done = list(decoders.prepare_all(inputs, RECIPE, AHEAD))
     assert [image.row.status for image in done] == ["ok"] * 3
 

@@ -266,7 +266,7 @@ def test_the_manifest_says_what_was_run_and_counts_what_was_written(
     assert manifest["attention"] == "sdpa"
     assert manifest["versions"]["torch"] == torch.__version__
     other = ("format", "complete", "fingerprint", "model", "inputs", "ignored", "counts")
-    other += ("certificate_sha256",)
+    other += ("certificate_sha256", "exports")
     settings = {name: value for name, value in manifest.items() if name not in other}
     assert manifest["fingerprint"] == summary.fingerprint == fingerprint(settings)
 

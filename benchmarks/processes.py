@@ -1,0 +1,74 @@
+"""How much two processes on two CPUs do of what one does on one, from files to parts.
+
+Each encodes on one thread and decodes in one worker beside it, with the model of the package, and
+what each takes to start is counted: that is why the photographs are many.
+
+python -m benchmarks.processes
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+
+import packvit
+from packvit.bench.measuring import interleave, median_ms, times_faster, where
+
+BASELINE = "1 process"
+PHOTOS = 800
+PATCHES = 512
+
+
+def write_photos(folder: Path) -> None:
+    """Write photographs of slopes and noise, 640 by 480."""
+    draw = np.random.default_rng(0)
+    rows, columns = np.mgrid[0:480, 0:640]
+    slopes = np.stack([rows, columns, rows + columns], axis=2) * 200 // 1120
+    for number in range(PHOTOS):
+        noise = draw.integers(0, 40, slopes.shape)
+        Image.fromarray((slopes + noise).astype(np.uint8)).save(folder / f"{number}.jpg")
+
+
+def main() -> None:
+    """Print one JSON object with the machine and the results."""
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as scratch:
+        photos = Path(scratch) / "photos"
+        photos.mkdir()
+        write_photos(photos)
+        runs = {
+            f"{count} process{'es' if count > 1 else ''}": partial(
+                packvit.embed,
+                photos,
+                out=Path(scratch) / str(count),
+                model="tiny",
+                device="cpu",
+                max_patches=PATCHES,
+                tokens=True,  # for parts of 64, so that there are many to share
+                workers=1,
+                processes=count,
+                overwrite=True,
+            )
+            for count in (1, 2)
+        }
+        taken = interleave(runs, rounds=3, warmup=0)
+    results = {
+        name: {
+            "median_ms": median_ms(taken, name),
+            "times_faster_than_baseline": times_faster(taken, name, BASELINE),
+        }
+        for name in runs
+    }
+    load = {"photos": PHOTOS, "patches": PATCHES, "model": "tiny"}
+    report = where() | {"workload": load, "baseline": BASELINE, "results": results}
+    json.dump(report, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()

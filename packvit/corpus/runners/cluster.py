@@ -1,0 +1,239 @@
+"""A Ray cluster: Ray Data schedules shards on actors, one a GPU, and starts lost ones again.
+
+The job's folder, its photographs and a model's folder lie on a file system that all nodes share
+under the same paths. Shards are spooled beside the parts, so that Ray moves their numbers alone.
+"""
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from packvit.corpus import EmbedderError, WrongUse
+from packvit.corpus.folder import SPOOL, Commit, part_name, temporary_name, writing
+from packvit.corpus.resume import remove_left_over
+from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
+from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
+from packvit.corpus.shard import embed_shards
+from packvit.encoder import Encoder
+
+# Ray schedules by block, and looks after each. Up to so many shards, each is one: beyond, what a
+# lost actor repeats grows with the job.
+MOST_BLOCKS = 20_000
+
+
+def check_ray() -> None:
+    """Import Ray Data.
+
+    Raises: ImportError with the line that installs it.
+    """
+    try:
+        import ray.data  # noqa: F401  whether it is there is all that is asked
+    except ImportError as error:
+        raise ImportError(f'Ray is needed: pip install "packvit[ray]". ({error})') from error
+
+
+def run_ray(
+    job: Job, address: str, actors: int | None, work: Work
+) -> Generator[Commit, None, None]:
+    """Embed shards on the actors of a Ray cluster, and commit them here, in their order.
+
+    `actors` None is one for each GPU of the cluster, or for each CPU where it has none.
+
+    Raises: EmbedderError if a shard loses its actor `TRIES` times; WrongUse if there is no cluster
+    at `address`; WriteError if the disk does not take a part.
+    """
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        connect(address)
+    try:
+        yield from enter_all(run_shards(job, actors, work), work)
+    finally:
+        if ours:
+            ray.shutdown()
+        remove_left_over(work.folder)
+
+
+def connect(address: str) -> None:
+    """Join the cluster at `address`, or start one on this machine.
+
+    Raises: WrongUse if there is none.
+    """
+    import ray
+
+    if address not in ("auto", "local"):
+        check_listens(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a job makes no calls of its own
+    heeded = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            include_dashboard=False if address == "local" else None,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise no_cluster(address, str(error).partition("\n")[0]) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, heeded)  # Ray would leave at once, without a word
+
+
+def check_listens(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would ask again for minutes.
+
+    Raises: WrongUse.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except ValueError as error:
+        raise no_cluster(address, "it is not of the form host:port") from error
+    except OSError as error:
+        raise no_cluster(address, error.strerror or str(error)) from error
+
+
+def no_cluster(address: str, reason: str) -> WrongUse:
+    """Return what to tell whoever named a cluster that is not there."""
+    return WrongUse(
+        f'There is no Ray cluster at "{address}": {reason.rstrip(".")}. Start one with `ray start '
+        '--head`, or give "local" to start one for this job.'
+    )
+
+
+def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
+    """Yield all shards in their order, each when its part is staged."""
+    import ray
+    import ray.data
+    from ray.exceptions import RayError
+
+    numbers, places = spool(work)
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    actors = min(actors or gpus or cpus, len(numbers))
+    workers = min(job.options.workers, max(1, cpus // actors))  # Ray does not count these
+    job = replace(
+        job,
+        folder=os.path.abspath(job.folder),
+        options=replace(job.options, workers=workers),
+        embedders=actors,
+    )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.wait_for_min_actors_s = 0  # begin with those that are there
+    context.actor_task_retry_on_errors = False  # an error that is raised would be raised again
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is ours to tell
+    outcomes = ray.data.from_items(places, override_num_blocks=min(len(places), MOST_BLOCKS)).map(
+        ShardActor,  # pyright: ignore[reportArgumentType]  its type knows functions alone
+        fn_constructor_args=(job, os.getcwd()),
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_gpus=1 if gpus else 0,
+        num_cpus=0 if gpus else 1,
+    )
+    order = Sequencer()
+    for number in numbers:
+        order.expect(number)
+    try:
+        for row in outcomes.iter_rows():
+            outcome = pickle.loads(row["outcome"])
+            if isinstance(outcome, Exception):
+                raise outcome
+            order.add(outcome)
+            yield from order.release()
+    except RayError as error:
+        raise EmbedderError(
+            f"Ray could not go on ({type(error).__name__}); its own logs say more. The same "
+            "command goes on after what is written."
+        ) from error
+
+
+def spool(work: Work) -> tuple[list[int], list[dict[str, int]]]:
+    """Write all shards to a temporary file; return their numbers and their places in it.
+
+    Raises: WriteError.
+    """
+    numbers, places = [], []
+    path = spool_path(work.folder)
+    with writing(path), path.open("wb") as file:
+        for shard in work.shards:
+            size = file.write(pickle.dumps(shard))
+            places.append({"start": file.tell() - size, "bytes": size})
+            numbers.append(shard.number)
+    return numbers, places
+
+
+def spool_path(folder: Path) -> Path:
+    """Return the file that shards wait in."""
+    return folder / temporary_name(SPOOL)
+
+
+class ShardActor:
+    """Embeds one shard after another, on one GPU where the cluster has any.
+
+    Ray hands out a shard when the one before is staged, so nothing is decoded ahead across them.
+    """
+
+    def __init__(self, job: Job, working: str) -> None:
+        import torch
+
+        self.job = job
+        self.stager = Stager(job)
+        self.decoders = job.options.decoders()
+        self.encoder: Encoder | None = None
+        self.failure: Exception | None = None
+        try:
+            os.chdir(working)  # paths were typed there
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.decoders.start(job.options.workers)  # while the model is loaded
+            self.encoder = load_alike(job, device)
+        except Exception as error:  # told at the first call: Ray would wrap it in its own words
+            self.failure = portable(error)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return what became of a shard, pickled: Finished, or the exception."""
+        return {"outcome": pickle.dumps(self.embed(row["start"], row["bytes"]))}
+
+    def embed(self, start: int, size: int) -> Finished | Exception:
+        """Embed one shard and stage its part."""
+        if self.encoder is None:
+            assert self.failure
+            return self.failure
+        try:
+            with spool_path(Path(self.job.folder)).open("rb") as file:
+                file.seek(start)
+                shard = pickle.loads(file.read(size))
+            attempt = begin_attempt(Path(self.job.folder), shard.number)
+            options, effort = self.job.options, self.stager.effort
+            (part,) = embed_shards(
+                self.encoder, [shard], options, lambda rows: None, self.decoders, effort
+            )
+            return self.stager.stage(part, attempt=attempt)
+        except Exception as error:
+            return portable(error)
+
+
+def begin_attempt(folder: Path, number: int) -> str:
+    """Make the temporary file of an attempt at a part, and return what tells it from others.
+
+    The files of attempts that died are still there, which bounds them: Ray itself would try for
+    ever. An actor that Ray gave up may be alive and writing, so no two attempts share a file.
+
+    Raises: EmbedderError if `TRIES` attempts were made; OSError.
+    """
+    for attempt in range(TRIES):
+        name = f"{attempt:08x}"
+        with suppress(FileExistsError):
+            (folder / temporary_name(part_name(number), name)).touch(exist_ok=False)
+            return name
+    raise EmbedderError(
+        f"The actors that embedded {part_name(number)} died {TRIES} times. If memory ran out, ask "
+        "for a smaller token_budget; then the same command goes on after what is written."
+    )

@@ -1,0 +1,227 @@
+"""One process for each GPU, or for a share of the CPUs: shards go to whoever has none to do.
+
+A process that dies is replaced, and its shards are handed out again. It hears of the job's end, or
+of its parent's death, by the end of its connection.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from queue import Empty, SimpleQueue
+
+import torch
+
+from packvit.corpus import EmbedderError
+from packvit.corpus.folder import Commit, part_name
+from packvit.corpus.resume import remove_left_over
+from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
+from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
+from packvit.corpus.shard import Part, Shard, embed_shards
+
+SERVE = "import sys; from packvit.corpus.runners.host import serve; serve(int(sys.argv[1]))"
+IN_HAND = 2  # shards at each embedder: one to embed, and one to decode meanwhile
+AHEAD = 4  # shards for each embedder between the first unfinished one and the last handed out
+PATIENCE = 10.0  # seconds that an embedder may take to end when it is told to
+
+
+@dataclass(slots=True)
+class Embedder:
+    """An embedder process, as its parent sees it."""
+
+    slot: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    ready: bool = False
+    shards: deque[Shard] = field(default_factory=deque)  # the first is the one that it does
+
+
+def run_processes(job: Job, devices: Sequence[str], work: Work) -> Generator[Commit, None, None]:
+    """Embed shards in a process for each of `devices`, and commit them here, in their order.
+
+    Raises: EmbedderError if a shard loses its process `TRIES` times; WriteError if the disk does
+    not take a part.
+    """
+    torch.cuda.empty_cache()  # of the encoder that described the job; does nothing without CUDA
+    crew = Crew(job, devices[: max(1, work.count)])
+    try:
+        yield from enter_all(crew.run(work.shards), work)
+    finally:
+        crew.dismiss()
+        remove_left_over(work.folder)
+
+
+class Crew:
+    """The embedder processes of a job."""
+
+    def __init__(self, job: Job, devices: Sequence[str]) -> None:
+        self.job = replace(job, embedders=len(devices))
+        self.devices = devices
+        self.threads = max(1, torch.get_num_threads() // len(devices))
+        self.embedders: dict[Connection, Embedder] = {}
+        self.returned: deque[Shard] = deque()  # by embedders that died
+        self.drained = False  # no shard is left that was never handed out
+        self.losses: Counter[int | None] = Counter()  # by shard; None while there is none yet
+
+    def run(self, shards: Iterable[Shard]) -> Iterator[Finished]:
+        """Yield all shards in their order, each when its part is staged."""
+        source, order = iter(shards), Sequencer()
+        for slot in range(len(self.devices)):
+            self.start(slot)
+        while True:
+            self.hand_out(source, order)
+            if self.drained and not order.numbers:
+                return
+            for connection in wait(list(self.embedders)):
+                assert isinstance(connection, Connection)
+                self.hear(self.embedders[connection], order)
+            yield from order.release()
+
+    def hand_out(self, source: Iterator[Shard], order: Sequencer) -> None:
+        """Give shards to the embedders that can take one, to those with the fewest first."""
+        while free := [e for e in self.embedders.values() if e.ready and len(e.shards) < IN_HAND]:
+            if self.returned:
+                shard = self.returned.popleft()
+            elif self.drained or len(order.numbers) >= AHEAD * len(self.devices):
+                return
+            else:
+                shard = next(source, None)
+                if shard is None:
+                    self.drained = True
+                    return
+                order.expect(shard.number)
+            embedder = min(free, key=lambda embedder: len(embedder.shards))
+            embedder.shards.append(shard)
+            self.send(embedder, shard)
+
+    def start(self, slot: int) -> None:
+        """Start the process of a slot; it says when it has loaded the encoder."""
+        ours, its = Pipe()
+        # Ctrl-C reaches every process of a terminal: the parent alone heeds it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", SERVE, str(its.fileno())],
+                pass_fds=[its.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # results alone go to stdout
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            its.close()  # with the process's own copy the connection ends
+        self.embedders[ours] = embedder = Embedder(slot, process, ours)
+        self.send(embedder, (self.job, self.devices[slot], self.threads))
+
+    def send(self, embedder: Embedder, message: object) -> None:
+        """Send to an embedder; that it is dead is heard where it is listened to."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            embedder.connection.send(message)
+
+    def hear(self, embedder: Embedder, order: Sequencer) -> None:
+        """Take what an embedder has to say, or its silence."""
+        try:
+            message = embedder.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.replace(embedder)
+            return
+        if isinstance(message, Exception):
+            raise message
+        embedder.ready = True
+        if isinstance(message, Finished):
+            done = embedder.shards.popleft()
+            assert done.number == message.number
+            order.add(message)
+
+    def replace(self, embedder: Embedder) -> None:
+        """Start a process in the place of one that died, and take its shards back.
+
+        Raises: EmbedderError if too many have died over the same.
+        """
+        status = embedder.process.wait()
+        del self.embedders[embedder.connection]
+        embedder.connection.close()
+        number = embedder.shards[0].number if embedder.shards else None
+        self.losses[number] += 1
+        if self.losses[number] >= TRIES:
+            doing = f"embedded {part_name(number)}" if number is not None else "loaded the model"
+            raise EmbedderError(
+                f"The process that {doing} died {TRIES} times, the last time with exit status "
+                f"{status}. If memory ran out, ask for fewer processes or a smaller token_budget; "
+                "then the same command goes on after what is written."
+            )
+        self.returned.extendleft(reversed(embedder.shards))
+        self.start(embedder.slot)
+
+    def dismiss(self) -> None:
+        """End all processes, whatever they are doing."""
+        for embedder in self.embedders.values():
+            embedder.connection.close()
+        for embedder in self.embedders.values():
+            try:
+                embedder.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                embedder.process.kill()
+                embedder.process.wait()
+        self.embedders.clear()
+
+
+def serve(descriptor: int) -> None:
+    """Be an embedder on the other end of a connection, until it ends."""
+    connection = Connection(descriptor)
+    job, device, threads = connection.recv()
+    torch.set_num_threads(threads)
+    shards: SimpleQueue[Shard] = SimpleQueue()
+    threading.Thread(target=receive, args=(connection, shards), daemon=True).start()
+    stager = Stager(job)
+    writer = ThreadPoolExecutor(1, "packvit-stage")  # it says all there is to say, one by one
+
+    def bring(part: Part) -> None:
+        try:
+            connection.send(stager.stage(part))
+        except Exception as error:
+            connection.send(portable(error))
+
+    try:
+        with job.options.decoders() as decoders:
+            decoders.start(job.options.workers)  # while the model is loaded
+            encoder = load_alike(job, device)
+            writer.submit(connection.send, "ready")
+            while True:
+                coming = at_hand(shards.get(), shards)
+                for part in embed_shards(
+                    encoder, coming, job.options, lambda rows: None, decoders, stager.effort
+                ):
+                    writer.submit(bring, part)
+    except Exception as error:
+        writer.submit(connection.send, portable(error))
+        threading.Event().wait()  # until the parent has read it and hangs up
+
+
+def at_hand(first: Shard, shards: SimpleQueue[Shard]) -> Iterator[Shard]:
+    """Yield a shard and those that follow at once.
+
+    To wait here could be for ever: a shard's last pack stays on the GPU until another follows or
+    none will, and the parent may want that shard before it hands out another.
+    """
+    yield first
+    with suppress(Empty):
+        while True:
+            yield shards.get_nowait()
+
+
+def receive(connection: Connection, shards: SimpleQueue[Shard]) -> None:
+    """Pass shards on, and end the process with the connection: nobody wants what it does then."""
+    try:
+        while True:
+            shards.put(connection.recv())
+    except (EOFError, ConnectionResetError):
+        os._exit(0)

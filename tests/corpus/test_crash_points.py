@@ -1,0 +1,261 @@
+"""A job that dies, or is refused, at any single call by which it changes its folder.
+
+strace does it from outside, so that nothing of ours is replaced by something milder. It counts the
+calls of each thread on its own, hence a call is known by its name, its file, and its place among
+the calls of that name to that file by one thread.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from rotten import write_good
+from small_checkpoint import write_checkpoint
+
+import packvit
+from packvit.corpus.checking import check_folder
+from packvit.corpus.folder import read_commits
+from packvit.corpus.job import embed
+from packvit.corpus.resume import find_fault
+from packvit.encoder import Encoder
+
+pytestmark = pytest.mark.soak
+
+INPUTS, PARTS = 130, 3  # 64 inputs a part, since tokens are written
+CHANGING = "openat,mkdir,write,fsync,rename,ftruncate,unlink"
+TRACED = re.compile(r"(\d+) +(\w+)\((.*)")
+
+# Runs `packvit` in a fork, since importing torch takes longer than a whole job, and lets strace
+# take hold of it first. stdin: a JSON line of the arguments, a file for stderr, strace's options.
+SERVER = r"""
+import contextlib, ctypes, json, os, subprocess, sys, time
+import torch, packvit
+from packvit.cli import main
+torch.set_num_threads(1)
+photos, checkpoint, out = sys.argv[1:]  # a job that imports all that there is to import
+packvit.embed(photos, out=out, model=checkpoint, device="cpu", tokens=True, format="npy", workers=1)
+with contextlib.redirect_stdout(sys.stderr):
+    again = ["embed", photos, "--out", out, "--model", checkpoint, "--device", "cpu", "--tokens"]
+    main(again, standalone_mode=False)
+print("ready", flush=True)
+for line in sys.stdin:
+    arguments, errors, strace = json.loads(line)
+    ready, go = os.pipe()
+    pid = os.fork()
+    if not pid:
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))  # let strace in
+        descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.read(ready, 1)
+        main(arguments)
+    tracer = subprocess.Popen(["strace", "-f", "-p", str(pid), *strace], stderr=subprocess.DEVNULL)
+    while "TracerPid:\t0\n" in open(f"/proc/{pid}/status").read():
+        assert tracer.poll() is None, "strace could not take hold of the job"
+        time.sleep(0.001)
+    os.write(go, b"!")
+    os.close(go)
+    os.close(ready)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    tracer.wait()
+    print(status, flush=True)
+"""
+
+
+class Point(NamedTuple):
+    """A call that changes the folder, as strace can be told to meet it."""
+
+    call: str
+    file: str  # below the folder; "" is the folder itself
+    place: int  # among the calls of this name to this file by one thread
+
+
+class Bench:
+    """A server that runs jobs under strace."""
+
+    def __init__(self, process: subprocess.Popen[str], photos: Path, checkpoint: Path) -> None:
+        self.process = process
+        self.photos = photos
+        self.checkpoint = checkpoint
+
+    def run(self, out: Path, *strace: str) -> tuple[int, str]:
+        """Return the exit status of a job under strace, and what it said."""
+        arguments = ["embed", str(self.photos), "--out", str(out), "--model", str(self.checkpoint)]
+        arguments += ["--device", "cpu", "--tokens", "--format", "npy", "--workers", "1"]
+        errors = out.parent / "said"
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps([arguments, str(errors), strace]) + "\n")
+        self.process.stdin.flush()
+        status = self.process.stdout.readline()
+        assert status, "the server died"
+        return int(status), errors.read_text()
+
+    def points(self, out: Path) -> list[Point]:
+        """Return all points of a job that nothing disturbs."""
+        log = out.parent / "trace"
+        traced = ["-o", str(log), "-y", "-s", "0", "-e", f"trace={CHANGING}"]
+        status, said = self.run(out, *traced)
+        assert status == 3, said  # many inputs are no images
+        counts: Counter[tuple[str, str, str]] = Counter()
+        found: dict[Point, None] = {}
+        for line in log.read_text().splitlines():
+            parsed = TRACED.match(line)
+            if not parsed or "resumed>" in line:
+                continue
+            if parsed[2] == "openat" and "O_CREAT" not in line:
+                continue  # it reads, or opens the folder for the fsync that follows
+            thread, call, rest = parsed.groups()
+            paths = re.findall(re.escape(str(out)) + r'(?:/([^">/]+))?(?=[">])', rest)
+            if paths:
+                counts[thread, call, paths[0]] += 1
+                found[Point(call, paths[0], counts[thread, call, paths[0]])] = None
+        return list(found)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    write_good(folder, 3)
+    (folder / "090a.jpg").write_bytes(b"no image")
+    for number in range(INPUTS - 4):  # rows that take no call to read: under strace, calls are slow
+        (folder / f"{number:03}.jpg").symlink_to("nowhere")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint: Path) -> Encoder:
+    return packvit.load(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def bench(
+    tmp_path_factory: pytest.TempPathFactory, photos: Path, checkpoint: Path
+) -> Iterator[Bench]:
+    if not shutil.which("strace"):
+        pytest.fail("Crash points need strace, which is not installed: apt-get install strace.")
+    first = tmp_path_factory.mktemp("first") / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(photos), str(checkpoint), str(first)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        yield Bench(process, photos, checkpoint)
+        process.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]  it is a pipe
+
+
+def begin(out: Path, undisturbed: Path | None, state: str) -> None:
+    """Make the folder that a job finds: none, two parts of three, or one lost in the middle."""
+    shutil.rmtree(out, ignore_errors=True)
+    if state == "fresh":
+        return
+    assert undisturbed
+    shutil.copytree(undisturbed, out)
+    lost = {"going on": 2, "mending": 1}[state]
+    (out / f"part-{lost:05d}.parquet").unlink()
+    if state == "going on":
+        lines = (out / "commits.jsonl").read_bytes().splitlines(keepends=True)
+        (out / "commits.jsonl").write_bytes(b"".join(lines[:lost]) + lines[lost][:50])
+        (out / "pooled.npy").unlink()
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("fault", ["signal=KILL", "error=ENOSPC", "error=EIO"])
+@pytest.mark.parametrize("state", ["fresh", "going on", "mending"])
+def test_a_job_that_meets_a_fault_at_any_call_ends_as_if_it_had_not(
+    tmp_path: Path, bench: Bench, photos: Path, encoder: Encoder, state: str, fault: str
+):
+    expected = tmp_path / "undisturbed"
+    out = tmp_path / "out"
+    embed(photos, out=expected, model=bench.checkpoint, device="cpu", tokens=True, format="npy")
+    assert len(read_commits(expected)) == PARTS
+    begin(out, expected, state)
+    points = bench.points(out)
+    assert contents(out) == contents(expected)
+    assert {call for call, _, _ in points} >= {"openat", "write", "fsync", "rename"}
+    met = 0
+    for point in points:
+        begin(out, expected, state)
+        call, file, place = point
+        status, said = bench.run(
+            out,
+            *("-o", "/dev/null", "-P", str(out / file), "-e", f"trace={call}"),
+            *("-e", f"inject={call}:{fault}:when={place}"),
+        )
+        for entry in read_commits(out) if out.exists() else ():
+            lost = state == "mending" and entry.part == "part-00001.parquet"
+            assert lost or find_fault(out, entry) is None, point
+        if fault == "signal=KILL":
+            assert status == -9, (point, said)
+        elif status != 3:  # what is only tidied up need not succeed
+            assert status == 1, (point, said)
+            lines = [line for line in said.splitlines() if line]
+            assert lines[-1].startswith("Error: "), (point, said)
+            assert "Traceback" not in said, (point, said)
+        met += status != 3
+        embed(photos, out=out, model=bench.checkpoint, device="cpu", tokens=True, format="npy")
+        assert contents(out) == contents(expected), point
+    assert not check_folder(out).faults
+    assert met >= 0.9 * len(points)
+    print(f"{state}, {fault}: {met} of {len(points)} points stopped the job")
+
+
+# Runs a job on a disk that is too small for it, then read-only, and then again with room.
+DISK = r"""
+set -u
+disk=$1; shift
+mount -t tmpfs -o size=120k tmpfs "$disk"
+"$@" --out "$disk/out" > /dev/null 2> "$disk.full"; echo $?
+mount -o remount,ro "$disk"
+"$@" --out "$disk/out" > /dev/null 2> "$disk.read-only"; echo $?
+mount -o remount,rw,size=50m "$disk"
+"$@" --out "$disk/out" > /dev/null 2> "$disk.room"; echo $?
+cp -r "$disk/out" "$disk.out"
+"""
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_full_and_a_read_only_disk_cost_one_sentence_and_nothing_that_is_whole(
+    tmp_path: Path, checkpoint: Path, processes: str
+):
+    write_good(tmp_path / "photos", INPUTS)
+    embed(tmp_path / "photos", out=tmp_path / "as", model=checkpoint, device="cpu", tokens=True)
+    job = [sys.executable, "-m", "packvit", "embed", str(tmp_path / "photos"), "--gpus", processes]
+    job += ["--model", str(checkpoint), "--device", "cpu", "--tokens"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        # Mounts are allowed in a namespace of one's own, to anyone.
+        ["unshare", "-rm", "bash", "-c", DISK, "disk", str(disk), *job],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.split() == ["1", "1", "0"], done.stderr
+    for state, reason in (("full", "No space left on device"), ("read-only", "Read-only file")):
+        said = (tmp_path / f"disk.{state}").read_text()
+        last = said.splitlines()[-1]
+        assert last.startswith("Error: "), said
+        assert f"could not be written: {reason}" in last, said
+        assert "Traceback" not in said
+    assert contents(tmp_path / "disk.out") == contents(tmp_path / "as")

@@ -1,0 +1,172 @@
+"""A feature folder opens in the readers that people have, and a matrix can be made of it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import duckdb
+import numpy as np
+import polars
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from rotten import write_good
+from small_checkpoint import WIDTH, write_checkpoint
+
+import packvit
+from packvit.cli import main
+from packvit.corpus import WriteError, WrongUse
+from packvit.corpus.exports import check_format
+from packvit.corpus.folder import read_manifest
+from packvit.corpus.job import embed
+from packvit.encoder import Encoder
+
+NAMES = ("pooled.npy", "ids.jsonl")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    return packvit.load(write_checkpoint(tmp_path_factory.mktemp("checkpoint")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    names = write_good(folder, 7)
+    for number in range(140):
+        os.link(folder / names[number % 7], folder / f"{number:03}.jpg")
+    (folder / "070\n.jpg").write_bytes(b"no image, and a name of two lines")
+    (folder / "é.jpg").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path, photos: Path, encoder: Encoder) -> Path:
+    embed(photos, out=tmp_path / "out", model=encoder, tokens=True, format="npy")
+    return tmp_path / "out"
+
+
+def read_parts(out: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Return ids, statuses and pooled features, NaN where there are none, as pyarrow reads them."""
+    table = pq.ParquetDataset(sorted(out.glob("part-*.parquet"))).read()
+    rows = table["pooled"].to_pylist()
+    pooled = np.array([row or [np.nan] * WIDTH for row in rows], np.float32)
+    return table["id"].to_pylist(), table["status"].to_pylist(), pooled
+
+
+def test_the_matrix_has_the_bits_of_the_parts_and_nan_where_a_row_is_an_error(out: Path):
+    ids, statuses, pooled = read_parts(out)
+    matrix = np.load(out / "pooled.npy", mmap_mode="r")
+    assert isinstance(matrix, np.memmap)
+    assert (matrix.shape, matrix.dtype) == ((len(ids), WIDTH), np.float32)
+    assert np.array_equal(matrix, pooled, equal_nan=True)
+    lines = [json.loads(line) for line in (out / "ids.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ids
+    assert [line["status"] for line in lines] == statuses
+    bad = np.isnan(matrix).all(1)
+    assert [status != "ok" for status in statuses] == bad.tolist()
+    assert bad.sum() == 2
+    assert np.isfinite(matrix[~bad]).all()
+
+
+def test_parts_and_ids_open_in_pyarrow_polars_duckdb_and_datasets(out: Path, tmp_path: Path):
+    ids, _, pooled = read_parts(out)
+    good = [name for name, row in zip(ids, pooled, strict=True) if not np.isnan(row).any()]
+    parts, names = str(out / "part-*.parquet"), str(out / "ids.jsonl")
+
+    frame = polars.read_parquet(parts)
+    assert frame["id"].to_list() == ids
+    assert frame.filter(polars.col("status") == "ok")["id"].to_list() == good
+    assert np.array_equal(frame["pooled"].drop_nulls().to_numpy(), pooled[~np.isnan(pooled[:, 0])])
+    first = frame.row(0, named=True)
+    assert np.shape(first["tokens"]) == (first["rows"] * first["columns"], WIDTH)
+    assert polars.read_ndjson(names)["id"].to_list() == ids
+
+    with duckdb.connect() as connection:
+        rows = connection.execute(
+            "select id, pooled from read_parquet(?) where status = 'ok'", [parts]
+        ).fetchall()
+        assert [name for name, _ in rows] == good
+        assert np.array_equal(np.float32(rows[0][1]), pooled[0])
+        counted = connection.execute(
+            "select count(*) from read_json(?) where status <> 'ok'", [names]
+        ).fetchone()
+        assert counted == (2,)
+
+    files = {"parts": parts}
+    loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+    assert loaded["parts"]["id"] == ids
+    assert np.array_equal(np.float32(loaded["parts"][0]["pooled"]), pooled[0])
+
+    scanned = pyarrow.dataset.dataset(sorted(map(str, out.glob("part-*.parquet"))))
+    assert scanned.count_rows() == len(ids)
+
+
+def test_a_finished_job_gets_its_matrix_without_reading_an_image(
+    tmp_path: Path, out: Path, photos: Path, encoder: Encoder
+):
+    own = shutil.copytree(photos, tmp_path / "photos")
+    embed(own, out=tmp_path / "plain", model=encoder, tokens=True)
+    assert not (tmp_path / "plain" / "pooled.npy").exists()
+    for path in own.iterdir():
+        path.write_bytes(b"")  # whoever reads finds no image
+    embed(own, out=tmp_path / "plain", model=encoder, tokens=True, format="npy")
+    for path in out.iterdir():
+        assert (tmp_path / "plain" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_damaged_or_missing_matrix_is_found_and_made_again_alone(
+    out: Path, photos: Path, encoder: Encoder
+):
+    whole = {name: (out / name).read_bytes() for name in NAMES}
+    damaged = bytearray(whole["pooled.npy"])
+    damaged[1000] ^= 1
+    (out / "pooled.npy").write_bytes(damaged)
+    (out / "ids.jsonl").unlink()
+    found = CliRunner().invoke(main, ["check", str(out)])
+    assert found.exit_code == 1
+    assert "pooled.npy is damaged" in found.output.replace("  ", " ")
+    assert "--format npy" in found.output
+    embed(photos, out=out, model=encoder, tokens=True, format="npy")
+    assert {name: (out / name).read_bytes() for name in NAMES} == whole
+    assert CliRunner().invoke(main, ["check", str(out)]).exit_code == 0
+    states = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    for format in ("npy", "parquet"):
+        embed(photos, out=out, model=encoder, tokens=True, format=format)
+    assert states == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "manifest.json").write_bytes(
+        (out / "manifest.json").read_bytes().replace(b'"exports": {', b'"exported": {')
+    )
+    assert CliRunner().invoke(main, ["check", str(out)]).exit_code == 1
+
+
+def test_overwrite_removes_the_matrix_too(out: Path, photos: Path, encoder: Encoder):
+    embed(photos, out=out, model=encoder, tokens=True, overwrite=True)
+    assert not set(NAMES) & set(os.listdir(out))
+    manifest = read_manifest(out)
+    assert manifest
+    assert manifest["exports"] == {}
+
+
+def test_a_matrix_that_cannot_be_written_leaves_the_parts_whole(
+    tmp_path: Path, photos: Path, encoder: Encoder
+):
+    (tmp_path / "pooled.npy").mkdir()
+    with pytest.raises(WrongUse):  # a folder of that name is none of ours
+        embed(photos, out=tmp_path, model=encoder, format="npy")
+    (tmp_path / "pooled.npy").rmdir()
+    embed(photos, out=tmp_path, model=encoder)
+    (tmp_path / "pooled.npy").mkdir()
+    with pytest.raises(WriteError, match=r"pooled.npy could not be written"):
+        embed(photos, out=tmp_path, model=encoder, format="npy")
+    (tmp_path / "pooled.npy").rmdir()
+    assert embed(photos, out=tmp_path, model=encoder, format="npy").ok == 147
+    assert CliRunner().invoke(main, ["check", str(tmp_path)]).exit_code == 0
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(WrongUse, match=r'format is "csv"\. Choose one of: parquet, npy'):
+        check_format("csv")
