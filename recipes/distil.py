@@ -140,8 +140,7 @@ def main(path: str) -> None:
             if (number + 1) % settings.save_every == 0 or number + 1 == len(steps):
                 sharding.save(out, number + 1, student, optimizer)
     sharding.export(encoder, out / "student")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    sharding.leave()
 
 
 def difference(found: Tensor, target: Tensor) -> Tensor:
