@@ -154,9 +154,13 @@ def decode_commit(line: bytes) -> Commit | None:
 
 
 def read_log(folder: Path) -> tuple[bytes, ...]:
-    """Return the lines of the log of `folder`, each with its end; only the last may have none."""
+    """Return the lines of the log of `folder`, each with its end; only the last may have none.
+
+    Raises: WriteError if it is there and can't be read: a job could not tell what it may keep.
+    """
     try:
-        data = (folder / COMMITS).read_bytes()
+        with reading(folder / COMMITS):
+            data = (folder / COMMITS).read_bytes()
     except FileNotFoundError:
         return ()
     *lines, rest = data.split(b"\n")
@@ -244,6 +248,20 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(
             f"{path} could not be written: {error.strerror}. Mend that, then start the job again: "
             "it goes on after what commits.jsonl lists."
+        ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system refuses into a WriteError that says it, but for what is not there."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"{path} could not be read: {error.strerror or error}. Mend that, then start the job "
+            "again."
         ) from error
 
 

@@ -30,6 +30,7 @@ from packvit.corpus.folder import (
     part_number,
     read_log,
     read_manifest,
+    reading,
     sync_names,
     write_commits,
     writing,
@@ -171,7 +172,8 @@ def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
 def read_rows(folder: Path, entry: Commit) -> list[Row]:
     """Return what a whole part says of its inputs, as far as a summary counts it."""
     columns = ["id", "status", "rows", "columns"]
-    table = pq.read_table(folder / entry.part, columns=columns)
+    with reading(folder / entry.part):
+        table = pq.read_table(folder / entry.part, columns=columns)
     return [Row(**values) for values in table.to_pylist()]
 
 
