@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from packvit.flash4 import PackedFa4, run_fa4
 from packvit.packed import Segments
 
 Heads = Float[Tensor, "T H K"]
@@ -28,7 +29,6 @@ class Workload(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     head_dim: int
-    teaches: bool = False  # whether gradients may be asked for
 
 
 class Backend(NamedTuple):
@@ -40,6 +40,7 @@ class Backend(NamedTuple):
     obstacle: Callable[[Workload], str | None]  # completes "it cannot run because ..."
     measured: bool  # run and measured by us: "auto" takes no other
     varlen: bool = True  # one launch whatever the lengths, so that a CUDA graph can hold it
+    teach: Callable[[Tensor, Segments], Tensor] | None = None  # of all three in one, in training
 
 
 def flash_obstacle(work: Workload, oldest: tuple[int, int], largest: int) -> str | None:
@@ -63,41 +64,10 @@ def seams(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, int, int]:
     return queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
 
 
-def run_fa4(query: Queries, key: Heads, value: Heads, queries: Segments, keys: Segments) -> Queries:
-    """FlashAttention-4, from flash-attn-4 (signature of 4.0.0b36, which returns (out, lse)).
-
-    It multiplies the values behind a sequence's end by zero, so that NaN there would reach the
-    sequence: hence `tame`, in inference; in training a NaN ends in the sum of losses anyway.
-    """
-    from flash_attn.cute import (  # pyright: ignore[reportMissingImports] # extra "hopper"
-        flash_attn_varlen_func,
-    )
-
-    if not value.requires_grad:
-        from packvit.kernels import tame
-
-        value = tame(value)
-    out, _ = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        cu_seqlens_q=queries.cu_seqlens,
-        cu_seqlens_k=keys.cu_seqlens,
-        max_seqlen_q=queries.max_seqlen,
-        max_seqlen_k=keys.max_seqlen,
-    )
-    return out
-
-
 def fa4_obstacle(work: Workload) -> str | None:
     """A wheel for Hopper and newer."""
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         return "flash_attn.cute is not installed; pip install 'packvit[hopper]'"
-    if work.teaches and work.head_dim % 64:
-        return (
-            f"its gradients are wrong at head_dim {work.head_dim} (seen in 4.0.0b36); it needs one "
-            "divisible by 64 to train"
-        )
     return flash_obstacle(work, (9, 0), 128)
 
 
@@ -184,7 +154,14 @@ def batch(heads: Heads, segments: Segments, sequences: list[int], length: int) -
 
 
 BACKENDS = (  # fastest first: "auto" takes the first measured one without an obstacle
-    Backend("fa4", "FlashAttention-4 (flash_attn.cute)", run_fa4, fa4_obstacle, True),
+    Backend(
+        "fa4",
+        "FlashAttention-4 (flash_attn.cute)",
+        run_fa4,
+        fa4_obstacle,
+        True,
+        teach=PackedFa4.apply,
+    ),
     Backend("fa3", "FlashAttention-3 (flash_attn_interface)", run_fa3, fa3_obstacle, False),
     Backend("fa2", "FlashAttention-2 (flash_attn)", run_fa2, fa2_obstacle, False),
     Backend("torch", "torch.nn.attention.varlen", run_torch, torch_obstacle, True),
@@ -217,7 +194,8 @@ def opaque(backend: Backend) -> Backend:
     `sdpa` groups sequences by their lengths in Python, which traced would compile anew for every
     pack; the other kernels gain nothing from being traced.
     """
-    return backend._replace(run=torch.compiler.disable(backend.run))
+    teach = backend.teach and torch.compiler.disable(backend.teach)
+    return backend._replace(run=torch.compiler.disable(backend.run), teach=teach)
 
 
 def attend(
@@ -234,6 +212,6 @@ def attend(
             f"query holds {len(query)} tokens, but the segments describe {segments.tokens}. "
             "Build both from the same grid_thw, with the same prefix tokens."
         )
-    teaches = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    work = Workload(query.device, query.dtype, query.shape[-1], teaches)
-    return resolve(backend, work).run(query, key, value, segments, segments)
+    work = Workload(query.device, query.dtype, query.shape[-1])
+    # A backend may write to values that are not finite.
+    return resolve(backend, work).run(query, key, value.clone(), segments, segments)

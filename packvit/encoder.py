@@ -6,6 +6,7 @@ they are handed. Seams and places are worked out here, once, on the host.
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from packvit import checkpoints, pretrained
 from packvit.attention import Backend, Workload, opaque, resolve
 from packvit.checkpoints import Checkpoint
-from packvit.config import EncoderConfig, ImageConfig, PatchOrder
+from packvit.config import EncoderConfig, ImageConfig, PatchOrder, SinCos
 from packvit.family import Family
 from packvit.features import Features, Pack, make_pack
 from packvit.graphs import MOST_TOKENS, Graphs
@@ -24,14 +25,17 @@ from packvit.linear import Linear, float8_obstacle, make_steady, to_float8
 from packvit.options import GridPolicy, Options
 from packvit.packed import (
     Grid,
+    PatchPlaces,
     PrefixPlaces,
     Segments,
+    frame_table,
     read_grid,
     segment_images,
     sequence_lengths,
     to_device,
 )
 from packvit.pooling import pooling_head
+from packvit.positions import sine_cosine
 from packvit.preprocessing import Resize
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
@@ -44,7 +48,7 @@ class Ran(NamedTuple):
     prefix: Tensor  # [S, R, D]
     taps: dict[int, Tensor]
     grid: Grid
-    segments: Segments
+    lengths: tuple[int, ...]  # tokens of each sequence
     backend: Backend
 
 
@@ -164,39 +168,63 @@ class Encoder(nn.Module):
         self.check_patches(hidden_states)
         config, device = self.config, self.device
         grid = read_grid(grid_thw, patches=len(hidden_states))
-        segments = Segments.from_lengths(sequence_lengths(grid, config.prefix), device=device)
+        lengths = sequence_lengths(grid, config.prefix)
         places = (
             PrefixPlaces.from_grid(grid, config.prefix, device=device) if config.prefix else None
         )
-        teaches = torch.is_grad_enabled() and (
-            hidden_states.requires_grad or any(weight.requires_grad for weight in self.parameters())
-        )
-        backend = resolve(self.backend, self.workload._replace(teaches=teaches))
+        backend = resolve(self.backend, self.workload)
         if self.compiled:
             backend = opaque(backend)
 
-        stream = self.embeddings(self.to_values(hidden_states), grid, places)
-        turns = rotary_turns(config, grid, places, stream)
-        if self.graphs is not None and self.may_graph(stream, backend):
-            stream, tapped = self.graphs(self.encoder, stream, segments, turns, backend, taps)
+        values = self.to_values(hidden_states)
+        table = axis = None
+        if isinstance(config.positions, SinCos) and places is None:
+            rows, table, axis = [values], frame_table(grid), self.embeddings.axis(grid)
         else:
-            stream, tapped = self.encoder(stream, segments, turns, backend, taps)
-        if config.final_norm == "tokens":
-            stream = self.norm(stream)
+            stream = self.embeddings(values, grid, places)
+            rows = [stream, *(rotary_turns(config, grid, places, stream) or ())]
+        work = partial(self.compute, grid, axis, backend, taps)
+        if self.graphs is not None and self.may_graph(rows[0], backend):
+            stream, tapped = self.graphs(work, rows, table, lengths, backend, taps)
+        else:
+            frames = None if table is None else to_device(table, device)
+            stream, tapped = work(rows, frames, Segments.from_lengths(lengths, device=device))
         if places is None:
-            prefix = stream.new_empty(len(segments.lengths), 0, config.width)
-            return Ran(stream, prefix, tapped, grid, segments, backend)
+            prefix = stream.new_empty(len(lengths), 0, config.width)
+            return Ran(stream, prefix, tapped, grid, lengths, backend)
         return Ran(
             stream.index_select(0, places.patches),
             stream.index_select(0, places.prefix).unflatten(0, (-1, config.prefix)),
             {layer: tap.index_select(0, places.patches) for layer, tap in tapped.items()},
             grid,
-            segments,
+            lengths,
             backend,
         )
 
+    def compute(
+        self,
+        grid: Grid,
+        axis: Tensor | None,
+        backend: Backend,
+        taps: Collection[int],
+        rows: Sequence[Tensor],
+        table: Tensor | None,
+        segments: Segments,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the normed stream, and taps: what the device does once the host has planned.
+
+        `rows` are patches, where `axis` and `table` tell their places, or else the embedded stream,
+        with rotary turns.
+        """
+        stream, *turns = rows
+        if axis is not None and table is not None:
+            sines = sine_cosine(axis, PatchPlaces.from_table(table, len(stream)))
+            stream = self.embeddings(stream, grid, None, sines)
+        stream, tapped = self.encoder(stream, segments, tuple(turns) or None, backend, taps)
+        return self.norm(stream) if self.config.final_norm == "tokens" else stream, tapped
+
     def may_graph(self, stream: Tensor, backend: Backend) -> bool:
-        """Return whether the blocks may run by a CUDA graph: a small pack, for inference."""
+        """Return whether a CUDA graph may run: of a small pack, for inference."""
         return (
             stream.is_cuda
             and len(stream) <= MOST_TOKENS
@@ -234,7 +262,10 @@ class Encoder(nn.Module):
         if self.config.pool == "class":
             first = ran.prefix[:, 0]
             return self.norm(first) if self.config.final_norm == "pooled" else first
-        return self.head(ran.tokens, ran.segments, ran.backend) if self.head else None
+        if self.head is None:
+            return None
+        segments = Segments.from_lengths(ran.lengths, device=self.device)
+        return self.head(ran.tokens, segments, ran.backend)
 
     def pack(
         self,
@@ -396,7 +427,10 @@ class Encoder(nn.Module):
         if options.fp8:
             if obstacle := float8_obstacle(self.encoder, self.device, self.dtype):
                 raise ValueError(f"fp8=True cannot run: fp8 {obstacle}. Leave it out.")
-            to_float8(self.encoder)
+            for block in self.encoder.layers:
+                # What it adds to the stream is added by its matmul in 16 bits, where it has no
+                # bias: that costs less than 8 bits save, and rounds less.
+                to_float8(block, keep=["attention.out"])
             self.requires_grad_(False)
         if options.invariant:
             make_steady(self)

@@ -1,34 +1,35 @@
-"""CUDA graphs of the blocks, for packs so small that launching kernels takes longer than they do.
+"""CUDA graphs of a forward, for packs that take the device little longer than to be launched.
 
 A graph replays on the memory it was recorded with, so packs are filled up to sizes of a ladder, and
 what fills them up attends to itself alone. A size is recorded when it is met for the second time.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from packvit.attention import Backend
-from packvit.packed import Segments
+from packvit.packed import Segments, seams_of, to_device
 
-MOST_TOKENS = 4096  # above it an H100 computes AIMv2-large longer than the host launches it
-KEPT = 32  # graphs; they share one pool of memory
+MOST_TOKENS = 16384  # at it an H100 takes 20 ms for AIMv2-large, and a host 10 to launch it
+KEPT_TOKENS = 2**18  # of all graphs kept: each holds what it reads and writes, 4 D bytes a token
 
-Turns = tuple[Tensor, Tensor]
-Run = Callable[..., tuple[Tensor, dict[int, Tensor]]]
+# Takes tensors of a row a token, a table of the frames where one is wanted, and the seams.
+Run = Callable[[Sequence[Tensor], Tensor | None, Segments], tuple[Tensor, dict[int, Tensor]]]
 
 
 def ladder(tokens: int) -> int:
-    """Return the next size of the ladder: 16 to 32 steps an octave, 64 tokens at the least.
+    """Return the next size of the ladder: 32 to 64 steps an octave, 64 tokens at the least.
 
-    So at most 1 token in 16 is filling, and half of that on average.
+    So at most 1 token in 32 is filling, and half of that on average.
     """
-    step = max(64, 1 << max(0, (tokens - 1).bit_length() - 5))
+    step = max(64, 1 << max(0, (tokens - 1).bit_length() - 6))
     return -(-tokens // step) * step
 
 
@@ -40,7 +41,6 @@ class Size(NamedTuple):
     longest: int
     taps: tuple[int, ...]
     backend: str
-    rotary: bool
     stream: int  # the CUDA stream, since two would write one memory at once
 
 
@@ -48,35 +48,41 @@ class Graph(NamedTuple):
     """A recorded graph, and the memory it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    hidden_states: Tensor
+    rows: tuple[Tensor, ...]
+    table: Tensor | None
     seams: Tensor
-    turns: Turns | None
+    run: Run  # holds what it reads besides
     out: Tensor
     taps: dict[int, Tensor]
 
 
-def size_of(
-    segments: Segments, taps: Collection[int], backend: Backend, rotary: bool, stream: int
-) -> Size:
-    """Return the size whose graph serves a pack."""
-    tokens = ladder(segments.tokens)
-    longest = 1 << (segments.max_seqlen - 1).bit_length()
-    filling = -(-(tokens - segments.tokens) // longest)
-    sequences = 1 << (len(segments.lengths) + filling - 1).bit_length()
-    return Size(tokens, sequences, longest, tuple(sorted(taps)), backend.name, rotary, stream)
+def size_of(lengths: Sequence[int], taps: Collection[int], backend: Backend, stream: int) -> Size:
+    """Return the size whose graph serves a pack of sequences of so many tokens each."""
+    total = sum(lengths)
+    tokens = ladder(total)
+    longest = 1 << (max(lengths) - 1).bit_length()
+    filling = -(-(tokens - total) // longest)
+    sequences = 1 << (len(lengths) + filling - 1).bit_length()
+    return Size(tokens, sequences, longest, tuple(sorted(taps)), backend.name, stream)
 
 
-def fill_up(segments: Segments, size: Size, device: torch.device) -> Segments:
-    """Return `size.sequences` sequences: the pack's, what fills it up, and empty ones."""
-    whole, rest = divmod(size.tokens - segments.tokens, size.longest)
+def fill_up(lengths: Sequence[int], size: Size) -> tuple[int, ...]:
+    """Return `size.sequences` lengths: the pack's, of what fills it up, and of empty sequences."""
+    whole, rest = divmod(size.tokens - sum(lengths), size.longest)
     filling = (size.longest,) * whole + ((rest,) if rest else ())
-    empty = size.sequences - len(segments.lengths) - len(filling)
-    filled = Segments.from_lengths((*segments.lengths, *filling, *(0,) * empty), device=device)
-    return Segments(filled.lengths, filled.cu_seqlens, size.longest)
+    empty = size.sequences - len(lengths) - len(filling)
+    return (*lengths, *filling, *(0,) * empty)
+
+
+def fill_table(table: np.ndarray, filled: Sequence[int]) -> np.ndarray:
+    """Return the table of frames of a filled pack: what fills it up are frames of one row."""
+    lengths = np.array(filled)
+    more = np.array([np.ones_like(lengths), lengths, lengths.cumsum() - lengths])
+    return np.concatenate([table, more[:, table.shape[1] :]], axis=1)
 
 
 class Graphs:
-    """The graphs of one stack of blocks, the most recently used ones."""
+    """The graphs of one encoder, the most recently used ones."""
 
     def __init__(self) -> None:
         self.lock = Lock()
@@ -91,9 +97,9 @@ class Graphs:
     def __call__(
         self,
         run: Run,
-        hidden_states: Tensor,
-        segments: Segments,
-        turns: Turns | None,
+        rows: Sequence[Tensor],
+        table: np.ndarray | None,
+        lengths: Sequence[int],
         backend: Backend,
         taps: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -101,46 +107,50 @@ class Graphs:
 
         With or without a graph it is the same kernels on the same sizes, so the same bits.
         """
-        tokens, stream = len(hidden_states), torch.cuda.current_stream().cuda_stream
-        size = size_of(segments, taps, backend, turns is not None, stream)
-        filled = fill_up(segments, size, hidden_states.device)
+        tokens, device = len(rows[0]), rows[0].device
+        size = size_of(lengths, taps, backend, torch.cuda.current_stream().cuda_stream)
+        filled = fill_up(lengths, size)
+        frames = None if table is None else fill_table(table, filled)
         with self.lock:
             self.met[size] += 1
-            if self.met[size] == 1:
-                turns = turns and (pad(turns[0], size), pad(turns[1], size))
-                out, tapped = run(pad(hidden_states, size), filled, turns, backend, size.taps)
-                return out[:tokens], {layer: tap[:tokens] for layer, tap in tapped.items()}
-            if size not in self.kept:
+            if size in self.kept:
+                self.kept.move_to_end(size)
+                return replay(self.kept[size], rows, frames, filled)
+            given = [pad(row, size) for row in rows]
+            on_device = None if frames is None else to_device(frames, device)
+            segments = Segments.from_lengths(filled, device=device)
+            segments = Segments(filled, segments.cu_seqlens, size.longest)
+            if self.met[size] > 1:
                 with torch.inference_mode(False), torch.no_grad():  # so that both modes may replay
-                    self.kept[size] = self.record(run, hidden_states, filled, turns, backend, size)
-                while len(self.kept) > KEPT:
+                    self.kept[size] = self.record(run, given, on_device, segments, size)
+                while sum(kept.tokens for kept in self.kept) > KEPT_TOKENS:
                     self.kept.popitem(last=False)
-            self.kept.move_to_end(size)
-            return replay(self.kept[size], hidden_states, filled, turns)
+                return replay(self.kept[size], rows, frames, filled)
+            out, tapped = run(given, on_device, segments)
+            return out[:tokens], {layer: tap[:tokens] for layer, tap in tapped.items()}
 
     def record(
         self,
         run: Run,
-        hidden_states: Tensor,
-        filled: Segments,
-        turns: Turns | None,
-        backend: Backend,
+        given: Sequence[Tensor],
+        table: Tensor | None,
+        segments: Segments,
         size: Size,
     ) -> Graph:
-        """Record the blocks at `size`, on memory of the graph's own."""
-        memory = pad(hidden_states, size).clone()
-        seams = Segments(filled.lengths, filled.cu_seqlens.clone(), size.longest)
-        angles = turns and (pad(turns[0], size).clone(), pad(turns[1], size).clone())
+        """Record a run at `size`, on memory of the graph's own."""
+        rows = tuple(row.clone() for row in given)
+        table = None if table is None else table.clone()
+        seams = Segments(segments.lengths, segments.cu_seqlens.clone(), size.longest)
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):  # what libraries set up on first use must not be recorded
-            run(memory, seams, angles, backend, size.taps)
+            run(rows, table, seams)
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self.pool):
-            out, tapped = run(memory, seams, angles, backend, size.taps)
-        return Graph(graph, memory, seams.cu_seqlens, angles, out, tapped)
+            out, tapped = run(rows, table, seams)
+        return Graph(graph, rows, table, seams.cu_seqlens, run, out, tapped)
 
     def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:
         """Copy and travel empty: what was recorded belongs to one encoder's memory."""
@@ -153,14 +163,15 @@ def pad(rows: Tensor, size: Size) -> Tensor:
 
 
 def replay(
-    graph: Graph, hidden_states: Tensor, filled: Segments, turns: Turns | None
+    graph: Graph, rows: Sequence[Tensor], table: np.ndarray | None, filled: Sequence[int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Copy a pack into the graph's memory, run it, and copy the results out."""
-    tokens = len(hidden_states)
-    graph.hidden_states[:tokens].copy_(hidden_states)
-    graph.hidden_states[tokens:].zero_()  # what an earlier pack left there could be NaN
-    graph.seams.copy_(filled.cu_seqlens, non_blocking=True)
-    for memory, given in zip(graph.turns or (), turns or (), strict=True):
-        memory[:tokens].copy_(given)
+    tokens = len(rows[0])
+    for memory, row in zip(graph.rows, rows, strict=True):
+        memory[:tokens].copy_(row)
+        memory[tokens:].zero_()  # what an earlier pack left there could be NaN
+    graph.seams.copy_(torch.from_numpy(seams_of(filled)), non_blocking=True)
+    if graph.table is not None and table is not None:
+        graph.table.copy_(torch.from_numpy(table), non_blocking=True)
     graph.graph.replay()
     return graph.out[:tokens].clone(), {at: tap[:tokens].clone() for at, tap in graph.taps.items()}

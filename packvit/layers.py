@@ -16,7 +16,7 @@ from packvit.config import Activation, EncoderConfig, Rotary, SinCos, Statistics
 from packvit.linear import Linear, Rows8, affine
 from packvit.packed import Grid, PatchPlaces, PrefixPlaces, Segments
 from packvit.positions import Axes, ResizedTables, check_grid, look_up, rotary, rotate, sine_cosine
-from packvit.steps import Norm, RMSNorm, Tokens, add_norm, gate, rise
+from packvit.steps import Norm, RMSNorm, Tokens, add, add_norm, gate, rise
 
 AnyModule = TypeVar("AnyModule", bound="PatchEmbeddings")
 Turns = tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]  # rotary cosine and sine of each token
@@ -70,16 +70,22 @@ class PatchEmbeddings(nn.Module):
             self.registers = nn.Parameter(torch.empty(shape).normal_(std=0.02))
 
     def forward(
-        self, patches: Float[Tensor, "T P"], grid: Grid, places: PrefixPlaces | None
+        self,
+        patches: Float[Tensor, "T P"],
+        grid: Grid,
+        places: PrefixPlaces | None,
+        sines: Tensor | None = None,
     ) -> Float[Tensor, "tokens D"]:
         """Embed the T patches of the images in `grid`, each sequence behind its prefix tokens.
+
+        `sines` are sine-cosine positions [T, D], where they were made beforehand.
 
         Raises: ValueError for a grid that a learned table was not made for.
         """
         tokens = self.patches(patches)
         if self.norm is not None and self.config.embedding_norm == "patches":
             tokens = self.norm(tokens)
-        tokens = self.add_positions(tokens, grid)
+        tokens = self.add_positions(tokens, grid) if sines is None else tokens + sines
         if places is not None:
             tokens = torch.cat([self.prefix(), tokens]).index_select(0, places.gather)
         if self.norm is not None and self.config.embedding_norm == "tokens":
@@ -97,12 +103,20 @@ class PatchEmbeddings(nn.Module):
         positions = self.config.positions
         if isinstance(positions, Rotary):
             return tokens
-        places = PatchPlaces.from_grid(grid)
+        places = PatchPlaces.from_grid(grid, device=tokens.device)
         if isinstance(positions, SinCos):
-            return tokens + sine_cosine(self.axes.get(places, tokens.device, tokens.dtype), places)
+            return tokens + sine_cosine(self.axis(grid), places)
         if not (positions.any_grid or self.interpolate):
             check_grid(positions, grid, self.config.patch)
         return tokens + look_up(self.resized, self.positions, places, grid)
+
+    def axis(self, grid: Grid) -> Float[Tensor, "side half"]:
+        """Return the sine-cosine axis, as long as the longest frame has patches, at the least.
+
+        So that it serves frames of one row, which is what fills up the pack of a CUDA graph.
+        """
+        longest = max(rows * columns for _, rows, columns in grid)
+        return self.axes.get(longest, self.patches.weight.device, self.patches.weight.dtype)
 
     def prefix(self) -> Float[Tensor, "R D"]:
         """Return the tokens that open every sequence: class token, then registers."""
@@ -134,12 +148,24 @@ class Attention(nn.Module):
         backend: Backend,
     ) -> Tokens:
         """Attend, by `backend`, within `segments`; `turns` are rotary positions."""
+        return self.out(self.attend(hidden_states, segments, turns, backend))
+
+    def attend(
+        self,
+        hidden_states: Tokens | Rows8,
+        segments: Segments,
+        turns: Turns | None,
+        backend: Backend,
+    ) -> Tokens:
+        """Return what `out` reads: what every head found, side by side."""
         heads = self.project(hidden_states).unflatten(-1, (3, self.heads, -1))
+        if turns is None and backend.teach and heads.requires_grad and torch.is_grad_enabled():
+            return backend.teach(heads, segments).flatten(-2)
         query, key, value = heads.unbind(-3)
         if turns is not None:
             # Under autocast turns are fp32, and so would queries and keys be beside bf16 values.
             query, key = (rotate(heads, *turns).to(value.dtype) for heads in (query, key))
-        return self.out(backend.run(query, key, value, segments, segments).flatten(-2))
+        return backend.run(query, key, value, segments, segments).flatten(-2)
 
     def project(self, hidden_states: Tokens | Rows8) -> Float[Tensor, "T 3*D"]:
         """Return queries, keys and values side by side."""
@@ -167,13 +193,17 @@ class MLP(nn.Module):
         """The first matrix, which decides what it is given."""
         return self.up
 
+    def risen(self, hidden_states: Tokens | Rows8) -> Tensor | Rows8:
+        """Return what `down` reads."""
+        return rise(hidden_states, self.up, self.activation, self.down)
+
     def forward(self, hidden_states: Tokens | Rows8) -> Tokens:
         """Transform each token by itself."""
-        return self.down(rise(hidden_states, self.up, self.activation, self.down))
+        return self.down(self.risen(hidden_states))
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)): SwiGLU, where act is SiLU."""
+    """down(act(gate(x)) * up(x)): SwiGLU, where act is SiLU. `gate_up` has their rows in turns."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -186,9 +216,13 @@ class GatedMLP(nn.Module):
         """The first matrix, which decides what it is given."""
         return self.gate_up
 
+    def risen(self, hidden_states: Tokens | Rows8) -> Tensor | Rows8:
+        """Return what `down` reads."""
+        return gate(hidden_states, self.gate_up, self.activation, self.down)
+
     def forward(self, hidden_states: Tokens | Rows8) -> Tokens:
         """Transform each token by itself."""
-        return self.down(gate(self.gate_up(hidden_states), self.activation, self.down))
+        return self.down(self.risen(hidden_states))
 
 
 class LayerScale(nn.Module):
@@ -222,16 +256,18 @@ class Block(nn.Module):
         segments: Segments,
         turns: Turns | None,
         backend: Backend,
-    ) -> tuple[Tokens, Tokens]:
-        """Return the residual stream and what this block would add to it.
+    ) -> tuple[Tokens, Tokens | None]:
+        """Return the residual stream, and what is yet to be added to it, if anything is.
 
-        `delta` is what the block before would add: whoever norms next adds it, so that the stream
-        is read and written once for both.
+        `delta` is what the block before left to be added: whoever norms next adds it, so that the
+        stream is read and written once for both. In inference `stream` may be written to.
         """
-        stream, normed = add_norm(stream, delta, self.attention_norm, self.attention.qkv)
-        attended = self.attention_scale(self.attention(normed, segments, turns, backend))
-        stream, normed = add_norm(stream, attended, self.mlp_norm, self.mlp.reads)
-        return stream, self.mlp_scale(self.mlp(normed))
+        attention, mlp = self.attention, self.mlp
+        stream, normed = add_norm(stream, delta, self.attention_norm, attention.qkv)
+        attended = attention.attend(normed, segments, turns, backend)
+        stream, delta = add(stream, attended, attention.out, self.attention_scale)
+        stream, normed = add_norm(stream, delta, self.mlp_norm, mlp.reads)
+        return add(stream, mlp.risen(normed), mlp.down, self.mlp_scale)
 
 
 class Blocks(nn.Module):
@@ -251,14 +287,14 @@ class Blocks(nn.Module):
         taps: Collection[int] = (),
     ) -> tuple[Tokens, dict[int, Tokens]]:
         """Return the residual stream after the last block, and after each layer in `taps`."""
-        tapped = {}
-        delta = None
+        # In inference blocks write to the stream, which so far is the caller's.
+        stream = hidden_states if hidden_states.requires_grad else hidden_states.clone()
+        tapped, delta = {}, None
         for layer, block in enumerate(self.layers):
-            hidden_states, delta = block(hidden_states, delta, segments, turns, backend)
+            stream, delta = block(stream, delta, segments, turns, backend)
             if layer in taps:
-                hidden_states, delta = hidden_states + delta, None
-                tapped[layer] = hidden_states
-        return hidden_states if delta is None else hidden_states + delta, tapped
+                tapped[layer] = stream.clone() if delta is None else stream + delta
+        return stream if delta is None else stream + delta, tapped
 
 
 def rotary_turns(
@@ -270,9 +306,8 @@ def rotary_turns(
     """
     if not isinstance(config.positions, Rotary):
         return None
-    cosine, sine = rotary(
-        config.positions, PatchPlaces.from_grid(grid), config.head_dim, like.device, like.dtype
-    )
+    on_device = PatchPlaces.from_grid(grid, device=like.device)
+    cosine, sine = rotary(config.positions, on_device, config.head_dim, like.dtype)
     if places is None:
         return cosine, sine
     still = cosine.new_zeros(config.prefix, config.head_dim)

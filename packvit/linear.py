@@ -6,6 +6,7 @@ along the sum (split-K), so a floor on the rows is enough, which the needle test
 elsewhere every matmul is given the same number of rows.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,16 @@ def affine(tokens: Tensor, weight: Tensor, bias: Tensor | None, steady: bool) ->
     return torch.cat(parts)[: len(tokens)]
 
 
+def add_affine(stream: Tensor, tokens: Tensor, weight: Tensor, steady: bool) -> Tensor:
+    """Return stream + tokens @ weight.T in 16 bits, written where `stream` is if it can be.
+
+    Rounded once, from the sums. A row's bits do not know of other rows where `steady`.
+    """
+    if steady and len(tokens) < FLOOR:
+        return torch.addmm(fill(stream, FLOOR), fill(tokens, FLOOR), weight.t())[: len(tokens)]
+    return stream.addmm_(tokens, weight.t())
+
+
 def fill(tokens: Tensor, rows: int) -> Tensor:
     """Fill up with zeros. Shapes: [T, D] -> [rows, D]."""
     missing = rows - len(tokens)
@@ -63,9 +74,9 @@ class Rows8(NamedTuple):
 def quantise(tokens: Tensor) -> Rows8:
     """Return every row scaled so that its largest magnitude is the largest of 8 bits.
 
-    The plain twin of `kernels.quantise_8`, for weights. Numbers of 8 bits keep 3 bits of mantissa
-    down to 1 / 28,672 of a row's largest, which is why an outlier channel does not drown its row
-    as it would in integers.
+    The plain twin of `kernels.eight.quantise_8`, for weights. Numbers of 8 bits keep 3 bits of
+    mantissa down to 1 / 28,672 of a row's largest, which is why an outlier channel does not drown
+    its row as it would in integers.
     """
     values = tokens.float()
     scale = values.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST_8
@@ -91,7 +102,7 @@ class Linear8(nn.Module):
     def forward(self, tokens: Tensor | Rows8) -> Tensor:
         """Return tokens @ weight.T + bias in bfloat16. Shapes: [T, D] -> [T, features]."""
         if not isinstance(tokens, Rows8):
-            from packvit.kernels import quantise_8
+            from packvit.kernels.eight import quantise_8
 
             tokens = Rows8(*quantise_8(tokens))
         values, scale = tokens
@@ -123,9 +134,9 @@ def float8_obstacle(module: nn.Module, device: torch.device, dtype: torch.dtype)
     return None
 
 
-def to_float8(module: nn.Module) -> None:
-    """Replace every linear layer of `module` by one in 8 bits."""
-    for parent in list(module.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, Linear):
-                setattr(parent, name, Linear8(layer))
+def to_float8(module: nn.Module, keep: Collection[str] = ()) -> None:
+    """Replace every linear layer of `module` by one in 8 bits, but for those named in `keep`."""
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, Linear)}
+    for name, layer in found.items():
+        if name not in keep:
+            module.set_submodule(name, Linear8(layer), strict=True)

@@ -38,7 +38,7 @@ class Merging:
         side: int = 2,
         device: torch.device | str = "cpu",
     ) -> "Merging":
-        """Plan squares of `side` x `side` patches on the host, without a loop over images.
+        """Plan squares of `side` x `side` patches, without a loop over images.
 
         Shapes: grid_thw [N, 3], best on the host -> M = sum of frames * ceil(rows / side) *
         ceil(columns / side).
@@ -51,17 +51,18 @@ class Merging:
         merged: Grid = tuple(
             (t, -(-rows // side), -(-columns // side)) for t, rows, columns in grid
         )
-        places, lengths = PatchPlaces.from_grid(merged), sequence_lengths(merged)
+        places, lengths = PatchPlaces.from_grid(merged, device=device), sequence_lengths(merged)
         frames = np.repeat(np.asarray(grid), [t for t, _, _ in grid], axis=0)  # [S, 3]
         sizes = frames[:, 1] * frames[:, 2]
-        table = np.stack([sizes.cumsum() - sizes, frames[:, 1], frames[:, 2]], 1)
-        first, rows, columns = np.repeat(table, lengths, axis=0).T[:, :, None]  # each [M, 1]
-        down, right = np.divmod(np.arange(side * side), side)
-        row = np.minimum(places.row[:, None] * side + down, rows - 1)
-        column = np.minimum(places.column[:, None] * side + right, columns - 1)
+        table = to_device(np.stack([sizes.cumsum() - sizes, frames[:, 1], frames[:, 2]]), device)
+        first, rows, columns = table.index_select(1, places.sequence)[:, :, None]  # each [M, 1]
+        corner = torch.arange(side * side, device=device)
+        down, right = corner.div(side, rounding_mode="floor"), corner % side
+        row = torch.minimum(places.row[:, None] * side + down, rows - 1)
+        column = torch.minimum(places.column[:, None] * side + right, columns - 1)
         members = first + row * columns + column
         segments = Segments.from_lengths(lengths, device=device)
-        return cls(to_device(members, device), torch.tensor(merged), segments)
+        return cls(members, torch.tensor(merged), segments)
 
     def merge(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "M square"]:
         """Lay the tokens of every square side by side: top left, top right, ..., bottom right."""

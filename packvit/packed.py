@@ -5,6 +5,7 @@ arguments: kernels read tensors on the device, Python plans with the host's numb
 pass ever waits for the device to answer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -20,7 +21,11 @@ ROW_MEANING = "Each row of grid_thw is (frames, rows, columns) counted in patche
 
 
 def to_device(numbers: np.ndarray, device: torch.device | str) -> Tensor:
-    """Copy host numbers to `device` without waiting for it."""
+    """Copy host numbers to `device` without waiting for it.
+
+    Meant for a few: out of memory that is not pinned, as this, CUDA copies more than 64 KiB only
+    when everything launched before has run, and to pin it takes longer than to copy it.
+    """
     return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
@@ -51,9 +56,7 @@ class Segments:
         cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu"
     ) -> "Segments":
         """Build the seams of S >= 1 sequences that hold `lengths` tokens each."""
-        seams = np.zeros(len(lengths) + 1, np.int32)
-        np.cumsum(lengths, out=seams[1:])
-        return cls(lengths, to_device(seams, device), max(lengths))
+        return cls(lengths, to_device(seams_of(lengths), device), max(lengths))
 
     @classmethod
     def from_grid(
@@ -76,6 +79,13 @@ class Segments:
         return cls.from_lengths(
             sequence_lengths(read_grid(grid_thw, patches=patches), prefix), device=device
         )
+
+
+def seams_of(lengths: Sequence[int]) -> Int32[np.ndarray, " seams"]:
+    """Return where each of S sequences begins, and where the last one ends: [S + 1]."""
+    seams = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=seams[1:])
+    return seams
 
 
 def read_grid(grid_thw: Tensor, *, patches: int) -> Grid:
@@ -116,24 +126,40 @@ def segment_images(grid: Grid) -> Int64[np.ndarray, " S"]:
     return np.repeat(np.arange(len(grid)), [frames for frames, _, _ in grid])
 
 
+def frame_table(grid: Grid) -> Int64[np.ndarray, "3 S"]:
+    """Return the rows and columns of each frame, and its first patch, on the host."""
+    sides = np.asarray(grid, dtype=np.int64)
+    rows, columns = np.repeat(sides[:, 1:], sides[:, 0], axis=0).T
+    sizes = rows * columns
+    return np.array([rows, columns, sizes.cumsum() - sizes])
+
+
 @dataclass(frozen=True, eq=False)
 class PatchPlaces:
-    """Where each of T patches stands in its own frame: host arrays, one number a patch."""
+    """Where each of T patches stands in its own frame: one number a patch, on the device."""
 
-    row: Int64[np.ndarray, " T"]
-    column: Int64[np.ndarray, " T"]
-    rows: Int64[np.ndarray, " T"]  # of the patch's frame
-    columns: Int64[np.ndarray, " T"]
+    row: Int64[Tensor, " T"]
+    column: Int64[Tensor, " T"]
+    rows: Int64[Tensor, " T"]  # of the patch's frame
+    columns: Int64[Tensor, " T"]
+    sequence: Int64[Tensor, " T"]  # which frame of the pack that is
 
     @classmethod
-    def from_grid(cls, grid: Grid) -> "PatchPlaces":
+    def from_grid(cls, grid: Grid, *, device: torch.device | str = "cpu") -> "PatchPlaces":
         """Lay the patches of every frame out in raster order, without a loop over images."""
-        table = np.asarray(grid, dtype=np.int64)
-        frames = np.repeat(table[:, 1:], table[:, 0], axis=0)  # [S, 2]: rows, columns
-        sizes = frames.prod(1)
-        rows, columns = np.repeat(frames, sizes, axis=0).T
-        within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
-        return cls(within // columns, within % columns, rows, columns)
+        table = frame_table(grid)
+        patches = int((table[0] * table[1]).sum())
+        return cls.from_table(to_device(table, device), patches)
+
+    @classmethod
+    def from_table(cls, table: Int64[Tensor, "3 S"], patches: int) -> "PatchPlaces":
+        """Work them out on the device, which is told how many there are and need not be asked."""
+        tall, wide, _ = table.unbind()
+        sequence = torch.repeat_interleave(tall * wide, output_size=patches)
+        rows, columns, start = table.index_select(1, sequence).unbind()
+        within = torch.arange(patches, device=table.device) - start
+        row = within.div(columns, rounding_mode="floor")
+        return cls(row, within - row * columns, rows, columns, sequence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,14 +176,17 @@ class PrefixPlaces:
 
     @classmethod
     def from_grid(cls, grid: Grid, prefix: int, *, device: torch.device | str) -> "PrefixPlaces":
-        """Work all three out on the host, without a loop over images, and copy them over."""
-        lengths = np.asarray(sequence_lengths(grid))
-        ends = (lengths + prefix).cumsum()
-        heads = (ends - lengths - prefix)[:, None] + np.arange(prefix)
-        gather = np.empty(int(ends[-1]), np.int64)
-        is_patch = np.ones(len(gather), bool)
-        is_patch[heads.reshape(-1)] = False
-        gather[heads] = np.arange(prefix)
-        gather[is_patch] = prefix + np.arange(lengths.sum())
-        places = (gather, heads.reshape(-1), np.flatnonzero(is_patch))
-        return cls(*(to_device(numbers, device) for numbers in places))
+        """Work all three out on the device, without a loop over images."""
+        host = frame_table(grid)
+        sizes, frames = host[0] * host[1], host.shape[1]
+        total, offsets = int(sizes.sum()), np.arange(frames) * prefix
+        sent = np.array([sizes, offsets + prefix, host[2] + offsets])
+        counts, shifts, heads = to_device(sent, device).unbind()
+        patch = torch.arange(total, device=device)
+        patches = patch + torch.repeat_interleave(shifts, counts, output_size=total)
+        each = torch.arange(prefix, device=device)
+        prefixes = (heads[:, None] + each).flatten()
+        gather = patch.new_empty(total + frames * prefix)
+        gather.index_copy_(0, patches, patch + prefix)
+        gather.index_copy_(0, prefixes, each.repeat(frames))
+        return cls(gather, prefixes, patches)

@@ -5,6 +5,8 @@ table built in bfloat16 is wrong by 0.08 on a 16 x 16 grid and by 1.4 on 16 x 25
 """
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,7 @@ def sine_cosine(axis: Float[Tensor, "side half"], places: PatchPlaces) -> Float[
 
     Source: AIMv2 in ml-aim (`aim-v2`) and in transformers 5.17: column first.
     """
-    along = (to_device(place, axis.device) for place in (places.column, places.row))
-    return torch.cat([axis.index_select(0, place) for place in along], dim=1)
+    return torch.cat([axis.index_select(0, at) for at in (places.column, places.row)], dim=1)
 
 
 def sine_cosine_axis(
@@ -55,10 +56,9 @@ class Axes:
         self.made: Tensor | None = None
 
     def get(
-        self, places: PatchPlaces, device: torch.device, dtype: torch.dtype
+        self, side: int, device: torch.device, dtype: torch.dtype
     ) -> Float[Tensor, "side half"]:
         """Return an axis at least as long as the longest side of the pack."""
-        side = int(max(places.rows.max(), places.columns.max()))
         made = self.made
         if made is None or len(made) < side or (made.device, made.dtype) != (device, dtype):
             with torch.inference_mode(False):  # what is kept must serve training too
@@ -73,7 +73,7 @@ class Axes:
 
 
 def rotary(
-    positions: Rotary, places: PatchPlaces, head_dim: int, device: torch.device, dtype: torch.dtype
+    positions: Rotary, places: PatchPlaces, head_dim: int, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]:
     """Return cosine and sine of every patch's angles: [y | x | y | x], a quarter of K each.
 
@@ -82,11 +82,9 @@ def rotary(
 
     Source: DINOv3 in transformers 5.17, models/dinov3_vit.
     """
-    centres = np.stack(
-        [(places.row + 0.5) / places.rows, (places.column + 0.5) / places.columns], axis=1
-    )
-    coordinates = to_device(2 * centres.astype(np.float32) - 1, device)
-    octave = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)
+    place = torch.stack([places.row, places.column], 1).float() + 0.5
+    coordinates = 2 * (place / torch.stack([places.rows, places.columns], 1)) - 1
+    octave = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=place.device)
     angles = 2 * math.pi * coordinates[:, :, None] * (1 / positions.base**octave)
     angles = angles.flatten(1).tile(2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -136,16 +134,25 @@ class ResizedTables:
         self.kept: dict[tuple[int, int], Tensor] = {}  # in the order they were made
         self.made_from: tuple[object, ...] = ()  # what told the table from others
 
+    def bank(
+        self, table: Float[Tensor, "places D"], grids: Sequence[tuple[int, int]]
+    ) -> Float[Tensor, "patches D"]:
+        """Return the patches' rows of `table` for several distinct grids, end to end."""
+        if not (torch.is_grad_enabled() and table.requires_grad):
+            return torch.cat([self.get(table, rows, columns) for rows, columns in grids])
+        self.forget()  # an optimizer follows, and fused ones leave no trace
+        patches = table[1:] if self.positions.class_row else table
+        if table.is_cuda:  # where many small launches keep the device waiting
+            return resize_together(self.positions, patches, grids)
+        return torch.cat([resize(self.positions, patches, *sides) for sides in grids])
+
     def get(
         self, table: Float[Tensor, "places D"], rows: int, columns: int
     ) -> Float[Tensor, "patches D"]:
-        """Return the patches' rows of `table` for a grid of `rows` x `columns`."""
+        """Return the patches' rows of `table` for a grid of `rows` x `columns`, for inference."""
         patches = table[1:] if self.positions.class_row else table
-        taught = torch.is_grad_enabled() and table.requires_grad
         native = (self.positions.rows, self.positions.columns)
-        if taught:
-            self.forget()  # an optimizer follows, and fused ones leave no trace either
-        if taught or table.is_inference() or (rows, columns) == native:
+        if table.is_inference() or (rows, columns) == native:
             return resize(self.positions, patches, rows, columns)
         told = (id(table), table.data_ptr(), table._version, table.dtype, table.device)
         if self.made_from != told:
@@ -172,15 +179,54 @@ def look_up(
 ) -> Float[Tensor, "T D"]:
     """Return every patch's row of the table, resized once for each distinct grid of the pack."""
     distinct = list(dict.fromkeys((rows, columns) for _, rows, columns in grid))
-    bank = torch.cat([tables.get(table, rows, columns) for rows, columns in distinct])
+    bank = tables.bank(table, distinct)
     sizes = np.array([rows * columns for rows, columns in distinct])
     starts = dict(zip(distinct, (sizes.cumsum() - sizes).tolist(), strict=True))
-    start = np.repeat(
-        [starts[rows, columns] for _, rows, columns in grid],
-        [frames * rows * columns for frames, rows, columns in grid],
-    )
-    place = to_device(start + places.row * places.columns + places.column, table.device)
-    return bank.index_select(0, place)
+    of_frames = [starts[rows, columns] for frames, rows, columns in grid for _ in range(frames)]
+    start = to_device(np.array(of_frames), table.device).index_select(0, places.sequence)
+    return bank.index_select(0, start + places.row * places.columns + places.column)
+
+
+def resize_together(
+    positions: Table, table: Float[Tensor, "places D"], grids: Sequence[tuple[int, int]]
+) -> Float[Tensor, "patches D"]:
+    """Return the table for several grids, end to end, by one matmul in fp32: `resize`, taught.
+
+    To resize is linear, in each direction by itself: a patch is a sum of the table's places, its
+    row's weights times its column's. One derivative for all grids, where 52 took 14 of 236 ms of
+    SigLIP2-so400m's training step on an H100.
+    """
+    places = PatchPlaces.from_grid(tuple((1, *grid) for grid in grids), device=table.device)
+    sides = list(zip(*grids, strict=True))  # of all grids: rows, columns
+    along = []
+    for befores, afters, place in zip(
+        (positions.rows, positions.columns), sides, (places.row, places.column), strict=True
+    ):
+        weights = [side_weights(positions.resize, befores, n, table.device) for n in afters]
+        lengths = np.array(afters)
+        first = to_device(lengths.cumsum() - lengths, table.device)
+        at = first.index_select(0, places.sequence) + place
+        along.append(torch.cat(weights).index_select(0, at))
+    weights = (along[0][:, :, None] * along[1][:, None, :]).flatten(1)  # [patches, places]
+    return (weights @ table.float()).to(table.dtype)
+
+
+@lru_cache(maxsize=4096)  # of some 2 KB
+def side_weights(
+    kind: str, before: int, after: int, device: torch.device
+) -> Float[Tensor, "after before"]:
+    """Return how a side of `before` places is resized to one of `after`, as a matrix in fp32.
+
+    Source: torch's own interpolation, of the unit vectors.
+    """
+    mode, antialias = MODES[kind]
+    with torch.inference_mode(False), torch.no_grad():
+        # Two columns wide: of one, torch may take channels to come last (see `resize`).
+        unit = torch.eye(before, dtype=torch.float64).view(1, before, before, 1).repeat(1, 1, 1, 2)
+        found = F.interpolate(
+            unit, size=(after, 2), mode=mode, align_corners=False, antialias=antialias
+        )
+        return found[0, :, :, 0].T.float().contiguous().to(device)
 
 
 def resize(

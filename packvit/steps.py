@@ -1,11 +1,12 @@
-"""What stands between a block's matmuls: norms with the residual they end, gates, activations.
+"""What a block does around its matmuls: norms with the residual they end, gates, activations.
 
-Each step has a plain way, which is what training, fp32 and CPUs run; a fused one for inference in
-16 bits on CUDA; and one that leaves its result in 8 bits where an fp8 matmul reads it. `STEPS` is
-the table of all, and what the tests compare.
+Each step has a plain way, which is what fp32 and CPUs run; a fused one for inference in 16 bits on
+CUDA, and one for training there, with its derivative; and one that leaves its result in 8 bits
+where an fp8 matmul reads it. `STEPS` is the table of all, and what the tests compare.
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -15,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from packvit.config import Activation
-from packvit.linear import Linear, Linear8, Rows8
+from packvit.derivatives import AddNorm, Rise, SiluTimes
+from packvit.linear import Linear, Linear8, Rows8, add_affine
 
 HAS_TRITON = find_spec("triton") is not None
 
 Tokens = Float[Tensor, "T D"]
-Way = Literal["plain", "fused", "float8"]
+Way = Literal["plain", "apart", "fused", "taught", "float8"]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -70,22 +72,37 @@ def may_fuse(tokens: Tensor, *weights: Tensor) -> bool:
     They know no derivative. cuBLASLt's GELU is not exact in fp32: SigLIP2's taps would be off by
     6e-6 where the reference's own error is 1e-6.
     """
+    return sixteen_bits(tokens, *weights) and not taught(tokens, *weights)
+
+
+def sixteen_bits(tokens: Tensor, *weights: Tensor) -> bool:
+    """Return whether all are of one dtype of 16 bits, on CUDA; under autocast weights are not."""
     if not tokens.is_cuda or tokens.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if any(weight.dtype != tokens.dtype for weight in weights):  # autocast over fp32 weights
-        return False
-    taught = tokens.requires_grad or any(weight.requires_grad for weight in weights)
-    return not (taught and torch.is_grad_enabled())
+    return all(weight.dtype == tokens.dtype for weight in weights)
+
+
+def taught(tokens: Tensor, *weights: Tensor) -> bool:
+    """Return whether a derivative may be asked for."""
+    wanted = tokens.requires_grad or any(weight.requires_grad for weight in weights)
+    return wanted and torch.is_grad_enabled()
+
+
+def choose(tokens: Tensor, *weights: Tensor) -> Way:
+    """Return how a step with kernels of ours for inference and for training runs."""
+    if not (HAS_TRITON and sixteen_bits(tokens, *weights)):
+        return "plain"
+    if not taught(tokens, *weights):
+        return "fused"
+    # What is compiled is fused by the compiler, derivatives too.
+    return "plain" if torch.compiler.is_compiling() else "taught"
 
 
 def add_norm(
     stream: Tokens, delta: Tokens | None, norm: Norm, reader: nn.Module
 ) -> tuple[Tokens, Tokens | Rows8]:
     """Return stream + delta, and the same normed as `reader` wants it: the residual's one pass."""
-    if isinstance(reader, Linear8):
-        way: Way = "float8"
-    else:
-        way = "fused" if HAS_TRITON and may_fuse(stream, norm.weight) else "plain"
+    way = "float8" if isinstance(reader, Linear8) else choose(stream, norm.weight)
     return STEPS["add_norm"][way](stream, delta, norm)
 
 
@@ -97,49 +114,128 @@ def add_norm_plain(stream: Tokens, delta: Tokens | None, norm: Norm) -> tuple[To
 
 def add_norm_fused(stream: Tokens, delta: Tokens | None, norm: Norm) -> tuple[Tokens, Tokens]:
     """One pass: the sum is rounded once, and what is normed is the rounded sum, as in the twin."""
-    from packvit.kernels import add_norm as kernel
+    from packvit.kernels.norms import add_norm as kernel
 
     summed, normed = kernel(stream, delta, norm.weight, norm.bias, norm.eps)
     return stream if delta is None else summed, normed
 
 
+def add_norm_taught(stream: Tokens, delta: Tokens | None, norm: Norm) -> tuple[Tokens, Tokens]:
+    """One pass forward, and one back, where its plain twin takes seven."""
+    if delta is None:
+        _, normed = AddNorm.apply(stream, None, norm.weight, norm.bias, norm.eps)
+        return stream, normed
+    return AddNorm.apply(stream, delta, norm.weight, norm.bias, norm.eps)
+
+
 def add_norm_8(stream: Tokens, delta: Tokens | None, norm: Norm) -> tuple[Tokens, Rows8]:
     """One pass, what is normed going to 8 bits without being rounded to 16 before."""
-    from packvit.kernels import add_norm_8 as kernel
+    from packvit.kernels.norms import add_norm_8 as kernel
 
     summed, values, scale = kernel(stream, delta, norm.weight, norm.bias, norm.eps)
     return stream if delta is None else summed, Rows8(values, scale)
 
 
-def gate(gate_up: Tensor, activation: Activation, reader: nn.Module) -> Tensor | Rows8:
-    """Return act(gate) * up for the two side by side. Shapes: [T, 2 M] -> [T, M]."""
+def add(
+    stream: Tokens, tokens: Tensor | Rows8, linear: nn.Module, scale: nn.Module
+) -> tuple[Tokens, Tokens | None]:
+    """Add scale(linear(tokens)) to the stream, or return beside it what the next norm is to add.
+
+    Added at once it is where the matmul can do so, which then writes `stream` itself.
+    """
+    way: Way = "fused" if can_add(stream, tokens, linear, scale) else "plain"
+    return STEPS["add"][way](stream, tokens, linear, scale)
+
+
+def can_add(stream: Tokens, tokens: Tensor | Rows8, linear: nn.Module, scale: nn.Module) -> bool:
+    """Return whether a matmul can add to the stream: it does so only without a bias."""
+    # Exactly ours: what wraps a linear layer to change what it does (LoRA) is left to do so.
+    if not (isinstance(tokens, Tensor) and type(linear) is Linear and linear.bias is None):
+        return False
+    whole = isinstance(scale, nn.Identity) and not torch.compiler.is_compiling()
+    return whole and may_fuse(tokens, linear.weight, stream)
+
+
+def add_plain(
+    stream: Tokens, tokens: Tensor | Rows8, linear: nn.Module, scale: nn.Module
+) -> tuple[Tokens, Tokens]:
+    """Leave it to the next norm."""
+    return stream, scale(linear(tokens))
+
+
+def add_fused(
+    stream: Tokens, tokens: Tensor, linear: Linear, scale: nn.Module
+) -> tuple[Tokens, None]:
+    """Have the matmul read and write the stream: rounded once, and the norm has half to read."""
+    return add_affine(stream, tokens, linear.weight, linear.steady), None
+
+
+def gate(
+    tokens: Tokens | Rows8, gate_up: nn.Module, activation: Activation, reader: nn.Module
+) -> Tensor | Rows8:
+    """Return act(gate) * up, the first half of a gated MLP. Shapes: [T, D] -> [T, M].
+
+    Gate and up projection are one matrix, whose rows they have in turns.
+    """
     if isinstance(reader, Linear8):
         way: Way = "float8"
+    elif activation == "silu" and isinstance(tokens, Tensor):
+        way = choose(tokens, *gate_up.parameters())
+        way = way if way != "fused" or can_gate(tokens, gate_up) else "apart"
     else:
-        fits = activation == "silu" and HAS_TRITON
-        way = "fused" if fits and may_fuse(gate_up) else "plain"
-    return STEPS["gate"][way](gate_up, activation)
+        way = "plain"
+    return STEPS["gate"][way](tokens, gate_up, activation)
 
 
-def gate_plain(gate_up: Tensor, activation: Activation) -> Tensor:
-    """Two strided reads and a write, twice."""
-    gates, up = gate_up.chunk(2, dim=-1)
+def can_gate(tokens: Tensor, gate_up: nn.Module) -> bool:
+    """Return whether SwiGLU can be the matmul's epilogue: on Hopper, where it was measured."""
+    if type(gate_up) is not Linear or gate_up.out_features % 16 or gate_up.in_features % 8:
+        return False
+    return is_hopper(tokens.device)
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Return whether a CUDA device is of compute capability 9.0."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def in_turns(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gate and up of columns that they have in turns. Shapes: [T, 2 M] -> [T, M] twice."""
+    gates, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+    return gates, up
+
+
+def gate_plain(tokens: Tokens, gate_up: nn.Module, activation: Activation) -> Tensor:
+    """A matmul, and passes over memory."""
+    gates, up = in_turns(gate_up(tokens))
     return ACTIVATIONS[activation](gates) * up
 
 
-def gate_fused(gate_up: Tensor, activation: Activation) -> Tensor:
-    """SwiGLU in one pass."""
-    from packvit.kernels import silu_times
+def gate_apart(tokens: Tokens, gate_up: nn.Module, activation: Activation) -> Tensor:
+    """A matmul, and SwiGLU in one pass."""
+    from packvit.kernels.gates import silu_times
 
-    assert activation == "silu"
-    return silu_times(gate_up)
+    return silu_times(gate_up(tokens))
 
 
-def gate_8(gate_up: Tensor, activation: Activation) -> Rows8:
-    """One pass, to 8 bits without being rounded to 16 before."""
-    from packvit.kernels import activate_8
+def gate_fused(tokens: Tokens, gate_up: Linear, activation: Activation) -> Tensor:
+    """SwiGLU in the matmul's epilogue: neither gate nor up is written to memory."""
+    from packvit.kernels.gates import swiglu
 
-    return Rows8(*activate_8(gate_up, activation, True))
+    return swiglu(tokens, gate_up.weight, gate_up.bias)
+
+
+def gate_taught(tokens: Tokens, gate_up: nn.Module, activation: Activation) -> Tensor:
+    """A matmul, and SwiGLU in one pass, forward and back."""
+    return SiluTimes.apply(gate_up(tokens))
+
+
+def gate_8(tokens: Tokens | Rows8, gate_up: nn.Module, activation: Activation) -> Rows8:
+    """A matmul and a pass, to 8 bits without being rounded to 16 again."""
+    from packvit.kernels.eight import activate_8
+
+    return Rows8(*activate_8(gate_up(tokens), activation, True))
 
 
 def rise(
@@ -150,6 +246,8 @@ def rise(
         way: Way = "float8"
     else:
         way = "fused" if can_rise_fused(tokens, up, activation) else "plain"
+        if isinstance(tokens, Tensor) and type(up) is Linear and up.bias is not None:
+            way = "taught" if choose(tokens, up.weight, up.bias) == "taught" else way
     return STEPS["rise"][way](tokens, up, activation)
 
 
@@ -177,15 +275,37 @@ def rise_fused(tokens: Tokens, up: Linear, activation: Activation) -> Tensor:
     return fused(up.bias, tokens, up.weight.t(), use_gelu=True)
 
 
+def rise_taught(tokens: Tokens, up: Linear, activation: Activation) -> Tensor:
+    """A matmul and a pass, and back a pass that has the gradient of the bias too."""
+    return Rise.apply(tokens, up.weight, up.bias, activation, ACTIVATIONS[activation])
+
+
 def rise_8(tokens: Tokens | Rows8, up: nn.Module, activation: Activation) -> Rows8:
     """A matmul and a pass, to 8 bits without being rounded to 16 again."""
-    from packvit.kernels import activate_8
+    from packvit.kernels.eight import activate_8
 
     return Rows8(*activate_8(up(tokens), activation, False))
 
 
 STEPS: dict[str, dict[Way, Callable]] = {
-    "add_norm": {"plain": add_norm_plain, "fused": add_norm_fused, "float8": add_norm_8},
-    "gate": {"plain": gate_plain, "fused": gate_fused, "float8": gate_8},
-    "rise": {"plain": rise_plain, "fused": rise_fused, "float8": rise_8},
+    "add": {"plain": add_plain, "fused": add_fused},
+    "add_norm": {
+        "plain": add_norm_plain,
+        "fused": add_norm_fused,
+        "taught": add_norm_taught,
+        "float8": add_norm_8,
+    },
+    "gate": {
+        "plain": gate_plain,
+        "apart": gate_apart,
+        "fused": gate_fused,
+        "taught": gate_taught,
+        "float8": gate_8,
+    },
+    "rise": {
+        "plain": rise_plain,
+        "fused": rise_fused,
+        "taught": rise_taught,
+        "float8": rise_8,
+    },
 }

@@ -51,6 +51,32 @@ def fuse(ours: str, *theirs: str) -> Rule:
     return Rule(ours, theirs, lambda tensors: torch.cat(list(tensors)), split)
 
 
+def alternate(ours: str, *theirs: str) -> Rule:
+    """One tensor of ours that has the rows of two of theirs, or of one's two halves, in turns.
+
+    So gate and up projection stand side by side where their product is taken.
+    """
+
+    def load(tensors: Sequence[Tensor]) -> Tensor:
+        halves = tensors if len(tensors) > 1 else tensors[0].chunk(2)
+        return torch.stack(list(halves), 1).flatten(0, 1)
+
+    def store(tensor: Tensor) -> list[Tensor]:
+        halves = tensor.unflatten(0, (-1, 2)).unbind(1)
+        return [half.contiguous() for half in halves] if len(theirs) > 1 else [torch.cat(halves)]
+
+    return Rule(ours, theirs, load, store)
+
+
+def gated(ours: str, theirs: str, names: str) -> tuple[Rule, Rule]:
+    """The weight and the bias of a gate and its up projection, of one name or of two."""
+
+    def rule(part: str) -> Rule:
+        return alternate(f"{ours}.{part}", *(f"{theirs}{name}.{part}" for name in names.split()))
+
+    return rule("weight"), rule("bias")
+
+
 def layers(ours: str, theirs: str, names: Mapping[str, str]) -> tuple[Rule, ...]:
     """Weights and biases of layers, whose names below `ours` and `theirs` are given in pairs.
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from packvit.attention import BACKENDS
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
-from packvit.graphs import MOST_TOKENS, Graphs, fill_up, ladder, size_of
-from packvit.packed import Segments
+from packvit.graphs import MOST_TOKENS, Graphs, fill_table, fill_up, ladder, size_of
+from packvit.packed import PatchPlaces, frame_table, sequence_lengths
 
 
-def test_the_ladder_wastes_at_most_a_token_in_16_of_packs_of_1024_and_more():
+def test_the_ladder_wastes_at_most_a_token_in_32_of_packs_of_2048_and_more():
     for tokens in range(1, 5 * MOST_TOKENS, 7):
         rung = ladder(tokens)
-        assert tokens <= rung <= tokens + max(63, tokens // 16)
+        assert tokens <= rung <= tokens + max(63, tokens // 32)
         assert ladder(rung) == rung
         assert rung % 64 == 0
 
@@ -36,18 +36,29 @@ def test_what_fills_a_pack_up_is_sequences_of_its_own():
     draw = random.Random(1)
     for _ in range(200):
         lengths = tuple(draw.randint(1, 700) for _ in range(draw.randint(1, 9)))
-        segments = Segments.from_lengths(lengths)
-        size = size_of(segments, [], torch_backend, False, 0)
-        filled = fill_up(segments, size, torch.device("cpu"))
-        assert filled.lengths[: len(lengths)] == lengths
-        assert filled.tokens == size.tokens == ladder(sum(lengths))
-        assert len(filled.lengths) == size.sequences
-        assert max(filled.lengths) <= filled.max_seqlen == size.longest
+        size = size_of(lengths, [], torch_backend, 0)
+        filled = fill_up(lengths, size)
+        assert filled[: len(lengths)] == lengths
+        assert sum(filled) == size.tokens == ladder(sum(lengths))
+        assert len(filled) == size.sequences
+        assert max(filled) <= size.longest
+
+
+def test_what_fills_a_pack_up_has_places_within_the_longest_sequence():
+    [torch_backend] = [b for b in BACKENDS if b.name == "torch"]
+    grid = ((1, 3, 17), (2, 1, 9), (1, 64, 2))
+    lengths = sequence_lengths(grid)
+    size = size_of(lengths, [], torch_backend, 0)
+    table = torch.from_numpy(fill_table(frame_table(grid), fill_up(lengths, size)))
+    found, own = PatchPlaces.from_table(table, size.tokens), PatchPlaces.from_grid(grid)
+    assert torch.equal(found.row[: sum(lengths)], own.row)
+    assert torch.equal(found.column[: sum(lengths)], own.column)
+    assert max(found.row.max(), found.column.max()) < size.longest
 
 
 def test_copies_and_pickles_come_without_graphs():
     graphs = Graphs()
-    graphs.met[size_of(Segments.from_lengths((3,)), [], BACKENDS[0], False, 0)] = 1
+    graphs.met[size_of((3,), [], BACKENDS[0], 0)] = 1
     assert not copy.deepcopy(graphs).met
     assert not pickle.loads(pickle.dumps(graphs)).met
 

@@ -42,6 +42,13 @@ def test_patches_stand_in_raster_order_frame_after_frame(grid: list[tuple[int, i
 
 
 @given(grid=grids)
+def test_patches_know_their_sequence(grid: list[tuple[int, int, int]]):
+    frames = [rows * columns for frames, rows, columns in grid for _ in range(frames)]
+    expected = [sequence for sequence, size in enumerate(frames) for _ in range(size)]
+    assert PatchPlaces.from_grid(tuple(grid)).sequence.tolist() == expected
+
+
+@given(grid=grids)
 def test_every_sequence_knows_its_image(grid: list[tuple[int, int, int]]):
     expected = [image for image, (frames, _, _) in enumerate(grid) for _ in range(frames)]
     assert segment_images(tuple(grid)).tolist() == expected

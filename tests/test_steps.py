@@ -5,13 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from packvit.config import Activation
 from packvit.linear import Linear, Linear8, Rows8, quantise
 from packvit.steps import (
     ACTIVATIONS,
     STEPS,
     RMSNorm,
+    Way,
+    add,
     add_norm,
+    gate,
     gelu_tanh,
+    in_turns,
     may_fuse,
     rise,
     rise_fused,
@@ -52,17 +57,23 @@ def test_gelu_in_the_epilogue_is_nearer_to_fp32_than_its_plain_twin(tokens: int)
         assert (fused.double() - exact).norm() <= (plain.double() - exact).norm()
 
 
+WAYS: tuple[Way, Way] = ("taught", "plain")
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gates, up = in_turns(gate_up)
+    return F.silu(gates) * up
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 8), (77, 2816), (33, 1025), (4096, 171)])
 def test_silu_times_is_nearer_to_exact_than_its_plain_twin(dtype, tokens: int, width: int):
-    from packvit.kernels import silu_times
+    from packvit.kernels.gates import silu_times
 
     torch.manual_seed(tokens)
     x = (3 * torch.randn(tokens, 2 * width, device="cuda")).to(dtype)
-    gate, up = x.double().chunk(2, dim=-1)
-    exact = F.silu(gate) * up
-    fused, plain = silu_times(x), F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
+    exact, fused, plain = swiglu(x.double()), silu_times(x), swiglu(x)
     assert fused.dtype == dtype
     if dtype == torch.float32:  # the last bits are luck there; the encoder fuses in 16 bits alone
         torch.testing.assert_close(fused.double(), exact, atol=1e-6, rtol=1e-6)
@@ -72,7 +83,7 @@ def test_silu_times_is_nearer_to_exact_than_its_plain_twin(dtype, tokens: int, w
 
 @pytest.mark.gpu
 def test_silu_times_writes_every_element_and_nan_stays_in_its_row():
-    from packvit.kernels import silu_times
+    from packvit.kernels.gates import silu_times
 
     x = torch.randn(5, 2 * 1500, device="cuda")
     before = silu_times(x)
@@ -82,6 +93,68 @@ def test_silu_times_writes_every_element_and_nan_stays_in_its_row():
     rest = [0, 1, 3, 4]
     assert torch.equal(before[rest], after[rest])
     assert after[2].isnan().sum() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "width", "mlp"), [(1, 64, 8), (77, 1024, 2816), (300, 1032, 136), (5000, 384, 1024)]
+)
+def test_swiglu_in_the_epilogue_is_nearer_to_exact_than_its_plain_twin(
+    dtype, bias: bool, tokens: int, width: int, mlp: int
+):
+    torch.manual_seed(tokens)
+    gate_up = Linear(width, 2 * mlp, bias=bias, device="cuda", dtype=dtype)
+    x = torch.randn(tokens, width, device="cuda").to(dtype)
+    with torch.inference_mode():
+        found = STEPS["gate"]["fused"](x, gate_up, "silu")
+        plain = STEPS["gate"]["plain"](x, gate_up, "silu")
+        biases = gate_up.bias.double() if bias else None
+        exact = swiglu(F.linear(x.double(), gate_up.weight.double(), biases))
+    assert (found.double() - exact).norm() <= (plain.double() - exact).norm()
+
+
+@pytest.mark.gpu
+def test_a_row_of_swiglu_does_not_know_of_other_rows():
+    torch.manual_seed(0)
+    gate_up = Linear(1024, 2 * 2816, bias=False, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(9000, 1024, device="cuda").bfloat16()
+    with torch.inference_mode():
+        whole = STEPS["gate"]["fused"](x, gate_up, "silu")
+        for first, count in [(0, 1), (17, 1), (500, 129), (8000, 1000)]:
+            part = STEPS["gate"]["fused"](x[first : first + count].clone(), gate_up, "silu")
+            assert torch.equal(part, whole[first : first + count])
+        x[3] = float("nan")
+        after = STEPS["gate"]["fused"](x, gate_up, "silu")
+    assert torch.equal(after[4:], whole[4:])
+    assert after[3].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 77, 4096])
+def test_what_a_matmul_adds_is_nearer_to_exact_than_its_plain_twin(dtype, tokens: int):
+    torch.manual_seed(tokens)
+    linear = Linear(2816, 1024, bias=False, device="cuda", dtype=dtype)
+    x = torch.randn(tokens, 2816, device="cuda").to(dtype)
+    stream = torch.randn(tokens, 1024, device="cuda").to(dtype)
+    exact = stream.double() + x.double() @ linear.weight.double().T
+    with torch.inference_mode():
+        plain, delta = STEPS["add"]["plain"](stream, x, linear, nn.Identity())
+        plain = plain + delta
+        found, rest = add(stream, x, linear, nn.Identity())
+    assert rest is None
+    assert (found.double() - exact).norm() <= (plain.double() - exact).norm()
+
+
+def test_what_a_matmul_cannot_add_is_left_to_the_next_norm():
+    """With a bias, a scale, a wrapper around it, or on a CPU."""
+    linear, x, stream = Linear(8, 8), torch.randn(3, 8), torch.randn(3, 8)
+    with torch.inference_mode():
+        same, delta = add(stream, x, linear, nn.Identity())
+    assert same is stream
+    assert torch.equal(delta, linear(x)) if delta is not None else False
 
 
 def norms(width: int, device: str, dtype: torch.dtype) -> list[RMSNorm | nn.LayerNorm]:
@@ -168,7 +241,7 @@ def test_nan_stays_in_its_row_of_add_norm():
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (77, 2816), (33, 1040), (500, 4304)])
 @pytest.mark.parametrize("outlier", [1.0, 100.0])
 def test_steps_to_8_bits_are_as_near_as_8_bits_are(tokens: int, width: int, outlier: float):
-    from packvit.kernels import activate_8, quantise_8
+    from packvit.kernels.eight import activate_8, quantise_8
 
     torch.manual_seed(tokens)
     x = torch.randn(tokens, 2 * width, device="cuda")
@@ -178,8 +251,8 @@ def test_steps_to_8_bits_are_as_near_as_8_bits_are(tokens: int, width: int, outl
     for name, activation in ACTIVATIONS.items():
         exact = activation(x.double())
         assert_as_near_as_8_bits_are(Rows8(*activate_8(x, name, False)), exact)
-        gate, up = x.double().chunk(2, 1)
-        exact = activation(gate) * up
+        gates, up = in_turns(x.double())
+        exact = activation(gates) * up
         assert_as_near_as_8_bits_are(Rows8(*activate_8(x, name, True)), exact)
     for norm in norms(2 * width, "cuda", torch.bfloat16):
         with torch.inference_mode():
@@ -202,3 +275,100 @@ def test_a_matmul_in_8_bits_is_that_of_its_rounded_operands(bias: bool):
         _, normed = add_norm(x, None, norms(1024, "cuda", torch.bfloat16)[0], eight)
     assert isinstance(normed, Rows8)
     assert (found - exact).norm() <= 6e-3 * exact.norm()  # of bf16's rounding, and fast sums
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (77, 1024), (33, 1025), (4096, 1152)])
+@pytest.mark.parametrize("adds", [True, False])
+def test_gradients_of_add_norm_are_as_near_to_exact_as_its_plain_twins(
+    dtype, tokens: int, width: int, adds: bool
+):
+    torch.manual_seed(tokens)
+    stream, delta, *pulls = (torch.randn(4, tokens, width, device="cuda")).to(dtype)
+
+    def gradients(way: Way, norm: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        given = [x.to(dtype, copy=True).requires_grad_() for x in (stream, delta)[: 1 + adds]]
+        outs = STEPS["add_norm"][way](given[0], given[1] if adds else None, norm)
+        loss = [(out * pull.to(dtype)).sum() for out, pull in zip(outs, pulls, strict=True)]
+        return list(torch.autograd.grad(loss[0] + loss[1], [*given, *norm.parameters()]))
+
+    for norm in norms(width, "cuda", dtype):
+        found, plain = (gradients(way, norm, dtype) for way in WAYS)
+        exact = gradients("plain", norm.double(), torch.float64)
+        for ours, theirs, truth in zip(found, plain, exact, strict=True):
+            assert ours.dtype == dtype
+            error = (ours.double() - truth).norm()
+            # What is summed is rounded alike; its bits beside that are luck for few tokens.
+            assert error <= 1.05 * (theirs.double() - truth).norm() + 2e-3 * truth.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("tokens", "mlp"), [(1, 8), (77, 2816), (4096, 171)])
+def test_gradients_of_swiglu_are_as_near_to_exact_as_its_plain_twins(
+    tokens: int, mlp: int, bias: bool
+):
+    torch.manual_seed(tokens)
+    gate_up = Linear(64, 2 * mlp, bias=bias, device="cuda", dtype=torch.bfloat16)
+    x, pull = torch.randn(tokens, 64, device="cuda"), torch.randn(tokens, mlp, device="cuda")
+
+    def gradients(way: Way, dtype: torch.dtype) -> list[Tensor]:
+        given = x.bfloat16().to(dtype, copy=True).requires_grad_()
+        out = STEPS["gate"][way](given, gate_up, "silu")
+        loss = (out * pull.bfloat16().to(dtype)).sum()
+        return list(torch.autograd.grad(loss, [given, *gate_up.parameters()]))
+
+    found, plain = (gradients(way, torch.bfloat16) for way in WAYS)
+    gate_up.double()
+    for ours, theirs, truth in zip(found, plain, gradients("plain", torch.float64), strict=True):
+        error = (ours.double() - truth).norm()
+        assert error <= 1.05 * (theirs.double() - truth).norm() + 4e-3 * truth.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("tokens", "mlp"), [(1, 8), (77, 4304), (4096, 171)])
+def test_gradients_of_rise_are_as_near_to_exact_as_its_plain_twins(
+    tokens: int, mlp: int, activation: Activation
+):
+    torch.manual_seed(tokens)
+    up = Linear(64, mlp, device="cuda", dtype=torch.bfloat16)
+    x, pull = 3 * torch.randn(tokens, 64, device="cuda"), torch.randn(tokens, mlp, device="cuda")
+
+    def gradients(way: Way, dtype: torch.dtype) -> list[Tensor]:
+        given = x.bfloat16().to(dtype, copy=True).requires_grad_()
+        out = STEPS["rise"][way](given, up, activation)
+        loss = (out * pull.bfloat16().to(dtype)).sum()
+        return list(torch.autograd.grad(loss, [given, *up.parameters()]))
+
+    found, plain = (gradients(way, torch.bfloat16) for way in WAYS)
+    up.double()
+    for ours, theirs, truth in zip(found, plain, gradients("plain", torch.float64), strict=True):
+        error = (ours.double() - truth).norm()
+        assert error <= 1.05 * (theirs.double() - truth).norm() + 4e-3 * truth.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("depth", "wide"), [(72, 96), (96, 72), (80, 96), (8, 32)])
+def test_heads_are_widened_with_zeros_and_cut_again(depth: int, wide: int):
+    from packvit.kernels.heads import widen
+
+    whole = torch.randn(77, 3, 5, depth, device="cuda").bfloat16()
+    expected = F.pad(whole, (0, wide - depth))
+    assert torch.equal(widen(whole, wide), expected)
+    assert torch.equal(widen(whole[:, 1], wide), expected[:, 1])
+
+
+@pytest.mark.gpu
+def test_training_in_16_bits_on_cuda_takes_the_steps_that_know_their_derivative():
+    [norm, _] = norms(64, "cuda", torch.bfloat16)
+    gate_up = Linear(64, 32, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(5, 64, device="cuda").bfloat16()
+    reader = Linear(16, 64, device="cuda", dtype=torch.bfloat16)
+    _, normed = add_norm(x, x, norm, gate_up)
+    assert isinstance(normed, Tensor)
+    assert type(normed.grad_fn).__name__ == "AddNormBackward"
+    gated = gate(normed, gate_up, "silu", reader)
+    assert isinstance(gated, Tensor)
+    assert type(gated.grad_fn).__name__ == "SiluTimesBackward"

@@ -110,9 +110,9 @@ def padded_aimv2(subject: Subject, looking: Any, padded: Padded) -> Callable[[],
     config, embeddings = subject.model.config, looking.embeddings
     convolution = embeddings.patch_embed
     assert isinstance(config.positions, SinCos)
-    places = PatchPlaces.from_grid(subject.workload.grid)
-    side = int(max(places.rows.max(), places.columns.max()))
     like = padded.patches
+    places = PatchPlaces.from_grid(subject.workload.grid, device=like.device)
+    side = max(max(rows, columns) for _, rows, columns in subject.workload.grid)
     axis = sine_cosine_axis(config.positions, side, config.width, like.device, like.dtype)
     flat = sine_cosine(axis, places)
     positions = flat[padded.rows.clamp(min=0)]

@@ -12,7 +12,7 @@ from packvit import family
 from packvit.config import EncoderConfig, SinCos, Table
 from packvit.encoder import Encoder
 from packvit.layers import Attention, Block, Blocks, PatchEmbeddings
-from packvit.weights import convolution, layers, rename, reshape
+from packvit.weights import convolution, gated, layers, rename, reshape
 
 VARIANTS = ("native", "224-distilled", "336-distilled", "224-lit")  # of the large size alone
 APPLE_TYPE = {"model_type": "aimv2"}
@@ -31,10 +31,10 @@ APPLE = (
             "attention.qkv": "attn.qkv",
             "attention.out": "attn.proj",
             "mlp_norm": "norm_2",
-            "mlp.gate_up": "mlp.fc1 mlp.fc3",
             "mlp.down": "mlp.fc2",
         },
     ),
+    *gated("encoder.layers.{i}.mlp.gate_up", "trunk.blocks.{i}.mlp.", "fc1 fc3"),
     *layers("", "", {"embeddings.norm": "preprocessor.patchifier.norm"}),
     *layers("", "", {"norm": "trunk.post_trunk_norm"}),
     reshape("head.query", "head.cls_token", 1, 1),
@@ -52,10 +52,10 @@ TRANSFORMERS_RULES = (
             "attention.qkv": "attention.q_proj attention.k_proj attention.v_proj",
             "attention.out": "attention.out_proj",
             "mlp_norm": "rms_norm2",
-            "mlp.gate_up": "ffn.gate_proj ffn.up_proj",
             "mlp.down": "ffn.down_proj",
         },
     ),
+    *gated("encoder.layers.{i}.mlp.gate_up", "encoder.layers.{i}.ffn.", "gate_proj up_proj"),
     *layers("", "", {"norm": "rms_norm", "embeddings.norm": "embeddings.rms_norm"}),
     reshape("head.query", "head.cls_token", 1, 1),
     *layers("head.", "head.", {"kv": "k_proj v_proj", "out": "output_proj"}),

@@ -29,7 +29,7 @@ from packvit.family import (
     square,
     write_sizes,
 )
-from packvit.weights import convolution, layers, rename, reshape
+from packvit.weights import Rule, convolution, gated, layers, rename, reshape
 
 RULES = (
     *convolution("embeddings.patches", "embeddings.patch_embeddings.projection"),
@@ -52,8 +52,12 @@ RULES = (
     rename("encoder.layers.{i}.mlp_scale.scale", "encoder.layer.{i}.layer_scale2.lambda1"),
     *layers("", "", {"norm": "layernorm"}),
 )
-PLAIN = {"mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
-GATED = {"mlp.gate_up": "mlp.weights_in", "mlp.down": "mlp.weights_out"}
+OURS, THEIRS = "encoder.layers.{i}.mlp.", "encoder.layer.{i}.mlp."
+PLAIN = layers(OURS, THEIRS, {"down": "fc2", "up": "fc1"})
+GATED = (
+    *layers(OURS, THEIRS, {"down": "weights_out"}),
+    *gated(f"{OURS}gate_up", THEIRS, "weights_in"),
+)
 
 
 def read(config: Json, names: Collection[str]) -> EncoderConfig:
@@ -104,12 +108,11 @@ def images(config: EncoderConfig) -> ImageConfig:
     return ImageConfig(config.patch, *IMAGENET_STATISTICS, "bicubic", sizing)
 
 
-def layout(mlp: dict[str, str]) -> Layout:
+def layout(mlp: tuple[Rule, ...]) -> Layout:
     """Return the layout of checkpoints with one kind of MLP, told by its last matrix."""
-    rules = (*RULES, *layers("encoder.layers.{i}.", "encoder.layer.{i}.", mlp))
-    marker = f"encoder.layer.0.{mlp['mlp.down']}.weight"
+    marker = mlp[0].theirs[0].format(i=0)
     carried = {"mask_token": "embeddings.mask_token"}
-    return Layout("transformers", marker, rules, read, write, carried=carried)
+    return Layout("transformers", marker, (*RULES, *mlp), read, write, carried=carried)
 
 
 SIZES = ("small", "base", "large", "giant")

@@ -24,7 +24,7 @@ from packvit.family import (
     square,
     write_sizes,
 )
-from packvit.weights import Rule, convolution, fuse, layers, rename, reshape
+from packvit.weights import Rule, convolution, fuse, gated, layers, rename, reshape
 
 
 def rules(block: str) -> tuple[Rule, ...]:
@@ -43,10 +43,10 @@ def rules(block: str) -> tuple[Rule, ...]:
                 "attention.out": "attention.o_proj",
                 "mlp_norm": "norm2",
                 "mlp.up": "mlp.up_proj",
-                "mlp.gate_up": "mlp.gate_proj mlp.up_proj",
                 "mlp.down": "mlp.down_proj",
             },
         ),
+        *gated(f"{ours}mlp.gate_up", f"{block}mlp.", "gate_proj up_proj"),
         fuse(
             f"{ours}attention.qv_bias",
             f"{block}attention.q_proj.bias",

@@ -22,8 +22,8 @@ class CheckpointedBlock(Block):
         segments: Segments,
         turns: Turns | None,
         backend: Backend,
-    ) -> tuple[Tokens, Tokens]:
-        """Return the residual stream and what this block would add to it."""
+    ) -> tuple[Tokens, Tokens | None]:
+        """Return the residual stream, and what is yet to be added to it, if anything is."""
         return checkpoint(
             super().forward, stream, delta, segments, turns, backend, use_reentrant=False
         )
