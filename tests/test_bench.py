@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from packvit.bench import MODELS, WORKLOADS, BenchError, Plan, job, models
+from packvit.bench.accuracy import pictures, plant
 from packvit.bench.contenders import Subject, collect, forward_backward
 from packvit.bench.job import BASELINE, measure
 from packvit.bench.measuring import interleave, times_faster
@@ -235,3 +237,16 @@ def test_plans_that_cannot_be_are_refused():
     for plan in plans:
         with pytest.raises(BenchError):
             measure(plan, silent)
+
+
+def test_outliers_that_their_readers_undo_change_nothing_and_others_do():
+    encoder = AIMv2Packing.from_transformers(reference.build("aimv2", is_native=True)).double()
+    grid = ((1, 3, 5), (1, 2, 2))
+    patches = torch.from_numpy(pictures(grid, encoder.config.patch))
+    assert patches.shape == (19, encoder.config.patch_dim)
+    with torch.inference_mode():
+        before = encoder(patches, torch.tensor(grid))
+        undone = plant(copy.deepcopy(encoder), undo=True)(patches, torch.tensor(grid))
+        left = plant(copy.deepcopy(encoder), undo=False)(patches, torch.tensor(grid))
+    torch.testing.assert_close(undone, before, atol=1e-9, rtol=1e-9)
+    assert (left - before).norm() > 0.05 * before.norm()

@@ -1,7 +1,7 @@
 """Run every contender that can, on every workload asked for, and write down what came of it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from packvit import hub
 from packvit.bench import DTYPES, SEED, WORKLOADS, BenchError, Plan, models
+from packvit.bench.accuracy import fp8_accuracy
 from packvit.bench.contenders import (
     Contender,
     Subject,
@@ -101,6 +102,11 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
         with torch.set_grad_enabled(plan.train), torch.inference_mode(not plan.train):
             report["workloads"].append(measure_workload(subject, plan, say))
     report["gpu_state_after"] = gpu_state()
+    report["fp8_accuracy"] = []
+    if on_gpu and dtype == torch.bfloat16 and not plan.train:
+        say("accuracy of fp8")
+        with suppress(ValueError):  # why it cannot run stands beside its contenders
+            report["fp8_accuracy"] = fp8_accuracy(model, device)
     return report
 
 

@@ -19,7 +19,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     first = report["workloads"][0]["missing"]
     common = listed("Missing here", [item for item in first.items() if item in everywhere])
     sections = (section(report, work, everywhere) for work in report["workloads"])
-    return "\n".join([machine(report), *sections, *common])
+    return "\n".join([machine(report), *sections, *common, *accuracy(report)])
 
 
 def machine(report: dict[str, Any]) -> str:
@@ -33,6 +33,21 @@ def machine(report: dict[str, Any]) -> str:
         f"{report['pass']}, {report['dtype']}, on {place}; torch {report['torch']}, "
         f"transformers {report['transformers']}, timm {report['timm']}, {report['date']}.\n"
     )
+
+
+def accuracy(report: dict[str, Any]) -> list[str]:
+    """Return how near bf16 and fp8 are to fp32, where that was measured."""
+    found = report.get("fp8_accuracy")
+    if not found:
+        return []
+    rows = [
+        (one["weights"], *(f"{near['mean']:.5f} ({near['least']:.4f})" for near in both))
+        for one in found
+        for both in [(one["bf16"], one["fp8"])]
+    ]
+    head = ("weights", "bf16", "fp8")
+    title = "Cosine of a token with float32's, mean (least); no published weights were measured:"
+    return [title, "", *aligned([head, *rows]), ""]
 
 
 def listed(title: str, missing: Sequence[tuple[str, str]]) -> list[str]:

@@ -1,0 +1,107 @@
+"""What 8 bits cost in accuracy, beside what 16 do, on weights of several kinds.
+
+No published weights are among them: what they do to those is not known from here.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packvit import hub
+from packvit.bench import SEED
+from packvit.bench.models import Model
+from packvit.bench.workloads import mixed_sizes
+from packvit.encoder import Encoder
+from packvit.layers import Block
+from packvit.options import Options
+from packvit.packed import Grid
+from packvit.preprocessing import cut_patches
+
+IMAGES = 8
+OUTLIERS, FACTOR = 3, 100  # channels of every norm
+
+
+def fp8_accuracy(model: Model, device: torch.device) -> list[dict[str, Any]]:
+    """Return how near tokens in bf16 and in fp8 are to those in fp32, for each kind of weights.
+
+    Raises: ValueError if fp8 cannot run here.
+    """
+    found = []
+    for title, encoder in kinds(model, device):
+        grid = mixed_sizes(IMAGES, 240, 1008)
+        patches = torch.from_numpy(pictures(grid, encoder.config.patch)).to(device)
+        eight, whole = copy.deepcopy(encoder), copy.deepcopy(encoder).float()
+        eight.take(replace(NOTHING, fp8=True))
+        with torch.inference_mode():
+            exact, *others = (
+                one(patches, torch.tensor(grid)).float() for one in (whole, encoder, eight)
+            )
+        near = [F.cosine_similarity(tokens, exact) for tokens in others]
+        found.append({"weights": title} | dict(zip(("bf16", "fp8"), map(said, near), strict=True)))
+    return found
+
+
+NOTHING = Options(None, None, "auto", "hwc", "checkpoint")
+
+
+def said(cosines: Tensor) -> dict[str, float]:
+    """Return the mean and the least cosine."""
+    return {"mean": cosines.mean().item(), "least": cosines.min().item()}
+
+
+def kinds(model: Model, device: torch.device) -> Iterator[tuple[str, Encoder]]:
+    """Yield encoders in bf16, of random weights with and without outliers, and the embedded one."""
+    random = model.encoder.from_transformers(model.reference)
+    yield f"{model.name}, {model.weights}", random
+    title = f"the same, {OUTLIERS} channels of every norm x {FACTOR}"
+    yield title, plant(copy.deepcopy(random), undo=False)
+    yield f"{title}, undone by the matrices that read them", plant(random, undo=True)
+    yield "tiny, which packvit brings", hub.load("tiny", device=device, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def plant(encoder: Encoder, *, undo: bool) -> Encoder:
+    """Make a few channels of all that is read by a block's matrices FACTOR times as large.
+
+    `undo` divides the columns that read them, as in trained models, whose outputs outliers do not
+    drown: then it is the same function.
+    """
+    draw = torch.Generator().manual_seed(SEED)
+    for block in encoder.encoder.layers:
+        assert isinstance(block, Block)
+        for norm, reader in (
+            (block.attention_norm, block.attention.qkv),
+            (block.mlp_norm, block.mlp.reads),
+        ):
+            channels = torch.randperm(encoder.config.width, generator=draw)[:OUTLIERS]
+            for parameter in norm.parameters():
+                parameter[channels.to(parameter.device)] *= FACTOR
+            if undo:
+                weight = reader.get_parameter("weight")
+                weight[:, channels.to(weight.device)] /= FACTOR
+    return encoder
+
+
+def pictures(grid: Grid, patch: int) -> np.ndarray:
+    """Return patches of noise whose amplitudes fall as those of photographs do: as 1 / frequency.
+
+    Shapes: -> uint8 [T, P].
+    """
+    draw = np.random.default_rng(SEED)
+    cut = []
+    for _, rows, columns in grid:
+        height, width = rows * patch, columns * patch
+        y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+        fall = 1 / np.maximum(np.hypot(y, x), 1 / max(height, width))
+        noise = np.fft.rfft2(draw.standard_normal((3, height, width)))
+        waves = np.fft.irfft2(noise * fall, s=(height, width))
+        levels = 128 + 48 * waves / waves.std()
+        pixels = np.clip(levels, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        cut.append(cut_patches(np.ascontiguousarray(pixels), patch))
+    return np.concatenate(cut)
