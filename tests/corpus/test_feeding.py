@@ -4,14 +4,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
+from jpegs import embed_with, parts, read_rows, write_mixed
 from PIL import Image
-from rotten import encode, exif, pixels, write_good, write_rotten
+from rotten import encode, pixels, write_good
 from small_checkpoint import write_checkpoint
 
 import packvit
@@ -24,12 +23,10 @@ from packvit.corpus.filling import Pack, Part, Shard
 from packvit.corpus.folder import fingerprint, read_commits
 from packvit.corpus.inputs import Input, list_inputs
 from packvit.corpus.parts import Outputs
-from packvit.corpus.preparing import Decode, JpegFile, Prepared, Recipe
-from packvit.corpus.progress import Effort
+from packvit.corpus.preparing import JpegFile, Prepared, Recipe
 from packvit.corpus.resume import differences
 from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options, describe
-from packvit.corpus.shard import run_shards
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
@@ -52,17 +49,8 @@ def encoder(checkpoint: Path) -> Encoder:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Broken files, odd ones, and JPEGs of all kinds that the GPU decodes."""
     folder = tmp_path_factory.mktemp("photos")
-    write_rotten(folder)
-    write_good(folder, 12)
-    for number in range(24):
-        image = Image.fromarray(pixels(90 + 7 * number, 200 - 5 * number, number))
-        kind: dict[str, Any] = {"subsampling": number % 3, "quality": 60 + number}
-        kind |= {"exif": exif(number % 8 + 1)} if number % 2 else {}
-        kind |= {"restart_marker_blocks": 4} if number % 5 == 0 else {}
-        image = image.convert("L") if number % 6 == 5 else image
-        (folder / f"jpeg-{number:02}.jpg").write_bytes(encode(image, "JPEG", **kind))
+    write_mixed(folder)
     return folder
 
 
@@ -88,37 +76,6 @@ def by_pillow(refused: Sequence[int] = (), room: int = 1 << 30) -> DecodeJpegs:
         return Decoded(torch.from_numpy(np.concatenate(cut)), tuple(failed))
 
     return decode_jpegs
-
-
-def embed(
-    encoder: Encoder, photos: Path, out: Path, decode_jpegs: DecodeJpegs | None, **changes: Any
-) -> Effort:
-    """Embed photographs in shards of 25, as the job does."""
-    decode: Decode = "pil" if decode_jpegs is None else "gpu"
-    options = Options(
-        resize="native", max_patches=64, token_budget=200, workers=2, decode=decode, **changes
-    )
-    out.mkdir()
-    inputs = list(list_inputs([str(photos)]))
-    shards = [
-        Shard(number, tuple(inputs[start : start + 25]))
-        for number, start in enumerate(range(0, len(inputs), 25))
-    ]
-    effort, settled = Effort(), []
-    with options.decoders() as decoders:
-        tools = Tools(encoder, options, decoders, decode_jpegs)
-        entries = list(run_shards(tools, shards, out, settled.extend, effort=effort))
-    assert [entry.rows for entry in entries] == [len(shard.inputs) for shard in shards]
-    assert sorted(row.id for row in settled) == sorted(source.id for source in inputs)
-    return effort
-
-
-def parts(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.glob("part-*.parquet"))}
-
-
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    return [row for name in parts(out) for row in pq.read_table(out / name).to_pylist()]
 
 
 def test_a_workers_answer_for_a_jpeg_is_its_row_as_pillow_writes_it_its_bytes_and_its_plan(
@@ -152,7 +109,7 @@ def test_a_workers_answer_for_a_jpeg_is_its_row_as_pillow_writes_it_its_bytes_an
 
 def test_parts_are_the_same_bytes_whoever_decodes(tmp_path: Path, encoder: Encoder, photos: Path):
     spent = [
-        embed(encoder, photos, tmp_path / name, decode_jpegs)
+        embed_with(encoder, photos, tmp_path / name, decode_jpegs)
         for name, decode_jpegs in (("pil", None), ("gpu", by_pillow()))
     ]
     assert len(parts(tmp_path / "pil")) > 3
@@ -166,10 +123,10 @@ def test_parts_are_the_same_bytes_whoever_decodes(tmp_path: Path, encoder: Encod
 def test_what_the_device_refuses_goes_through_pillow_and_nothing_is_lost(
     tmp_path: Path, encoder: Encoder, photos: Path
 ):
-    whole = embed(encoder, photos, tmp_path / "pil", None)
+    whole = embed_with(encoder, photos, tmp_path / "pil", None)
     widths = [width for width in range(100, 201) if width % 2]
-    some = embed(encoder, photos, tmp_path / "some", by_pillow(refused=widths))
-    none = embed(encoder, photos, tmp_path / "none", by_pillow(refused=range(1, 5001)))
+    some = embed_with(encoder, photos, tmp_path / "some", by_pillow(refused=widths))
+    none = embed_with(encoder, photos, tmp_path / "none", by_pillow(refused=range(1, 5001)))
     assert parts(tmp_path / "pil") == parts(tmp_path / "some") == parts(tmp_path / "none")
     assert 0 < some.on_gpu < 30
     assert none.on_gpu == 0
@@ -206,8 +163,8 @@ def test_a_refused_file_that_pillow_refuses_too_is_a_row_with_its_code(
 def test_a_pack_that_the_device_has_no_room_to_decode_is_halved_and_noted(
     tmp_path: Path, encoder: Encoder, photos: Path
 ):
-    embed(encoder, photos, tmp_path / "pil", None)
-    embed(encoder, photos, tmp_path / "gpu", by_pillow(room=24_000))
+    embed_with(encoder, photos, tmp_path / "pil", None)
+    embed_with(encoder, photos, tmp_path / "gpu", by_pillow(room=24_000))
     entries = read_commits(tmp_path / "gpu")
     assert sum(entry.halved for entry in entries) > 0
     lost = 0
@@ -231,7 +188,7 @@ def test_a_workers_fault_ends_the_job_from_whichever_thread_it_is_seen(
         raise RuntimeError("the device is gone")
 
     with pytest.raises(RuntimeError, match="the device is gone"):
-        embed(encoder, photos, tmp_path / "out", broken)
+        embed_with(encoder, photos, tmp_path / "out", broken)
 
 
 def test_patches_of_host_and_device_are_laid_in_the_packs_order():
