@@ -138,7 +138,8 @@ class Graphs:
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # This thread's mistakes alone count: another one may be decoding JPEGs meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             out, tapped = run(memory, seams, angles, backend, size.taps)
         return Graph(graph, memory, seams.cu_seqlens, angles, out, tapped)
 
