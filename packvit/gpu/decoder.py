@@ -62,6 +62,8 @@ class Upright:
     chroma_columns: int
     chroma_rows: int
     out: int
+    # Rows of 16 bytes' multiples: Triton compiles anew for tables that begin elsewhere.
+    unused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
