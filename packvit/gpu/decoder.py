@@ -7,9 +7,10 @@ The files and plans come from `jpeg.plan_jpeg`, which runs wherever the bytes ar
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,8 +44,7 @@ class Decoded:
     failed: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Upright:
+class Upright(NamedTuple):
     """What upright_kernel is told of an image; sizes are as stored, places count bytes."""
 
     height: int
@@ -66,8 +66,7 @@ class Upright:
     unused: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
+class Pass(NamedTuple):
     """What pass_kernel is told of an image: the size that comes out, and how to walk the source."""
 
     height: int
@@ -197,7 +196,7 @@ def planes_to_patches(
 
     upright, first, second, table = _facts(layout, plans, images)
     sizes = (upright, first, second)
-    rows = [np.array([astuple(row) for row in part], np.int64) for part in sizes]
+    rows = [np.array(part, np.int64) for part in sizes]
     flat = [row.ravel().view(np.int32) for row in rows]
     sent = torch.from_numpy(np.concatenate([*flat, table]))
     if planes.is_cuda:
@@ -212,8 +211,8 @@ def planes_to_patches(
     rgb = planes.new_empty(sum(3 * row.height * row.width for row in upright))
     half = planes.new_empty(sum(3 * row.height * row.width for row in first))
     launch = upright_kernel[grid(rows[0])]  # pyright: ignore[reportIndexIssue] # Triton's launch
-    launch(facts[0], planes, rgb, fields=len(fields(Upright)), tile=TILE)
-    width = len(fields(Pass))
+    launch(facts[0], planes, rgb, fields=len(Upright._fields), tile=TILE)
+    width = len(Pass._fields)
     launch = pass_kernel[grid(rows[1])]  # pyright: ignore[reportIndexIssue]
     launch(facts[1], weights, rgb, half, fields=width, tile=TILE, side=0, whole=False)
     launch = pass_kernel[grid(rows[2])]  # pyright: ignore[reportIndexIssue]
