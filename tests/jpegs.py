@@ -46,12 +46,17 @@ def write_mixed(folder: Path) -> None:
 
 
 def embed_with(
-    encoder: Encoder, photos: Path, out: Path, decode_jpegs: DecodeJpegs | None, **changes: Any
+    encoder: Encoder,
+    photos: Path,
+    out: Path,
+    decode_jpegs: DecodeJpegs | None,
+    *,
+    token_budget: int = 200,
 ) -> Effort:
     """Embed photographs in shards of 25, as the job does."""
     decode: Decode = "pil" if decode_jpegs is None else "gpu"
     options = Options(
-        resize="native", max_patches=64, token_budget=200, workers=2, decode=decode, **changes
+        resize="native", max_patches=64, token_budget=token_budget, workers=2, decode=decode
     )
     out.mkdir()
     inputs = list(list_inputs([str(photos)]))
