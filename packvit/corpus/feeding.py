@@ -74,7 +74,8 @@ class Feeder:
         self.decode_jpegs = tools.decode_jpegs
         self.decoders = tools.decoders
         self.by_pillow = replace(tools.recipe, decode="pil")
-        self.ahead = 0 if tools.decode_jpegs is None else 1  # packs: two at once would share memory
+        # Packs that are fed before the one ahead of them is encoded; Pillow's need no feeding.
+        self.ahead = 0 if tools.decode_jpegs is None else 1
         self.thread = ThreadPoolExecutor(1, "packvit-feed")
 
     def __enter__(self) -> "Feeder":
