@@ -21,6 +21,7 @@ for model in aimv2-large siglip2-so400m; do
 done
 python3 -m packvit bench --workload all --json "$out/bench-aimv2-large-workloads.json"
 python3 -m benchmarks.decoding > "$out/decoding-gpu.json"
+python3 -m benchmarks.feeding > "$out/feeding-gpu.json"
 python3 -m packvit info --json > "$out/info-gpu.json"
 python3 -m demo.photographs | xargs python3 -m packvit embed --out /tmp/demo-features --json \
     | tee "$out/embed-gpu.json"

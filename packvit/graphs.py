@@ -120,14 +120,29 @@ class Graphs:
             on_device = None if frames is None else to_device(frames, device)
             segments = Segments.from_lengths(filled, device=device)
             segments = Segments(filled, segments.cu_seqlens, size.longest)
-            if self.met[size] > 1:
-                with torch.inference_mode(False), torch.no_grad():  # so that both modes may replay
-                    self.kept[size] = self.record(run, given, on_device, segments, size)
-                while sum(kept.tokens for kept in self.kept) > KEPT_TOKENS:
-                    self.kept.popitem(last=False)
+            if self.met[size] > 1 and self.keep(run, given, on_device, segments, size):
                 return replay(self.kept[size], rows, frames, filled)
             out, tapped = run(given, on_device, segments)
             return out[:tokens], {layer: tap[:tokens] for layer, tap in tapped.items()}
+
+    def keep(
+        self,
+        run: Run,
+        given: Sequence[Tensor],
+        table: Tensor | None,
+        segments: Segments,
+        size: Size,
+    ) -> bool:
+        """Record a run at `size` and keep it; where memory is short, keep nothing and say so."""
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # so that both modes may replay
+                self.kept[size] = self.record(run, given, table, segments, size)
+        except torch.OutOfMemoryError:
+            self.forget()
+            return False
+        while sum(kept.tokens for kept in self.kept) > KEPT_TOKENS:
+            self.kept.popitem(last=False)
+        return True
 
     def record(
         self,
@@ -148,7 +163,8 @@ class Graphs:
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # This thread's mistakes alone count: another one may be decoding JPEGs meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             out, tapped = run(rows, table, seams)
         return Graph(graph, rows, table, seams.cu_seqlens, run, out, tapped)
 

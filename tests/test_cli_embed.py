@@ -153,6 +153,8 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2(
         ((photos, *out, *model, "--tap", "9"), "taps asks for layer 9, but this encoder has 3"),
         ((photos, *out, *model, "--device", "toaster"), 'device "toaster" cannot be used'),
         ((photos, *out, *model, "--device", "cpu", "--attention", "fa2"), '"fa2" cannot run'),
+        ((photos, *out, *model, "--device", "cpu", "--decode", "gpu"), "needs a CUDA device, but"),
+        ((photos, *out, *model, "--decode", "cpu"), "'cpu' is not one of 'pil', 'gpu'"),
         ((photos, photos, *out, *model), "Name each path once"),
         ((checkpoint, *out, *model), "No photographs were found"),
         ((photos, "--out", photos, *model), "is not empty: it holds good-0000.jpg and"),

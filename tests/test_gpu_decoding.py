@@ -258,6 +258,7 @@ def test_groups_hold_at_most_so_many_pixels_and_leave_none_out():
     huge, large = one(20_000), one(10_000)
     assert list(groups([])) == []
     assert list(groups([large, huge, large, large, one(9)])) == [(0, 1), (1, 2), (2, 3), (3, 5)]
+    assert list(groups([one(9)] * 5, 2 * 81)) == [(0, 2), (2, 4), (4, 5)]
 
 
 def test_what_is_missing_is_said_in_one_sentence():

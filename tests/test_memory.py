@@ -96,6 +96,8 @@ def test_a_budget_that_cannot_fit_is_refused_with_one_that_does():
     fits = int(str(refused.value).partition("Lower token_budget to ")[2].partition(",")[0])
     assert peak(LARGE, 2).activations(fits) <= 8 * 2**30 < peak(LARGE, 2).activations(fits + 1)
     check_memory(encoder, Options(token_budget=fits), 8 * 2**30)
+    with pytest.raises(WrongUse, match=r"beside the weights and 1\.1 GiB for decoding, and"):
+        check_memory(encoder, Options(token_budget=fits, decode="gpu"), 5 * 2**30)
     with pytest.raises(WrongUse, match="Choose a smaller model"):
         check_memory(encoder, options, 1000)
 

@@ -92,6 +92,13 @@ DONE_WITH_ERRORS = 3
 )
 @click.option("--token-budget", type=COUNT, default=16384, help="Most tokens in one pack.")
 @click.option(
+    "--decode",
+    type=click.Choice(["pil", "gpu"]),
+    default="pil",
+    help="Who decodes JPEGs: Pillow, in the workers, or the GPU, those that it decodes bit for bit "
+    "as Pillow does. All other images are Pillow's.",
+)
+@click.option(
     "--workers",
     type=COUNT,
     help="Processes that decode images, beside each that embeds; one for each CPU of its share, "
@@ -159,6 +166,7 @@ def embed(
     dtype_out: Any,
     format_: Any,
     token_budget: int,
+    decode: Any,
     workers: int | None,
     image_timeout: float,
     pixels_in_flight: int,
@@ -183,6 +191,7 @@ def embed(
       packvit embed photos --out features
       packvit embed photos --out features --model apple/aimv2-large-patch14-native
       packvit embed a.jpg b.png --out features --tokens --tap 11 --json
+      packvit embed photos --out features --device cuda --decode gpu
       packvit embed 'shards/*.tar' s3://bucket/photos --out features
       packvit embed --list photos.csv --column file --out features
     """
@@ -217,6 +226,7 @@ def embed(
                 dtype_out=dtype_out,
                 format=format_,
                 token_budget=token_budget,
+                decode=decode,
                 workers=workers,
                 image_timeout=image_timeout,
                 pixels_in_flight=pixels_in_flight,
@@ -289,6 +299,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
         "shares": asdict(summary.shares),
         "slowest": summary.shares.slowest if summary.kept_rows < summary.rows else None,
         "halved": summary.halved,
+        "on_gpu": summary.on_gpu,
     }
 
 
@@ -328,6 +339,8 @@ def busiest(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "busy", f"{parts} of the time; the slowest is {shares.slowest}"
     if shares.fill:
         yield "packs", f"{shares.fill:.0%} full"
+    if summary.on_gpu is not None:
+        yield "on the GPU", f"{summary.on_gpu:,} images decoded; Pillow had the others"
     if summary.halved:
         yield "halved", f"{summary.halved:,} packs that memory had no room for"
 

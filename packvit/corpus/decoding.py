@@ -4,7 +4,8 @@ Each worker process has a thread here that hands it one input after another. The
 whoever takes the images until enough wait, and hold the pixels that are in memory to a budget.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Condition, Lock, Thread
 
 from packvit.corpus.inputs import Input
@@ -35,12 +36,19 @@ class Decoders:
         self.seconds = image_timeout
         self.workers = Workers()
         self.busy = 0.0  # seconds, of all workers together
+        self.feeding = 0.0  # seconds, of the device's decoder
+        self.on_gpu = 0  # images that it decoded
 
     def __enter__(self) -> "Decoders":
         return self
 
     def __exit__(self, *reason: object) -> None:
         self.workers.end()
+
+    @property
+    def spent(self) -> float:
+        """Seconds that decoding took: the workers' mean, or the device's if they are more."""
+        return max(self.busy / self.count, self.feeding)
 
     def start(self, images: int) -> None:
         """Start the workers that so many images will need, and wait for none of them.
@@ -56,32 +64,51 @@ class Decoders:
 
         Raises: DecoderError if workers cannot work; whatever `inputs` raises.
         """
+        with self.line(inputs, recipe, ahead) as line:
+            yield from line.take()
+
+    @contextmanager
+    def line(self, inputs: Iterable[Input], recipe: Recipe, ahead: int) -> Iterator["Line"]:
+        """Have inputs prepared for whoever takes them from the line, as `prepare_all` says."""
         line = Line(self, inputs, recipe, ahead)
         threads = [
             Thread(target=line.work, name=f"packvit-decode-{number}", daemon=True)
             for number in range(self.count)
         ]
-        taken = False
         try:
             for thread in threads:
                 thread.start()
-            yield from line.take()
-            taken = True
+            yield line
         finally:
-            if not taken:
+            if not line.all_taken:
                 line.stop()
                 self.workers.stop_busy()
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
 
+    def prepare(self, source: Input, recipe: Recipe) -> Prepared:
+        """Prepare one input, whatever else is prepared meanwhile.
+
+        Raises: DecoderError if no worker can work.
+        """
+        worker = self.workers.borrow()
+        try:
+            return worker.prepare(source, recipe, lambda pixels: None, self.seconds)[0]
+        except BaseException:
+            worker.end()
+            raise
+        finally:
+            self.workers.give_back(worker)
+
 
 class Line:
     """The images between the inputs and whoever takes them, in their order.
 
     `pixels` counts those of headers while their images are decoded, `waiting` those of the patches
-    that nobody has taken yet. Together they stay within the budget, but that an image which is
-    decoded by itself may exceed it: so the next image always comes, however little room there is.
+    that nobody has taken yet, and `held` JPEGs that were taken and are still to be decoded on the
+    device, three bytes a pixel. Together they stay within the budget, but that an image which is
+    prepared by itself may exceed it: so the next image always comes, however little room there is.
     """
 
     def __init__(
@@ -98,8 +125,8 @@ class Line:
         self.done: dict[int, Prepared] = {}
         self.wanted = 0  # the number of the image to be taken next
         self.begun = 0  # how many inputs were handed out
-        self.all_begun = False
-        self.decoding = self.pixels = self.waiting = 0
+        self.all_begun = self.all_taken = False
+        self.decoding = self.pixels = self.waiting = self.held = 0
         self.stopping = False
         self.failure: BaseException | None = None
 
@@ -111,14 +138,23 @@ class Line:
                     if self.failure:
                         raise self.failure
                     if self.all_begun and self.wanted == self.begun:
+                        self.all_taken = True
                         return
                     self.ready.wait()
                 prepared = self.done.pop(self.wanted)
                 self.wanted += 1
                 self.waiting -= size(prepared)
-                self.room.notify_all()
+                self.held += size(prepared) if prepared.jpeg else 0
+                self.room.notify()  # one: to wake all of them for each image would cost more
                 self.admitted.notify_all()
             yield prepared
+
+    def let_go(self, images: Sequence[Prepared]) -> None:
+        """Take note that images which were taken are decoded, if they were not before."""
+        with self.lock:
+            self.held -= sum(size(image) for image in images if image.jpeg)
+            self.room.notify_all()
+            self.admitted.notify_all()
 
     def stop(self) -> None:
         """Have all threads return."""
@@ -165,7 +201,7 @@ class Line:
     def begin(self) -> tuple[int, Input] | None:
         """Return the next input and its number once there is room for it, or None at the end."""
         with self.lock:
-            while self.waiting >= self.ahead or len(self.done) >= MOST_WAITING:
+            while not (self.all_begun or self.has_room()):
                 self.check_wanted()
                 self.room.wait()
             self.check_wanted()
@@ -173,19 +209,32 @@ class Line:
             if begun is None:
                 self.all_begun = True
                 self.ready.notify_all()
+                self.room.notify_all()
             else:
                 self.begun += 1
             return begun
 
+    def has_room(self) -> bool:
+        """Tell whether another image may be begun."""
+        if self.waiting >= self.ahead or len(self.done) >= MOST_WAITING:
+            return False
+        alone = self.begun == self.wanted  # nothing waits or is under way
+        return alone or self.waiting + self.held < self.decoders.pixels
+
     def admit(self, pixels: int) -> None:
         """Return once so many pixels may be decoded."""
         with self.lock:
-            while self.decoding and self.pixels + self.waiting + pixels > self.decoders.pixels:
+            while self.decoding and self.taken_up + pixels > self.decoders.pixels:
                 self.check_wanted()
                 self.admitted.wait()
             self.check_wanted()
             self.decoding += 1
             self.pixels += pixels
+
+    @property
+    def taken_up(self) -> int:
+        """The pixels of the budget that are in memory."""
+        return self.pixels + self.waiting + self.held
 
     def release(self, pixels: int) -> None:
         """Take note that so many pixels are decoded, or never will be."""
@@ -210,5 +259,7 @@ class Line:
 
 
 def size(prepared: Prepared) -> int:
-    """Return the pixels of an image's patches."""
-    return 0 if prepared.patches is None else prepared.patches.size // 3
+    """Return the pixels of an image's patches, or as many as its JPEG takes the memory of."""
+    if prepared.jpeg:
+        return len(prepared.jpeg.data) // 3
+    return 0 if prepared.patches is None else prepared.patches.nbytes // 3

@@ -4,8 +4,9 @@ A pack is launched and landed: between the two the device computes, and the host
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -22,24 +23,42 @@ from packvit.packed import to_device
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """What the encoder says of one image: pooled [D] float32, lists {name: [tokens, D]}."""
+@dataclass(frozen=True, slots=True, eq=False)
+class OnDevice:
+    """An image that was decoded on the device: its row, and its patches [rows * columns, P]."""
 
     row: Row
-    pooled: np.ndarray
-    lists: dict[str, np.ndarray]
+    patches: Tensor
+
+
+Fed = Prepared | OnDevice  # whose patches are there, if it is no error
+# Returns all images of a pack fed, or None if memory has no room for their patches.
+Feed = Callable[[Sequence[Prepared]], Sequence[Fed] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the encoder says of one image: pooled [D] float32, lists {name: [tokens, D]}.
+
+    Of an error it says nothing.
+    """
+
+    row: Row
+    pooled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    lists: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flight:
     """A pack under way: host tensors that are filled once `end` has come, at once if it is None.
 
+    `rows` are those of all images, and `lengths` their tokens: 0 of an error, which is not in it.
+
     Shapes: pooled [N, D]; lists [T, D] under each name; finite, fits [T] under each name.
     """
 
     rows: tuple[Row, ...]
-    lengths: tuple[int, ...]  # tokens of each image
+    lengths: tuple[int, ...]
     pooled: Tensor
     lists: dict[str, Tensor]
     finite: dict[str, Tensor]  # whether all of a token's numbers are
@@ -50,33 +69,34 @@ class Flight:
 
 
 @torch.inference_mode()
-def launch(encoder: Encoder, images: Sequence[Prepared], options: Options) -> Flight:
+def launch(encoder: Encoder, images: Sequence[Fed], options: Options) -> Flight:
     """Begin to encode images as one pack; on a GPU, without waiting for it.
 
     Raises: torch.OutOfMemoryError or MemoryError if they do not fit.
     """
-    began, on_gpu = time.perf_counter(), encoder.device.type == "cuda"
-    cut = [image.patches for image in images if image.patches is not None]
-    lengths = tuple(len(patches) for patches in cut)
-    pack = torch.empty((sum(lengths), cut[0].shape[1]), dtype=torch.uint8, pin_memory=on_gpu)
-    np.concatenate(cut, out=pack.numpy())
+    began = time.perf_counter()
+    rows = tuple(image.row for image in images)
+    good = [image for image in images if image.patches is not None]
+    if not good:
+        return Flight(rows, (0,) * len(rows), torch.empty(0, 0), {}, {}, {}, None, None, 0.0)
     start = end = None
-    if on_gpu:
+    if encoder.device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record(torch.cuda.current_stream(encoder.device))
     features = encoder.encode(
-        pack.to(encoder.device, non_blocking=True),
-        torch.tensor([[1, image.row.rows, image.row.columns] for image in images]),
+        lay(good, encoder.device),
+        torch.tensor([[1, image.row.rows, image.row.columns] for image in good]),
         taps=options.taps,
     )
+    lengths = [image.row.patches for image in good]
     pooled = features.pooled
     pooled = image_means(features.tokens, lengths) if pooled is None else pooled.float()
     lists = {"tokens": features.tokens} if options.tokens else {}
     lists |= {f"tap_{layer}": features.taps[layer] for layer in options.taps}
     stored = {name: t.to(getattr(torch, options.dtype_out)) for name, t in lists.items()}
     flight = Flight(
-        rows=tuple(image.row for image in images),
-        lengths=lengths,
+        rows=rows,
+        lengths=tuple(0 if image.patches is None else image.row.patches for image in images),
         pooled=to_host(pooled),
         lists={name: to_host(tokens) for name, tokens in stored.items()},
         finite={name: to_host(t.isfinite().all(1)) for name, t in lists.items()},
@@ -88,6 +108,28 @@ def launch(encoder: Encoder, images: Sequence[Prepared], options: Options) -> Fl
     if end is not None:
         end.record(torch.cuda.current_stream(encoder.device))
     return flight
+
+
+def lay(images: Sequence[Fed], device: torch.device) -> Tensor:
+    """Lay the patches of images end to end on the device; those on the host go over in one copy.
+
+    Shapes: [T, P].
+    """
+    cut = [image.patches for image in images if image.patches is not None]
+    on_host = [patches for patches in cut if isinstance(patches, np.ndarray)]
+    if not on_host:
+        return torch.cat([patches for patches in cut if isinstance(patches, Tensor)])
+    sent = torch.empty(
+        (sum(map(len, on_host)), on_host[0].shape[1]),
+        dtype=torch.uint8,
+        pin_memory=device.type == "cuda",
+    )
+    np.concatenate(on_host, out=sent.numpy())
+    sent = sent.to(device, non_blocking=True)
+    if len(on_host) == len(cut):
+        return sent
+    arriving = iter(sent.split([len(patches) for patches in on_host]))
+    return torch.cat([each if isinstance(each, Tensor) else next(arriving) for each in cut])
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -104,7 +146,11 @@ def land(flight: Flight, dtype_out: DtypeOut) -> tuple[list[Encoded], float]:
     if flight.start and flight.end:
         flight.end.synchronize()
         seconds = flight.start.elapsed_time(flight.end) / 1e3
-    starts = list(accumulate(flight.lengths[:-1], initial=0))
+    rows = [row for row, tokens in zip(flight.rows, flight.lengths, strict=True) if tokens]
+    if not rows:
+        return [Encoded(row) for row in flight.rows], seconds
+    lengths = [tokens for tokens in flight.lengths if tokens]
+    starts = list(accumulate(lengths[:-1], initial=0))
     vectors = flight.pooled.numpy()
     finite = np.logical_and.reduce(np.isfinite(vectors), 1)
     fits = np.ones(len(starts), bool)
@@ -115,38 +161,58 @@ def land(flight: Flight, dtype_out: DtypeOut) -> tuple[list[Encoded], float]:
         # Kept for a whole part: copied from pinned memory, which the next packs need.
         values = tokens.numpy().copy() if flight.end else tokens.numpy()
         arrays[name] = np.split(values, starts[1:])
-    encoded = [
+    encoded = iter(
         Encoded(
             settle(row, bool(finite[i]), bool(fits[i]), dtype_out),
             vectors[i],
             {name: parts[i] for name, parts in arrays.items()},
         )
-        for i, row in enumerate(flight.rows)
-    ]
-    return encoded, seconds
+        for i, row in enumerate(rows)
+    )
+    both = zip(flight.rows, flight.lengths, strict=True)
+    return [next(encoded) if tokens else Encoded(row) for row, tokens in both], seconds
+
+
+def as_they_are(images: Sequence[Prepared]) -> Sequence[Fed]:
+    """Feed images whose patches are there."""
+    return images
 
 
 def encode_halved(
-    encoder: Encoder, images: Sequence[Prepared], options: Options
+    encoder: Encoder, images: Sequence[Prepared], options: Options, feed: Feed = as_they_are
 ) -> tuple[list[Encoded], float, int]:
     """Encode images one after another in as many packs as memory needs; nothing else is under way.
 
     What does not fit is halved, in its order, and tried again; an image that does not fit by itself
     becomes an error. Returns also the seconds it took and how many packs were made of it.
     """
-    try:
-        return *land(launch(encoder, images, options), options.dtype_out), 1
-    except OUT_OF_MEMORY:
-        pass  # the exception, and the tensors that its frames hold, must go first
+    whole = encode_whole(encoder, images, options, feed)
+    if whole is not None:
+        return *whole, 1
     if encoder.device.type == "cuda":
         torch.cuda.empty_cache()
     if len(images) == 1:
         row = replace(images[0].row, status="out_of_memory", stage="encode", note=None)
-        return [Encoded(row, np.zeros(0, np.float32), {})], 0.0, 1
+        return [Encoded(row)], 0.0, 1
     middle = len(images) // 2
-    left = encode_halved(encoder, images[:middle], options)
-    right = encode_halved(encoder, images[middle:], options)
+    left = encode_halved(encoder, images[:middle], options, feed)
+    right = encode_halved(encoder, images[middle:], options, feed)
     return left[0] + right[0], left[1] + right[1], left[2] + right[2]
+
+
+def encode_whole(
+    encoder: Encoder, images: Sequence[Prepared], options: Options, feed: Feed
+) -> tuple[list[Encoded], float] | None:
+    """Encode images as one pack, and return the seconds it took too; None if they do not fit.
+
+    A function of its own: its tensors, and those in the frames of an exception, must go before
+    anything else is tried.
+    """
+    with suppress(*OUT_OF_MEMORY):
+        fed = feed(images)
+        if fed is not None:
+            return land(launch(encoder, fed, options), options.dtype_out)
+    return None
 
 
 def image_means(tokens: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from packvit.corpus import WrongUse
 from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
 from packvit.corpus.exports import Format, check_format, export
+from packvit.corpus.feeding import equip
+from packvit.corpus.filling import Shard
 from packvit.corpus.folder import (
     CERTIFICATE,
     FORMAT,
@@ -32,6 +34,7 @@ from packvit.corpus.folder import (
 from packvit.corpus.inputs import list_inputs
 from packvit.corpus.listing import Listing
 from packvit.corpus.parts import DtypeOut
+from packvit.corpus.preparing import Decode
 from packvit.corpus.progress import Summary, Tally, Tell
 from packvit.corpus.resume import Found, check_usable, read_rows, take_up
 from packvit.corpus.runners import choose_runner
@@ -47,7 +50,6 @@ from packvit.corpus.settings import (
     free_memory,
     load_encoder,
 )
-from packvit.corpus.shard import Shard
 from packvit.encoder import Encoder, GridPolicy
 from packvit.images import MAX_PIXELS
 from packvit.sizes import Resize
@@ -79,6 +81,7 @@ def embed(
     format: Format = "parquet",
     token_budget: int = 16384,
     max_pixels: int = MAX_PIXELS,
+    decode: Decode = "pil",
     image_timeout: float = IMAGE_TIMEOUT,
     workers: int | None = None,
     pixels_in_flight: int = PIXELS_IN_FLIGHT,
@@ -102,6 +105,8 @@ def embed(
     a NumPy matrix of the pooled features too, once all parts are there. `workers` are processes
     that decode; None is one for each CPU, up to 16. Images are decoded while together they have at
     most `pixels_in_flight` pixels, and one that takes longer than `image_timeout` becomes an error.
+    `decode` "gpu" has the encoder's GPU decode the JPEGs that it decodes bit for bit as Pillow
+    does, and the workers all else.
 
     `processes` embed side by side, one on each GPU, or each with a share of the CPUs; each has
     workers and pixels in flight of its own, and what is written is the same. `ray` runs them on
@@ -124,6 +129,7 @@ def embed(
         dtype_out=dtype_out,
         token_budget=token_budget,
         max_pixels=max_pixels,
+        decode=decode,
         image_timeout=image_timeout,
         workers=fair_workers(processes) if workers is None else workers,
         pixels_in_flight=pixels_in_flight,
@@ -159,14 +165,15 @@ def embed(
             model, device, dtype, attention, revision, positions, verify
         )
         options = fit_options(encoder, options, taps)
+        tools = equip(encoder, options, decoders)
         check_memory(encoder, options, free_memory(encoder.device))
         certificate = vouch(encoder, weights) if verify else None
         described = describe(encoder, weights, options)
         manifest = draft(encoder, described, listing)
         name = encoder.checkpoint.name if encoder.checkpoint else ""
         job = Job(str(folder), options, described, positions, name)
-        runner = choose_runner(encoder, decoders, job, processes, ray)
-        del encoder  # a runner that embeds here holds it; the others need the memory
+        runner = choose_runner(tools, job, processes, ray)
+        del encoder, tools  # a runner that embeds here holds them; the others need the memory
         tally = Tally(len(listing), progress, options.token_budget)
         with claim(folder):
             found = take_up(folder, manifest, overwrite=overwrite)
@@ -291,6 +298,7 @@ def run(
         kept_tokens=kept_tokens,
         shares=tally.progress.shares,
         halved=halved,
+        on_gpu=tally.effort.on_gpu if manifest["preprocessing"]["decode"] == "gpu" else None,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from packvit.corpus import DecoderError
 from packvit.corpus.inputs import Input
-from packvit.corpus.preparing import Admit, Prepared, Recipe
+from packvit.corpus.preparing import Admit, JpegFile, Prepared, Recipe
 from packvit.corpus.rows import Row
 from packvit.corpus.worker import receive, receive_into, send
 
@@ -99,13 +99,17 @@ class Worker:
                 answer = receive(self.link)
             if isinstance(answer, str):
                 raise DecoderError(f"A decode worker failed on {source.id!r}:\n{answer}")
-            row, shape = answer
-            patches = None
+            row, shape, plan = answer
+            content = None
             if shape is not None:
-                patches = np.empty(shape, np.uint8)
+                content = np.empty(shape, np.uint8)
                 wait()
-                receive_into(self.link, patches.reshape(-1).data)
-            prepared = Prepared(row, patches)
+                receive_into(self.link, content.reshape(-1).data)
+            if plan is not None:
+                assert content is not None
+                prepared = Prepared(row, jpeg=JpegFile(content, plan, source))
+            else:
+                prepared = Prepared(row, content)
         except TimeoutError:
             self.end()
             prepared = Prepared(Row(source.id, "timeout", stage, f"over {seconds:g} s"))

@@ -12,8 +12,8 @@ from packvit.corpus.rows import Row
 class Effort:
     """What was spent so far: seconds in which each part of the work was busy, and packs filled.
 
-    The parts work at the same time. `decoding` is the mean of the workers, and all seconds are the
-    mean of the processes that embed side by side.
+    The parts work at the same time. `decoding` is the mean of the workers, or of the GPU's decoder
+    if that is more, and all seconds are the mean of the processes that embed side by side.
     """
 
     decoding: float = 0.0
@@ -21,6 +21,7 @@ class Effort:
     writing: float = 0.0
     packs: int = 0
     tokens: int = 0  # in the packs
+    on_gpu: int = 0  # images that were decoded there
 
     def since(self, before: "Effort", processes: int) -> "Effort":
         """Return what was spent since `before`; of seconds, the share of one among processes."""
@@ -30,6 +31,7 @@ class Effort:
             (self.writing - before.writing) / processes,
             self.packs - before.packs,
             self.tokens - before.tokens,
+            self.on_gpu - before.on_gpu,
         )
 
     def add(self, spent: "Effort") -> None:
@@ -39,6 +41,7 @@ class Effort:
         self.writing += spent.writing
         self.packs += spent.packs
         self.tokens += spent.tokens
+        self.on_gpu += spent.on_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class Summary:
     kept_tokens: int = 0
     shares: Shares = Shares()
     halved: int = 0  # packs that were split for want of memory
+    on_gpu: int | None = None  # images that were decoded there, where that was asked for
 
     @property
     def images_per_second(self) -> float:
@@ -142,8 +146,7 @@ class Tally:
             self.progress,
             settled=self.progress.settled + len(rows),
             errors=self.codes.total() - self.codes["ok"],
-            tokens=self.progress.tokens
-            + sum((row.rows or 0) * (row.columns or 0) for row in rows if row.status == "ok"),
+            tokens=self.progress.tokens + sum(row.patches for row in rows if row.status == "ok"),
         )
 
     def begin(self, notes: Sequence[str]) -> None:

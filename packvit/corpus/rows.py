@@ -20,3 +20,8 @@ class Row:
     frames: int | None = None
     rows: int | None = None
     columns: int | None = None
+
+    @property
+    def patches(self) -> int:
+        """How many patches it has, as far as that is known."""
+        return (self.rows or 0) * (self.columns or 0)

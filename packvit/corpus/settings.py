@@ -16,7 +16,9 @@ from packvit.config import MostPatches, Table
 from packvit.corpus import WrongUse
 from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
 from packvit.corpus.parts import DtypeOut, Outputs
+from packvit.corpus.preparing import Decode
 from packvit.encoder import Encoder, GridPolicy
+from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images import MAX_PIXELS
 from packvit.memory import peak
 from packvit.packing import PLAN_VERSION
@@ -41,6 +43,7 @@ class Options:
     dtype_out: DtypeOut = "float16"
     token_budget: int = 16384
     max_pixels: int = MAX_PIXELS
+    decode: Decode = "pil"
     image_timeout: float = IMAGE_TIMEOUT
     workers: int = 1
     pixels_in_flight: int = PIXELS_IN_FLIGHT
@@ -99,6 +102,8 @@ def check_options(options: Options) -> None:
         raise WrongUse(f"image_timeout is {options.image_timeout}, but must be above 0 seconds.")
     if options.dtype_out not in ("float16", "float32"):
         raise WrongUse(f'dtype_out is "{options.dtype_out}". Choose float16 or float32.')
+    if options.decode not in ("pil", "gpu"):
+        raise WrongUse(f'decode is "{options.decode}". Choose pil or gpu.')
 
 
 def fit_options(encoder: Encoder, options: Options, taps: Sequence[int]) -> Options:
@@ -159,6 +164,11 @@ def check_memory(encoder: Encoder, options: Options, free: int | None) -> None:
     """
     if free is None:
         return
+    beside = "the weights"
+    if options.decode == "gpu":
+        decoding = PIXELS_AT_ONCE * BYTES_A_PIXEL
+        free = max(0, free - decoding)
+        beside += f" and {decoding / 2**30:.1f} GiB for decoding"
     config, budget = encoder.config, options.token_budget
     taps = len(options.taps)
     bound = peak(config, encoder.dtype.itemsize, taps=taps, lists=taps + options.tokens)
@@ -169,8 +179,8 @@ def check_memory(encoder: Encoder, options: Options, free: int | None) -> None:
     fits = int(bound.most_tokens(free) / rows)
     advice = f"Lower token_budget to {fits}" if fits else "Choose a smaller model"
     raise WrongUse(
-        f"A pack of token_budget {budget} patches takes up to {needed / 2**30:.1f} GiB beside the "
-        f"weights, and {encoder.device} has {free / 2**30:.1f} GiB free. {advice}, or free the "
+        f"A pack of token_budget {budget} patches takes up to {needed / 2**30:.1f} GiB beside "
+        f"{beside}, and {encoder.device} has {free / 2**30:.1f} GiB free. {advice}, or free the "
         "device of other programs."
     )
 
@@ -189,6 +199,8 @@ def describe(encoder: Encoder, weights: str, options: Options) -> dict[str, Any]
             "resize": options.resize,
             "max_patches": options.max_patches,
             "max_pixels": options.max_pixels,
+            # The same pixels but of damaged scans, which the two fill otherwise: so it decides.
+            "decode": options.decode,
         },
         "device": encoder.device.type,
         "dtype": str(encoder.dtype).removeprefix("torch."),

@@ -1,8 +1,9 @@
-"""A decode worker: a process that turns inputs into patches, and never imports torch.
+"""A decode worker: a process that prepares inputs, and never imports torch.
 
 `python -m packvit.corpus.worker DESCRIPTOR` is started by `processes.py` and talks with it through
 a socket: a greeting; then for each task the pixels of its header, to be admitted, and its result.
-An error that the header shows, or an earlier one, is a result at once.
+An error that the header shows, or an earlier one, is a result at once, and so is a JPEG for the
+device. Behind a result come the bytes of its patches, or of its file.
 """
 
 import fcntl
@@ -58,6 +59,7 @@ def die_with_parent() -> None:
 def main() -> None:
     """Serve tasks until the other side has gone."""
     die_with_parent()
+    import numpy as np
     from PIL import AvifImagePlugin
 
     from packvit.corpus.preparing import prepare  # slow: by now this process cannot be orphaned
@@ -81,11 +83,14 @@ def main() -> None:
             except Exception:  # a fault of ours: told where it can be seen
                 send(link, traceback.format_exc())
                 continue
-            patches = prepared.patches
-            send(link, (prepared.row, None if patches is None else patches.shape))
-            if patches is not None:
-                link.sendall(patches.data)
-            del prepared, patches  # before the next image takes memory
+            jpeg, content = prepared.jpeg, prepared.patches
+            if jpeg:
+                content = np.frombuffer(jpeg.data, np.uint8)
+            shape = None if content is None else content.shape
+            send(link, (prepared.row, shape, jpeg and jpeg.plan))
+            if content is not None:
+                link.sendall(content.data)
+            del prepared, jpeg, content  # before the next image takes memory
     except (EOFError, ConnectionError):
         pass
 

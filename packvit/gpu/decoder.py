@@ -7,9 +7,10 @@ The files and plans come from `jpeg.plan_jpeg`, which runs wherever the bytes ar
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ from packvit.gpu.resampling import rows_first, windows
 from packvit.gpu.twins import resize
 from packvit.sizes import SizePlan
 
-PIXELS_AT_ONCE = 128 << 20  # decoded between two launches: 1 GB of planes, RGB and half-resized
+PIXELS_AT_ONCE = 128 << 20  # decoded between two launches
+# For each of them, where nothing is enlarged: planes (1.5, or 3 of 4:4:4), RGB and half-resized.
+BYTES_A_PIXEL = 9
 ALIGNMENT = 256  # bytes, of each plane and of each of its rows: whole lines of memory
 
 
@@ -41,8 +44,7 @@ class Decoded:
     failed: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Upright:
+class Upright(NamedTuple):
     """What upright_kernel is told of an image; sizes are as stored, places count bytes."""
 
     height: int
@@ -60,10 +62,11 @@ class Upright:
     chroma_columns: int
     chroma_rows: int
     out: int
+    # Rows of 16 bytes' multiples: Triton compiles anew for tables that begin elsewhere.
+    unused: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
+class Pass(NamedTuple):
     """What pass_kernel is told of an image: the size that comes out, and how to walk the source."""
 
     height: int
@@ -87,6 +90,7 @@ class JpegDecoder:
     encoder's large ones. Make it where the encoder runs, whose stream will read the patches; call
     it from a thread of its own, so that the next pack is decoded while this one is encoded.
 
+    Units: `pixels_at_once` bounds what is decoded between two launches, or one image.
     Raises: ImportError if nvJPEG or Triton is not there, with what to install; RuntimeError if the
     device has no JPEG engine, or the installed Pillow does not resize as we do.
     """
@@ -96,6 +100,8 @@ class JpegDecoder:
         images: ImageConfig,
         patch_order: PatchOrder,
         device: torch.device,
+        *,
+        pixels_at_once: int = PIXELS_AT_ONCE,
     ) -> None:
         if device.type != "cuda":
             raise RuntimeError(
@@ -111,19 +117,23 @@ class JpegDecoder:
         self.images: ImageConfig = images
         self.patch_order: PatchOrder = patch_order
         self.device = device
+        self.pixels_at_once = pixels_at_once
         with torch.cuda.device(device):
             self.consumer = torch.cuda.current_stream()
             self.stream = torch.cuda.Stream(priority=-1)
             self._nvjpeg = _engine(device)
 
-    def decode(self, files: Sequence[bytes], plans: Sequence[JpegPlan]) -> Decoded:
-        """Return the patches of `files`, laid end to end in their order, once they are there."""
+    def decode(self, files: Sequence[bytes | np.ndarray], plans: Sequence[JpegPlan]) -> Decoded:
+        """Return the patches of `files`, laid end to end in their order, once they are there.
+
+        Raises: torch.OutOfMemoryError if the device has no room for them.
+        """
         starts = list(accumulate((plan.patches for plan in plans), initial=0))
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             width = 3 * self.images.patch**2
             patches = torch.empty(starts[-1], width, dtype=torch.uint8, device=self.device)
             failed: list[int] = []
-            for first, end in groups(plans):
+            for first, end in groups(plans, self.pixels_at_once):
                 missing = self._decode_group(
                     files[first:end], plans[first:end], patches[starts[first] : starts[end]]
                 )
@@ -135,7 +145,7 @@ class JpegDecoder:
         return Decoded(patches, tuple(failed))
 
     def _decode_group(
-        self, files: Sequence[bytes], plans: Sequence[JpegPlan], out: Tensor
+        self, files: Sequence[bytes | np.ndarray], plans: Sequence[JpegPlan], out: Tensor
     ) -> list[int]:
         layout, size = lay_out(plans)
         # Zeros: what nvJPEG leaves out of a damaged file must not be another image's pixels.
@@ -146,7 +156,7 @@ class JpegDecoder:
 
     def _decode_planes(
         self,
-        files: Sequence[bytes],
+        files: Sequence[bytes | np.ndarray],
         plans: Sequence[JpegPlan],
         planes: Tensor,
         layout: Sequence[Sequence[Plane]],
@@ -186,7 +196,7 @@ def planes_to_patches(
 
     upright, first, second, table = _facts(layout, plans, images)
     sizes = (upright, first, second)
-    rows = [np.array([astuple(row) for row in part], np.int64) for part in sizes]
+    rows = [np.array(part, np.int64) for part in sizes]
     flat = [row.ravel().view(np.int32) for row in rows]
     sent = torch.from_numpy(np.concatenate([*flat, table]))
     if planes.is_cuda:
@@ -201,8 +211,8 @@ def planes_to_patches(
     rgb = planes.new_empty(sum(3 * row.height * row.width for row in upright))
     half = planes.new_empty(sum(3 * row.height * row.width for row in first))
     launch = upright_kernel[grid(rows[0])]  # pyright: ignore[reportIndexIssue] # Triton's launch
-    launch(facts[0], planes, rgb, fields=len(fields(Upright)), tile=TILE)
-    width = len(fields(Pass))
+    launch(facts[0], planes, rgb, fields=len(Upright._fields), tile=TILE)
+    width = len(Pass._fields)
     launch = pass_kernel[grid(rows[1])]  # pyright: ignore[reportIndexIssue]
     launch(facts[1], weights, rgb, half, fields=width, tile=TILE, side=0, whole=False)
     launch = pass_kernel[grid(rows[2])]  # pyright: ignore[reportIndexIssue]
@@ -315,12 +325,14 @@ def _upright(plan: JpegPlan, planes: Sequence[Plane], out: int) -> Upright:
     )
 
 
-def groups(plans: Sequence[JpegPlan]) -> Iterator[tuple[int, int]]:
-    """Yield (first, end) of runs of images that share PIXELS_AT_ONCE; one alone may be larger."""
+def groups(
+    plans: Sequence[JpegPlan], pixels_at_once: int = PIXELS_AT_ONCE
+) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of runs of images that have so many pixels; one alone may have more."""
     first = pixels = 0
     for place, plan in enumerate(plans):
         mine = plan.jpeg.height * plan.jpeg.width
-        if place > first and pixels + mine > PIXELS_AT_ONCE:
+        if place > first and pixels + mine > pixels_at_once:
             yield first, place
             first, pixels = place, 0
         pixels += mine

@@ -8,11 +8,13 @@ Source: nvjpeg.h of CUDA 13.
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
-from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from ctypes import byref, c_int, c_size_t, c_uint, c_void_p
 from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
 from weakref import finalize
+
+import numpy as np
 
 # The engine beside the SMs: it takes no time from an encoder, and its planes are libjpeg's. The
 # other backends' are not: of 40 photographs decoded on the SMs (nvJPEG 13.0) all differed.
@@ -71,7 +73,7 @@ class NvJpeg:
 
     def decode(
         self,
-        files: Sequence[bytes],
+        files: Sequence[bytes | np.ndarray],
         lengths: Sequence[int],
         planes: Sequence[Sequence[Plane]],
         stream: int,
@@ -84,6 +86,7 @@ class NvJpeg:
         """
         count = len(files)
         images = (_Image * count)()
+        starts = [np.frombuffer(file, np.uint8).ctypes.data for file in files]
         for image, ours in zip(images, planes, strict=True):
             for channel, (address, pitch) in enumerate(ours):
                 image.channel[channel], image.pitch[channel] = address, pitch
@@ -101,7 +104,7 @@ class NvJpeg:
             "nvjpegDecodeBatched",
             self._handle,
             self._state,
-            (c_char_p * count)(*files),
+            (c_void_p * count)(*starts),
             (c_size_t * count)(*lengths),
             images,
             c_void_p(stream),

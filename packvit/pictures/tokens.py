@@ -15,11 +15,11 @@ from jaxtyping import Float, UInt8
 from packvit.corpus import WrongUse
 from packvit.corpus.decoding import Decoders
 from packvit.corpus.encoding import encode_halved
+from packvit.corpus.feeding import recipe
 from packvit.corpus.inputs import Input
 from packvit.corpus.preparing import Prepared
 from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options, check_options, fit_options
-from packvit.corpus.shard import recipe
 from packvit.encoder import Encoder, Source
 from packvit.images import ImageError, load_image
 from packvit.packing import plan_packs

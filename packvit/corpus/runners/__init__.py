@@ -9,17 +9,14 @@ from functools import partial
 import torch
 
 from packvit.corpus import WrongUse
-from packvit.corpus.decoding import Decoders
+from packvit.corpus.feeding import Tools
 from packvit.corpus.runners.embedder import Job
 from packvit.corpus.runners.here import run_here
 from packvit.corpus.runners.host import run_processes
 from packvit.corpus.runners.order import Runner
-from packvit.encoder import Encoder
 
 
-def choose_runner(
-    encoder: Encoder, decoders: Decoders, job: Job, processes: int | None, ray: str | None
-) -> Runner:
+def choose_runner(tools: Tools, job: Job, processes: int | None, ray: str | None) -> Runner:
     """Return what runs a job's shards: on the cluster `ray` where it is given, else on this host.
 
     Raises: WrongUse if there are fewer GPUs than processes; ImportError if Ray is not installed.
@@ -30,13 +27,14 @@ def choose_runner(
         check_ray()
         return partial(run_ray, job, ray, processes)
     if processes is None or processes == 1:
-        return partial(run_here, encoder, decoders, job.options)
-    if encoder.device.type != "cuda":
-        return partial(run_processes, job, [str(encoder.device)] * processes)
-    if encoder.device.index not in (None, 0) or processes > torch.cuda.device_count():
+        return partial(run_here, tools)
+    device = tools.encoder.device
+    if device.type != "cuda":
+        return partial(run_processes, job, [str(device)] * processes)
+    if device.index not in (None, 0) or processes > torch.cuda.device_count():
         raise WrongUse(
             f"{processes} processes need a GPU each, the first {processes} of this host, which has "
-            f"{torch.cuda.device_count()}; device is {encoder.device}. Ask for fewer, or choose "
+            f"{torch.cuda.device_count()}; device is {device}. Ask for fewer, or choose "
             'GPUs by CUDA_VISIBLE_DEVICES and give device "cuda".'
         )
     return partial(run_processes, job, [f"cuda:{index}" for index in range(processes)])

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from packvit.corpus import EmbedderError, WrongUse
+from packvit.corpus.feeding import Tools, equip
 from packvit.corpus.folder import SPOOL, Commit, part_name, temporary_name, writing
 from packvit.corpus.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
 from packvit.corpus.shard import embed_shards
-from packvit.encoder import Encoder
 
 # Ray schedules by block, and looks after each. Up to so many shards, each is one: beyond, what a
 # lost actor repeats grows with the job.
@@ -186,14 +186,14 @@ class ShardActor:
 
         self.job = job
         self.stager = Stager(job)
-        self.decoders = job.options.decoders()
-        self.encoder: Encoder | None = None
+        self.tools: Tools | None = None
         self.failure: Exception | None = None
         try:
             os.chdir(working)  # paths were typed there
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            self.decoders.start(job.options.workers)  # while the model is loaded
-            self.encoder = load_alike(job, device)
+            decoders = job.options.decoders()
+            decoders.start(job.options.workers)  # while the model is loaded
+            self.tools = equip(load_alike(job, device), job.options, decoders)
         except Exception as error:  # told at the first call: Ray would wrap it in its own words
             self.failure = portable(error)
 
@@ -203,7 +203,7 @@ class ShardActor:
 
     def embed(self, start: int, size: int) -> Finished | Exception:
         """Embed one shard and stage its part."""
-        if self.encoder is None:
+        if self.tools is None:
             assert self.failure
             return self.failure
         try:
@@ -211,10 +211,7 @@ class ShardActor:
                 file.seek(start)
                 shard = pickle.loads(file.read(size))
             attempt = begin_attempt(Path(self.job.folder), shard.number)
-            options, effort = self.job.options, self.stager.effort
-            (part,) = embed_shards(
-                self.encoder, [shard], options, lambda rows: None, self.decoders, effort
-            )
+            (part,) = embed_shards(self.tools, [shard], lambda rows: None, self.stager.effort)
             return self.stager.stage(part, attempt=attempt)
         except Exception as error:
             return portable(error)

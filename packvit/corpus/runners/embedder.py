@@ -13,12 +13,12 @@ from typing import Any
 
 from packvit.checkpoints import CheckpointError
 from packvit.corpus import DecoderError, EmbedderError, WriteError, WrongUse
+from packvit.corpus.filling import Part
 from packvit.corpus.folder import Staged, stage
 from packvit.corpus.progress import Effort
 from packvit.corpus.resume import differences
 from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options, describe, load_encoder
-from packvit.corpus.shard import Part
 from packvit.encoder import Encoder, GridPolicy
 
 # Sentences for users.

@@ -21,11 +21,13 @@ from queue import Empty, SimpleQueue
 import torch
 
 from packvit.corpus import EmbedderError
+from packvit.corpus.feeding import equip
+from packvit.corpus.filling import Part, Shard
 from packvit.corpus.folder import Commit, part_name
 from packvit.corpus.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
-from packvit.corpus.shard import Part, Shard, embed_shards
+from packvit.corpus.shard import embed_shards
 
 SERVE = "import sys; from packvit.corpus.runners.host import serve; serve(int(sys.argv[1]))"
 IN_HAND = 2  # shards at each embedder: one to embed, and one to decode meanwhile
@@ -193,13 +195,11 @@ def serve(descriptor: int) -> None:
     try:
         with job.options.decoders() as decoders:
             decoders.start(job.options.workers)  # while the model is loaded
-            encoder = load_alike(job, device)
+            tools = equip(load_alike(job, device), job.options, decoders)
             writer.submit(connection.send, "ready")
             while True:
                 coming = at_hand(shards.get(), shards)
-                for part in embed_shards(
-                    encoder, coming, job.options, lambda rows: None, decoders, stager.effort
-                ):
+                for part in embed_shards(tools, coming, lambda rows: None, stager.effort):
                     writer.submit(bring, part)
     except Exception as error:
         writer.submit(connection.send, portable(error))

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from packvit.corpus.filling import Shard, Watch
 from packvit.corpus.folder import Commit, enter
 from packvit.corpus.progress import Effort
 from packvit.corpus.runners.embedder import Finished
-from packvit.corpus.shard import Shard, Watch
 
 TRIES = 3  # how often a shard may lose the process that embeds it
 

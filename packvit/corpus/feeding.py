@@ -1,0 +1,137 @@
+"""The JPEGs of a pack to patches on the device, while the pack before it is encoded.
+
+Decode workers hand JPEGs that the device decodes over as they are; here they become patches, in one
+call for all of a pack. What the device refuses goes through Pillow after all.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from packvit.corpus import WrongUse
+from packvit.corpus.decoding import Decoders
+from packvit.corpus.encoding import OUT_OF_MEMORY, Fed, OnDevice
+from packvit.corpus.filling import Pack
+from packvit.corpus.preparing import Prepared, Recipe
+from packvit.corpus.settings import Options
+from packvit.encoder import Encoder
+from packvit.gpu.decoder import Decoded, JpegDecoder
+from packvit.gpu.jpeg import JpegPlan
+
+# Returns files' patches on the device, and the places of those it refuses: JpegDecoder.decode.
+DecodeJpegs = Callable[[Sequence[bytes | np.ndarray], Sequence[JpegPlan]], Decoded]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tools:
+    """What shards are embedded with; `decode_jpegs` is there if the device is to decode them."""
+
+    encoder: Encoder
+    options: Options
+    decoders: Decoders
+    decode_jpegs: DecodeJpegs | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """How images become patches for the encoder."""
+        return recipe(self.encoder, self.options)
+
+
+def equip(encoder: Encoder, options: Options, decoders: Decoders) -> Tools:
+    """Return the tools that the options ask for: the one place that decides who decodes JPEGs.
+
+    Raises: WrongUse if the device is to decode them and cannot, with what is missing.
+    """
+    if options.decode == "pil":
+        return Tools(encoder, options, decoders)
+    try:
+        decoder = JpegDecoder(encoder.images, encoder.patch_order, encoder.device)
+    except (ImportError, RuntimeError) as error:
+        raise WrongUse(str(error)) from error
+    return Tools(encoder, options, decoders, decoder.decode)
+
+
+def recipe(encoder: Encoder, options: Options) -> Recipe:
+    """Return how images become patches for an encoder."""
+    return Recipe(
+        encoder.images,
+        encoder.patch_order,
+        options.resize,
+        options.max_patches,
+        options.max_pixels,
+        options.decode,
+    )
+
+
+class Feeder:
+    """A thread that turns the JPEGs of packs into patches on the device."""
+
+    def __init__(self, tools: Tools) -> None:
+        self.decode_jpegs = tools.decode_jpegs
+        self.decoders = tools.decoders
+        self.by_pillow = replace(tools.recipe, decode="pil")
+        # Packs that are fed before the one ahead of them is encoded; Pillow's need no feeding.
+        self.ahead = 0 if tools.decode_jpegs is None else 1
+        self.thread = ThreadPoolExecutor(1, "packvit-feed")
+
+    def __enter__(self) -> "Feeder":
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+    def feed_all(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack, Sequence[Fed] | None]]:
+        """Yield packs in their order, each with its images fed, and have the next fed meanwhile.
+
+        Raises: DecoderError if no worker can work; whatever `packs` raises.
+        """
+        coming: deque[tuple[Pack, Future[Sequence[Fed] | None]]] = deque()
+        for pack in packs:
+            coming.append((pack, self.thread.submit(self.decode, pack.images)))
+            if len(coming) > self.ahead:
+                yield self.arrived(*coming.popleft())
+        while coming:
+            yield self.arrived(*coming.popleft())
+
+    def arrived(
+        self, pack: Pack, future: Future[Sequence[Fed] | None]
+    ) -> tuple[Pack, Sequence[Fed] | None]:
+        """Wait for a pack, and count the images that the device decoded."""
+        fed = future.result()
+        if fed is None:  # all of them, once they are halved
+            self.decoders.on_gpu += sum(image.jpeg is not None for image in pack.images)
+        else:
+            self.decoders.on_gpu += sum(isinstance(image, OnDevice) for image in fed)
+        return pack, fed
+
+    def feed(self, images: Sequence[Prepared]) -> Sequence[Fed] | None:
+        """Return images fed: a Feed."""
+        return self.thread.submit(self.decode, images).result()
+
+    def decode(self, images: Sequence[Prepared]) -> Sequence[Fed] | None:
+        """Return images with the patches of JPEGs on the device, None if they do not fit there.
+
+        What the device refuses is read again, by Pillow, which may make an error of it.
+        """
+        places = [place for place, image in enumerate(images) if image.jpeg]
+        if not places:
+            return images
+        assert self.decode_jpegs
+        files = [image.jpeg for image in images if image.jpeg]
+        start = time.perf_counter()
+        fed: list[Fed] = list(images)
+        try:
+            decoded = self.decode_jpegs([f.data for f in files], [f.plan for f in files])
+        except OUT_OF_MEMORY:
+            return None
+        patches = decoded.patches.split([file.plan.patches for file in files])
+        for place, ours in zip(places, patches, strict=True):
+            fed[place] = OnDevice(images[place].row, ours)
+        for number in decoded.failed:
+            fed[places[number]] = self.decoders.prepare(files[number].source, self.by_pillow)
+        self.decoders.feeding += time.perf_counter() - start
+        return fed

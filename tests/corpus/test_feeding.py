@@ -1,0 +1,277 @@
+"""JPEGs that the device decodes: the same rows, patches and parts as Pillow's, whatever befalls."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jpegs import embed_with, parts, read_rows, write_mixed
+from PIL import Image
+from rotten import encode, pixels, write_good
+from small_checkpoint import write_checkpoint
+
+import packvit
+from packvit.config import ImageConfig
+from packvit.corpus import WrongUse
+from packvit.corpus.decoding import Decoders
+from packvit.corpus.encoding import OnDevice, encode_halved, land, launch, lay
+from packvit.corpus.feeding import DecodeJpegs, Feeder, Tools, equip
+from packvit.corpus.filling import Pack, Part, Shard
+from packvit.corpus.folder import fingerprint, read_commits
+from packvit.corpus.inputs import Input, list_inputs
+from packvit.corpus.parts import Outputs
+from packvit.corpus.preparing import JpegFile, Prepared, Recipe
+from packvit.corpus.resume import differences
+from packvit.corpus.rows import Row
+from packvit.corpus.settings import Options, describe
+from packvit.encoder import Encoder
+from packvit.gpu.decoder import Decoded
+from packvit.gpu.jpeg import JpegPlan, plan_jpeg
+from packvit.images import decode
+from packvit.preprocessing import cut_patches
+
+HALF = (0.5, 0.5, 0.5)
+IMAGES = ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic", sizing=None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint: Path) -> Encoder:
+    return packvit.load(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    write_mixed(folder)
+    return folder
+
+
+def by_pillow(refused: Sequence[int] = (), room: int = 1 << 30) -> DecodeJpegs:
+    """Stand in for a GPU that decodes with Pillow, has no engine for files of the widths `refused`,
+    and room for so many pixels.
+    """
+
+    def decode_jpegs(files: Sequence[bytes | np.ndarray], plans: Sequence[JpegPlan]) -> Decoded:
+        if sum(plan.jpeg.height * plan.jpeg.width for plan in plans) > room:
+            raise torch.OutOfMemoryError("There is no room for these planes.")
+        cut, failed = [], []
+        for place, (file, plan) in enumerate(zip(files, plans, strict=True)):
+            if plan.jpeg.width in refused:
+                failed.append(place)
+                cut.append(np.zeros((plan.patches, 588), np.uint8))
+                continue
+            size = plan.size
+            image = decode(bytes(file)).image.resize(
+                (size.width, size.height), Image.Resampling.BICUBIC
+            )
+            cut.append(cut_patches(np.asarray(image), 14))
+        return Decoded(torch.from_numpy(np.concatenate(cut)), tuple(failed))
+
+    return decode_jpegs
+
+
+def test_a_workers_answer_for_a_jpeg_is_its_row_as_pillow_writes_it_its_bytes_and_its_plan(
+    photos: Path,
+):
+    recipe = Recipe(IMAGES, "hwc", "native", 64, 100_000_000)
+    inputs = list(list_inputs([str(photos)]))
+    handed = 0
+    with Decoders(2) as decoders:
+        theirs = list(decoders.prepare_all(inputs, recipe, 1 << 24))
+        ours = list(decoders.prepare_all(inputs, replace(recipe, decode="gpu"), 1 << 24))
+    for source, found, right in zip(inputs, ours, theirs, strict=True):
+        if found.jpeg is None:
+            assert found.row == right.row
+            assert (found.patches is None) == (right.patches is None)
+            if found.patches is not None and right.patches is not None:
+                assert np.array_equal(found.patches, right.patches)
+            continue
+        handed += 1
+        assert found.row == right.row
+        assert found.patches is None
+        assert right.patches is not None
+        data = Path(source.path).read_bytes()
+        assert found.jpeg.source == source
+        assert bytes(found.jpeg.data) == data
+        plan = plan_jpeg(data, IMAGES, resize="native", max_patches=64)
+        assert found.jpeg.plan == plan
+        assert found.row.patches == found.jpeg.plan.patches == len(right.patches)
+    assert handed > 30
+
+
+def test_parts_are_the_same_bytes_whoever_decodes(tmp_path: Path, encoder: Encoder, photos: Path):
+    spent = [
+        embed_with(encoder, photos, tmp_path / name, decode_jpegs)
+        for name, decode_jpegs in (("pil", None), ("gpu", by_pillow()))
+    ]
+    assert len(parts(tmp_path / "pil")) > 3
+    assert parts(tmp_path / "pil") == parts(tmp_path / "gpu")
+    assert (spent[0].packs, spent[0].tokens) == (spent[1].packs, spent[1].tokens)
+    assert spent[0].on_gpu == 0
+    assert spent[1].on_gpu > 30
+    assert spent[1].decoding > 0
+
+
+def test_what_the_device_refuses_goes_through_pillow_and_nothing_is_lost(
+    tmp_path: Path, encoder: Encoder, photos: Path
+):
+    whole = embed_with(encoder, photos, tmp_path / "pil", None)
+    widths = [width for width in range(100, 201) if width % 2]
+    some = embed_with(encoder, photos, tmp_path / "some", by_pillow(refused=widths))
+    none = embed_with(encoder, photos, tmp_path / "none", by_pillow(refused=range(1, 5001)))
+    assert parts(tmp_path / "pil") == parts(tmp_path / "some") == parts(tmp_path / "none")
+    assert 0 < some.on_gpu < 30
+    assert none.on_gpu == 0
+    assert whole.tokens == some.tokens == none.tokens
+
+
+def test_a_refused_file_that_pillow_refuses_too_is_a_row_with_its_code(
+    tmp_path: Path, encoder: Encoder
+):
+    """A file that is cut off between its two readings, say: the second one is believed."""
+    names = write_good(tmp_path, 9)
+    inputs = [Input(name, str(tmp_path / name)) for name in names if name.endswith("jpg")]
+    options = Options(resize="native", max_patches=64, decode="gpu")
+    with options.decoders() as decoders:
+        tools = Tools(encoder, options, decoders, by_pillow(refused=range(5001)))
+        images = list(decoders.prepare_all(inputs, tools.recipe, 1 << 24))
+        assert all(image.jpeg for image in images)
+        data = Path(inputs[1].path).read_bytes()
+        Path(inputs[1].path).write_bytes(data[: len(data) // 2])
+        with Feeder(tools) as feeder:
+            fed = feeder.feed(images)
+            assert fed
+            assert [image.row.status for image in fed] == ["ok", "truncated", "ok"]
+            encoded, _, pieces = encode_halved(encoder, images, options, feeder.feed)
+            lone, _, _ = encode_halved(encoder, images[1:2], options, feeder.feed)
+    assert pieces == 1
+    assert [image.row.status for image in encoded] == ["ok", "truncated", "ok"]
+    assert [len(image.pooled) for image in encoded] == [32, 0, 32]
+    assert [image.row.status for image in lone] == ["truncated"]
+    alone, _ = land(launch(encoder, [fed[0], fed[2]], options), "float16")
+    assert np.array_equal(alone[1].pooled, encoded[2].pooled)
+
+
+def test_a_pack_that_the_device_has_no_room_to_decode_is_halved_and_noted(
+    tmp_path: Path, encoder: Encoder, photos: Path
+):
+    embed_with(encoder, photos, tmp_path / "pil", None)
+    embed_with(encoder, photos, tmp_path / "gpu", by_pillow(room=24_000))
+    entries = read_commits(tmp_path / "gpu")
+    assert sum(entry.halved for entry in entries) > 0
+    lost = 0
+    for row, right in zip(read_rows(tmp_path / "gpu"), read_rows(tmp_path / "pil"), strict=True):
+        if row["status"] == "out_of_memory":
+            lost += 1
+            assert row["id"].startswith("jpeg-")
+            assert row["width"] * row["height"] > 24_000
+            assert (row["stage"], row["pooled"]) == ("encode", None)
+        elif row["status"] == "ok":
+            assert np.abs(np.subtract(row["pooled"], right["pooled"])).max() <= 2e-5
+        else:
+            assert row == right
+    assert 0 < lost < 10
+
+
+def test_a_workers_fault_ends_the_job_from_whichever_thread_it_is_seen(
+    tmp_path: Path, encoder: Encoder, photos: Path
+):
+    def broken(files: Sequence[bytes | np.ndarray], plans: Sequence[JpegPlan]) -> Decoded:
+        raise RuntimeError("the device is gone")
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        embed_with(encoder, photos, tmp_path / "out", broken)
+
+
+def test_patches_of_host_and_device_are_laid_in_the_packs_order():
+    draw = np.random.default_rng(0)
+    cut = [draw.integers(0, 256, (length, 588), dtype=np.uint8) for length in (3, 1, 4, 2)]
+    row = Row("")
+    for mask in range(16):
+        images = [
+            OnDevice(row, torch.from_numpy(patches))
+            if mask >> place & 1
+            else Prepared(row, patches)
+            for place, patches in enumerate(cut)
+        ]
+        assert np.array_equal(lay(images, torch.device("cpu")).numpy(), np.concatenate(cut))
+
+
+def test_jpegs_that_wait_for_their_pack_count_by_their_bytes(tmp_path: Path):
+    """With a budget of nothing one file comes at a time, until they are let go of."""
+    names = write_good(tmp_path, 30)
+    inputs = [Input(name, str(tmp_path / name)) for name in names if name.endswith("jpg")]
+    recipe = Recipe(IMAGES, "hwc", "native", 64, 100_000_000, "gpu")
+    sizes = [os.path.getsize(source.path) // 3 for source in inputs]
+    taken: list[Prepared] = []
+    with (
+        Decoders(2, pixels_in_flight=1) as decoders,
+        decoders.line(inputs, recipe, 1 << 24) as line,
+    ):
+        for image in line.take():
+            taken.append(image)
+            assert line.begun <= line.wanted + 1
+            assert line.held == sum(sizes[: len(taken)])
+        line.let_go(taken)
+        assert line.held == line.waiting == line.pixels == 0
+    assert [image.row.status for image in taken] == ["ok"] * 10
+
+
+@pytest.mark.parametrize(("decode_jpegs", "ahead"), [(by_pillow(), 1), (None, 0)])
+def test_one_pack_is_decoded_while_another_is_encoded_and_pillows_wait_for_none(
+    encoder: Encoder, decode_jpegs: DecodeJpegs | None, ahead: int
+):
+    data = encode(pixels(56, 56), "JPEG")
+    plan = plan_jpeg(data, IMAGES)
+    assert isinstance(plan, JpegPlan)
+    row, source = Row("a.jpg", rows=4, columns=4), Input("a.jpg", "a.jpg")
+    image = Prepared(row, jpeg=JpegFile(data, plan, source))
+    if decode_jpegs is None:
+        image = Prepared(row, np.zeros((16, 588), np.uint8))
+    part = Part.of(Shard(0, (source,) * 6), Outputs(32, (), "float16"))
+    pulled = 0
+
+    def packs() -> Iterator[Pack]:
+        nonlocal pulled
+        for place in range(6):
+            pulled += 1
+            yield Pack(part, [place], [image])
+
+    with Decoders(1) as decoders, Feeder(Tools(encoder, Options(), decoders, decode_jpegs)) as feed:
+        for number, (pack, fed) in enumerate(feed.feed_all(packs()), 1):
+            assert pulled == min(6, number + ahead)
+            assert pack.places == [number - 1]
+            assert fed
+            assert isinstance(fed[0], OnDevice) == bool(ahead)
+
+
+def test_asking_for_a_gpu_where_there_is_none_is_refused_in_a_sentence(
+    tmp_path: Path, encoder: Encoder, checkpoint: Path, photos: Path
+):
+    with pytest.raises(WrongUse, match=r"needs a CUDA device, but the encoder is on cpu\. Move"):
+        packvit.embed(photos, out=tmp_path / "out", model=encoder, decode="gpu")
+    with pytest.raises(WrongUse, match=r"needs a CUDA device"):
+        packvit.embed(
+            photos, out=tmp_path / "out", model=checkpoint, device="cpu", decode="gpu", processes=2
+        )
+    assert not (tmp_path / "out").exists()
+    with Decoders(1) as decoders:
+        assert equip(encoder, Options(), decoders).decode_jpegs is None
+
+
+def test_jobs_that_decode_otherwise_are_told_apart(encoder: Encoder):
+    """Damaged scans differ, so that a folder of both kinds would be neither job's."""
+    by_pil, by_gpu = (
+        describe(encoder, "", Options(resize="native", max_patches=64, decode=decode))
+        for decode in ("pil", "gpu")
+    )
+    assert list(differences(by_pil, by_gpu)) == ['preprocessing.decode: "pil" -> "gpu"']
+    assert fingerprint(by_pil) != fingerprint(by_gpu)
