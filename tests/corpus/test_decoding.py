@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rotten import encode, exif, pixels, write_good, write_rotten
-from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit.config import ImageConfig
@@ -41,11 +40,6 @@ def worker() -> Iterator[Worker]:
     worker.await_ready()
     yield worker
     worker.end()
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    return packvit.load(write_checkpoint(tmp_path_factory.mktemp("checkpoint")), device="cpu")
 
 
 @pytest.fixture(scope="module")
