@@ -351,9 +351,10 @@ def test_elsewhere_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]):
     meter.start -= 100
     shares = Shares(decoding=0.5, encoding=0.98, fill=0.97)
     meter.tell(Progress(4000, settled=1000, errors=1, tokens=200_000, shares=shares))
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("0 of 4,000 images, 0.0 images/s, 0 tokens/s, 0 errors, decoding 0%")
-    assert first.endswith("unknown time left")
+    meter.tell(Progress(4000, settled=2000, errors=1000))  # without a pack, as for `packvit pca`
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "0 of 4,000 images, 0 errors"
+    assert third.endswith(", 20.0 images/s, 0 tokens/s, 1,000 errors, 2 min left")
     assert second == (
         "1,000 of 4,000 images, 10.0 images/s, 2,000 tokens/s, 1 error, "
         "decoding 50%, encoding 98%, packs 97% full, 5 min left"
