@@ -29,6 +29,7 @@ from packvit.corpus.folder import (
     write_manifest,
 )
 from packvit.corpus.job import embed
+from packvit.encoder import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,16 @@ def test_what_is_no_feature_folder_is_wrong_use(tmp_path: Path):
         result = invoke(folder)
         assert result.exit_code == 2
         assert "Name the folder that was given to embed as --out." in result.stderr
+
+
+def test_a_folder_whose_name_is_not_utf_8_goes_on_and_is_checked_like_any(
+    tmp_path: Path, encoder: Encoder
+):
+    write_good(tmp_path / "photos", 3)
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xe9"))
+    embed(tmp_path / "photos", out=out, model=encoder)
+    assert embed(tmp_path / "photos", out=out, model=encoder, format="npy").kept_rows == 3
+    assert check_folder(out).faults == []
 
 
 def test_checking_does_not_load_torch(out: Path):
