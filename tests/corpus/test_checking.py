@@ -34,14 +34,15 @@ from packvit.encoder import Encoder
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished job of 70 inputs, one of them an error, in two parts, with a certificate."""
+    """A finished job of 70 inputs, one an error, in two parts, with matrix and certificate."""
     folder = tmp_path_factory.mktemp("finished")
     (first, *_) = write_good(folder / "photos", 9)
     for number in range(60):
         os.link(folder / "photos" / first, folder / "photos" / f"{number:03}.jpg")
     (folder / "photos" / "bad.jpg").touch()
     encoder = packvit.load(write_checkpoint(folder / "checkpoint"), device="cpu")
-    embed(folder / "photos", out=folder / "out", model=encoder, tokens=True, max_patches=9)
+    photos, out = folder / "photos", folder / "out"
+    embed(photos, out=out, model=encoder, tokens=True, max_patches=9, format="npy")
     certificate = encode_certificate({"verdict": "equal", "rows": [1, 2, 3]})
     (folder / "out" / "certificate.json").write_bytes(certificate)
     manifest = read_manifest(folder / "out")
@@ -81,9 +82,11 @@ def test_each_of_200_flipped_bits_in_any_file_is_found(out: Path):
     assert [path.name for path in files] == [
         "certificate.json",
         "commits.jsonl",
+        "ids.jsonl",
         "manifest.json",
         "part-00000.parquet",
         "part-00001.parquet",
+        "pooled.npy",
     ]
     draw, found = random.Random(0), 0
     for trial in range(200):
