@@ -84,7 +84,7 @@ def test_pillows_own_test_images_and_ours_end_as_a_row_each(tmp_path: Path, corp
 
 
 def test_none_of_them_takes_a_worker_more_memory_than_its_pixels_allow(corpus: list[str]):
-    worker, largest = Worker(), 0
+    worker, largest, peak = Worker(), 0, 0
 
     def admit(pixels: int) -> None:
         nonlocal largest
