@@ -28,8 +28,8 @@ import packvit
 from packvit.bench.measuring import interleave, median_ms, times_faster, where
 
 BASELINE = "1 process"
-PHOTOS = 256
-PATCHES = 512
+PHOTOS = 400
+PATCHES = 256
 
 
 def write_photos(folder: Path) -> None:
