@@ -3,11 +3,19 @@
 Each encodes on one thread and decodes in one worker beside it, with the model of the package, and
 what each takes to start is counted: that is why the photographs are many.
 
+CPU seconds are those of all processes of a job. Where `cpus_had` of two processes is far below 2,
+other programs had the rest of the machine, and the ratio of the times is theirs as well. What then
+remains is `times_faster_if_alone`: what the CPU seconds come to on a CPU for each process, none of
+which waits for another.
+
 python -m benchmarks.processes
 """
 
 import json
+import os
+import statistics
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,8 +28,8 @@ import packvit
 from packvit.bench.measuring import interleave, median_ms, times_faster, where
 
 BASELINE = "1 process"
-PHOTOS = 800
-PATCHES = 512
+PHOTOS = 400
+PATCHES = 256
 
 
 def write_photos(folder: Path) -> None:
@@ -34,6 +42,17 @@ def write_photos(folder: Path) -> None:
         Image.fromarray((slopes + noise).astype(np.uint8)).save(folder / f"{number}.jpg")
 
 
+def name(count: int) -> str:
+    """Return what a job of so many processes is called."""
+    return BASELINE if count == 1 else f"{count} processes"
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of all that it started and that have ended."""
+    now = os.times()
+    return now.user + now.system + now.children_user + now.children_system
+
+
 def main() -> None:
     """Print one JSON object with the machine and the results."""
     torch.set_num_threads(1)
@@ -41,9 +60,11 @@ def main() -> None:
         photos = Path(scratch) / "photos"
         photos.mkdir()
         write_photos(photos)
-        runs = {
-            f"{count} process{'es' if count > 1 else ''}": partial(
-                packvit.embed,
+        spent: dict[str, list[tuple[float, float]]] = {}  # wall and CPU seconds of each job
+
+        def embed(count: int) -> None:
+            wall, used = time.perf_counter(), cpu_seconds()
+            packvit.embed(
                 photos,
                 out=Path(scratch) / str(count),
                 model="tiny",
@@ -54,15 +75,21 @@ def main() -> None:
                 processes=count,
                 overwrite=True,
             )
-            for count in (1, 2)
-        }
+            took = time.perf_counter() - wall, cpu_seconds() - used
+            spent.setdefault(name(count), []).append(took)
+
+        runs = {name(count): partial(embed, count) for count in (1, 2)}
         taken = interleave(runs, rounds=3, warmup=0)
+    cpu = {run: statistics.median(used for _, used in spent[run]) for run in runs}
     results = {
-        name: {
-            "median_ms": median_ms(taken, name),
-            "times_faster_than_baseline": times_faster(taken, name, BASELINE),
+        run: {
+            "median_ms": median_ms(taken, run),
+            "times_faster_than_baseline": times_faster(taken, run, BASELINE),
+            "cpu_seconds": cpu[run],
+            "times_faster_if_alone": count * cpu[name(1)] / cpu[name(count)],
+            "cpus_had": statistics.median(used / wall for wall, used in spent[run]),
         }
-        for name in runs
+        for count, run in enumerate(runs, 1)
     }
     load = {"photos": PHOTOS, "patches": PATCHES, "model": "tiny"}
     report = where() | {"workload": load, "baseline": BASELINE, "results": results}

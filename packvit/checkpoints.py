@@ -229,6 +229,12 @@ def placed(folder: Path, weight_map: Mapping[str, str]) -> Tensors:
 
 def open_weights(path: Path) -> safe_open:
     """Open a safetensors file: its header is checked against its size, no tensor is read."""
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    if name != str(path):
+        raise CheckpointError(
+            f"{name} cannot be opened: safetensors takes only paths that are UTF-8, and this one "
+            "is not. Rename the folder."
+        )
     try:
         return safe_open(path, framework="pt", device="cpu")
     except OSError as error:

@@ -44,6 +44,9 @@ CODES = {
 }
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 100_000_000
+# Pillow takes some 16 bytes a pixel to decode these, and up to 8 for others. Their decoders give a
+# frame as bytes, to be copied; WebP's keeps two canvases too, and two copies of the file.
+HEAVY = frozenset({"AVIF", "WEBP"})
 MAX_BYTES = 2**31  # a sparse file of a terabyte costs nothing to make and all memory to read
 
 
@@ -132,7 +135,7 @@ class Opened:
 
     image: ImageFile.ImageFile
     file: BytesIO
-    pixels: int
+    pixels: int  # as a budget of memory counts them: those of HEAVY twice
     warns: bool  # decoding may make Pillow warn
 
 
@@ -156,7 +159,8 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
     image = _open(data, file)
     _check(image, max_pixels)
     warns = image.format == "TIFF" or (image.format == "PNG" and b"acTL" in data)
-    return Opened(image, file, image.width * image.height, warns)
+    pixels = image.width * image.height * (2 if image.format in HEAVY else 1)
+    return Opened(image, file, pixels, warns)
 
 
 def decode_opened(opened: Opened) -> Photo:

@@ -407,6 +407,15 @@ def test_a_pipe_a_folder_or_a_broken_link_is_refused_without_waiting(tmp_path: P
 # --------------------------------------------------------------------------------- damaged files
 
 
+def test_a_folder_whose_name_is_not_utf_8_is_refused_in_a_sentence(tmp_path: Path):
+    folder = Path(os.fsdecode(os.fsencode(written(tmp_path / "a")) + b"\xe9"))
+    (tmp_path / "a").rename(folder)
+    assert refusal(folder) == (
+        f"{tmp_path}/a\\xe9/{WEIGHTS} cannot be opened: safetensors takes only paths that are "
+        "UTF-8, and this one is not. Rename the folder."
+    )
+
+
 def test_a_file_cut_anywhere_is_refused_when_it_is_opened(tmp_path: Path):
     path = written(tmp_path) / WEIGHTS
     whole = path.read_bytes()

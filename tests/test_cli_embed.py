@@ -236,7 +236,7 @@ def test_a_full_disk_is_a_failure_in_a_sentence_and_what_was_committed_stays(
 ):
     result = invoke(many, "--model", checkpoint, "--out", full_disk / "out", "--tokens")
     assert result.exit_code == 1
-    (line,) = result.stderr.splitlines()
+    *_, line = result.stderr.splitlines()  # a slow machine may say how far it came
     assert "could not be written: No space left on device. Mend that, then start the job" in line
     assert 0 < check_whole(full_disk / "out") < 3000
 
@@ -353,9 +353,10 @@ def test_elsewhere_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]):
     meter.start -= 100
     shares = Shares(decoding=0.5, encoding=0.98, fill=0.97)
     meter.tell(Progress(4000, settled=1000, errors=1, tokens=200_000, shares=shares))
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("0 of 4,000 images, 0.0 images/s, 0 tokens/s, 0 errors, decoding 0%")
-    assert first.endswith("unknown time left")
+    meter.tell(Progress(4000, settled=2000, errors=1000))  # without a pack, as for `packvit pca`
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "0 of 4,000 images, 0 errors"
+    assert third.endswith(", 20.0 images/s, 0 tokens/s, 1,000 errors, 2 min left")
     assert second == (
         "1,000 of 4,000 images, 10.0 images/s, 2,000 tokens/s, 1 error, "
         "decoding 50%, encoding 98%, packs 97% full, 5 min left"

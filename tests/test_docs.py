@@ -1,5 +1,6 @@
 """The docs say what the code does today: blocks run, generated pages are fresh, links lead on."""
 
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +34,32 @@ def test_every_python_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.
     assert code
     for block in code:
         exec(compile(block, "docs", "exec"), {})
+
+
+@pytest.mark.soak
+def test_the_walk_through_embedding_does_as_it_says(tmp_path: Path):
+    page = (ROOT / "docs" / "embedding.md").read_text()
+    walk = page.partition("## A walk")[2].partition("\n## ")[0]
+    blocks = dict.fromkeys(("bash", ""), "")
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", walk, re.S | re.M):
+        blocks[language] += block
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-c", f"set -eu\n{blocks['bash']}"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = {" ".join(line.split()) for line in (done.stdout + done.stderr).splitlines()}
+    shown = {" ".join(line.split()) for line in blocks[""].splitlines()} - {"..."}
+    # How many were written when the job was killed is for the clock to say.
+    for word in ("kept", "are written already"):
+        assert any(word in line for line in said)
+        shown = {line for line in shown if word not in line}
+    assert shown <= said, done.stderr
 
 
 def test_generated_pages_are_fresh():

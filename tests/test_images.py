@@ -13,7 +13,7 @@ import pytest
 from PIL import AvifImagePlugin, Image, ImageFile
 from rotten import ENCODINGS, ORIENTATION, encode, exif, pixels, write_rotten
 
-from packvit.images import CODES, ImageError, decode, load_image, read_file
+from packvit.images import CODES, ImageError, decode, load_image, open_image, read_file
 
 # What stored pixels look like upright, in the words of numpy instead of Pillow's.
 UPRIGHT = {
@@ -173,6 +173,13 @@ def test_a_format_that_this_pillow_was_built_without_is_named(monkeypatch: pytes
     data = encode(pixels(20, 30), "AVIF")
     monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
     assert failure(data) == ("unsupported_format", "header", "this Pillow lacks AVIF")
+
+
+def test_formats_that_take_twice_the_memory_count_twice_and_no_limit_knows_it():
+    kinds = {"JPEG": 1, "PNG": 1, "GIF": 1, "BMP": 1, "TIFF": 1, "WEBP": 2, "AVIF": 2}
+    counts = {kind: open_image(encode(pixels(20, 30), kind)).pixels for kind in kinds}
+    assert counts == {kind: times * 600 for kind, times in kinds.items()}
+    assert decode(encode(pixels(20, 30), "WEBP"), max_pixels=600).width == 30
 
 
 def test_the_pixel_limit_is_ours_and_holds_for_every_source():

@@ -41,7 +41,8 @@ def check(context: click.Context, folder: str, as_json: bool) -> None:
             click.echo(f"{fault.file} {fault.found}\n  {fault.mend}")
         faults = f"{len(found.faults)} fault{'' if len(found.faults) == 1 else 's'}"
         click.echo(
-            f"{found.folder}: {found.parts:,} whole parts with {found.rows:,} rows, {bad:,} of "
-            f"them errors, and {found.tokens:,} tokens; {faults if found.faults else 'all is well'}"
+            f"{found.folder}: {found.parts:,} whole part{'' if found.parts == 1 else 's'} with "
+            f"{found.rows:,} row{'' if found.rows == 1 else 's'}, {bad:,} of them errors, and "
+            f"{found.tokens:,} tokens; {faults if found.faults else 'all is well'}"
         )
     context.exit(1 if found.faults else 0)

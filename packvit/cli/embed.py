@@ -317,12 +317,7 @@ def as_table(summary: Summary) -> str:
         rows.append(("passed over", f"{summary.ignored:,} files of other kinds"))
     rows += [
         ("tokens", f"{summary.tokens:,}"),
-        (
-            "time",
-            f"{duration(summary.seconds)}: {summary.images_per_second:,.1f} images/s, "
-            f"{summary.tokens_per_second:,.0f} tokens/s",
-        ),
-        *busiest(summary),
+        *effort(summary),
         ("model", summary.model),
         ("folder", summary.folder),
     ]
@@ -330,11 +325,16 @@ def as_table(summary: Summary) -> str:
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
 
-def busiest(summary: Summary) -> Iterator[tuple[str, str]]:
+def effort(summary: Summary) -> Iterator[tuple[str, str]]:
     """Yield the lines that say where the time went; none where nothing was done."""
     shares = summary.shares
     if summary.kept_rows == summary.rows:
         return
+    yield (
+        "time",
+        f"{duration(summary.seconds)}: {summary.images_per_second:,.1f} images/s, "
+        f"{summary.tokens_per_second:,.0f} tokens/s",
+    )
     parts = ", ".join(f"{n} {getattr(shares, n):.0%}" for n in ("decoding", "encoding", "writing"))
     yield "busy", f"{parts} of the time; the slowest is {shares.slowest}"
     if shares.fill:

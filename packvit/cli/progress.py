@@ -31,31 +31,21 @@ class Meter:
         self.last = progress
         self.draw(progress)
 
-    def rates(self, progress: Progress) -> str:
-        """Say images and tokens by second, and errors."""
-        seconds = max(time.monotonic() - self.start, 1e-6)
-        errors = f"{progress.errors:,} error{'' if progress.errors == 1 else 's'}"
-        return (
-            f"{(progress.settled - self.first.settled) / seconds:,.1f} images/s, "
-            f"{(progress.tokens - self.first.tokens) / seconds:,.0f} tokens/s, {errors}"
-        )
-
-    def shares(self, progress: Progress) -> str:
-        """Say which part of the time decoders and encoder were busy, and how full packs are."""
-        shares = progress.shares
-        return (
-            f"decoding {shares.decoding:.0%}, encoding {shares.encoding:.0%}, "
-            f"packs {shares.fill:.0%} full"
-        )
-
-    def left(self, progress: Progress) -> str:
-        """Say how long the rest takes at this rate."""
+    def describe(self, progress: Progress) -> str:
+        """Say what is known: no speed before the first image, nothing of packs before the first."""
         settled = progress.settled - self.first.settled
+        errors = f"{progress.errors:,} error{'' if progress.errors == 1 else 's'}"
         if not settled:
-            return "unknown time left"
-        seconds = time.monotonic() - self.start
+            return errors
+        seconds = max(time.monotonic() - self.start, 1e-6)
+        tokens = progress.tokens - self.first.tokens
+        said = [f"{settled / seconds:,.1f} images/s", f"{tokens / seconds:,.0f} tokens/s", errors]
+        shares = progress.shares
+        if shares.fill:
+            said += [f"decoding {shares.decoding:.0%}", f"encoding {shares.encoding:.0%}"]
+            said.append(f"packs {shares.fill:.0%} full")
         rest = seconds * (progress.rows - progress.settled) / settled
-        return f"{duration(rest)} left"
+        return ", ".join([*said, f"{duration(rest)} left"])
 
 
 def opening(progress: Progress) -> Iterator[str]:
@@ -91,7 +81,7 @@ def show_progress() -> Iterator[Meter]:
         task = bar.add_task("loading the model", total=None)
 
         def draw(progress: Progress) -> None:
-            text = ", ".join(say(progress) for say in (meter.rates, meter.shares, meter.left))
+            text = meter.describe(progress)
             bar.update(task, total=progress.rows, completed=progress.settled, description=text)
 
         meter.draw = draw
@@ -108,8 +98,7 @@ def plain_lines(meter: Meter, pause: float = PAUSE) -> Callable[[Progress], None
             return
         due = time.monotonic() + pause
         click.echo(
-            f"{progress.settled:,} of {progress.rows:,} images, {meter.rates(progress)}, "
-            f"{meter.shares(progress)}, {meter.left(progress)}",
+            f"{progress.settled:,} of {progress.rows:,} images, {meter.describe(progress)}",
             err=True,
         )
 

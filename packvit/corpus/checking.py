@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from packvit.corpus import WrongUse
 from packvit.corpus.folder import (
@@ -32,7 +31,7 @@ from packvit.corpus.folder import (
     read_log,
     read_manifest,
 )
-from packvit.corpus.parts import Outputs
+from packvit.corpus.parts import Outputs, read_part
 from packvit.corpus.resume import find_damage, find_fault, is_ours, left_over
 from packvit.images import CODES
 
@@ -76,9 +75,10 @@ def check_folder(folder: Path) -> Check:
     Raises: WrongUse if it is no feature folder; OSError if a file can't be read.
     """
     if not folder.is_dir() or not (is_ours(folder) or (folder / COMMITS).is_file()):
+        holds = f"it holds neither a {MANIFEST} of packvit's nor a {COMMITS}"
         raise WrongUse(
-            f"{folder} is no feature folder: it holds neither a {MANIFEST} of packvit's nor a "
-            f"{COMMITS}. Name the folder that was given to embed as --out."
+            f"{folder} is no feature folder: {holds if folder.exists() else 'it is not there'}. "
+            "Name the folder that was given to embed as --out."
         )
     check = Check(str(folder))
     manifest = check_manifest(check, folder)
@@ -157,7 +157,7 @@ def check_part(
         check.add(entry.part, f"{fault}.")
         return
     try:
-        table = pq.read_table(folder / entry.part, page_checksum_verification=True)
+        table = read_part(folder / entry.part)
         plain = table.select(["id", "status", "stage", "frames", "rows", "columns"]).to_pydict()
     except (OSError, pa.ArrowException, KeyError) as error:
         check.add(entry.part, f"cannot be read as a part ({type(error).__name__}).", BUG)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from packvit.corpus import WrongUse
 from packvit.corpus.folder import IDS, POOLED, sync_names, temporary_name, writing
+from packvit.corpus.parts import read_part
 from packvit.corpus.resume import find_damage
 
 Format = Literal["parquet", "npy"]
@@ -93,5 +93,5 @@ def write_ids(file: BinaryIO, folder: Path, parts: Sequence[str]) -> None:
 def read(folder: Path, parts: Sequence[str], columns: list[str]) -> Iterator[list[Any]]:
     """Yield these columns of one part after another, each as one array."""
     for part in parts:
-        table = pq.read_table(folder / part, columns=columns, page_checksum_verification=True)
+        table = read_part(folder / part, columns)
         yield [table[name].combine_chunks() for name in columns]

@@ -246,7 +246,8 @@ def read_url_folder(folder: bytes, chain: bytes) -> Iterator[Entry]:
         found = files.ls(place, detail=True)
     for item in found:
         name = os.fsencode(item["name"].rstrip("/").rpartition("/")[2])
-        if item["name"].rstrip("/") != place.rstrip("/"):  # some list a folder in itself
+        itself = item["name"].rstrip("/") == place.rstrip("/") or name in (b".", b"..")
+        if not itself:  # some list a folder in itself, and would so for ever
             path = folder.rstrip(b"/") + b"/" + name
             if folder.endswith(b"://"):
                 path = folder + name

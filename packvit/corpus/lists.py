@@ -4,7 +4,7 @@ import codecs
 import csv
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any
 
 from packvit.corpus import WrongUse
 from packvit.corpus.archives import describe
@@ -38,7 +38,7 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
         raise WrongUse(f"The list {path} cannot be read after row {number}.") from error
 
 
-def read_lines(file: BinaryIO) -> Iterator[bytes]:
+def read_lines(file: Any) -> Iterator[bytes]:
     """Yield the lines of a text that are not empty."""
     for line in file:
         name = line.rstrip(b"\r\n")
@@ -46,7 +46,7 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
             yield name
 
 
-def read_csv(path: str, file: BinaryIO, column: str) -> Iterator[bytes]:
+def read_csv(path: str, file: Any, column: str) -> Iterator[bytes]:
     """Yield a column of a CSV file whose first line names its columns."""
     try:
         rows = csv.reader(codecs.iterdecode(file, "utf-8-sig", "surrogateescape"))
@@ -62,7 +62,7 @@ def read_csv(path: str, file: BinaryIO, column: str) -> Iterator[bytes]:
         raise WrongUse(f"{path} is no CSV file that can be read: {error}.") from error
 
 
-def read_parquet(path: str, file: BinaryIO, column: str) -> Iterator[bytes]:
+def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
     """Yield a column of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq

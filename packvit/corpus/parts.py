@@ -4,8 +4,10 @@ The same rows give the same bytes, and a bit that flips in them is caught by a r
 page checksums (in pyarrow: `page_checksum_verification=True`).
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -91,6 +93,15 @@ def vectors(
         kind = kind.value_type
     flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind.value_type)
     return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
+
+
+def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Return a part, or columns of it, every page's checksum verified.
+
+    Raises: OSError or pyarrow.ArrowException if it cannot be read as one.
+    """
+    with pa.OSFile(os.fsencode(path)) as file:  # as text, pyarrow takes only paths that are UTF-8
+        return pq.read_table(file, columns=columns, page_checksum_verification=True)
 
 
 def encode_parquet(table: pa.Table) -> pa.Buffer:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from packvit.corpus import WrongUse
 from packvit.corpus.folder import (
     CERTIFICATE,
@@ -35,6 +33,7 @@ from packvit.corpus.folder import (
     write_commits,
     writing,
 )
+from packvit.corpus.parts import read_part
 from packvit.corpus.rows import Row
 
 # What a manifest says beside the job: of one job, they may differ.
@@ -173,7 +172,7 @@ def read_rows(folder: Path, entry: Commit) -> list[Row]:
     """Return what a whole part says of its inputs, as far as a summary counts it."""
     columns = ["id", "status", "rows", "columns"]
     with reading(folder / entry.part):
-        table = pq.read_table(folder / entry.part, columns=columns)
+        table = read_part(folder / entry.part, columns)
     return [Row(**values) for values in table.to_pylist()]
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 from packvit.corpus import WrongUse
 from packvit.images import MAX_BYTES, ImageError, find_file, read_file
@@ -97,8 +97,10 @@ def find_url(url: str) -> tuple[Any, str]:
         ) from error
 
 
-def open_source(path: str) -> BinaryIO:
-    """Open a file or URL for reading; a pipe is never waited for.
+def open_source(path: str) -> Any:
+    """Open a file or URL for reading its bytes; a pipe is never waited for.
+
+    Any, since fsspec's files do what a BinaryIO does and are none.
 
     Raises: ImageError missing, not_a_file or unreadable.
     """
@@ -115,8 +117,13 @@ def read_url(url: str, member: Member | None) -> bytes:
     with unreadable():
         files, place = find_url(url)
         if member:
+            if not member.size:
+                return b""
             end = member.offset + member.size
-            return files.cat_file(place, start=member.offset, end=end) if member.size else b""
+            data = files.cat_file(place, start=member.offset, end=end)
+            if len(data) > member.size:  # all of it: from the start, and again for every member
+                raise ImageError("unreadable", "read", "its server sends no parts of a file")
+            return data
         found = files.info(place)
         if found["type"] != "file":
             raise ImageError("not_a_file", "read")
@@ -136,13 +143,24 @@ def unreadable() -> Iterator[None]:
     except (ImageError, WrongUse, ImportError):
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError("missing", "read") from error
+        raise ImageError("missing" if is_gone(error) else "unreadable", "read") from error
     except IsADirectoryError as error:
         raise ImageError("not_a_file", "read") from error
     except MemoryError as error:
         raise ImageError("out_of_memory", "read") from error
     except Exception as error:
         raise ImageError("unreadable", "read") from error
+
+
+def is_gone(error: OSError) -> bool:
+    """Tell whether there is really no such file.
+
+    fsspec's http says so of whatever a server answers; what it answered is the cause.
+    """
+    cause = error.__cause__
+    if isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp."):
+        return getattr(cause, "status", None) in (404, 410)
+    return True
 
 
 class Cells:

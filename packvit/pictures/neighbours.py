@@ -160,7 +160,10 @@ def read_vectors(folder: Path) -> Iterator[tuple[list[str], np.ndarray]]:
     """
     for entry in read_commits(folder):
         try:
-            with pq.ParquetFile(folder / entry.part, page_checksum_verification=True) as part:
+            with (
+                pa.OSFile(os.fsencode(folder / entry.part)) as file,
+                pq.ParquetFile(file, page_checksum_verification=True) as part,
+            ):
                 columns = ["id", "status", "pooled"]
                 for batch in part.iter_batches(BATCH, columns=columns):
                     good = batch.filter(pa.array(batch["status"].to_numpy(False) == "ok"))

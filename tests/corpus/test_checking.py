@@ -29,18 +29,20 @@ from packvit.corpus.folder import (
     write_manifest,
 )
 from packvit.corpus.job import embed
+from packvit.encoder import Encoder
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished job of 70 inputs, one of them an error, in two parts, with a certificate."""
+    """A finished job of 70 inputs, one an error, in two parts, with matrix and certificate."""
     folder = tmp_path_factory.mktemp("finished")
     (first, *_) = write_good(folder / "photos", 9)
     for number in range(60):
         os.link(folder / "photos" / first, folder / "photos" / f"{number:03}.jpg")
     (folder / "photos" / "bad.jpg").touch()
     encoder = packvit.load(write_checkpoint(folder / "checkpoint"), device="cpu")
-    embed(folder / "photos", out=folder / "out", model=encoder, tokens=True, max_patches=9)
+    photos, out = folder / "photos", folder / "out"
+    embed(photos, out=out, model=encoder, tokens=True, max_patches=9, format="npy")
     certificate = encode_certificate({"verdict": "equal", "rows": [1, 2, 3]})
     (folder / "out" / "certificate.json").write_bytes(certificate)
     manifest = read_manifest(folder / "out")
@@ -80,9 +82,11 @@ def test_each_of_200_flipped_bits_in_any_file_is_found(out: Path):
     assert [path.name for path in files] == [
         "certificate.json",
         "commits.jsonl",
+        "ids.jsonl",
         "manifest.json",
         "part-00000.parquet",
         "part-00001.parquet",
+        "pooled.npy",
     ]
     draw, found = random.Random(0), 0
     for trial in range(200):
@@ -221,6 +225,16 @@ def test_what_is_no_feature_folder_is_wrong_use(tmp_path: Path):
         result = invoke(folder)
         assert result.exit_code == 2
         assert "Name the folder that was given to embed as --out." in result.stderr
+
+
+def test_a_folder_whose_name_is_not_utf_8_goes_on_and_is_checked_like_any(
+    tmp_path: Path, encoder: Encoder
+):
+    write_good(tmp_path / "photos", 3)
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xe9"))
+    embed(tmp_path / "photos", out=out, model=encoder)
+    assert embed(tmp_path / "photos", out=out, model=encoder, format="npy").kept_rows == 3
+    assert check_folder(out).faults == []
 
 
 def test_checking_does_not_load_torch(out: Path):

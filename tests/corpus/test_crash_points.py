@@ -18,9 +18,7 @@ from typing import NamedTuple
 
 import pytest
 from rotten import write_good
-from small_checkpoint import write_checkpoint
 
-import packvit
 from packvit.corpus.checking import check_folder
 from packvit.corpus.folder import read_commits
 from packvit.corpus.job import embed
@@ -129,16 +127,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(INPUTS - 4):  # rows that take no call to read: under strace, calls are slow
         (folder / f"{number:03}.jpg").symlink_to("nowhere")
     return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def encoder(checkpoint: Path) -> Encoder:
-    return packvit.load(checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Lock, Thread
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from rotten import encode, exif, pixels, write_good, write_rotten
-from small_checkpoint import write_checkpoint
+from rotten import encode, exif, pixels, png, write_good, write_rotten
 
 import packvit
 from packvit.config import ImageConfig
@@ -41,11 +41,6 @@ def worker() -> Iterator[Worker]:
     worker.await_ready()
     yield worker
     worker.end()
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    return packvit.load(write_checkpoint(tmp_path_factory.mktemp("checkpoint")), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -114,27 +109,73 @@ def test_a_worker_never_imports_torch(worker: Worker):
     assert memory(worker.process.pid) < 60_000_000
 
 
+def noise() -> Image.Image:
+    """An image of 5 MP that nothing compresses."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 2500, 3), np.uint8))
+
+
+def clear(image: Image.Image) -> Image.Image:
+    """Return a transparent copy."""
+    copy = image.copy()
+    copy.putalpha(Image.linear_gradient("L").resize(image.size))
+    return copy
+
+
+def check_memory(worker: Worker, path: Path, bytes_a_pixel: int, more: int = 0) -> None:
+    """Let a worker decode an image of 5 MP, and see what it ever held."""
+    prepared, _ = worker.prepare(Input("", str(path)), RECIPE, at_once, 60.0)
+    assert prepared.row.status == "ok"
+    peak = memory(worker.process.pid, "VmHWM")
+    assert peak < 60e6 + bytes_a_pixel * 2000 * 2500 + more, (path.name, peak)
+
+
 def test_a_worker_holds_8_bytes_a_pixel_of_its_largest_image_beside_60_mb(
     tmp_path: Path, worker: Worker
 ):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 2500, 3), np.uint8))
-    clear = noise.copy()
-    clear.putalpha(Image.linear_gradient("L").resize(noise.size))
-    turned = exif(6)
+    photo, turned = noise(), exif(6)
+    wide = np.asarray(photo).astype(">u2").reshape(2000, -1).view(np.uint8)
     files = {
-        "a.jpg": encode(noise, "JPEG", quality=95),
-        "b.jpg": encode(noise, "JPEG", quality=95, exif=turned),
-        "c.png": encode(noise, "PNG", compress_level=0),
-        "d.png": encode(noise, "PNG", compress_level=0, exif=turned),
-        "e.png": encode(clear, "PNG", compress_level=0),
-        "f.jpg": encode(noise.convert("CMYK"), "JPEG", exif=turned),
-        "g.png": encode(Image.fromarray(np.asarray(noise)[..., 0].astype(np.uint16)), "PNG"),
+        "a.jpg": encode(photo, "JPEG", quality=95),
+        "b.jpg": encode(photo, "JPEG", quality=95, progressive=True, exif=turned),
+        "c.png": encode(photo, "PNG", compress_level=0),
+        "d.png": encode(clear(photo), "PNG", compress_level=0, exif=turned),
+        "e.jpg": encode(photo.convert("CMYK"), "JPEG", exif=turned),
+        "f.png": encode(Image.fromarray(np.asarray(photo)[..., 0].astype(np.uint16)), "PNG"),
+        "g.png": png(2500, 2000, 16, 2, np.pad(wide, ((0, 0), (1, 0))).tobytes()),
+        "h.tif": encode(photo.convert("CMYK"), "TIFF"),
+        "i.bmp": encode(photo, "BMP"),
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        source = Input(name, str(tmp_path / name))
-        assert worker.prepare(source, RECIPE, at_once, 60.0)[0].row.status == "ok"
-        assert memory(worker.process.pid, "VmHWM") < 60e6 + 8 * 2000 * 2500, name
+        check_memory(worker, tmp_path / name, 8)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("kind", "options", "bytes_a_pixel", "copies"),
+    [
+        ("GIF", {}, 8, 0),
+        ("TIFF", {"compression": "tiff_lzw", "transparent": True}, 8, 0),
+        ("AVIF", {"speed": 10}, 10, 0),
+        ("AVIF", {"speed": 10, "subsampling": "4:4:4", "transparent": True}, 15, 0),
+        ("WEBP", {"method": 0}, 16, 2),
+        ("WEBP", {"method": 0, "transparent": True, "exif": exif(6)}, 16, 2),
+        ("WEBP", {"method": 0, "quality": 0, "lossless": True}, 16, 2),
+    ],
+)
+def test_what_a_worker_holds_for_other_formats(
+    tmp_path: Path,
+    worker: Worker,
+    kind: str,
+    options: dict[str, Any],
+    bytes_a_pixel: int,
+    copies: int,
+):
+    options = dict(options)
+    photo = clear(noise()) if options.pop("transparent", False) else noise()
+    data = encode(photo.convert("P") if kind == "GIF" else photo, kind, **options)
+    (tmp_path / "a").write_bytes(data)
+    check_memory(worker, tmp_path / "a", bytes_a_pixel, copies * len(data))
 
 
 def test_each_of_eight_workers_decodes_on_one_thread(tmp_path: Path):

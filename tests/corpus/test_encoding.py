@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from rotten import write_good
-from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit.corpus.checking import check_folder
@@ -28,11 +27,6 @@ class Narrow(AIMv2Packing):
         if len(hidden_states) > self.room:
             raise torch.OutOfMemoryError(f"{len(hidden_states)} tokens do not fit.")
         return super().encode(hidden_states, grid_thw, **asked)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from rotten import write_good
-from small_checkpoint import WIDTH, write_checkpoint
+from small_checkpoint import WIDTH
 
-import packvit
 from packvit.cli import main
 from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.exports import check_format
@@ -25,11 +24,6 @@ from packvit.corpus.job import embed
 from packvit.encoder import Encoder
 
 NAMES = ("pooled.npy", "ids.jsonl")
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    return packvit.load(write_checkpoint(tmp_path_factory.mktemp("checkpoint")), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,7 @@ from typing import Any
 
 import pytest
 from rotten import write_good
-from small_checkpoint import write_checkpoint
 
-import packvit
 from packvit.corpus import WrongUse
 from packvit.corpus.folder import CHECKSUM, claim, read_commits, read_manifest
 from packvit.corpus.job import embed
@@ -51,16 +49,6 @@ for line in sys.stdin:
     os.waitpid(job, 0)
     print("dead", flush=True)
 """
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def encoder(checkpoint: Path) -> Encoder:
-    return packvit.load(checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,10 +16,17 @@ from PIL import Image
 from rotten import encode, pixels, write_rotten
 from small_checkpoint import write_checkpoint
 
+from packvit.config import ImageConfig
 from packvit.corpus.checking import check_folder
+from packvit.corpus.inputs import Input
+from packvit.corpus.preparing import Recipe
+from packvit.corpus.processes import Worker
 
 pytestmark = pytest.mark.soak
 
+HALF = (0.5, 0.5, 0.5)
+IMAGES = ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic", sizing=None)
+RECIPE = Recipe(IMAGES, "hwc", "native", 256, 100_000_000)
 MANY = 100_000
 TIME_LIMIT = 1200  # seconds; in which nothing here hangs
 
@@ -38,34 +46,59 @@ packvit.embed(photos, out=out, model=model, device="cpu", max_patches=1, progres
 """
 
 
-def test_pillows_own_test_images_and_ours_end_as_a_row_each(tmp_path: Path):
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The test images of Pillow's source distribution, and ours, by their paths."""
+    folder = tmp_path_factory.mktemp("corpus")
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary"]
-    download += [":all:", f"pillow=={version('pillow')}", "--dest", str(tmp_path)]
+    download += [":all:", f"pillow=={version('pillow')}", "--dest", str(folder)]
     subprocess.run(download, check=True, timeout=TIME_LIMIT)
-    (source,) = tmp_path.glob("*.tar.gz")
+    (source,) = folder.glob("*.tar.gz")
     with tarfile.open(source) as archive:
         images = [member for member in archive if "/Tests/images/" in member.name]
-        archive.extractall(tmp_path, members=images, filter="data")
-    folder = tmp_path / source.name.removesuffix(".tar.gz") / "Tests" / "images"
-    files = sorted(str(path) for path in folder.rglob("*") if path.is_file())
-    write_rotten(tmp_path / "rotten")
-    files += [str(path) for path in (tmp_path / "rotten").iterdir() if path.suffix != ".jpg"]
-    files += [str(path) for path in (tmp_path / "rotten").glob("*.jpg") if not path.is_dir()]
+        archive.extractall(folder, members=images, filter="data")
+    images = folder / source.name.removesuffix(".tar.gz") / "Tests" / "images"
+    # An archive stands for what is in it, so it is no file like the others.
+    files = [path for path in images.rglob("*") if path.is_file() and path.suffix != ".tar"]
+    write_rotten(folder / "rotten")
+    files += [path for path in (folder / "rotten").iterdir() if not path.is_dir()]
     assert len(files) >= 1000
-    command = [sys.executable, "-m", "packvit", "embed", *files, "--out", str(tmp_path / "out")]
+    return sorted(map(str, files))
+
+
+def test_pillows_own_test_images_and_ours_end_as_a_row_each(tmp_path: Path, corpus: list[str]):
+    command = [sys.executable, "-m", "packvit", "embed", *corpus, "--out", str(tmp_path / "out")]
     command += ["--model", str(write_checkpoint(tmp_path / "model")), "--device", "cpu", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 3, done.stderr
     summary = json.loads(done.stdout)
     check = check_folder(tmp_path / "out")
     assert not check.faults
-    assert check.rows == summary["rows"] == len(files)
+    assert check.rows == summary["rows"] == len(corpus)
     ids = pq.ParquetDataset(sorted((tmp_path / "out").glob("part-*.parquet"))).read()["id"]
-    written = {os.fsencode(name).decode(errors="backslashreplace") for name in files}
+    written = {os.fsencode(name).decode(errors="backslashreplace") for name in corpus}
     assert set(ids.to_pylist()) == written
     # What a browser shows is embedded, and what it does not is said to be of another format.
     assert summary["ok"] >= 400
     print({code: error["rows"] for code, error in summary["errors"].items()}, summary["ok"])
+
+
+def test_none_of_them_takes_a_worker_more_memory_than_its_pixels_allow(corpus: list[str]):
+    worker, largest, peak = Worker(), 0, 0
+
+    def admit(pixels: int) -> None:
+        nonlocal largest
+        largest = max(largest, pixels)
+
+    try:
+        for path in corpus:
+            worker.prepare(Input(path, path), RECIPE, admit, 60.0)
+            status = Path(f"/proc/{worker.process.pid}/status").read_text()
+            peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+            assert peak < 60e6 + 8 * largest, path
+    finally:
+        worker.end()
+    print(f"{len(corpus)} files, at most {peak / 1e6:.0f} MB; the largest has {largest} pixels")
 
 
 def test_memory_does_not_grow_with_the_number_of_inputs(tmp_path: Path):

@@ -1,0 +1,178 @@
+"""Inputs behind http, from a server on this machine that also fails in the ways that servers do."""
+
+import os
+import socket
+import tarfile
+import time
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rotten import write_good
+
+from packvit.corpus.checking import check_folder
+from packvit.corpus.inputs import list_inputs
+from packvit.corpus.job import embed
+from packvit.corpus.sources import read
+from packvit.encoder import Encoder
+from packvit.images import ImageError
+
+SECONDS = 60  # that the server hangs for: longer than any test waits
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves the working directory; parts of files too, unless their name says otherwise."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        name = self.path.rpartition("/")[2]
+        code = name.partition(".")[0]
+        wanted = self.headers.get("Range")
+        if code.isdigit():
+            self.send_error(int(code))
+        elif name == "hangs.jpg":
+            time.sleep(SECONDS)
+        elif name == "hangs-up.jpg":
+            self.close_connection = True
+        elif name == "cut.jpg":
+            self.reply(200, b"no more than this", ("Content-Length", "1000"))
+        elif name == "circle":
+            self.send_error(404)
+        elif self.path.endswith("/circle/"):
+            self.reply(200, b'<a href="./">.</a> <a href="../">..</a> <a href="a.jpg">a</a>')
+        elif wanted and name != "whole.tar":
+            data = Path(self.translate_path(self.path)).read_bytes()
+            first, last = (int(place) for place in wanted.removeprefix("bytes=").split("-"))
+            area = f"bytes {first}-{last}/{len(data)}"
+            self.reply(206, data[first : last + 1], ("Content-Range", area))
+        elif self.command == "HEAD":
+            super().do_HEAD()
+        else:
+            super().do_GET()
+
+    def reply(self, status: int, body: bytes, *headers: tuple[str, str]) -> None:
+        named = {"Content-Type": "text/html", "Content-Length": str(len(body))} | dict(headers)
+        self.send_response(status)
+        for name, value in named.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
+        serving.block_on_close = False  # nobody waits for an answer that hangs
+        thread = Thread(target=serving.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+        thread.join()
+
+
+def outcome(*paths: str) -> dict[str, bytes | str]:
+    """Return what each input is called, and its bytes, or why there are none."""
+    found: dict[str, bytes | str] = {}
+    for source in list_inputs(paths):
+        try:
+            found[source.id] = source.error[0] if source.error else read(source)
+        except ImageError as error:
+            found[source.id] = error.code
+    return found
+
+
+def write_photos() -> dict[str, bytes]:
+    """Write photographs into a folder, a tar and a Parquet file; return those of the folder."""
+    write_good(Path("photos"), 3)
+    write_good(Path("photos/more"), 2)
+    Path("photos/notes.txt").write_text("no photograph")
+    paths = sorted(Path("photos").rglob("good*"))
+    with tarfile.open("x.tar", "w") as tar:
+        for path in paths:
+            tar.add(path)
+    os.link("x.tar", "whole.tar")
+    rows = [{"bytes": path.read_bytes(), "path": str(path)} for path in paths]
+    pq.write_table(pa.table({"image": rows}), "x.parquet")
+    return {str(path.relative_to("photos")): path.read_bytes() for path in paths}
+
+
+def test_http_names_a_file_a_folder_a_pattern_or_an_archive(server: str):
+    content = write_photos()
+    assert outcome(f"{server}/photos") == outcome(f"{server}/photos/") == content
+    one, data = next(iter(content.items()))
+    assert outcome(f"{server}/photos/{one}") == {f"{server}/photos/{one}": data}
+    found = {f"{server}/photos/{name}": data for name, data in content.items()}
+    assert outcome(f"{server}/photos/**") == found | {
+        f"{server}/photos/notes.txt": b"no photograph"  # a pattern names what it matches
+    }
+    keys = {f"photos/{os.path.splitext(name)[0]}": data for name, data in content.items()}
+    assert outcome(f"{server}/x.tar") == keys
+    rows = {f"photos/{name}": data for name, data in content.items()}
+    assert outcome(f"{server}/x.parquet") == rows
+
+
+def test_whatever_a_server_answers_is_a_row(server: str):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        codes = {
+            f"{server}/gone.jpg": "missing",
+            f"{server}/410.jpg": "missing",
+            f"{server}/403.jpg": "unreadable",
+            f"{server}/500.jpg": "unreadable",
+            f"{server}/503.tar": "unreadable",
+            f"{server}/gone.tar": "missing",
+            f"{server}/hangs-up.jpg": "unreadable",
+            f"{server}/cut.jpg": "unreadable",
+            f"http://127.0.0.1:{taken.getsockname()[1]}/a.jpg": "unreadable",
+        }
+        assert outcome(*codes) == codes
+
+
+def test_a_member_of_a_tar_is_never_taken_from_another_place(server: str):
+    write_photos()
+    found = list(list_inputs([f"{server}/whole.tar"]))
+    assert len(found) == 5
+    for source in found:
+        with pytest.raises(ImageError) as caught:
+            read(source)
+        assert caught.value.note == "its server sends no parts of a file"
+
+
+def test_a_page_that_links_to_itself_is_read_once(server: str):
+    assert outcome(f"{server}/circle/") == {"a.jpg": "missing"}
+
+
+def test_a_server_that_hangs_costs_one_image_and_the_job_goes_on(
+    server: str, tmp_path: Path, encoder: Encoder
+):
+    content = write_photos()
+    Path("list.txt").write_text(
+        "\n".join(f"{server}/{name}" for name in ["hangs.jpg", "500.jpg", "photos/page.html"])
+    )
+    Path("photos/page.html").write_text("no photograph")
+    summary = embed(
+        [f"{server}/photos/"],
+        lists=["list.txt"],
+        out=tmp_path / "out",
+        model=encoder,
+        workers=2,
+        image_timeout=8.0,
+    )
+    assert summary.ok == len(content)
+    assert summary.errors == {"timeout": 1, "unidentified": 1, "unreadable": 1}
+    assert not check_folder(tmp_path / "out").faults
