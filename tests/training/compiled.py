@@ -3,6 +3,7 @@
 Run by test_blocks.py, as a process of its own.
 """
 
+import functools
 import json
 import sys
 from typing import Any
@@ -19,12 +20,11 @@ WARM_UP = 4
 def main(job: dict[str, Any]) -> None:
     """Compare 20 random packs after warm-up."""
     on_gpu = job["device"] == "cuda"
+    torch.compile = functools.partial(torch.compile, backend=job["compiler"])
     plain = packvit.load(job["folder"], device=job["device"])
     encoder = packvit.load(job["folder"], device=job["device"], compile=True)
     if job["lean"]:
         checkpoint_activations(encoder)
-    for block in encoder.encoder.layers:
-        block.compile(dynamic=True, backend=job["compiler"])
     draw = torch.Generator().manual_seed(0)
     graphs, differences = [], []
     for number in range(WARM_UP + 20):
