@@ -40,6 +40,7 @@ def photos(tmp_path: Path) -> Path:
 def no_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing but equal bits pass in float32, which no two programs reach."""
     monkeypatch.setattr(comparison, "LIMIT", 0.0)
+    monkeypatch.setattr(comparison, "OWN_LIMIT", 0.0)
 
 
 def invoke(*argv: object) -> Result:
@@ -75,7 +76,8 @@ def test_every_family_passes_and_the_certificate_says_what_was_compared(tmp_path
             assert row["worst"] <= row["limit"]
             outputs = row["backend"] != "none" and row["what"] != "neighbours of NaN"
             if outputs and row["dtype"] == "float32":
-                assert row["limit"] == 5e-6
+                assert row["limit"] == max(5e-6, 2 * (row["own"] or 0.0))
+                assert (row["own"] is None) == (row["worst"] <= 5e-6)
             elif outputs:
                 assert row["limit"] == pytest.approx(1.2 * row["own"])
         assert model["not_compared"] or "pixels" in {row["what"] for row in rows}
@@ -176,6 +178,7 @@ def test_embed_takes_over_the_certificate_beside_the_checkpoint(
 ):
     assert invoke("--model", checkpoint, "--quick", "--device", "cpu").exit_code == 0
     monkeypatch.setattr(comparison, "LIMIT", 0.0)  # verifying anew would fail
+    monkeypatch.setattr(comparison, "OWN_LIMIT", 0.0)
     result = run_embed(photos, checkpoint, tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     said = (tmp_path / "out" / "certificate.json").read_text()

@@ -7,7 +7,7 @@ goes in and out of files, `references.py` runs transformers, `certificate.py` wr
 from dataclasses import dataclass
 
 LIMIT = 5e-6  # scaled difference in fp32: the reference's own two attention paths differ by more
-OWN_LIMIT = 2.0  # as a multiple of the reference's own distance to float64, on a GPU
+OWN_LIMIT = 2.0  # as a multiple of the reference's own distance to float64, where LIMIT is exceeded
 LOWER_LIMIT = 1.2  # our error in a lower precision, as a multiple of the reference's own
 
 
@@ -19,10 +19,10 @@ class VerificationError(Exception):
 class Row:
     """One comparison: the worst difference of what was compared, and the most that it may be.
 
-    Units: in float32, of outputs, max|ours - reference| / max(1, max|reference| / 4), and on a GPU
-    the reference's `own` distance to float64; in lower precision the distance to the float32
-    reference, ‖ours - reference‖ / ‖reference‖, and the reference's `own` in that precision; a
-    count of tensors for weights; of normalised pixels max|ours - reference|.
+    Units: in float32, of outputs, max|ours - reference| / max(1, max|reference| / 4), and where
+    that exceeds `LIMIT` the reference's `own` distance to float64; in lower precision the distance
+    to the float32 reference, ‖ours - reference‖ / ‖reference‖, and the reference's `own` in that
+    precision; a count of tensors for weights; of normalised pixels max|ours - reference|.
     """
 
     what: str  # an output, "neighbours of NaN", "pixels" or "weights"
@@ -38,6 +38,11 @@ class Row:
     def passed(self) -> bool:
         """Whether it is within its limit, which a NaN never is."""
         return self.worst <= self.limit
+
+    @property
+    def widened(self) -> bool:
+        """Whether it passed in float32 only because the reference itself is far from float64."""
+        return self.passed and self.dtype == "float32" and self.own is not None
 
     @property
     def said(self) -> str:
@@ -61,7 +66,7 @@ class Findings:
     device: str
     rows: tuple[Row, ...]
     not_compared: tuple[str, ...]  # what, and why not
-    remarks: tuple[str, ...]  # how the reference was run, where that needs saying
+    remarks: tuple[str, ...]  # how the reference was run, and what its own error allowed
 
     @property
     def missed(self) -> tuple[Row, ...]:

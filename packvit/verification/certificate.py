@@ -28,8 +28,8 @@ def certify(findings: Sequence[Findings]) -> dict[str, Any]:
         "passed": all(not found.missed for found in findings),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "limits": {
-            "float32": f"scaled difference at most {LIMIT}, or on a GPU, if that is more, "
-            f"{OWN_LIMIT} times the reference's own distance to float64",
+            "float32": f"scaled difference at most {LIMIT} or, if that is more, {OWN_LIMIT} times "
+            "the reference's own distance to float64",
             "lower precision": f"at most {LOWER_LIMIT} times the reference's own error",
         },
         "machine": machine(),

@@ -1,9 +1,11 @@
 """One encoder's outputs beside its reference's, over shapes, packs, precisions and backends."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache, partial
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -53,27 +55,21 @@ def compare_outputs(encoder: Encoder, reference: Reference, plan: Plan) -> Itera
     In float32 every image is compared, alone, among others and in reverse order. Lower precisions
     are judged on all images at once, since a single vector's rounding is a matter of luck.
     """
-    exact = reference.load(torch.float32, encoder.device)
     rounds = plan_shapes(encoder, plan, reference.family.reference.interpolates)
     packs = [draw(shapes.grid, encoder, plan.seed) for shapes in rounds]
     # A GPU would round the convolutions of float32 to TF32.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = reference.load(torch.float32, encoder.device)
         truths = [
             run(exact, patches, shapes.grid, interpolate=shapes.interpolate)
             for shapes, patches in zip(rounds, packs, strict=True)
         ]
-        rounded = [None] * len(rounds)
-        if encoder.device.type == "cuda":
-            exact = reference.load(torch.float64, encoder.device)
-            rounded = [
-                run(exact, patches, shapes.grid, interpolate=shapes.interpolate)
-                for shapes, patches in zip(rounds, packs, strict=True)
-            ]
     del exact
-    for shapes, patches, truth, double in zip(rounds, packs, truths, rounded, strict=True):
+    for shapes, patches, truth in zip(rounds, packs, truths, strict=True):
+        in_double = cache(partial(run_in_double, reference, encoder.device, patches, shapes))
         for backend in backends(encoder):
             with set_to(encoder, backend, shapes):
-                yield from compare_exactly(encoder, patches, shapes, truth, double)
+                yield from compare_exactly(encoder, patches, shapes, truth, in_double)
                 yield from compare_neighbours(encoder, patches, shapes)
     for name in plan.lower:
         dtype = getattr(torch, name)
@@ -140,17 +136,25 @@ def ask(encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
     return answers | {kind: row.split(frames) for kind, row in rows.items() if row is not None}
 
 
+def run_in_double(
+    reference: Reference, device: torch.device, patches: Sequence[Tensor], shapes: Shapes
+) -> Answers:
+    """Return what the reference says in float64."""
+    exact = reference.load(torch.float64, device)
+    return run(exact, patches, shapes.grid, interpolate=shapes.interpolate)
+
+
 def compare_exactly(
     encoder: Encoder,
     patches: Sequence[Tensor],
     shapes: Shapes,
     truth: Answers,
-    double: Answers | None,
+    in_double: Callable[[], Answers],
 ) -> Iterator[Row]:
     """Compare every image in float32: alone, among others, and among them in reverse order.
 
-    `double` is what the reference says in float64. On a GPU, whose kernels sum each size in an
-    order of its own, its own error there widens the limit where that is more.
+    `in_double` returns what the reference says in float64, and is asked only where the two are
+    further apart than `LIMIT`: its own distance to that then widens the limit, if it is so large.
     """
     grid = shapes.grid
     alone = [ask(encoder, [one], (place,)) for one, place in zip(patches, grid, strict=True)]
@@ -163,13 +167,12 @@ def compare_exactly(
     for pack, answers in packs.items():
         for kind in dict.fromkeys((*truth, *answers)):
             for image, place in enumerate(grid):
-                ours, theirs, exact = (
-                    x[kind][image] if x is not None and kind in x else None
-                    for x in (answers, truth, double)
-                )
+                ours, theirs = (x[kind][image] if kind in x else None for x in (answers, truth))
                 worst, where = scaled_difference(ours, theirs), describe((place,), shapes)
-                own = None if exact is None else scaled_difference(theirs, exact)
-                limit = LIMIT if own is None else max(LIMIT, OWN_LIMIT * own)
+                own, limit = None, LIMIT
+                if worst > LIMIT and isfinite(worst):
+                    own = scaled_difference(theirs, in_double()[kind][image])
+                    limit = max(LIMIT, OWN_LIMIT * own)
                 yield Row(kind, where, pack, "float32", encoder.attention, worst, limit, own)
 
 
