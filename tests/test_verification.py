@@ -169,7 +169,8 @@ def test_every_tensor_of_every_variant_matters(folders: Callable[[str], Path], n
                 parameter.view(3, -1)[2].zero_()
             else:
                 parameter.zero_()
-        assert missed(encoder, folders(name)), label
+        rows = compare_outputs(encoder, Reference(encoder.family, folders(name)), FAST)
+        assert not all(row.passed for row in rows), label  # the first miss is enough
         with torch.no_grad():
             parameter.copy_(before)
 
