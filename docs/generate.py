@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import packvit
 from packvit import support
@@ -22,7 +23,8 @@ RECORDED = (  # regions of docs/benchmarks.md, each the newest run of one of `MA
     *HEADLINES,
     "bench-aimv2-large-train",
     "bench-siglip2-so400m-train",
-    "bench-aimv2-large-workloads",
+    "bench-aimv2-large-equal",
+    "bench-aimv2-large-small",
     "bench-cpu-float32",
     "bench-cpu-bfloat16",
 )
@@ -76,27 +78,38 @@ def codes_table() -> str:
     return "\n".join(["| code | the input |", "|---|---|", *rows]) + "\n"
 
 
-def recorded(name: str) -> str:
-    """Return the tables of the newest run recorded under a name, whichever machine it was on."""
+def newest(name: str) -> dict[str, Any] | None:
+    """Return the newest run recorded under a name, whichever machine it was on."""
     paths = [RESULTS / f"{name}{machine}.json" for machine in MACHINES]
     reports = [json.loads(path.read_text()) for path in paths if path.exists()]
-    if not reports:
-        return "No run is recorded yet.\n"
-    return as_markdown(max(reports, key=lambda report: report["date"]))
+    return max(reports, key=lambda report: report["date"], default=None)
+
+
+def recorded(name: str) -> str:
+    """Return the tables of the newest run recorded under a name."""
+    report = newest(name)
+    return as_markdown(report) if report else "No run is recorded yet.\n"
 
 
 def sizing_table() -> str:
     """Return what the measured rates mean for a billion images.
 
-    `bench-aimv2-large-h200` is the encoder alone on packs that lie ready. An `embed-*.json` is what
-    `packvit embed --json` printed, with the machine's facts beside it: `gpus` and `processes`.
+    `bench-aimv2-large` is the encoder alone on packs that lie ready, `feeding` the job beside its
+    encoder. An `embed-*.json` is what `packvit embed --json` printed, with the machine's facts
+    beside it: `gpus` and `processes`.
     """
-    report = json.loads((RESULTS / "bench-aimv2-large-h200.json").read_text())
+    report, fed = newest("bench-aimv2-large"), newest("feeding")
+    assert report
+    assert fed
     (mixed,) = (load for load in report["workloads"] if load["name"] == "mixed")
-    best = min(way["median_ms"] for way in mixed["results"].values() if way["ours"])
+    best = mixed["results"][mixed["headline"]["ours"]]["median_ms"]
     rate = mixed["tokens"] / best * 1000
     alone = f"AIMv2-large bf16, {report['gpus']}, the encoder alone"
     rows = [(alone, tokens, rate / tokens) for tokens in (256, 1024)]
+    for way in ("gpu", "pil"):
+        name = f"{fed['workload']['model']}, {fed['gpus']}, from JPEGs to parts, --decode {way}"
+        found = fed["results"][f"job, {way}"]["images_per_second"]
+        rows.append((name, fed["workload"]["patches_each"], found))
     for path in sorted(RESULTS.glob("embed-*.json")):
         done = json.loads(path.read_text())
         processes = done.get("processes", 1)

@@ -120,4 +120,4 @@ def test_aimv2_large_on_a_gpu_takes_at_most_what_the_formula_says(tokens: int):
         encoder(patches, grid)
     torch.cuda.synchronize()
     most = torch.cuda.max_memory_allocated() - before
-    assert most <= peak_bytes(LARGE, tokens, 2) <= 1.5 * most
+    assert most <= peak_bytes(LARGE, tokens, 2) <= 1.6 * most

@@ -157,7 +157,7 @@ def free_memory(device: torch.device) -> int | None:
 def check_memory(encoder: Encoder, options: Options, free: int | None) -> None:
     """Refuse a token budget whose packs can hardly fit in the `free` bytes of a device.
 
-    The bound of `memory.py` is up to 1.5 times what a forward takes, so two thirds of it decide; a
+    The bound of `memory.py` is some 1.5 times what a forward takes, so two thirds of it decide; a
     pack that does not fit after all is halved when it is met.
 
     Raises: WrongUse with the budget that would fit.
