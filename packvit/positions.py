@@ -221,11 +221,8 @@ def side_weights(
     """
     mode, antialias = MODES[kind]
     with torch.inference_mode(False), torch.no_grad():
-        # Two columns wide: of one, torch may take channels to come last (see `resize`).
-        unit = torch.eye(before, dtype=torch.float64).view(1, before, before, 1).repeat(1, 1, 1, 2)
-        found = F.interpolate(
-            unit, size=(after, 2), mode=mode, align_corners=False, antialias=antialias
-        )
+        unit = torch.eye(before, dtype=torch.float64).view(1, before, before, 1)
+        found = interpolate(unit, (after, 1), mode, antialias)
         return found[0, :, :, 0].T.float().contiguous().to(device)
 
 
@@ -235,11 +232,21 @@ def resize(
     """Return the table for a grid of `rows` x `columns`, interpolated in fp32, rounded once."""
     if (rows, columns) == (positions.rows, positions.columns):
         return table
-    mode, antialias = MODES[positions.resize]
-    # Contiguous, because torch (seen in 2.13, on the CPU) interpolates a channels-last image to a
-    # width of 1 wrongly when it antialiases: off by 2.1 for a table of N(0, 1).
-    image = table.float().T.contiguous().view(1, -1, positions.rows, positions.columns)
-    resized = F.interpolate(
-        image, size=(rows, columns), mode=mode, align_corners=False, antialias=antialias
-    )
+    image = table.float().T.reshape(1, -1, positions.rows, positions.columns)
+    resized = interpolate(image, (rows, columns), *MODES[positions.resize])
     return resized[0].flatten(1).T.to(table.dtype)
+
+
+def interpolate(
+    image: Float[Tensor, "1 D tall wide"], size: tuple[int, int], mode: str, antialias: bool
+) -> Float[Tensor, "1 D rows columns"]:
+    """Return an image of D channels resized, as `F.interpolate`, but right for one column too.
+
+    To one column torch (seen in 2.13, on the CPU) resizes wrongly when it antialiases: all rows
+    come out as the first one does. To one row it does not, so the image is turned over.
+    """
+    over = size[1] == 1
+    given = (image.transpose(2, 3) if over else image).contiguous()
+    wanted = size[::-1] if over else size
+    resized = F.interpolate(given, wanted, mode=mode, align_corners=False, antialias=antialias)
+    return resized.transpose(2, 3) if over else resized

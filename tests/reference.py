@@ -125,17 +125,20 @@ def image(patches: Tensor, rows: int, columns: int, side: int) -> Tensor:
 
 @contextmanager
 def right_interpolation() -> Iterator[None]:
-    """Keep torch from interpolating a channels-last image to a width of 1 wrongly.
+    """Keep torch from interpolating an image to one column wrongly.
 
-    With antialiasing, on the CPU, it does (seen in 2.13), and so does a reference that comes to
-    it with a transposed table: DINOv2 with registers, on grids of one column.
+    With antialiasing, on the CPU, it does (seen in 2.13), and so do the references that antialias:
+    Pillow says so in test_positions.py.
     """
     original = F.interpolate
 
-    def contiguous(image: Tensor, *args: Any, **options: Any) -> Tensor:
-        return original(image.contiguous(), *args, **options)
+    def turned(image: Tensor, *args: Any, **options: Any) -> Tensor:
+        if not options.get("antialias") or options["size"][1] > 1:
+            return original(image, *args, **options)
+        options["size"] = options["size"][::-1]
+        return original(image.transpose(2, 3).contiguous(), *args, **options).transpose(2, 3)
 
-    F.interpolate = contiguous
+    F.interpolate = turned
     try:
         yield
     finally:

@@ -79,9 +79,9 @@ def times_faster(taken: Sequence[Times], name: str, than: str) -> list[float]:
 def ceiling(device: torch.device, dtype: torch.dtype) -> tuple[Run, float]:
     """Return the machine's own limit as something to run, and its floating-point operations.
 
-    Large matmuls on N(0, 1) data: zeros would draw less power, and clock higher. On a GPU a few in a
-    row, since after a contender that leaves it idle the first comes at a lower clock: beside one
-    that took 4 s of small launches, a single one was seen to run at half the usual rate.
+    Large matmuls on N(0, 1) data: zeros would draw less power, and clock higher. On a GPU a few
+    in a row, since after a contender that leaves it idle the first comes at a lower clock: beside
+    one that took 4 s of small launches, a single one was seen to run at half the usual rate.
     """
     side, times = (8192, 8) if device.type == "cuda" else (1024, 1)
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)

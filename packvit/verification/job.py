@@ -136,8 +136,8 @@ def verify(
             reference = Reference(encoder.family, folder)
         if antialiases(encoder) and (error := interpolation_error(encoder.device)) > 1e-3:
             remarks.append(
-                "torch antialiases wrongly here when it interpolates a channels-last image to one "
-                f"column (by {error:.1f}); the reference was given contiguous ones"
+                "torch antialiases wrongly here when it interpolates an image to one column (by "
+                f"{error:.1f}); the reference was kept from it"
             )
         rows: list[Row] = list(compare_outputs(encoder, reference, plan))
         if widened := [row for row in rows if row.widened]:
