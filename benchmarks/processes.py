@@ -1,7 +1,8 @@
-"""How much two processes on two CPUs do of what one does on one, from files to parts.
+"""How much two processes on two CPUs do of what one does on one, from files to parts. Linux.
 
 Each encodes on one thread and decodes in one worker beside it, with the model of the package, and
-what each takes to start is counted: that is why the photographs are many.
+what each takes to start is counted: that is why the photographs are many. A job may use as many
+CPUs as it has processes: a single one would else decode on the second.
 
 CPU seconds are those of all processes of a job. Where `cpus_had` of two processes is far below 2,
 other programs had the rest of the machine, and the ratio of the times is theirs as well. What then
@@ -16,6 +17,8 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +56,17 @@ def cpu_seconds() -> float:
     return now.user + now.system + now.children_user + now.children_system
 
 
+@contextmanager
+def on_cpus(count: int) -> Iterator[None]:
+    """Keep this thread, and the processes that it starts, to so many CPUs."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def main() -> None:
     """Print one JSON object with the machine and the results."""
     torch.set_num_threads(1)
@@ -64,17 +78,18 @@ def main() -> None:
 
         def embed(count: int) -> None:
             wall, used = time.perf_counter(), cpu_seconds()
-            packvit.embed(
-                photos,
-                out=Path(scratch) / str(count),
-                model="tiny",
-                device="cpu",
-                max_patches=PATCHES,
-                tokens=True,  # for parts of 64, so that there are many to share
-                workers=1,
-                processes=count,
-                overwrite=True,
-            )
+            with on_cpus(count):
+                packvit.embed(
+                    photos,
+                    out=Path(scratch) / str(count),
+                    model="tiny",
+                    device="cpu",
+                    max_patches=PATCHES,
+                    tokens=True,  # for parts of 64, so that there are many to share
+                    workers=1,
+                    processes=count,
+                    overwrite=True,
+                )
             took = time.perf_counter() - wall, cpu_seconds() - used
             spent.setdefault(name(count), []).append(took)
 
