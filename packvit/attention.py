@@ -214,4 +214,5 @@ def attend(
         )
     work = Workload(query.device, query.dtype, query.shape[-1])
     # A backend may write to values that are not finite.
-    return resolve(backend, work).run(query, key, value.clone(), segments, segments)
+    own = value.clone(memory_format=torch.contiguous_format)
+    return resolve(backend, work).run(query, key, own, segments, segments)

@@ -86,7 +86,7 @@ class Rise(torch.autograd.Function):
     ) -> Tensor:
         """Return it by a matmul and a pass."""
         hidden = F.linear(tokens, weight, bias)
-        ctx.save_for_backward(tokens, weight, hidden)
+        ctx.save_for_backward(tokens if weight.requires_grad else None, weight, hidden)
         ctx.activation = activation
         return activate(hidden)
 
@@ -94,11 +94,12 @@ class Rise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # as torch calls it
         ctx: Any, given: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, None, None]:
         """Return the gradients; that of the bias comes with the activation's one pass."""
         from packvit.kernels.activations import activate_backward
 
         tokens, weight, hidden = ctx.saved_tensors
         given, bias = activate_backward(hidden, given.contiguous(), ctx.activation)
         before = given @ weight if ctx.needs_input_grad[0] else None
-        return before, given.t() @ tokens, bias.to(weight.dtype), None, None
+        own = None if tokens is None else given.t() @ tokens
+        return before, own, bias.to(weight.dtype), None, None

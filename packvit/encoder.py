@@ -6,6 +6,7 @@ they are handed. Seams and places are worked out here, once, on the host.
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -50,6 +51,12 @@ class Ran(NamedTuple):
     grid: Grid
     lengths: tuple[int, ...]  # tokens of each sequence
     backend: Backend
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one, which is where kernels that are no operators of torch launch."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if on_gpu else nullcontext()
 
 
 class Encoder(nn.Module):
@@ -127,7 +134,8 @@ class Encoder(nn.Module):
         on the host -> [T, D] in the encoder's dtype, T being the sum of frames * rows * columns.
         Raises: TypeError for other dtypes; ValueError if shapes, device or grid do not fit.
         """
-        return self.run(hidden_states, grid_thw).tokens
+        with current(self.device):
+            return self.run(hidden_states, grid_thw).tokens
 
     def encode(
         self,
@@ -151,8 +159,10 @@ class Encoder(nn.Module):
                 f"projection=True asks for a space shared with text, but this {self.family.name} "
                 "checkpoint has no projection. Use `pooled`."
             )
-        ran = self.run(hidden_states, grid_thw, [self.check_layer(layer) for layer in taps])
-        pooled = self.pool(ran)
+        asked = [self.check_layer(layer) for layer in taps]
+        with current(self.device):
+            ran = self.run(hidden_states, grid_thw, asked)
+            pooled = self.pool(ran)
         return Features(
             tokens=ran.tokens,
             prefix=ran.prefix,
@@ -185,7 +195,9 @@ class Encoder(nn.Module):
             rows = [stream, *(rotary_turns(config, grid, places, stream) or ())]
         work = partial(self.compute, grid, axis, backend, taps)
         if self.graphs is not None and self.may_graph(rows[0], backend):
-            stream, tapped = self.graphs(work, rows, table, lengths, backend, taps)
+            stream, tapped = self.graphs(
+                work, rows, table, lengths, backend, taps, owner=self, held=axis
+            )
         else:
             frames = None if table is None else to_device(table, device)
             stream, tapped = work(rows, frames, Segments.from_lengths(lengths, device=device))
@@ -237,7 +249,7 @@ class Encoder(nn.Module):
 
     def train(self: AnyEncoder, mode: bool = True) -> AnyEncoder:
         """Switch between training and inference, and forget the graphs of small packs."""
-        if self.graphs is not None:
+        if self.graphs is not None and mode != self.training:
             self.graphs.forget()
         return super().train(mode)
 
@@ -428,8 +440,8 @@ class Encoder(nn.Module):
             if obstacle := float8_obstacle(self.encoder, self.device, self.dtype):
                 raise ValueError(f"fp8=True cannot run: fp8 {obstacle}. Leave it out.")
             for block in self.encoder.layers:
-                # What it adds to the stream is added by its matmul in 16 bits, where it has no
-                # bias: that costs less than 8 bits save, and rounds less.
+                # Small, and more exact in 16 bits; where it has no bias its matmul then adds to
+                # the stream, which costs less than 8 bits save.
                 to_float8(block, keep=["attention.out"])
             self.requires_grad_(False)
         if options.invariant:

@@ -17,7 +17,7 @@ DEPTH = 32
 
 
 def run_fa4(query: Tensor, key: Tensor, value: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    """FlashAttention-4, from flash-attn-4 (signature of 4.0.0b36, which returns (out, lse)).
+    """FlashAttention-4 of sequences, each query of which attends to keys of its own sequence.
 
     It multiplies the values behind a sequence's end by zero, so that NaN there would reach the
     sequence: hence `tame`, in inference; in training a NaN ends in the sum of losses anyway.
@@ -27,7 +27,7 @@ def run_fa4(query: Tensor, key: Tensor, value: Tensor, queries: Segments, keys: 
     )
 
     depth = query.shape[-1]
-    if torch.is_grad_enabled() and value.requires_grad:
+    if torch.is_grad_enabled() and any(heads.requires_grad for heads in (query, key, value)):
         query, key, value = (F.pad(heads, (0, -depth % DEPTH)) for heads in (query, key, value))
     else:
         from packvit.kernels.heads import tame
@@ -37,13 +37,13 @@ def run_fa4(query: Tensor, key: Tensor, value: Tensor, queries: Segments, keys: 
         query,
         key,
         value,
-        **seams_of(queries, keys),
+        **keywords(queries, keys),
         softmax_scale=depth**-0.5,
     )
     return out[..., :depth]
 
 
-def seams_of(queries: Segments, keys: Segments) -> dict[str, Any]:
+def keywords(queries: Segments, keys: Segments) -> dict[str, Any]:
     """Return the seams under FlashAttention-4's names."""
     return {
         "cu_seqlens_q": queries.cu_seqlens,
@@ -68,7 +68,7 @@ class PackedFa4(torch.autograd.Function):
         )
 
         ctx.segments, ctx.scale = segments, heads.shape[-1] ** -0.5
-        seams = seams_of(segments, segments)
+        seams = keywords(segments, segments)
         query, key, value = heads.unbind(1)
         out, lse, *_ = _flash_attn_fwd(
             query, key, value, **seams, softmax_scale=ctx.scale, return_lse=True
@@ -95,7 +95,7 @@ class PackedFa4(torch.autograd.Function):
             heads, out, given = (widen(x, wide) for x in (heads, out, given))
         found = torch.empty_like(heads)
         parts = dict(zip(("dq", "dk", "dv"), found.unbind(1), strict=True))
-        seams = seams_of(ctx.segments, ctx.segments)
+        seams = keywords(ctx.segments, ctx.segments)
         _flash_attn_bwd(
             *heads.unbind(1), out, given, lse, **seams, softmax_scale=ctx.scale, **parts
         )

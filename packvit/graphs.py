@@ -5,17 +5,18 @@ what fills them up attends to itself alone. A size is recorded when it is met fo
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Sequence
-from threading import Lock
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Sequence
+from threading import RLock
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from packvit.attention import Backend
 from packvit.packed import Segments, seams_of, to_device
+from packvit.steps import is_hooked
 
 MOST_TOKENS = 16384  # at it an H100 takes 20 ms for AIMv2-large, and a host 10 to launch it
 KEPT_TOKENS = 2**18  # of all graphs kept: each holds what it reads and writes, 4 D bytes a token
@@ -51,9 +52,36 @@ class Graph(NamedTuple):
     rows: tuple[Tensor, ...]
     table: Tensor | None
     seams: Tensor
-    run: Run  # holds what it reads besides
+    held: Tensor | None  # what it reads besides weights
     out: Tensor
     taps: dict[int, Tensor]
+
+
+class Witness(NamedTuple):
+    """What graphs were recorded of: an encoder's modules but itself, and what they were then."""
+
+    modules: tuple[nn.Module, ...]
+    told: list[int]
+
+
+def look(modules: Iterable[nn.Module]) -> list[int]:
+    """Return what tells modules from others: parts, weights, and whether they are watched.
+
+    Weights come and go in ways that leave no other trace: assigned by a parent's `load_state_dict`,
+    swapped by `functional_call`, adapted by LoRA.
+    """
+    seen: list[int] = []
+    for module in modules:
+        seen += map(id, module._modules.values())
+        held = (*module._parameters.values(), *module._buffers.values())
+        seen += [tensor.data_ptr() for tensor in held if tensor is not None]
+        seen.append(is_hooked(module))
+    return seen
+
+
+def is_graphable(module: nn.Module) -> bool:
+    """Return whether a module does nothing but what its weights say: ours or torch's, unwatched."""
+    return type(module).__module__.split(".")[0] in ("packvit", "torch") and not is_hooked(module)
 
 
 def size_of(lengths: Sequence[int], taps: Collection[int], backend: Backend, stream: int) -> Size:
@@ -85,14 +113,17 @@ class Graphs:
     """The graphs of one encoder, the most recently used ones."""
 
     def __init__(self) -> None:
-        self.lock = Lock()
+        self.lock = RLock()
+        self.too_large: set[Size] = set()  # for the memory there was
         self.forget()
 
     def forget(self) -> None:
         """Keep nothing: what was recorded reads weights where they were."""
-        self.kept: OrderedDict[Size, Graph] = OrderedDict()
-        self.met: Counter[Size] = Counter()
-        self.pool = None
+        with self.lock:
+            self.kept: OrderedDict[Size, Graph] = OrderedDict()
+            self.met: Counter[Size] = Counter()
+            self.pools: dict[int, Any] = {}  # by stream: graphs of one never run at the same time
+            self.witness: Witness | None = None
 
     def __call__(
         self,
@@ -102,16 +133,22 @@ class Graphs:
         lengths: Sequence[int],
         backend: Backend,
         taps: Collection[int] = (),
+        *,
+        owner: nn.Module,
+        held: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Return what `run` returns of the pack filled up, by a graph where there is one.
 
-        With or without a graph it is the same kernels on the same sizes, so the same bits.
+        `owner` is the encoder whose weights `run` reads, `held` what it reads besides. With or
+        without a graph it is the same kernels on the same sizes, so the same bits.
         """
         tokens, device = len(rows[0]), rows[0].device
         size = size_of(lengths, taps, backend, torch.cuda.current_stream().cuda_stream)
         filled = fill_up(lengths, size)
         frames = None if table is None else fill_table(table, filled)
         with self.lock:
+            if self.witness and look((owner, *self.witness.modules)) != self.witness.told:
+                self.forget()
             self.met[size] += 1
             if size in self.kept:
                 self.kept.move_to_end(size)
@@ -120,7 +157,7 @@ class Graphs:
             on_device = None if frames is None else to_device(frames, device)
             segments = Segments.from_lengths(filled, device=device)
             segments = Segments(filled, segments.cu_seqlens, size.longest)
-            if self.met[size] > 1 and self.keep(run, given, on_device, segments, size):
+            if self.met[size] > 1 and self.keep(run, given, on_device, segments, size, owner, held):
                 return replay(self.kept[size], rows, frames, filled)
             out, tapped = run(given, on_device, segments)
             return out[:tokens], {layer: tap[:tokens] for layer, tap in tapped.items()}
@@ -132,14 +169,24 @@ class Graphs:
         table: Tensor | None,
         segments: Segments,
         size: Size,
+        owner: nn.Module,
+        held: Tensor | None,
     ) -> bool:
-        """Record a run at `size` and keep it; where memory is short, keep nothing and say so."""
+        """Record a run at `size` and keep it, or say that it is not to be.
+
+        Where memory is short nothing is kept, and the size not tried again.
+        """
+        modules = tuple(owner.modules())
+        if size in self.too_large or not all(map(is_graphable, modules)):
+            return False
         try:
             with torch.inference_mode(False), torch.no_grad():  # so that both modes may replay
-                self.kept[size] = self.record(run, given, table, segments, size)
+                self.kept[size] = self.record(run, given, table, segments, size, held)
         except torch.OutOfMemoryError:
+            self.too_large.add(size)
             self.forget()
             return False
+        self.witness = Witness(modules[1:], look((owner, *modules[1:])))
         while sum(kept.tokens for kept in self.kept) > KEPT_TOKENS:
             self.kept.popitem(last=False)
         return True
@@ -151,6 +198,7 @@ class Graphs:
         table: Tensor | None,
         segments: Segments,
         size: Size,
+        held: Tensor | None,
     ) -> Graph:
         """Record a run at `size`, on memory of the graph's own."""
         rows = tuple(row.clone() for row in given)
@@ -162,11 +210,15 @@ class Graphs:
             run(rows, table, seams)
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        # This thread's mistakes alone count: another one may be decoding JPEGs meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        if size.stream not in self.pools:
+            self.pools[size.stream] = torch.cuda.graph_pool_handle()
+        # This thread's mistakes alone count: another one may be decoding JPEGs meanwhile. torch's
+        # own stream to record on is of whichever device recorded first.
+        with torch.cuda.graph(
+            graph, pool=self.pools[size.stream], stream=side, capture_error_mode="thread_local"
+        ):
             out, tapped = run(rows, table, seams)
-        return Graph(graph, rows, table, seams.cu_seqlens, run, out, tapped)
+        return Graph(graph, rows, table, seams.cu_seqlens, held, out, tapped)
 
     def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:
         """Copy and travel empty: what was recorded belongs to one encoder's memory."""

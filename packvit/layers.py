@@ -16,7 +16,7 @@ from packvit.config import Activation, EncoderConfig, Rotary, SinCos, Statistics
 from packvit.linear import Linear, Rows8, affine
 from packvit.packed import Grid, PatchPlaces, PrefixPlaces, Segments
 from packvit.positions import Axes, ResizedTables, check_grid, look_up, rotary, rotate, sine_cosine
-from packvit.steps import Norm, RMSNorm, Tokens, add, add_norm, gate, rise
+from packvit.steps import Norm, RMSNorm, Tokens, add, add_norm, gate, is_hooked, rise
 
 AnyModule = TypeVar("AnyModule", bound="PatchEmbeddings")
 Turns = tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]  # rotary cosine and sine of each token
@@ -108,7 +108,9 @@ class PatchEmbeddings(nn.Module):
             return tokens + sine_cosine(self.axis(grid), places)
         if not (positions.any_grid or self.interpolate):
             check_grid(positions, grid, self.config.patch)
-        return tokens + look_up(self.resized, self.positions, places, grid)
+        return tokens + look_up(
+            self.resized, self.positions, places, grid, steady=self.patches.steady
+        )
 
     def axis(self, grid: Grid) -> Float[Tensor, "side half"]:
         """Return the sine-cosine axis, as long as the longest frame has patches, at the least.
@@ -264,9 +266,18 @@ class Block(nn.Module):
         """
         attention, mlp = self.attention, self.mlp
         stream, normed = add_norm(stream, delta, self.attention_norm, attention.qkv)
-        attended = attention.attend(normed, segments, turns, backend)
-        stream, delta = add(stream, attended, attention.out, self.attention_scale)
+        if is_hooked(attention):
+            delta = self.attention_scale(attention(normed, segments, turns, backend))
+        else:
+            stream, delta = add(
+                stream,
+                attention.attend(normed, segments, turns, backend),  # held by no name: it is large
+                attention.out,
+                self.attention_scale,
+            )
         stream, normed = add_norm(stream, delta, self.mlp_norm, mlp.reads)
+        if is_hooked(mlp):
+            return stream, self.mlp_scale(mlp(normed))
         return add(stream, mlp.risen(normed), mlp.down, self.mlp_scale)
 
 
@@ -288,7 +299,9 @@ class Blocks(nn.Module):
     ) -> tuple[Tokens, dict[int, Tokens]]:
         """Return the residual stream after the last block, and after each layer in `taps`."""
         # In inference blocks write to the stream, which so far is the caller's.
-        stream = hidden_states if hidden_states.requires_grad else hidden_states.clone()
+        stream = hidden_states
+        if stream.is_cuda and not torch.is_grad_enabled():
+            stream = stream.clone(memory_format=torch.contiguous_format)
         tapped, delta = {}, None
         for layer, block in enumerate(self.layers):
             stream, delta = block(stream, delta, segments, turns, backend)

@@ -135,14 +135,18 @@ class ResizedTables:
         self.made_from: tuple[object, ...] = ()  # what told the table from others
 
     def bank(
-        self, table: Float[Tensor, "places D"], grids: Sequence[tuple[int, int]]
+        self,
+        table: Float[Tensor, "places D"],
+        grids: Sequence[tuple[int, int]],
+        *,
+        steady: bool = False,
     ) -> Float[Tensor, "patches D"]:
         """Return the patches' rows of `table` for several distinct grids, end to end."""
         if not (torch.is_grad_enabled() and table.requires_grad):
             return torch.cat([self.get(table, rows, columns) for rows, columns in grids])
         self.forget()  # an optimizer follows, and fused ones leave no trace
         patches = table[1:] if self.positions.class_row else table
-        if table.is_cuda:  # where many small launches keep the device waiting
+        if table.is_cuda and not steady:  # where many small launches keep the device waiting
             return resize_together(self.positions, patches, grids)
         return torch.cat([resize(self.positions, patches, *sides) for sides in grids])
 
@@ -175,11 +179,19 @@ class ResizedTables:
 
 
 def look_up(
-    tables: ResizedTables, table: Float[Tensor, "places D"], places: PatchPlaces, grid: Grid
+    tables: ResizedTables,
+    table: Float[Tensor, "places D"],
+    places: PatchPlaces,
+    grid: Grid,
+    *,
+    steady: bool = False,
 ) -> Float[Tensor, "T D"]:
-    """Return every patch's row of the table, resized once for each distinct grid of the pack."""
+    """Return every patch's row of the table, resized once for each distinct grid of the pack.
+
+    Where `steady`, a grid's rows know of no other grid's.
+    """
     distinct = list(dict.fromkeys((rows, columns) for _, rows, columns in grid))
-    bank = tables.bank(table, distinct)
+    bank = tables.bank(table, distinct, steady=steady)
     sizes = np.array([rows * columns for rows, columns in distinct])
     starts = dict(zip(distinct, (sizes.cumsum() - sizes).tolist(), strict=True))
     of_frames = [starts[rows, columns] for frames, rows, columns in grid for _ in range(frames)]
@@ -208,7 +220,8 @@ def resize_together(
         at = first.index_select(0, places.sequence) + place
         along.append(torch.cat(weights).index_select(0, at))
     weights = (along[0][:, :, None] * along[1][:, None, :]).flatten(1)  # [patches, places]
-    return (weights @ table.float()).to(table.dtype)
+    with torch.autocast(table.device.type, enabled=False):
+        return (weights @ table.float()).to(table.dtype)
 
 
 @lru_cache(maxsize=4096)  # of some 2 KB

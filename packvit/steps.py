@@ -8,7 +8,7 @@ where an fp8 matmul reads it. `STEPS` is the table of all, and what the tests co
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,19 @@ def taught(tokens: Tensor, *weights: Tensor) -> bool:
     return wanted and torch.is_grad_enabled()
 
 
+def is_plain(module: nn.Module) -> TypeGuard[Linear]:
+    """Return whether a module is a linear layer of ours and nothing watches or changes it.
+
+    What wraps one (LoRA), or hooks into it (pruning, calibration), is left to do so.
+    """
+    return type(module) is Linear and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether anything wants to see a module called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
 def choose(tokens: Tensor, *weights: Tensor) -> Way:
     """Return how a step with kernels of ours for inference and for training runs."""
     if not (HAS_TRITON and sixteen_bits(tokens, *weights)):
@@ -149,11 +162,12 @@ def add(
 
 def can_add(stream: Tokens, tokens: Tensor | Rows8, linear: nn.Module, scale: nn.Module) -> bool:
     """Return whether a matmul can add to the stream: it does so only without a bias."""
-    # Exactly ours: what wraps a linear layer to change what it does (LoRA) is left to do so.
-    if not (isinstance(tokens, Tensor) and type(linear) is Linear and linear.bias is None):
+    if not (isinstance(tokens, Tensor) and is_plain(linear) and linear.bias is None):
         return False
-    whole = isinstance(scale, nn.Identity) and not torch.compiler.is_compiling()
-    return whole and may_fuse(tokens, linear.weight, stream)
+    # With gradients on, a block's input may be kept for a derivative by who calls the block.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return isinstance(scale, nn.Identity) and may_fuse(tokens, linear.weight, stream)
 
 
 def add_plain(
@@ -189,7 +203,7 @@ def gate(
 
 def can_gate(tokens: Tensor, gate_up: nn.Module) -> bool:
     """Return whether SwiGLU can be the matmul's epilogue: on Hopper, where it was measured."""
-    if type(gate_up) is not Linear or gate_up.out_features % 16 or gate_up.in_features % 8:
+    if not is_plain(gate_up) or gate_up.out_features % 16 or gate_up.in_features % 8:
         return False
     return is_hopper(tokens.device)
 
@@ -205,7 +219,8 @@ def in_turns(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
     Copied apart: passes over every second number take a CPU twice as long.
     """
-    gates, up = gate_up.unflatten(-1, (-1, 2)).movedim(-1, 0).contiguous()
+    halves = gate_up.unflatten(-1, (-1, 2)).movedim(-1, 0)
+    gates, up = halves.clone(memory_format=torch.contiguous_format).unbind()
     return gates, up
 
 
@@ -248,18 +263,18 @@ def rise(
     if isinstance(reader, Linear8):
         way: Way = "float8"
     else:
-        way = "fused" if can_rise_fused(tokens, up, activation) else "plain"
-        if isinstance(tokens, Tensor) and type(up) is Linear and up.bias is not None:
-            way = "taught" if choose(tokens, up.weight, up.bias) == "taught" else way
+        way = choose_rise(tokens, up, activation)
     return STEPS["rise"][way](tokens, up, activation)
 
 
-def can_rise_fused(tokens: Tokens | Rows8, up: nn.Module, activation: Activation) -> bool:
-    """Return whether the matmul has an epilogue for this activation, and may use it."""
-    # Exactly ours: what wraps a linear layer to change what it does (LoRA) is left to do so.
-    if not (isinstance(tokens, Tensor) and type(up) is Linear and activation == "gelu_tanh"):
-        return False
-    return not up.steady and up.bias is not None and may_fuse(tokens, up.weight, up.bias)
+def choose_rise(tokens: Tokens | Rows8, up: nn.Module, activation: Activation) -> Way:
+    """Return how a matmul and its activation run; the matmul has an epilogue for one of them."""
+    if not (isinstance(tokens, Tensor) and is_plain(up)) or up.steady or up.bias is None:
+        return "plain"
+    if choose(tokens, up.weight, up.bias) == "taught":
+        return "taught"
+    fits = activation == "gelu_tanh" and may_fuse(tokens, up.weight, up.bias)
+    return "fused" if fits else "plain"
 
 
 def rise_plain(tokens: Tokens, up: nn.Module, activation: Activation) -> Tensor:

@@ -3,17 +3,28 @@
 import copy
 import pickle
 import random
+from typing import Any
 
 import pytest
 import reference
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from packvit.attention import BACKENDS
 from packvit.encoder import Encoder
-from packvit.families import FAMILIES
-from packvit.graphs import MOST_TOKENS, Graphs, fill_table, fill_up, ladder, size_of
-from packvit.packed import PatchPlaces, frame_table, sequence_lengths
+from packvit.families import FAMILIES, AIMv2Packing
+from packvit.graphs import (
+    MOST_TOKENS,
+    Graphs,
+    fill_table,
+    fill_up,
+    is_graphable,
+    ladder,
+    look,
+    size_of,
+)
+from packvit.packed import PatchPlaces, Segments, frame_table, sequence_lengths
 
 
 def test_the_ladder_wastes_at_most_a_token_in_32_of_packs_of_2048_and_more():
@@ -141,3 +152,55 @@ def test_training_makes_no_graphs():
     assert encoder.graphs is not None
     assert not encoder.graphs.met
     assert all(parameter.grad is not None for parameter in encoder.encoder.parameters())
+
+
+@pytest.mark.parametrize("change", ["assigned", "swapped", "replaced", "watched", "moved"])
+def test_what_graphs_were_recorded_of_is_told_from_what_is_now(change: str):
+    encoder: Any = AIMv2Packing.from_transformers(reference.build("aimv2", is_native=True))
+    modules = tuple(encoder.modules())
+    assert all(map(is_graphable, modules))
+    before = look(modules)
+    assert look(modules) == before
+    block = encoder.encoder.layers[1]
+    other = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    if change == "assigned":
+        nn.ModuleDict({"tower": encoder}).load_state_dict(
+            {f"tower.{name}": tensor for name, tensor in other.items()}, assign=True
+        )
+    elif change == "replaced":
+        block.mlp.down = copy.deepcopy(block.mlp.down)
+    elif change == "watched":
+        block.register_forward_hook(lambda module, given, out: None)
+        assert not is_graphable(block)
+    elif change == "moved":
+        block.mlp.down.weight.data = block.mlp.down.weight.data.clone()
+    else:
+        seen = []
+        encoder.forward = lambda *given: seen.append(look(modules))
+        functional_call(encoder, other, (1, 2))
+        assert seen != [before]
+        return
+    assert look(modules) != before
+
+
+def test_what_others_wrap_is_never_recorded():
+    class Foreign(nn.Linear):
+        """As an adapter is: a module of another package."""
+
+    assert not is_graphable(Foreign(2, 2))
+
+
+def test_what_a_size_took_no_room_for_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+    graphs, size = Graphs(), size_of((3,), [], BACKENDS[0], 0)
+    tried: list[Any] = []
+    never: Any = None
+
+    def record(*given):
+        tried.append(given)
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(graphs, "record", record)
+    segments = Segments.from_lengths((3,))
+    for _ in range(3):
+        assert not graphs.keep(never, [], None, segments, size, nn.Linear(2, 2), None)
+    assert len(tried) == 1

@@ -107,7 +107,7 @@ def test_grids_resized_together_are_each_resized(name, device: str):
 
 
 @pytest.mark.parametrize("name", ["bilinear_antialias", "bicubic_antialias"])
-def test_antialiased_grids_are_what_pillow_makes_of_them(name: str):
+def test_antialiased_grids_are_what_pillow_makes_of_them(name):
     """Grids of one column too, which torch itself resizes wrongly."""
     table = torch.randn(35, 8, generator=torch.Generator().manual_seed(0))
     how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -14,6 +14,7 @@ from packvit.steps import (
     Way,
     add,
     add_norm,
+    can_add,
     gate,
     gelu_tanh,
     in_turns,
@@ -148,13 +149,28 @@ def test_what_a_matmul_adds_is_nearer_to_exact_than_its_plain_twin(dtype, tokens
     assert (found.double() - exact).norm() <= (plain.double() - exact).norm()
 
 
-def test_what_a_matmul_cannot_add_is_left_to_the_next_norm():
-    """With a bias, a scale, a wrapper around it, or on a CPU."""
-    linear, x, stream = Linear(8, 8), torch.randn(3, 8), torch.randn(3, 8)
+def test_what_a_matmul_cannot_add_is_left_to_the_next_norm(monkeypatch: pytest.MonkeyPatch):
+    """With a bias, a scale, a wrapper around it, a hook, gradients on, or on a CPU."""
+    x, stream, none = torch.randn(3, 8), torch.randn(3, 8), nn.Identity()
+    plain, biased, watched = Linear(8, 8, bias=False), Linear(8, 8), Linear(8, 8, bias=False)
+    wrapped = nn.Sequential(plain)
+    watched.register_forward_hook(lambda module, given, out: None)
     with torch.inference_mode():
-        same, delta = add(stream, x, linear, nn.Identity())
-    assert same is stream
-    assert torch.equal(delta, linear(x)) if delta is not None else False
+        same, delta = add(stream, x, plain, none)
+        assert same is stream
+        assert isinstance(delta, Tensor)
+        assert torch.equal(delta, plain(x))
+    monkeypatch.setattr("packvit.steps.sixteen_bits", lambda *tensors: True)
+    with torch.inference_mode():
+        for linear in (biased, wrapped, watched):
+            assert not can_add(stream, x, linear, none)
+        assert not can_add(stream, x, plain, nn.Dropout())
+        assert can_add(stream, x, plain, none)
+        kept, rest = add(stream.clone(), x, plain, none)
+        assert rest is None
+        torch.testing.assert_close(kept, stream + plain(x))
+    plain.requires_grad_(False)
+    assert not can_add(stream, x, plain, none)
 
 
 def norms(width: int, device: str, dtype: torch.dtype) -> list[RMSNorm | nn.LayerNorm]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from packvit import positions
 from packvit.checkpoints import CheckpointError
 from packvit.config import Rotary, SinCos, Table
 from packvit.encoder import Encoder
+from packvit.packed import PatchPlaces
 from packvit.verification import Plan, Row, VerificationError, certificate, comparison
 from packvit.verification.comparison import compare_outputs
 from packvit.verification.files import compare_photographs, compare_saved
@@ -70,12 +72,12 @@ def swap_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
         square = table[kind.class_row :].unflatten(0, (kind.rows, kind.columns))
         encoder.embeddings.positions.data = torch.cat([first, square.transpose(0, 1).flatten(0, 1)])
     elif isinstance(kind, SinCos):
-        add = encoder.embeddings.add_positions
+        make = positions.sine_cosine
 
-        def swapped(tokens: Tensor, grid: tuple[tuple[int, int, int], ...]) -> Tensor:
-            return tokens + add(torch.zeros_like(tokens), grid).roll(tokens.shape[1] // 2, 1)
+        def swapped(axis: Tensor, places: PatchPlaces) -> Tensor:
+            return make(axis, places).roll(axis.shape[1], 1)
 
-        patch.setattr(encoder.embeddings, "add_positions", swapped)
+        patch.setattr("packvit.encoder.sine_cosine", swapped)
     else:
         assert isinstance(kind, Rotary)
         turn = positions.rotate
@@ -187,10 +189,13 @@ def test_an_image_that_feels_its_neighbours_is_noticed(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):
     encoder = packvit.load(folders("aimv2 native"), device="cpu")
-    add = encoder.embeddings.add_positions
-    monkeypatch.setattr(
-        encoder.embeddings, "add_positions", lambda x, grid: add(x, grid) + 0 * x.sum()
-    )
+    embed = encoder.embeddings.forward
+
+    def felt(*given: Any) -> Tensor:
+        tokens = embed(*given)
+        return tokens + 0 * tokens.sum()
+
+    monkeypatch.setattr(encoder.embeddings, "forward", felt)
     assert missed(encoder, folders("aimv2 native")) == {"neighbours of NaN"}
 
 

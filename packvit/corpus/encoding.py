@@ -189,6 +189,8 @@ def encode_halved(
     whole = encode_whole(encoder, images, options, feed)
     if whole is not None:
         return *whole, 1
+    if encoder.graphs is not None:
+        encoder.graphs.forget()  # whose memory it may want
     if encoder.device.type == "cuda":
         torch.cuda.empty_cache()
     if len(images) == 1:

@@ -77,11 +77,13 @@ class Feeder:
         # Packs that are fed before the one ahead of them is encoded; Pillow's need no feeding.
         self.ahead = 0 if tools.decode_jpegs is None else 1
         self.thread = ThreadPoolExecutor(1, "packvit-feed")
+        self.stopping = False
 
     def __enter__(self) -> "Feeder":
         return self
 
     def __exit__(self, *reason: object) -> None:
+        self.stopping = True
         self.thread.shutdown(cancel_futures=True)
 
     def feed_all(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack, Sequence[Fed] | None]]:
@@ -93,20 +95,10 @@ class Feeder:
         for pack in packs:
             coming.append((pack, self.thread.submit(self.decode, pack.images)))
             if len(coming) > self.ahead:
-                yield self.arrived(*coming.popleft())
-        while coming:
-            yield self.arrived(*coming.popleft())
-
-    def arrived(
-        self, pack: Pack, future: Future[Sequence[Fed] | None]
-    ) -> tuple[Pack, Sequence[Fed] | None]:
-        """Wait for a pack, and count the images that the device decoded."""
-        fed = future.result()
-        if fed is None:  # all of them, once they are halved
-            self.decoders.on_gpu += sum(image.jpeg is not None for image in pack.images)
-        else:
-            self.decoders.on_gpu += sum(isinstance(image, OnDevice) for image in fed)
-        return pack, fed
+                pack, future = coming.popleft()
+                yield pack, future.result()
+        for pack, future in coming:
+            yield pack, future.result()
 
     def feed(self, images: Sequence[Prepared]) -> Sequence[Fed] | None:
         """Return images fed: a Feed."""
@@ -132,6 +124,9 @@ class Feeder:
         for place, ours in zip(places, patches, strict=True):
             fed[place] = OnDevice(images[place].row, ours)
         for number in decoded.failed:
+            if self.stopping:  # nobody waits for them any more
+                break
             fed[places[number]] = self.decoders.prepare(files[number].source, self.by_pillow)
+        self.decoders.on_gpu += len(places) - len(decoded.failed)
         self.decoders.feeding += time.perf_counter() - start
         return fed

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from packvit.config import ImageConfig, PatchOrder
 from packvit.gpu.jpeg import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, JpegPlan
-from packvit.gpu.nvjpeg import NvJpeg, NvJpegError, Plane
+from packvit.gpu.nvjpeg import NO_MEMORY, NvJpeg, NvJpegError, Plane
 from packvit.gpu.resampling import rows_first, windows
 from packvit.gpu.twins import resize
 from packvit.sizes import SizePlan
@@ -169,7 +169,9 @@ class JpegDecoder:
             self._nvjpeg.decode(files, lengths, places, stream)
             self.stream.synchronize()
             return []
-        except NvJpegError:
+        except NvJpegError as error:
+            if error.status == NO_MEMORY:  # its own, beside torch's: no file is to blame
+                raise torch.OutOfMemoryError(str(error)) from error
             failed = []
         for place, file in enumerate(files):
             try:

@@ -181,6 +181,8 @@ def serve(descriptor: int) -> None:
     connection = Connection(descriptor)
     job, device, threads = connection.recv()
     torch.set_num_threads(threads)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
     shards: SimpleQueue[Shard] = SimpleQueue()
     threading.Thread(target=receive, args=(connection, shards), daemon=True).start()
     stager = Stager(job)
