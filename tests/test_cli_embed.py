@@ -252,7 +252,10 @@ def undisturbed(
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak)],
+)
 def test_a_stopped_job_says_what_is_written_and_the_same_command_goes_on(
     tmp_path: Path,
     many: Path,

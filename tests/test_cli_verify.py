@@ -47,6 +47,7 @@ def invoke(*argv: object) -> Result:
     return CliRunner().invoke(verify, [str(word) for word in argv])
 
 
+@pytest.mark.soak
 def test_every_family_passes_and_the_certificate_says_what_was_compared(tmp_path: Path):
     target = tmp_path / "all.json"
     result = invoke(
@@ -200,7 +201,10 @@ def test_embed_stops_at_a_miss_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak), (signal.SIGTERM, 143)],
+)
 def test_it_can_be_stopped(number: signal.Signals, code: int):
     with subprocess.Popen(
         [sys.executable, "-m", "packvit", "verify", "--family", "all"],

@@ -157,6 +157,7 @@ def test_a_page_that_links_to_itself_is_read_once(server: str):
     assert outcome(f"{server}/circle/") == {"a.jpg": "missing"}
 
 
+@pytest.mark.soak
 def test_a_server_that_hangs_costs_one_image_and_the_job_goes_on(
     server: str, tmp_path: Path, encoder: Encoder
 ):

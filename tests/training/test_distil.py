@@ -92,6 +92,7 @@ def test_two_processes_have_the_losses_of_one_over_20_steps(tmp_path: Path, epoc
     compare_processes(tmp_path, epochs, 20)
 
 
+@pytest.mark.soak
 def test_two_processes_have_the_losses_of_one(tmp_path: Path):
     compare_processes(tmp_path, 3, 4)
 
