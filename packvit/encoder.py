@@ -19,10 +19,11 @@ from packvit.checkpoints import Checkpoint
 from packvit.config import EncoderConfig, ImageConfig, PatchOrder, SinCos
 from packvit.family import Family
 from packvit.features import Features, Pack, make_pack
+from packvit.float8 import float8_obstacle
 from packvit.graphs import MOST_TOKENS, Graphs
 from packvit.images import Source
 from packvit.layers import Blocks, PatchEmbeddings, norm, rotary_turns, to_values
-from packvit.linear import Linear, float8_obstacle, make_steady, to_float8
+from packvit.linear import Linear, make_steady
 from packvit.options import GridPolicy, Options
 from packvit.packed import (
     Grid,
@@ -439,10 +440,7 @@ class Encoder(nn.Module):
         if options.fp8:
             if obstacle := float8_obstacle(self.encoder, self.device, self.dtype):
                 raise ValueError(f"fp8=True cannot run: fp8 {obstacle}. Leave it out.")
-            for block in self.encoder.layers:
-                # Small, and more exact in 16 bits; where it has no bias its matmul then adds to
-                # the stream, which costs less than 8 bits save.
-                to_float8(block, keep=["attention.out"])
+            self.encoder.to_float8()
             self.requires_grad_(False)
         if options.invariant:
             make_steady(self)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from packvit.attention import Backend
 from packvit.config import Activation, EncoderConfig, Rotary, SinCos, Statistics, Table
-from packvit.linear import Linear, Rows8, affine
+from packvit.float8 import Linear8, Rows8, to_8
+from packvit.linear import Linear, affine
 from packvit.packed import Grid, PatchPlaces, PrefixPlaces, Segments
 from packvit.positions import Axes, ResizedTables, check_grid, look_up, rotary, rotate, sine_cosine
 from packvit.steps import Norm, RMSNorm, Tokens, add, add_norm, gate, is_hooked, rise
@@ -136,7 +137,8 @@ class Attention(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias == "qkv")
+        bias = config.qkv_bias == "qkv"
+        self.qkv: Linear | Linear8 = Linear(config.width, 3 * config.width, bias=bias)
         if config.qkv_bias == "qv":
             self.qv_bias = nn.Parameter(torch.zeros(2 * config.width))
         self.has_qv_bias = config.qkv_bias == "qv"
@@ -186,8 +188,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.up = Linear(config.width, config.mlp_width, bias=config.bias)
-        self.down = Linear(config.mlp_width, config.width, bias=config.bias)
+        self.up: Linear | Linear8 = Linear(config.width, config.mlp_width, bias=config.bias)
+        self.down: Linear | Linear8 = Linear(config.mlp_width, config.width, bias=config.bias)
         self.activation: Activation = config.activation
 
     @property
@@ -203,14 +205,19 @@ class MLP(nn.Module):
         """Transform each token by itself."""
         return self.down(self.risen(hidden_states))
 
+    def to_float8(self) -> None:
+        """Put both matrices in 8 bits."""
+        self.up, self.down = to_8(self.up, self.down, gated=False)
+
 
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)): SwiGLU, where act is SiLU. `gate_up` has their rows in turns."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.gate_up = Linear(config.width, 2 * config.mlp_width, bias=config.bias)
-        self.down = Linear(config.mlp_width, config.width, bias=config.bias)
+        wide = 2 * config.mlp_width
+        self.gate_up: Linear | Linear8 = Linear(config.width, wide, bias=config.bias)
+        self.down: Linear | Linear8 = Linear(config.mlp_width, config.width, bias=config.bias)
         self.activation: Activation = config.activation
 
     @property
@@ -225,6 +232,10 @@ class GatedMLP(nn.Module):
     def forward(self, hidden_states: Tokens | Rows8) -> Tokens:
         """Transform each token by itself."""
         return self.down(self.risen(hidden_states))
+
+    def to_float8(self) -> None:
+        """Put both matrices in 8 bits."""
+        self.gate_up, self.down = to_8(self.gate_up, self.down, gated=True)
 
 
 class LayerScale(nn.Module):
@@ -250,6 +261,17 @@ class Block(nn.Module):
         self.mlp_norm = norm(config)
         self.mlp = GatedMLP(config) if config.gated else MLP(config)
         self.mlp_scale = LayerScale(config) if config.layer_scale else nn.Identity()
+
+    def to_float8(self) -> None:
+        """Put the matrices in 8 bits, but for attention's output projection.
+
+        That is small, and more exact in 16; where it has no bias its matmul then adds to the
+        stream, which costs less than 8 bits save.
+        """
+        qkv = self.attention.qkv
+        assert isinstance(qkv, Linear)
+        self.attention.qkv = Linear8(qkv)
+        self.mlp.to_float8()
 
     def forward(
         self,
@@ -288,6 +310,12 @@ class Blocks(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    def to_float8(self) -> None:
+        """Put the blocks' matrices in 8 bits, for good."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.to_float8()
 
     def forward(
         self,

@@ -6,7 +6,6 @@ where an fp8 matmul reads it. `STEPS` is the table of all, and what the tests co
 """
 
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal, TypeGuard
 
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 
 from packvit.config import Activation
 from packvit.derivatives import AddNorm, Rise, SiluTimes
-from packvit.linear import Linear, Linear8, Rows8, add_affine
+from packvit.float8 import Linear8, Rise8, Rows8
+from packvit.linear import Linear, add_affine, is_hopper
 
 HAS_TRITON = find_spec("triton") is not None
 
 Tokens = Float[Tensor, "T D"]
-Way = Literal["plain", "apart", "fused", "taught", "float8"]
+Way = Literal["plain", "apart", "fused", "taught", "float8", "fused8"]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -115,8 +115,9 @@ def add_norm(
     stream: Tokens, delta: Tokens | None, norm: Norm, reader: nn.Module
 ) -> tuple[Tokens, Tokens | Rows8]:
     """Return stream + delta, and the same normed as `reader` wants it: the residual's one pass."""
-    way = "float8" if isinstance(reader, Linear8) else choose(stream, norm.weight)
-    return STEPS["add_norm"][way](stream, delta, norm)
+    if isinstance(reader, Linear8):
+        return STEPS["add_norm"]["float8"](stream, delta, norm, reader)
+    return STEPS["add_norm"][choose(stream, norm.weight)](stream, delta, norm)
 
 
 def add_norm_plain(stream: Tokens, delta: Tokens | None, norm: Norm) -> tuple[Tokens, Tokens]:
@@ -141,12 +142,15 @@ def add_norm_taught(stream: Tokens, delta: Tokens | None, norm: Norm) -> tuple[T
     return AddNorm.apply(stream, delta, norm.weight, norm.bias, norm.eps)
 
 
-def add_norm_8(stream: Tokens, delta: Tokens | None, norm: Norm) -> tuple[Tokens, Rows8]:
+def add_norm_8(
+    stream: Tokens, delta: Tokens | None, norm: Norm, reader: Linear8
+) -> tuple[Tokens, Rows8]:
     """One pass, what is normed going to 8 bits without being rounded to 16 before."""
     from packvit.kernels.norms import add_norm_8 as kernel
 
-    summed, values, scale = kernel(stream, delta, norm.weight, norm.bias, norm.eps)
-    return stream if delta is None else summed, Rows8(values, scale)
+    weights, gated = reader.reaches
+    summed, *rows = kernel(stream, delta, norm.weight, norm.bias, norm.eps, weights, gated)
+    return stream if delta is None else summed, Rows8(*rows)
 
 
 def add(
@@ -192,7 +196,7 @@ def gate(
     Gate and up projection are one matrix, whose rows they have in turns.
     """
     if isinstance(reader, Linear8):
-        way: Way = "float8"
+        way: Way = choose_8(gate_up)
     elif activation == "silu" and isinstance(tokens, Tensor):
         way = choose(tokens, *gate_up.parameters())
         way = way if way != "fused" or can_gate(tokens, gate_up) else "apart"
@@ -208,10 +212,9 @@ def can_gate(tokens: Tensor, gate_up: nn.Module) -> bool:
     return is_hopper(tokens.device)
 
 
-@cache
-def is_hopper(device: torch.device) -> bool:
-    """Return whether a CUDA device is of compute capability 9.0."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
+def choose_8(first: nn.Module) -> Way:
+    """Return how the first half of an MLP runs that is read in 8 bits."""
+    return "fused8" if type(first) is Rise8 and not is_hooked(first) else "float8"
 
 
 def in_turns(gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +242,7 @@ def gate_apart(tokens: Tokens, gate_up: nn.Module, activation: Activation) -> Te
 
 def gate_fused(tokens: Tokens, gate_up: Linear, activation: Activation) -> Tensor:
     """SwiGLU in the matmul's epilogue: neither gate nor up is written to memory."""
-    from packvit.kernels.gates import swiglu
+    from packvit.kernels.matmuls import swiglu
 
     return swiglu(tokens, gate_up.weight, gate_up.bias)
 
@@ -251,9 +254,38 @@ def gate_taught(tokens: Tokens, gate_up: nn.Module, activation: Activation) -> T
 
 def gate_8(tokens: Tokens | Rows8, gate_up: nn.Module, activation: Activation) -> Rows8:
     """A matmul and a pass, to 8 bits without being rounded to 16 again."""
-    from packvit.kernels.eight import activate_8
+    return activate_8(tokens, gate_up, activation, True)
 
-    return Rows8(*activate_8(gate_up(tokens), activation, True))
+
+def activate_8(
+    tokens: Tokens | Rows8, first: nn.Module, activation: Activation, gated: bool
+) -> Rows8:
+    """Return what the second matrix of an MLP reads, which may have the first one's channels."""
+    from packvit.kernels.eight import activate_8 as kernel
+
+    channels = first.reach.channels if isinstance(first, Rise8) else None
+    return Rows8(*kernel(first(tokens), activation, gated, channels))
+
+
+def matmul_8(tokens: Tokens | Rows8, first: Rise8, activation: Activation) -> Rows8:
+    """Return what the second matrix of an MLP reads, from one kernel."""
+    from packvit.kernels.matmuls import rise_8 as kernel
+
+    values, scale, after = first.rows(tokens)
+    assert after is not None
+    reach, weight = first.reach, first.weight
+    made = kernel(
+        values,
+        scale,
+        weight,
+        first.scale,
+        first.bias,
+        after,
+        reach.channels,
+        activation,
+        reach.gated,
+    )
+    return Rows8(made, after)
 
 
 def rise(
@@ -261,7 +293,7 @@ def rise(
 ) -> Tensor | Rows8:
     """Return act(up(tokens)), the first half of an MLP. Shapes: [T, D] -> [T, M]."""
     if isinstance(reader, Linear8):
-        way: Way = "float8"
+        way: Way = choose_8(up)
     else:
         way = choose_rise(tokens, up, activation)
     return STEPS["rise"][way](tokens, up, activation)
@@ -300,9 +332,7 @@ def rise_taught(tokens: Tokens, up: Linear, activation: Activation) -> Tensor:
 
 def rise_8(tokens: Tokens | Rows8, up: nn.Module, activation: Activation) -> Rows8:
     """A matmul and a pass, to 8 bits without being rounded to 16 again."""
-    from packvit.kernels.eight import activate_8
-
-    return Rows8(*activate_8(up(tokens), activation, False))
+    return activate_8(tokens, up, activation, False)
 
 
 STEPS: dict[str, dict[Way, Callable]] = {
@@ -319,11 +349,13 @@ STEPS: dict[str, dict[Way, Callable]] = {
         "fused": gate_fused,
         "taught": gate_taught,
         "float8": gate_8,
+        "fused8": matmul_8,
     },
     "rise": {
         "plain": rise_plain,
         "fused": rise_fused,
         "taught": rise_taught,
         "float8": rise_8,
+        "fused8": matmul_8,
     },
 }

@@ -1,21 +1,16 @@
-"""SwiGLU: in the epilogue of its matmul for inference, and by itself, with a derivative.
+"""SwiGLU by itself, with a derivative; in the epilogue of its matmul it is in `matmuls.py`.
 
-Gate and up projection alternate, column by column, so that whoever has one has the other: within a
-matmul's accumulator both are in one thread's registers.
+Gate and up projection alternate, column by column, so that whoever has one has the other.
 """
 
 import torch
 import triton  # pyright: ignore[reportMissingImports] # comes with torch for CUDA
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
-from triton.tools.tensor_descriptor import (  # pyright: ignore[reportMissingImports]
-    TensorDescriptor,
-)
 
 from packvit.kernels import operator
 
 BLOCK = 1024  # columns a program works on: 2 KiB of bf16, in whole lines
-ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile: 128 x 256 x 64 of the matmul
 
 
 @triton.jit
@@ -78,84 +73,4 @@ def silu_times_backward(gate_up: Tensor, given: Tensor) -> Tensor:
     grid = (rows, triton.cdiv(width, BLOCK))
     launch = silu_times_backward_kernel[grid]  # pyright: ignore[reportIndexIssue]
     launch(gate_up, given, out, width, block=BLOCK)
-    return out
-
-
-@triton.jit
-def swiglu_kernel(
-    tokens,
-    weight,
-    bias,
-    out,
-    rows,
-    width,
-    depth: tl.constexpr,
-    biased: tl.constexpr,
-    tile_rows: tl.constexpr,
-    tile_columns: tl.constexpr,
-    tile_depth: tl.constexpr,
-    group: tl.constexpr,
-):
-    """Tiles of out = silu(gate) * up in turn; gate and up are tokens @ weight.T, in turns.
-
-    A group of `group` rows of tiles shares what it reads of the weight, in L2.
-    """
-    tall, wide = tl.cdiv(rows, tile_rows), tl.cdiv(width, tile_columns)
-    for tile in tl.range(tl.program_id(0), tall * wide, tl.num_programs(0), flatten=True):
-        first = tile // (group * wide) * group
-        high = tl.minimum(tall - first, group)
-        within = tile % (group * wide)
-        row = (first + within % high) * tile_rows
-        column = within // high * tile_columns
-        sums = tl.zeros((tile_rows, 2 * tile_columns), tl.float32)
-        for place in range(0, depth, tile_depth):
-            x = tokens.load([row, place])
-            w = weight.load([2 * column, place])
-            sums = tl.dot(x, w.T, sums)
-        if biased:
-            pair = 2 * column + tl.arange(0, 2 * tile_columns)
-            sums += tl.load(bias + pair, mask=pair < 2 * width, other=0.0).to(tl.float32)[None]
-        gate, up = tl.split(tl.reshape(sums, (tile_rows, tile_columns, 2)))
-        result = gate * tl.sigmoid(gate) * up
-        out.store([row, column], result.to(out.dtype))
-
-
-def like_swiglu(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what `swiglu` does, but for its numbers."""
-    return tokens.new_empty(len(tokens), len(weight) // 2)
-
-
-@operator(like_swiglu)
-def swiglu(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return silu(gate) * up, where gate and up are tokens @ weight.T + bias, in turns.
-
-    Neither is ever written to memory. A row's sums do not know how many other rows there are.
-
-    Shapes: tokens [T, D], weight [2 M, D], bias [2 M], contiguous, D and M divisible by 8 ->
-    [T, M].
-    Source: Triton's tutorial of a persistent matmul, for the order of tiles.
-    """
-    rows, depth = tokens.shape
-    width = len(weight) // 2
-    out = tokens.new_empty(rows, width)
-    describe = TensorDescriptor.from_tensor
-    tiles = triton.cdiv(rows, ROWS) * triton.cdiv(width, COLUMNS)
-    count = torch.cuda.get_device_properties(tokens.device).multi_processor_count
-    launch = swiglu_kernel[(min(tiles, count),)]  # pyright: ignore[reportIndexIssue]
-    launch(
-        describe(tokens, [ROWS, DEPTH]),
-        describe(weight, [2 * COLUMNS, DEPTH]),
-        weight if bias is None else bias,
-        describe(out, [ROWS, COLUMNS]),
-        rows,
-        width,
-        depth,
-        biased=bias is not None,
-        tile_rows=ROWS,
-        tile_columns=COLUMNS,
-        tile_depth=DEPTH,
-        group=8,
-        num_warps=8,
-        num_stages=4,
-    )
     return out

@@ -1,37 +1,53 @@
 """What attention's heads need before a kernel of others takes them."""
 
+import torch
 import triton  # pyright: ignore[reportMissingImports] # comes with torch for CUDA
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 HEADS = 16  # that a program of `widen` works on
+TOKENS, LOOK = 64, 8  # that one of `tame` does, and of each of which it first reads so many values
 
 
 @triton.jit
-def tame_kernel(values, stride, width, block: tl.constexpr):
-    """One token: the largest of float16 wherever a value is not finite."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, block)
-    at = values + row * stride + column
-    inside = column < width
-    x = tl.load(at, mask=inside, other=0.0)
-    finite = tl.abs(x.to(tl.float32)) < float("inf")  # NaN is not
-    tl.store(at, tl.full((block,), 65504.0, values.dtype.element_ty), mask=inside & (finite == 0))
+def tame_kernel(
+    values, rows, stride, width, some: tl.constexpr, look: tl.constexpr, block: tl.constexpr
+):
+    """`some` tokens: the largest of float16 wherever a value is not finite.
+
+    Those are left alone whose first `look` values are finite.
+    """
+    first = tl.program_id(0) * some
+    row = (first + tl.arange(0, some)).to(tl.int64)
+    at = values + row[:, None] * stride + tl.arange(0, look)[None]
+    seen = tl.load(at, mask=(row < rows)[:, None] & (tl.arange(0, look) < width)[None], other=0.0)
+    if tl.max(tl.where(tl.abs(seen.to(tl.float32)) < float("inf"), 0, 1)) > 0:  # NaN is not below
+        column = tl.arange(0, block)
+        for number in range(first, tl.minimum(first + some, rows)):
+            at = values + tl.cast(number, tl.int64) * stride + column
+            x = tl.load(at, mask=column < width, other=0.0)
+            finite = tl.abs(x.to(tl.float32)) < float("inf")
+            large = tl.full((block,), 65504.0, values.dtype.element_ty)
+            tl.store(at, large, mask=(column < width) & (finite == 0))
 
 
 def tame(values: Tensor) -> None:
     """Make finite, where they are, an attention's values that are not.
 
-    Where a token is NaN its keys are too, so that its own sequence still comes out as NaN. Read
-    once, and written only where it has to be: a copy would cost 2.5 times as much.
+    Where a token is NaN its keys are too, so that its own sequence still comes out as NaN. Values
+    come of one matrix, which leaves none of them finite if it reads anything that is not. So in
+    bfloat16 a look at a token's first values tells, a sum that overflows by itself being beyond
+    what weights and tokens of any use come to; in float16 it is not, and all are looked at.
 
     Shapes: [T, H, K], a token's heads side by side.
     """
     rows, heads, depth = values.shape
     assert values.stride()[1:] == (depth, 1)
-    launch = tame_kernel[(rows,)]  # pyright: ignore[reportIndexIssue]
     width = heads * depth
-    launch(values, values.stride(0), width, block=triton.next_power_of_2(width))
+    block = triton.next_power_of_2(width)
+    some, look = (1, block) if values.dtype == torch.float16 else (TOKENS, LOOK)
+    launch = tame_kernel[(triton.cdiv(rows, some),)]  # pyright: ignore[reportIndexIssue]
+    launch(values, rows, values.stride(0), width, some=some, look=look, block=block)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from packvit.kernels import operator
-from packvit.kernels.eight import store_8
+from packvit.kernels.eight import new_scales, store_8, store_after
 
 PROGRAMS = 1056  # of a backward: 8 on each of an H100's SMs
 
@@ -20,11 +20,15 @@ def add_norm_kernel(
     summed,
     out,
     scales,
+    reach,
+    after,
     width,
     eps,
     adds: tl.constexpr,
     centred: tl.constexpr,
     eight: tl.constexpr,
+    reaches: tl.constexpr,
+    squared: tl.constexpr,
     block: tl.constexpr,
 ):
     """One row: summed = stream + delta, out = norm(summed), RMS or (`centred`) layer norm."""
@@ -47,6 +51,8 @@ def add_norm_kernel(
         result += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     if eight:
         store_8(out, scales, row, column, inside, width, result)
+        if reaches:
+            store_after(after, row, column, inside, width, reach, squared, result)
     else:
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
@@ -58,11 +64,14 @@ def launch_add_norm(
     bias: Tensor | None,
     eps: float,
     out: Tensor,
-    scales: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
+    reach: Tensor | None = None,
+    squared: bool = False,
 ) -> Tensor:
     """Launch the kernel, and return the sum, which is empty where nothing is added."""
     rows, width = stream.shape
     summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
+    scale, after = scales or (out, out)
     block = triton.next_power_of_2(width)
     launch = add_norm_kernel[(rows,)]  # pyright: ignore[reportIndexIssue]
     launch(
@@ -72,12 +81,16 @@ def launch_add_norm(
         weight if bias is None else bias,
         summed,
         out,
-        scales,
+        scale,
+        out if reach is None else reach,
+        after,
         width,
         eps,
         adds=delta is not None,
         centred=bias is not None,
-        eight=out.dtype == torch.float8_e4m3fn,
+        eight=scales is not None,
+        reaches=reach is not None,
+        squared=squared,
         block=block,
         num_warps=4 if block <= 2048 else 8,
     )
@@ -101,24 +114,35 @@ def add_norm(
     Shapes: stream, delta [T, D], contiguous; weight, bias [D] -> [T, D] or [0], [T, D].
     """
     out = torch.empty_like(stream)
-    return launch_add_norm(stream, delta, weight, bias, eps, out, out), out
+    return launch_add_norm(stream, delta, weight, bias, eps, out), out
 
 
-def like_add_norm_8(stream, delta, weight, bias, eps):
+def like_add_norm_8(stream, delta, weight, bias, eps, reach, squared):
     """Return what `add_norm_8` does, but for its numbers."""
     summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
     values = torch.empty_like(stream, dtype=torch.float8_e4m3fn)
-    return summed, values, stream.new_empty(len(stream), 1, dtype=torch.float32)
+    return summed, values, *new_scales(stream, reach)
 
 
 @operator(like_add_norm_8)
 def add_norm_8(
-    stream: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `add_norm`, the norm in 8 bits: [T, D] float8_e4m3fn and its scale [T, 1] float32."""
+    stream: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    reach: Tensor | None,
+    squared: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `add_norm`, the norm in 8 bits, with its scale and that of what is made of it.
+
+    Shapes: as `add_norm`, reach [D + 1] -> the norm [T, D] float8_e4m3fn, its scale [T, 1] float32,
+    and by `float8.Reach` another [T, 1], or [0, 1] without reach.
+    """
     values = torch.empty_like(stream, dtype=torch.float8_e4m3fn)
-    scales = stream.new_empty(len(stream), 1, dtype=torch.float32)
-    return launch_add_norm(stream, delta, weight, bias, eps, values, scales), values, scales
+    scales = new_scales(stream, reach)
+    summed = launch_add_norm(stream, delta, weight, bias, eps, values, scales, reach, squared)
+    return summed, values, *scales
 
 
 @triton.jit
