@@ -15,6 +15,8 @@ from packvit.corpus.equipment import Tools
 from packvit.corpus.filling import Pack
 from packvit.corpus.preparing import Prepared
 
+AHEAD = 1  # packs that are fed before the one ahead of them is encoded; Pillow's need no feeding
+
 
 class Feeder:
     """A thread that turns the JPEGs of packs into patches on the device."""
@@ -23,8 +25,7 @@ class Feeder:
         self.decode_jpegs = tools.decode_jpegs
         self.decoders = tools.decoders
         self.by_pillow = replace(tools.recipe, decode="pil")
-        # Packs that are fed before the one ahead of them is encoded; Pillow's need no feeding.
-        self.ahead = 0 if tools.decode_jpegs is None else 1
+        self.ahead = 0 if tools.decode_jpegs is None else AHEAD
         self.thread = ThreadPoolExecutor(1, "packvit-feed")
         self.stopping = False
 
