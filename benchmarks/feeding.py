@@ -41,7 +41,7 @@ from packvit import config as configs
 from packvit.bench.measuring import gpu_state, synchronize, where
 from packvit.corpus import WrongUse
 from packvit.corpus.encoding import Fed, Flight, OnDevice, land, launch
-from packvit.corpus.feeding import Tools, equip
+from packvit.corpus.equipment import Tools, equip
 from packvit.corpus.folder import read_commits
 from packvit.corpus.inputs import Input, list_inputs
 from packvit.corpus.job import fair_workers

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from packvit.checkpoints import Checkpoint
 from packvit.config import EncoderConfig, ImageConfig, PatchOrder, SinCos
 from packvit.family import Family
 from packvit.features import Features, Pack, make_pack
-from packvit.float8 import float8_obstacle
 from packvit.graphs import MOST_TOKENS, Graphs
 from packvit.images import Source
 from packvit.layers import Blocks, PatchEmbeddings, norm, rotary_turns, to_values
-from packvit.linear import Linear, make_steady
+from packvit.linear import Linear
+from packvit.loading import AnyEncoder, fill
 from packvit.options import GridPolicy, Options
 from packvit.packed import (
     Grid,
@@ -39,8 +39,6 @@ from packvit.packed import (
 from packvit.pooling import pooling_head
 from packvit.positions import sine_cosine
 from packvit.preprocessing import Resize
-
-AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
 
 class Ran(NamedTuple):
@@ -405,49 +403,7 @@ class Encoder(nn.Module):
     ) -> AnyEncoder:
         """Build the encoder that a checkpoint describes and fill in every one of its weights."""
         with torch.inference_mode(False):  # so that it can be trained, wherever it is loaded
-            return cls.fill(checkpoint, options)
-
-    @classmethod
-    def fill(cls: type[AnyEncoder], checkpoint: Checkpoint, options: "Options") -> AnyEncoder:
-        """Build it with tensors that autograd can use."""
-        described = pretrained.describe(cls.family, checkpoint)
-        with torch.device("meta"):
-            encoder = cls(
-                described.config,
-                described.images,
-                attention=options.attention,
-                patch_order=options.patch_order,
-                positions=options.positions,
-            )
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        on_gpu = torch.device(device).type == "cuda"
-        dtype = options.dtype or (torch.bfloat16 if on_gpu else torch.float32)
-        state, encoder.carried, encoder.skipped = pretrained.read(
-            encoder.state_dict(), checkpoint, described.layout, options.patch_order, device, dtype
-        )
-        encoder.load_state_dict(state, assign=True)
-        # A model in memory is copied, and must not be kept alive by its copy.
-        encoder.checkpoint = checkpoint if checkpoint.files else None
-        resolve(options.attention, encoder.workload)  # refused here rather than in a forward
-        encoder.eval().take(options)
-        return encoder
-
-    def take(self, options: "Options") -> None:
-        """Run as `options` asks from now on: in 8 bits, steady, compiled.
-
-        Raises: ValueError for 8 bits that cannot run here.
-        """
-        if options.fp8:
-            if obstacle := float8_obstacle(self.encoder, self.device, self.dtype):
-                raise ValueError(f"fp8=True cannot run: fp8 {obstacle}. Leave it out.")
-            self.encoder.to_float8()
-            self.requires_grad_(False)
-        if options.invariant:
-            make_steady(self)
-        if options.compile:
-            for block in self.encoder.layers:
-                block.compile(dynamic=True)  # one after another, so that all share one compilation
-        self.fp8, self.invariant, self.compiled = options.fp8, options.invariant, options.compile
+            return fill(cls, checkpoint, options)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], layout: pretrained.LayoutName = "transformers"

@@ -57,6 +57,18 @@ class Graph(NamedTuple):
     taps: dict[int, Tensor]
 
 
+class Recording(NamedTuple):
+    """What is to be recorded: a run at a size, and what it is given."""
+
+    run: Run
+    rows: Sequence[Tensor]  # filled up, as the table and the seams are
+    table: Tensor | None
+    segments: Segments
+    size: Size
+    owner: nn.Module  # the encoder whose weights the run reads
+    held: Tensor | None  # what it reads besides
+
+
 class Witness(NamedTuple):
     """What graphs were recorded of: an encoder's modules but itself, and what they were then."""
 
@@ -157,31 +169,24 @@ class Graphs:
             on_device = None if frames is None else to_device(frames, device)
             segments = Segments.from_lengths(filled, device=device)
             segments = Segments(filled, segments.cu_seqlens, size.longest)
-            if self.met[size] > 1 and self.keep(run, given, on_device, segments, size, owner, held):
+            wanted = Recording(run, given, on_device, segments, size, owner, held)
+            if self.met[size] > 1 and self.keep(wanted):
                 return replay(self.kept[size], rows, frames, filled)
             out, tapped = run(given, on_device, segments)
             return out[:tokens], {layer: tap[:tokens] for layer, tap in tapped.items()}
 
-    def keep(
-        self,
-        run: Run,
-        given: Sequence[Tensor],
-        table: Tensor | None,
-        segments: Segments,
-        size: Size,
-        owner: nn.Module,
-        held: Tensor | None,
-    ) -> bool:
-        """Record a run at `size` and keep it, or say that it is not to be.
+    def keep(self, wanted: Recording) -> bool:
+        """Record a run and keep it, or say that it is not to be.
 
         Where memory is short nothing is kept, and the size not tried again.
         """
+        size, owner = wanted.size, wanted.owner
         modules = tuple(owner.modules())
         if size in self.too_large or not all(map(is_graphable, modules)):
             return False
         try:
             with torch.inference_mode(False), torch.no_grad():  # so that both modes may replay
-                self.kept[size] = self.record(run, given, table, segments, size, held)
+                self.kept[size] = self.record(wanted)
         except torch.OutOfMemoryError:
             self.too_large.add(size)
             self.forget()
@@ -191,18 +196,11 @@ class Graphs:
             self.kept.popitem(last=False)
         return True
 
-    def record(
-        self,
-        run: Run,
-        given: Sequence[Tensor],
-        table: Tensor | None,
-        segments: Segments,
-        size: Size,
-        held: Tensor | None,
-    ) -> Graph:
-        """Record a run at `size`, on memory of the graph's own."""
-        rows = tuple(row.clone() for row in given)
-        table = None if table is None else table.clone()
+    def record(self, wanted: Recording) -> Graph:
+        """Record a run, on memory of the graph's own."""
+        run, size, segments = wanted.run, wanted.size, wanted.segments
+        rows = tuple(row.clone() for row in wanted.rows)
+        table = None if wanted.table is None else wanted.table.clone()
         seams = Segments(segments.lengths, segments.cu_seqlens.clone(), size.longest)
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
@@ -218,7 +216,7 @@ class Graphs:
             graph, pool=self.pools[size.stream], stream=side, capture_error_mode="thread_local"
         ):
             out, tapped = run(rows, table, seams)
-        return Graph(graph, rows, table, seams.cu_seqlens, held, out, tapped)
+        return Graph(graph, rows, table, seams.cu_seqlens, wanted.held, out, tapped)
 
     def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:
         """Copy and travel empty: what was recorded belongs to one encoder's memory."""

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from rotten import encode, exif, pixels, write_good, write_rotten
 
-from packvit.corpus.feeding import DecodeJpegs, Tools
+from packvit.corpus.equipment import DecodeJpegs, Tools
 from packvit.corpus.filling import Shard
 from packvit.corpus.inputs import list_inputs
 from packvit.corpus.preparing import Decode

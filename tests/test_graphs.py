@@ -17,6 +17,7 @@ from packvit.families import FAMILIES, AIMv2Packing
 from packvit.graphs import (
     MOST_TOKENS,
     Graphs,
+    Recording,
     fill_table,
     fill_up,
     is_graphable,
@@ -201,6 +202,7 @@ def test_what_a_size_took_no_room_for_is_not_tried_again(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(graphs, "record", record)
     segments = Segments.from_lengths((3,))
+    wanted = Recording(never, [], None, segments, size, nn.Linear(2, 2), None)
     for _ in range(3):
-        assert not graphs.keep(never, [], None, segments, size, nn.Linear(2, 2), None)
+        assert not graphs.keep(wanted)
     assert len(tried) == 1

@@ -19,6 +19,7 @@ from packvit.bench.models import Model
 from packvit.bench.workloads import mixed_sizes
 from packvit.encoder import Encoder
 from packvit.layers import Block
+from packvit.loading import take
 from packvit.options import Options
 from packvit.packed import Grid
 from packvit.preprocessing import cut_patches
@@ -37,7 +38,7 @@ def fp8_accuracy(model: Model, device: torch.device) -> list[dict[str, Any]]:
         grid = mixed_sizes(IMAGES, 240, 1008)
         patches = torch.from_numpy(pictures(grid, encoder.config.patch)).to(device)
         eight, whole = copy.deepcopy(encoder), copy.deepcopy(encoder).float()
-        eight.take(replace(NOTHING, fp8=True))
+        take(eight, replace(NOTHING, fp8=True))
         with torch.inference_mode():
             exact, *others = (
                 one(patches, torch.tensor(grid)).float() for one in (whole, encoder, eight)

@@ -6,65 +6,16 @@ call for all of a pack. What the device refuses goes through Pillow after all.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
-
-from packvit.corpus import WrongUse
-from packvit.corpus.decoding import Decoders
 from packvit.corpus.encoding import OUT_OF_MEMORY, Fed, OnDevice
+from packvit.corpus.equipment import Tools
 from packvit.corpus.filling import Pack
-from packvit.corpus.preparing import Prepared, Recipe
-from packvit.corpus.settings import Options
-from packvit.encoder import Encoder
-from packvit.gpu.decoder import Decoded, JpegDecoder
-from packvit.gpu.jpeg import JpegPlan
+from packvit.corpus.preparing import Prepared
 
-# Returns files' patches on the device, and the places of those it refuses: JpegDecoder.decode.
-DecodeJpegs = Callable[[Sequence[bytes | np.ndarray], Sequence[JpegPlan]], Decoded]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tools:
-    """What shards are embedded with; `decode_jpegs` is there if the device is to decode them."""
-
-    encoder: Encoder
-    options: Options
-    decoders: Decoders
-    decode_jpegs: DecodeJpegs | None = None
-
-    @property
-    def recipe(self) -> Recipe:
-        """How images become patches for the encoder."""
-        return recipe(self.encoder, self.options)
-
-
-def equip(encoder: Encoder, options: Options, decoders: Decoders) -> Tools:
-    """Return the tools that the options ask for: the one place that decides who decodes JPEGs.
-
-    Raises: WrongUse if the device is to decode them and cannot, with what is missing.
-    """
-    if options.decode == "pil":
-        return Tools(encoder, options, decoders)
-    try:
-        decoder = JpegDecoder(encoder.images, encoder.patch_order, encoder.device)
-    except (ImportError, RuntimeError) as error:
-        raise WrongUse(str(error)) from error
-    return Tools(encoder, options, decoders, decoder.decode)
-
-
-def recipe(encoder: Encoder, options: Options) -> Recipe:
-    """Return how images become patches for an encoder."""
-    return Recipe(
-        encoder.images,
-        encoder.patch_order,
-        options.resize,
-        options.max_patches,
-        options.max_pixels,
-        options.decode,
-    )
+AHEAD = 1  # packs that are fed before the one ahead of them is encoded; Pillow's need no feeding
 
 
 class Feeder:
@@ -74,8 +25,7 @@ class Feeder:
         self.decode_jpegs = tools.decode_jpegs
         self.decoders = tools.decoders
         self.by_pillow = replace(tools.recipe, decode="pil")
-        # Packs that are fed before the one ahead of them is encoded; Pillow's need no feeding.
-        self.ahead = 0 if tools.decode_jpegs is None else 1
+        self.ahead = 0 if tools.decode_jpegs is None else AHEAD
         self.thread = ThreadPoolExecutor(1, "packvit-feed")
         self.stopping = False
 

@@ -16,8 +16,8 @@ import torch
 
 from packvit.corpus import WrongUse
 from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
+from packvit.corpus.equipment import equip
 from packvit.corpus.exports import Format, check_format, export
-from packvit.corpus.feeding import equip
 from packvit.corpus.filling import Shard
 from packvit.corpus.folder import (
     CERTIFICATE,

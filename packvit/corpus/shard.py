@@ -24,7 +24,8 @@ from packvit.corpus.encoding import (
     land,
     launch,
 )
-from packvit.corpus.feeding import Feeder, Tools
+from packvit.corpus.equipment import Tools
+from packvit.corpus.feeding import Feeder
 from packvit.corpus.filling import Pack, Part, Shard, Watch, fill_packs
 from packvit.corpus.folder import Commit, commit
 from packvit.corpus.inputs import Input

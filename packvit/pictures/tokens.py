@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from packvit.corpus import WrongUse
 from packvit.corpus.decoding import Decoders
 from packvit.corpus.encoding import encode_halved
-from packvit.corpus.feeding import recipe
+from packvit.corpus.equipment import recipe
 from packvit.corpus.inputs import Input
 from packvit.corpus.preparing import Prepared
 from packvit.corpus.rows import Row

@@ -18,7 +18,8 @@ from packvit.config import ImageConfig
 from packvit.corpus import WrongUse
 from packvit.corpus.decoding import Decoders
 from packvit.corpus.encoding import OnDevice, encode_halved, land, launch, lay
-from packvit.corpus.feeding import DecodeJpegs, Feeder, Tools, equip
+from packvit.corpus.equipment import DecodeJpegs, Tools, equip
+from packvit.corpus.feeding import Feeder
 from packvit.corpus.filling import Pack, Part, Shard
 from packvit.corpus.folder import fingerprint, read_commits
 from packvit.corpus.inputs import Input, list_inputs

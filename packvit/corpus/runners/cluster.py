@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from packvit.corpus import EmbedderError, WrongUse
-from packvit.corpus.feeding import Tools, equip
+from packvit.corpus.equipment import Tools, equip
 from packvit.corpus.folder import SPOOL, Commit, part_name, temporary_name, writing
 from packvit.corpus.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable

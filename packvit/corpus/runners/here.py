@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 
-from packvit.corpus.feeding import Tools
+from packvit.corpus.equipment import Tools
 from packvit.corpus.folder import Commit
 from packvit.corpus.runners.order import Work
 from packvit.corpus.shard import run_shards

@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from packvit.corpus import EmbedderError
-from packvit.corpus.feeding import equip
+from packvit.corpus.equipment import equip
 from packvit.corpus.filling import Part, Shard
 from packvit.corpus.folder import Commit, part_name
 from packvit.corpus.resume import remove_left_over

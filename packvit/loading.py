@@ -1,0 +1,65 @@
+"""A checkpoint to an encoder that runs as its caller chose; behind the doors of `Encoder`."""
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from packvit import pretrained
+from packvit.attention import resolve
+from packvit.checkpoints import Checkpoint
+from packvit.float8 import float8_obstacle
+from packvit.linear import make_steady
+from packvit.options import Options
+
+if TYPE_CHECKING:  # the door to these functions, which imports them
+    import packvit.encoder
+
+AnyEncoder = TypeVar("AnyEncoder", bound="packvit.encoder.Encoder")
+
+
+def fill(kind: type[AnyEncoder], checkpoint: Checkpoint, options: Options) -> AnyEncoder:
+    """Build the encoder that a checkpoint describes, and fill in every one of its weights.
+
+    Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option that
+    cannot be taken here.
+    """
+    described = pretrained.describe(kind.family, checkpoint)
+    with torch.device("meta"):
+        encoder = kind(
+            described.config,
+            described.images,
+            attention=options.attention,
+            patch_order=options.patch_order,
+            positions=options.positions,
+        )
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.device(device).type == "cuda"
+    dtype = options.dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    state, encoder.carried, encoder.skipped = pretrained.read(
+        encoder.state_dict(), checkpoint, described.layout, options.patch_order, device, dtype
+    )
+    encoder.load_state_dict(state, assign=True)
+    # A model in memory is copied, and must not be kept alive by its copy.
+    encoder.checkpoint = checkpoint if checkpoint.files else None
+    resolve(options.attention, encoder.workload)  # refused here rather than in a forward
+    take(encoder.eval(), options)
+    return encoder
+
+
+def take(encoder: "packvit.encoder.Encoder", options: Options) -> None:
+    """Have an encoder run as `options` asks from now on: in 8 bits, steady, compiled.
+
+    Raises: ValueError for 8 bits that cannot run here.
+    """
+    if options.fp8:
+        if obstacle := float8_obstacle(encoder.encoder, encoder.device, encoder.dtype):
+            raise ValueError(f"fp8=True cannot run: fp8 {obstacle}. Leave it out.")
+        encoder.encoder.to_float8()
+        encoder.requires_grad_(False)
+    if options.invariant:
+        make_steady(encoder)
+    if options.compile:
+        for block in encoder.encoder.layers:
+            block.compile(dynamic=True)  # one after another, so that all share one compilation
+    encoder.fp8, encoder.invariant = options.fp8, options.invariant
+    encoder.compiled = options.compile
