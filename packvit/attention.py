@@ -203,6 +203,8 @@ def attend(
 ) -> Heads:
     """Let every token attend to the tokens of its own sequence, scaled by 1 / sqrt(K).
 
+    A token any of whose values is not finite leaves no token of its sequence finite.
+
     Shapes: query, key, value [T, H, K] -> [T, H, K].
     Raises: ValueError if `backend` is unknown or cannot run on these tensors, or if the segments
     describe another number of tokens.
@@ -213,6 +215,8 @@ def attend(
             "Build both from the same grid_thw, with the same prefix tokens."
         )
     work = Workload(query.device, query.dtype, query.shape[-1])
-    # A backend may write to values that are not finite.
-    own = value.clone(memory_format=torch.contiguous_format)
-    return resolve(backend, work).run(query, key, own, segments, segments)
+    # A backend may write where values are not finite, and look at a token's first ones alone.
+    finite = value.isfinite().all(2, keepdim=True).all(1, keepdim=True)
+    keys = key.clone(memory_format=torch.contiguous_format)
+    values = torch.where(finite, value, value.new_full((), float("nan"))).contiguous()
+    return resolve(backend, work).run(query, keys, values, segments, segments)

@@ -20,7 +20,8 @@ def run_fa4(query: Tensor, key: Tensor, value: Tensor, queries: Segments, keys: 
     """FlashAttention-4 of sequences, each query of which attends to keys of its own sequence.
 
     It multiplies the values behind a sequence's end by zero, so that NaN there would reach the
-    sequence: hence `tame`, in inference; in training a NaN ends in the sum of losses anyway.
+    sequence: hence `tame`, in inference, which writes to values and keys; in training a NaN ends in
+    the sum of losses anyway.
     """
     from flash_attn.cute import (  # pyright: ignore[reportMissingImports] # extra "hopper"
         flash_attn_varlen_func,
@@ -32,7 +33,7 @@ def run_fa4(query: Tensor, key: Tensor, value: Tensor, queries: Segments, keys: 
     else:
         from packvit.kernels.heads import tame
 
-        tame(value)
+        tame(value, key)
     out, _ = flash_attn_varlen_func(
         query,
         key,

@@ -287,6 +287,8 @@ class Block(nn.Module):
         stream is read and written once for both. In inference `stream` may be written to.
         """
         attention, mlp = self.attention, self.mlp
+        if is_hooked(self) and not torch.is_grad_enabled():
+            stream = stream.clone()  # who watches may keep what the block was given
         stream, normed = add_norm(stream, delta, self.attention_norm, attention.qkv)
         if is_hooked(attention):
             delta = self.attention_scale(attention(normed, segments, turns, backend))
@@ -333,6 +335,8 @@ class Blocks(nn.Module):
         tapped, delta = {}, None
         for layer, block in enumerate(self.layers):
             stream, delta = block(stream, delta, segments, turns, backend)
+            if is_hooked(block) and not torch.is_grad_enabled():
+                stream = stream.clone()  # who watches it may keep what it gave
             if layer in taps:
                 tapped[layer] = stream.clone() if delta is None else stream + delta
         return stream if delta is None else stream + delta, tapped

@@ -101,6 +101,11 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Return whether a module is one of our norms, and nothing watches or changes it."""
+    return type(norm) in (RMSNorm, nn.LayerNorm) and not is_hooked(norm)
+
+
 def choose(tokens: Tensor, *weights: Tensor) -> Way:
     """Return how a step with kernels of ours for inference and for training runs."""
     if not (HAS_TRITON and sixteen_bits(tokens, *weights)):
@@ -115,6 +120,8 @@ def add_norm(
     stream: Tokens, delta: Tokens | None, norm: Norm, reader: nn.Module
 ) -> tuple[Tokens, Tokens | Rows8]:
     """Return stream + delta, and the same normed as `reader` wants it: the residual's one pass."""
+    if not is_plain_norm(norm):
+        return STEPS["add_norm"]["plain"](stream, delta, norm)
     if isinstance(reader, Linear8):
         return STEPS["add_norm"]["float8"](stream, delta, norm, reader)
     return STEPS["add_norm"][choose(stream, norm.weight)](stream, delta, norm)

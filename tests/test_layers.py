@@ -1,7 +1,7 @@
 """Blocks write to their stream in place, and to nothing of their caller's."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import reference
@@ -70,6 +70,26 @@ def test_a_forward_in_place_changes_neither_its_outputs_nor_what_it_was_given(en
     assert_alike(found.pooled, plain.pooled)
     for layer in ALL:
         assert_alike(found.taps[layer], plain.taps[layer])
+
+
+def test_who_watches_a_block_may_keep_what_it_was_given_and_gave(encoder):
+    patches, grid = reference.draw_patches(GRID, 588).double(), torch.tensor(GRID)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, given: tuple[Tensor, ...], out: tuple[Tensor, None]) -> None:
+        kept.extend((stream, stream.clone()) for stream in (given[0], out[0]))
+
+    with torch.no_grad(), ExitStack() as watches:
+        for block in encoder.encoder.layers:
+            watches.enter_context(block.register_forward_hook(keep))
+        with in_place():
+            found = encoder.encode(patches, grid, taps=ALL)
+    for now, before in kept:
+        assert torch.equal(now, before)
+    for layer in ALL:
+        given, gave = kept[2 * layer][0], kept[2 * layer + 1][0]
+        assert torch.equal(gave, found.taps[layer])
+        assert not torch.equal(given, gave)
 
 
 def test_blocks_leave_the_stream_they_are_given_as_it_was(encoder):

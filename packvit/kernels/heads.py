@@ -11,9 +11,17 @@ TOKENS, LOOK = 64, 8  # that one of `tame` does, and of each of which it first r
 
 @triton.jit
 def tame_kernel(
-    values, rows, stride, width, some: tl.constexpr, look: tl.constexpr, block: tl.constexpr
+    values,
+    keys,
+    rows,
+    stride,
+    key_stride,
+    width,
+    some: tl.constexpr,
+    look: tl.constexpr,
+    block: tl.constexpr,
 ):
-    """`some` tokens: the largest of float16 wherever a value is not finite.
+    """`some` tokens: zero wherever a value is not finite, and NaN in the key at its place.
 
     Those are left alone whose first `look` values are finite.
     """
@@ -24,30 +32,43 @@ def tame_kernel(
     if tl.max(tl.where(tl.abs(seen.to(tl.float32)) < float("inf"), 0, 1)) > 0:  # NaN is not below
         column = tl.arange(0, block)
         for number in range(first, tl.minimum(first + some, rows)):
-            at = values + tl.cast(number, tl.int64) * stride + column
-            x = tl.load(at, mask=column < width, other=0.0)
-            finite = tl.abs(x.to(tl.float32)) < float("inf")
-            large = tl.full((block,), 65504.0, values.dtype.element_ty)
-            tl.store(at, large, mask=(column < width) & (finite == 0))
+            number = tl.cast(number, tl.int64)
+            at = values + number * stride + column
+            x = tl.load(at, mask=column < width, other=0.0).to(tl.float32)
+            bad = (column < width) & ((tl.abs(x) < float("inf")) == 0)
+            kind = values.dtype.element_ty
+            tl.store(at, tl.zeros((block,), kind), mask=bad)
+            nan = tl.full((block,), float("nan"), tl.float32).to(kind)
+            tl.store(keys + number * key_stride + column, nan, mask=bad)
 
 
-def tame(values: Tensor) -> None:
-    """Make finite, where they are, an attention's values that are not.
+def tame(values: Tensor, keys: Tensor) -> None:
+    """Make values that are not finite zero, where they are, and the keys in their places NaN.
 
-    Where a token is NaN its keys are too, so that its own sequence still comes out as NaN. Values
-    come of one matrix, which leaves none of them finite if it reads anything that is not. So in
-    bfloat16 a look at a token's first values tells, a sum that overflows by itself being beyond
-    what weights and tokens of any use come to; in float16 it is not, and all are looked at.
+    So a token that is not finite makes its own sequence NaN, and no other. Values come of one
+    matrix, which leaves none of them finite if it reads anything that is not. So in bfloat16 a look
+    at a token's first values tells, a sum that overflows by itself being beyond what weights and
+    tokens of any use come to; in float16 it is not, and all are looked at.
 
     Shapes: [T, H, K], a token's heads side by side.
     """
     rows, heads, depth = values.shape
-    assert values.stride()[1:] == (depth, 1)
+    assert values.stride()[1:] == keys.stride()[1:] == (depth, 1)
     width = heads * depth
     block = triton.next_power_of_2(width)
     some, look = (1, block) if values.dtype == torch.float16 else (TOKENS, LOOK)
     launch = tame_kernel[(triton.cdiv(rows, some),)]  # pyright: ignore[reportIndexIssue]
-    launch(values, rows, values.stride(0), width, some=some, look=look, block=block)
+    launch(
+        values,
+        keys,
+        rows,
+        values.stride(0),
+        keys.stride(0),
+        width,
+        some=some,
+        look=look,
+        block=block,
+    )
 
 
 @triton.jit
