@@ -67,8 +67,9 @@ def activate_8_kernel(
 def like_activate_8(hidden, activation, gated, channels):
     """Return what `activate_8` does, but for its numbers."""
     width = hidden.shape[1] // 2 if gated else hidden.shape[1]
-    scales = hidden.new_empty(len(hidden), 1, dtype=torch.float32)
-    return hidden.new_empty(len(hidden), width, dtype=torch.float8_e4m3fn), scales
+    rows = hidden.shape[0]  # len() would have torch.compile take it for a constant
+    scales = hidden.new_empty(rows, 1, dtype=torch.float32)
+    return hidden.new_empty(rows, width, dtype=torch.float8_e4m3fn), scales
 
 
 @operator(like_activate_8)
@@ -129,8 +130,9 @@ def like_quantise_8(tokens, reach, squared):
 
 def new_scales(tokens: Tensor, reach: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return room for the scales of rows, and for those of what is made of them if asked for."""
-    scales = tokens.new_empty(2, len(tokens), 1, dtype=torch.float32)
-    return scales[0], scales[1] if reach is not None else scales.new_empty(0, 1)
+    scales = tokens.new_empty(tokens.shape[0], 1, dtype=torch.float32)
+    # By itself: cuBLAS refuses scales that begin where a word of 16 bytes does not.
+    return scales, scales.new_empty(scales.shape[0] if reach is not None else 0, 1)
 
 
 @operator(like_quantise_8)

@@ -27,19 +27,19 @@ def tame_kernel(
     """
     first = tl.program_id(0) * some
     row = (first + tl.arange(0, some)).to(tl.int64)
-    at = values + row[:, None] * stride + tl.arange(0, look)[None]
-    seen = tl.load(at, mask=(row < rows)[:, None] & (tl.arange(0, look) < width)[None], other=0.0)
+    head = values + row[:, None] * stride + tl.arange(0, look)[None]
+    seen = tl.load(head, mask=(row < rows)[:, None] & (tl.arange(0, look) < width)[None], other=0.0)
     if tl.max(tl.where(tl.abs(seen.to(tl.float32)) < float("inf"), 0, 1)) > 0:  # NaN is not below
         column = tl.arange(0, block)
         for number in range(first, tl.minimum(first + some, rows)):
-            number = tl.cast(number, tl.int64)
-            at = values + number * stride + column
+            place = tl.cast(number, tl.int64)
+            at = values + place * stride + column
             x = tl.load(at, mask=column < width, other=0.0).to(tl.float32)
             bad = (column < width) & ((tl.abs(x) < float("inf")) == 0)
             kind = values.dtype.element_ty
             tl.store(at, tl.zeros((block,), kind), mask=bad)
             nan = tl.full((block,), float("nan"), tl.float32).to(kind)
-            tl.store(keys + number * key_stride + column, nan, mask=bad)
+            tl.store(keys + place * key_stride + column, nan, mask=bad)
 
 
 def tame(values: Tensor, keys: Tensor) -> None:

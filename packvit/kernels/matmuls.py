@@ -125,7 +125,8 @@ def launch_rise(
 
 def like_swiglu(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return what `swiglu` does, but for its numbers."""
-    return tokens.new_empty(len(tokens), len(weight) // 2)
+    # len() would have torch.compile take a number of tokens for a constant.
+    return tokens.new_empty(tokens.shape[0], weight.shape[0] // 2)
 
 
 @operator(like_swiglu)
@@ -142,7 +143,7 @@ def like_rise_8(
     tokens, scale, weight, weight_scale, bias, after, channels, activation: str, gated: bool
 ) -> Tensor:
     """Return what `rise_8` does, but for its numbers."""
-    return tokens.new_empty(len(tokens), len(channels))
+    return tokens.new_empty(tokens.shape[0], channels.shape[0])
 
 
 @operator(like_rise_8)

@@ -172,6 +172,8 @@ def add_norm_backward_kernel(
         at = tl.cast(row, tl.int64) * width + column
         x = tl.load(summed + at, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(given + at, mask=inside, other=0.0).to(tl.float32)
+        if passes:  # asked for before it is needed
+            further = tl.load(passed + at, mask=inside, other=0.0).to(tl.float32)
         if centred:
             x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
         root = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
@@ -184,7 +186,7 @@ def add_norm_backward_kernel(
         dx *= root
         weight_sum += dy * normed
         if passes:
-            dx += tl.load(passed + at, mask=inside, other=0.0).to(tl.float32)
+            dx += further
         tl.store(out + at, dx.to(out.dtype.element_ty), mask=inside)
     at = program.to(tl.int64) * width + column
     tl.store(weight_parts + at, weight_sum, mask=inside)
