@@ -25,8 +25,9 @@ pictures: install
 	$(BIN)/python -m demo.picture docs/pictures/pack.png
 	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --layer 4 --width 1000 --out docs/pictures/pca.webp
 
+# A process of tests on each core: each has a gigabyte of memory, so no more than four.
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 
 # What takes minutes or wants the network.
 soak: install

@@ -39,6 +39,7 @@ from benchmarks.decoding import large
 from demo.photographs import photographs
 from packvit import config as configs
 from packvit.bench.measuring import gpu_state, synchronize, where
+from packvit.bench.models import config_of
 from packvit.corpus import WrongUse
 from packvit.corpus.encoding import Fed, Flight, OnDevice, land, launch
 from packvit.corpus.equipment import Tools, equip
@@ -52,21 +53,6 @@ from packvit.encoder import Encoder
 from packvit.families import AIMv2Packing
 from packvit.packing import plan_packs
 
-AIMV2_LARGE = configs.EncoderConfig(
-    width=1024,
-    layers=24,
-    heads=8,
-    mlp_width=2816,
-    patch=14,
-    positions=configs.SinCos(),
-    norm="rms",
-    norm_eps=1e-5,
-    activation="silu",
-    gated=True,
-    bias=False,
-    qkv_bias="",
-    embedding_norm="patches",
-)
 PIXELS = configs.ImageConfig(14, *configs.HALF_STATISTICS, "bicubic", None)
 STEADY = (0.2, 0.9)  # of the rows
 KINDS: tuple[Decode, ...] = ("gpu", "pil")
@@ -198,7 +184,7 @@ def build(name: str, device: torch.device) -> Encoder:
         return packvit.load("tiny", device=device)
     torch.manual_seed(0)
     with device:
-        encoder = AIMv2Packing(AIMV2_LARGE, PIXELS)
+        encoder = AIMv2Packing(config_of("aimv2-large"), PIXELS)
         for weight in encoder.parameters():
             torch.nn.init.ones_(weight) if weight.ndim == 1 else torch.nn.init.normal_(
                 weight, std=weight[0].numel() ** -0.5

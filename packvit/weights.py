@@ -9,6 +9,7 @@ back bit for bit.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import isqrt
 
 import torch
@@ -16,6 +17,12 @@ from torch import Size, Tensor
 
 from packvit.checkpoints import CheckpointError
 from packvit.config import PatchOrder
+
+
+@cache
+def pattern(ours: str) -> re.Pattern[str]:
+    """Match the parameters that a rule's name of ours stands for."""
+    return re.compile(r"(?P<i>\d+)".join(re.escape(part) for part in ours.split("{i}")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +39,7 @@ class Rule:
 
     def names(self, ours: str) -> tuple[str, ...] | None:
         """Return the checkpoint's names for our parameter `ours`, or None if it is another's."""
-        pattern = r"(?P<i>\d+)".join(re.escape(part) for part in self.ours.split("{i}"))
-        match = re.fullmatch(pattern, ours)
+        match = pattern(self.ours).fullmatch(ours)
         return match and tuple(name.format(**match.groupdict()) for name in self.theirs)
 
 
@@ -143,10 +149,10 @@ def permute_patches(weight: Tensor, order: PatchOrder, *, back: bool = False) ->
 
 def find(ours: str, rules: Sequence[Rule]) -> tuple[Rule, tuple[str, ...]]:
     """Return the one rule about our parameter `ours`, with the checkpoint's names for it."""
-    claims = [(rule, names) for rule in rules if (names := rule.names(ours))]
+    claims = [rule for rule in rules if pattern(rule.ours).fullmatch(ours)]
     if len(claims) != 1:
         raise ValueError(f"{len(claims)} rules claim our parameter {ours}; exactly one must.")
-    return claims[0]
+    return claims[0], claims[0].names(ours) or ()
 
 
 def load(

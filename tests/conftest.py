@@ -1,8 +1,22 @@
+import math
+import os
+from functools import partial
+
 import pytest
 import torch
 
-# Models this small wait for each other's threads: on a busy machine, ten times as long.
+from packvit.cli import progress
+
+# Models this small wait for each other's threads: on a busy machine, ten times as long. So do
+# those of the processes that tests start, whose bits must be the same besides.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture
+def swift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no job take so long, on a busy machine either, that it tells how far it is."""
+    monkeypatch.setattr(progress, "plain_lines", partial(progress.plain_lines, pause=math.inf))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

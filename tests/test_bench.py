@@ -1,8 +1,5 @@
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -187,15 +184,9 @@ def test_slow_contenders_take_fewer_turns_and_share_them_with_all():
 
 def test_the_command_prints_a_table_and_writes_a_report(aimv2: Path, tmp_path: Path):
     target = tmp_path / "report.json"
-    words = ["--model", aimv2, "--workload", "small", "--rounds", "2", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "packvit", "bench", *words, "--json", target],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # threads that wait for each other on busy cores
-    )
-    assert done.returncode == 0, done.stderr
+    words = ("--model", aimv2, "--workload", "small", "--rounds", 2, "--device", "cpu")
+    done = invoke(*words, "--json", target)
+    assert done.exit_code == 0, done.stderr
     report = json.loads(target.read_text())
     assert done.stdout == as_markdown(report) + "\n"
     assert report["weights"] == "the checkpoint's"

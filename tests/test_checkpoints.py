@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import no_file_over
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small_checkpoint import write_checkpoint
@@ -489,13 +490,15 @@ def test_the_same_checkpoint_written_twice_is_the_same_bytes(tmp_path: Path):
     assert first == second
     assert first.keys() == {CONFIG, PREPROCESSOR, WEIGHTS}
     assert first[CONFIG] == b'{\n  "hidden_size": 8,\n  "model_type": "example"\n}\n'
+    torch.save(example(), tmp_path / "example.pt")
     code = (
-        "import sys, torch\nfrom pathlib import Path\nfrom test_checkpoints import written\n"
-        f"written(Path({str(tmp_path / 'c')!r}))"
+        "import torch\nfrom packvit import checkpoints\n"
+        f"tensors = torch.load({str(tmp_path / 'example.pt')!r})\n"
+        f"checkpoints.write({str(tmp_path / 'c')!r}, config={CONTENTS!r}, tensors=tensors, "
+        f"preprocessor={IMAGES!r})"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
-    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
     assert contents(tmp_path / "c") == first
 
 
@@ -553,19 +556,10 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, parent:
 @pytest.mark.parametrize("limit", [0, 10, 4096, 100_000])
 def test_a_write_that_fails_half_way_leaves_what_was_there_before(tmp_path: Path, limit: int):
     before = contents(written(tmp_path))
-    code = (
-        "import resource, torch\nfrom packvit import checkpoints\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "tensors = {'w': torch.ones(100_000)}\n"
-        "try:\n"
-        f"    checkpoints.write({str(tmp_path)!r}, config={{'other': 1}}, tensors=tensors, "
-        "preprocessor={})\n"
-        "except checkpoints.CheckpointError as error:\n"
-        "    print(error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert "The checkpoint cannot be written to" in done.stdout
-    assert "File too large" in done.stdout
+    tensors = {"w": torch.ones(100_000)}
+    with (
+        no_file_over(limit),
+        pytest.raises(CheckpointError, match=r"cannot be written to .*File too large"),
+    ):
+        checkpoints.write(tmp_path, config={"other": 1}, tensors=tensors, preprocessor={})
     assert contents(tmp_path) == before

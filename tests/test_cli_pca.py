@@ -14,6 +14,8 @@ import packvit
 from packvit import pictures
 from packvit.cli import main
 
+pytestmark = pytest.mark.usefixtures("swift")
+
 NOTICE = 'No --model was given, so "tiny" runs, which packvit brings.'
 
 

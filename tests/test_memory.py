@@ -7,7 +7,8 @@ import reference
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from packvit import config as configs
+from packvit.bench.models import config_of
+from packvit.config import HALF_STATISTICS
 from packvit.corpus import WrongUse
 from packvit.corpus.settings import Options, check_memory
 from packvit.encoder import Encoder
@@ -16,22 +17,8 @@ from packvit.family import Family
 from packvit.memory import parameter_count, peak, peak_bytes
 from packvit.preprocessing import ImageConfig
 
-LARGE = configs.EncoderConfig(
-    width=1024,
-    layers=24,
-    heads=8,
-    mlp_width=2816,
-    patch=14,
-    positions=configs.SinCos(),
-    norm="rms",
-    norm_eps=1e-5,
-    activation="silu",
-    gated=True,
-    bias=False,
-    qkv_bias="",
-    embedding_norm="patches",
-)
-STATISTICS = ImageConfig(14, *configs.HALF_STATISTICS, "bilinear", None)
+LARGE = config_of("aimv2-large")
+STATISTICS = ImageConfig(14, *HALF_STATISTICS, "bilinear", None)
 
 
 def of_kind(kind: str) -> Encoder:

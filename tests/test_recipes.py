@@ -1,7 +1,6 @@
 import csv
 import hashlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -81,7 +80,6 @@ def test_pretraining_learns_and_after_a_kill_goes_on_as_if_nothing_had_happened(
     with subprocess.Popen(
         [*command, "--out", tmp_path / "killed", "--device", "cpu"],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
     ) as running:

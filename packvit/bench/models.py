@@ -43,6 +43,13 @@ SIZES: dict[str, tuple[type[Encoder], str, dict[str, Any]]] = {
 }
 
 
+def config_of(name: str) -> EncoderConfig:
+    """Return what describes our encoder of a size, of which no weight is made."""
+    encoder, architecture, entries = SIZES[name]
+    kind = getattr(import_transformers(), architecture).config_class
+    return encoder.family.layouts[0].read(kind(**entries).to_dict(), ())
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """One set of weights."""

@@ -6,7 +6,6 @@ the calls of that name to that file by one thread.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -141,7 +140,6 @@ def bench(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
@@ -237,7 +235,6 @@ def test_a_full_and_a_read_only_disk_cost_one_sentence_and_nothing_that_is_whole
         ["unshare", "-rm", "bash", "-c", DISK, "disk", str(disk), *job],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.stdout.split() == ["1", "1", "0"], done.stderr
     for state, reason in (("full", "No space left on device"), ("read-only", "Read-only file")):

@@ -2,7 +2,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from full_disk import no_file_over, small_disk
 
 from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.folder import (
@@ -122,7 +122,7 @@ def test_the_same_rows_give_the_same_bytes_in_another_process(tmp_path: Path):
     )
     ran = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path.cwd()}"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,
@@ -242,15 +242,8 @@ def test_a_killed_job_holds_no_folder(tmp_path: Path):
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 32 KB: room for a few parts, then for a part and not for its line in the log."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(tmp_path)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip("needs leave to mount a tmpfs")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    with small_disk(tmp_path, "32k") as disk:
+        yield disk
 
 
 def test_a_full_disk_is_said_in_a_sentence_and_leaves_only_what_is_whole(full_disk: Path):
@@ -272,13 +265,11 @@ def test_a_log_that_takes_no_line_leaves_no_part(tmp_path: Path):
     with (tmp_path / "commits.jsonl").open("a") as log:
         log.write(" " * (2 * filler.bytes) + "\n")  # now the log is larger than any part
     before = (tmp_path / "commits.jsonl").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
-    try:
-        with pytest.raises(WriteError, match=r"commits\.jsonl could not be written"):
-            commit(tmp_path, 2, table())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        no_file_over(len(before) + 10),
+        pytest.raises(WriteError, match=r"commits\.jsonl could not be written"),
+    ):
+        commit(tmp_path, 2, table())
     assert (tmp_path / "commits.jsonl").read_bytes() == before
     assert size < len(before)
     assert sorted(os.listdir(tmp_path)) == ["commits.jsonl", entry.part, filler.part]

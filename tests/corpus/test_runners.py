@@ -183,7 +183,7 @@ def test_processes_that_die_again_and_again_end_the_job_with_a_sentence(
 
 
 def start_job(photos: Path, out: Path, checkpoint: Path, *options: str) -> subprocess.Popen[str]:
-    """Start a job in a session of its own, with one thread as in the undisturbed job."""
+    """Start a job in a session of its own."""
     command = [sys.executable, "-m", "packvit", "embed", str(photos), "--out", str(out)]
     command += ["--model", str(checkpoint), "--device", "cpu", "--tokens", *options]
     return subprocess.Popen(
@@ -192,7 +192,6 @@ def start_job(photos: Path, out: Path, checkpoint: Path, *options: str) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
