@@ -15,7 +15,7 @@ from packvit.corpus.archives import list_parquet, list_tar
 from packvit.corpus.listing import Listing, spooling
 from packvit.corpus.lists import read_list
 from packvit.corpus.sources import Input as Input
-from packvit.corpus.sources import find_url, is_url, unreadable
+from packvit.corpus.sources import find_url, is_url, protocols, unreadable
 from packvit.images import ImageError, find_file
 
 # Of the seven formats that images.py decodes.
@@ -78,7 +78,7 @@ class Finder:
     def __init__(self, listing: Listing, image_column: str) -> None:
         self.listing = listing
         self.image_column = image_column
-        self.protocols: set[bytes] = set()  # that are known to have what reads them
+        self.protocols: set[tuple[str, ...]] = set()  # that are known to have what reads them
 
     def add_path(self, typed: bytes, *, alone: bool) -> None:
         """Add all that a path stands for, which is the only one if it is `alone`."""
@@ -198,14 +198,14 @@ class Finder:
         """Add one file, which is read as a photograph whatever its suffix."""
         text = os.fsdecode(path)
         if is_url(text):
-            protocol = path.partition(b"//")[0]
-            if protocol not in self.protocols:  # what is not installed is said at once
+            named = tuple(protocols(text))
+            if named not in self.protocols:  # what is not installed is said at once
                 try:
                     with unreadable():
                         find_url(text)
                 except ImageError:
                     pass  # reading it says so again, in its row
-                self.protocols.add(protocol)
+                self.protocols.add(named)
             self.listing.add(path, path, None)
         else:
             self.listing.add(path, path, find_obstacle(path))

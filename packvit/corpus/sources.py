@@ -83,18 +83,32 @@ def find_url(url: str) -> tuple[Any, str]:
     Raises: WrongUse for an unknown protocol; ImportError with what to install for it.
     """
     from fsspec.core import url_to_fs
+    from fsspec.registry import available_protocols, get_filesystem_class
 
     try:
-        return url_to_fs(url, use_listings_cache=False)
+        files, place = url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
-        protocol = url.partition(":")[0]
-        package = PACKAGES.get(protocol, f"what fsspec needs for {protocol}")
-        raise ImportError(f"{url} cannot be read: pip install {package}") from error
+        for protocol in protocols(url):  # of which one is not installed
+            try:
+                get_filesystem_class(protocol)
+            except ImportError:
+                package = PACKAGES.get(protocol, f"what fsspec needs for {protocol}")
+                raise ImportError(f"{url} cannot be read: pip install {package}") from error
+        raise
     except ValueError as error:
+        if set(protocols(url)) <= set(available_protocols()):
+            raise  # an archive in the chain that is none, for example
         raise WrongUse(
             f"{url} cannot be read: fsspec knows no such protocol. For a file or folder of that "
             "name put ./ before it."
         ) from error
+    return files, place
+
+
+def protocols(url: str) -> list[str]:
+    """Return the protocols that a URL names, of which a chained one has several."""
+    found = (link.partition("://") for link in url.split("::"))
+    return [protocol for protocol, slashes, _ in found if slashes]
 
 
 def open_source(path: str) -> Any:

@@ -216,3 +216,12 @@ def test_an_unknown_protocol_is_wrong_use_and_a_missing_package_is_named(
     assert done.exit_code == 1
     assert "s3://bucket/x.jpg cannot be read: pip install s3fs" in done.stderr
     assert "Traceback" not in done.stderr
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    Path("a.txt").write_text("zip://x.jpg::file:///gone.zip\nzip://x.jpg::gs://bucket/x.zip\n")
+    for path, lists in (
+        ("gs://bucket/photos", []),
+        ("zip://*.jpg::gs://b/x.zip", []),
+        ("", ["a.txt"]),
+    ):
+        with pytest.raises(ImportError, match=r"gs://.* cannot be read: pip install gcsfs$"):
+            list_inputs([path] if path else [], lists)
