@@ -95,6 +95,7 @@ def test_results_go_to_stdout_as_one_object_where_a_script_reads(
 
 def test_errors_are_told_by_code_with_an_example(tmp_path: Path, checkpoint: Path):
     missing = tmp_path / "gone\x1b[31m.jpg"
+    missing.symlink_to("nowhere")
     result = invoke(missing, "--model", checkpoint, "--out", tmp_path / "out", "--json")
     assert result.exit_code == 3
     assert json.loads(result.stdout)["errors"] == {"missing": {"rows": 1, "example": str(missing)}}
@@ -157,6 +158,12 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2(
         ((photos, *out, *model, "--decode", "cpu"), "'cpu' is not one of 'pil', 'gpu'"),
         ((photos, photos, *out, *model), "Name each path once"),
         ((checkpoint, *out, *model), "No photographs were found"),
+        ((tmp_path / "foto", *out, *model), f'"{tmp_path}/foto" is not there. Check the spelling'),
+        (
+            (photos, tmp_path / "f", *out, *model),
+            f'"{tmp_path}/f" is not there. Check the spelling',
+        ),
+        ((tmp_path / "no.jpg", *out), f'"{tmp_path}/no.jpg" is not there. Check the spelling'),
         ((photos, "--out", photos, *model), "is not empty: it holds good-0000.jpg and"),
     ):
         result = invoke(*argv)
@@ -294,11 +301,17 @@ def test_a_stopped_job_says_what_is_written_and_the_same_command_goes_on(
 def test_a_finished_job_exits_as_it_did_when_it_is_asked_for_again(
     tmp_path: Path, checkpoint: Path
 ):
-    argv = (tmp_path / "gone.jpg", "--model", checkpoint, "--out", tmp_path / "out")
+    (tmp_path / "bad.jpg").touch()
+    argv = (tmp_path / "bad.jpg", "--model", checkpoint, "--out", tmp_path / "out")
     first, again = invoke(*argv), invoke(*argv, "--json")
-    assert (first.exit_code, again.exit_code) == (3, 3)
-    summary = json.loads(again.stdout)
-    assert (summary["kept"], summary["errors"]["missing"]["rows"]) == (1, 1)
+    (tmp_path / "bad.jpg").unlink()  # what was there when the job began is a row of it
+    gone = invoke(*argv, "--json")
+    assert (first.exit_code, again.exit_code, gone.exit_code) == (3, 3, 3)
+    for result in (again, gone):
+        summary = json.loads(result.stdout)
+        assert (summary["kept"], summary["errors"]["unidentified"]["rows"]) == (1, 1)
+    assert invoke(*argv, "--overwrite").exit_code == 2
+    assert read_commits(tmp_path / "out")
 
 
 def test_what_is_embedded_again_is_said_on_stderr(tmp_path: Path, photos: Path, checkpoint: Path):

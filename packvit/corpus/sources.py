@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 from packvit.corpus import WrongUse
 from packvit.images import MAX_BYTES, ImageError, find_file, read_file
@@ -21,6 +21,7 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://", re.A
 # What brings a protocol that fsspec knows of and does not bring itself.
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
 PACKAGES |= {"https": "aiohttp", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
+GONE = (404, 410)  # answers of a server to what it has not
 ROWS, BATCHES = 16, 4  # of a table, read at once and kept: decoders ask a little out of order
 
 
@@ -111,6 +112,19 @@ def protocols(url: str) -> list[str]:
     return [protocol for protocol, slashes, _ in found if slashes]
 
 
+def find_kind(url: str) -> Literal["file", "folder"]:
+    """Return what a URL names, as far as its server tells.
+
+    Raises: ImageError missing or unreadable, its cause being what the file system raised.
+    """
+    with unreadable():
+        files, place = find_url(url)
+        found = files.info(place)
+        # http says of everything that it is a file; a page of links is a folder.
+        web = {"http", "https"} & set(protocols(url)[:1])
+        return "folder" if found["type"] == "directory" or (web and files.isdir(place)) else "file"
+
+
 def open_source(path: str) -> Any:
     """Open a file or URL for reading its bytes; a pipe is never waited for.
 
@@ -163,18 +177,29 @@ def unreadable() -> Iterator[None]:
     except MemoryError as error:
         raise ImageError("out_of_memory", "read") from error
     except Exception as error:
-        raise ImageError("unreadable", "read") from error
+        gone = find_status(error) in GONE
+        raise ImageError("missing" if gone else "unreadable", "read") from error
 
 
 def is_gone(error: OSError) -> bool:
     """Tell whether there is really no such file.
 
-    fsspec's http says so of whatever a server answers; what it answered is the cause.
+    fsspec's http says so of whatever a server answers, and the hub's of what it keeps to others;
+    what was answered is the cause.
     """
     cause = error.__cause__
-    if isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp."):
-        return getattr(cause, "status", None) in (404, 410)
-    return True
+    status = find_status(cause)
+    if status is not None:
+        return status in GONE
+    return not (isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp."))
+
+
+def find_status(error: BaseException | None) -> int | None:
+    """Return what an http server answered, as aiohttp's and the hub's exceptions tell it."""
+    status = getattr(error, "status", None)
+    if status is None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 class Cells:

@@ -203,7 +203,8 @@ def test_a_url_that_cannot_be_read_is_a_row_with_a_code(photos: list[str]):
     Path("a.txt").write_text("\n".join(urls))
     assert outcome(list_inputs([], ["a.txt"])) == urls
     for url in (f"{here}/gone.tar", f"{here}/gone.parquet"):
-        assert outcome(list_inputs([url])) == {url: "missing"}
+        with pytest.raises(WrongUse, match=f'"{url}" is not there'):
+            list_inputs([url])
 
 
 def test_an_unknown_protocol_is_wrong_use_and_a_missing_package_is_named(
@@ -225,3 +226,14 @@ def test_an_unknown_protocol_is_wrong_use_and_a_missing_package_is_named(
     ):
         with pytest.raises(ImportError, match=r"gs://.* cannot be read: pip install gcsfs$"):
             list_inputs([path] if path else [], lists)
+
+
+def test_what_is_no_archive_in_a_chain_is_no_unknown_protocol(
+    photos: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*args: object, **options: object) -> None:
+        raise ValueError("no archive")  # as over gs://, where a range of it cannot be read
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", refuse)
+    with pytest.raises(WrongUse, match=r"cannot be read \(ValueError\)"):
+        list_inputs(["zip://more::file:///notes.txt"])
