@@ -103,6 +103,10 @@ def find_url(url: str) -> tuple[Any, str]:
             f"{url} cannot be read: fsspec knows no such protocol. For a file or folder of that "
             "name put ./ before it."
         ) from error
+    if is_hub(files):
+        # It keeps listings whatever it is asked, and takes one that failed half-way for all there
+        # is: files after that would be missing.
+        files.dircache.clear()
     return files, place
 
 
@@ -112,6 +116,21 @@ def protocols(url: str) -> list[str]:
     return [protocol for protocol, slashes, _ in found if slashes]
 
 
+def is_hub(files: Any) -> bool:
+    """Tell whether a file system is huggingface_hub's."""
+    return files.protocol == "hf"
+
+
+def take_for_file(files: Any, place: str, size: int | None) -> None:
+    """Have the hub's file system take a path for that of a file, of `size` as far as it is read.
+
+    Before it reads a file it would list all of the folder around it, in each worker anew.
+    """
+    name = files.resolve_path(place).unresolve()
+    around = name.rpartition("/")[0]
+    files.dircache[around] = [{"name": name, "type": "file", "size": size}]
+
+
 def find_kind(url: str) -> Literal["file", "folder"]:
     """Return what a URL names, as far as its server tells.
 
@@ -119,7 +138,12 @@ def find_kind(url: str) -> Literal["file", "folder"]:
     """
     with unreadable():
         files, place = find_url(url)
-        found = files.info(place)
+        options = {}
+        if is_hub(files):
+            if not files.resolve_path(place).path:
+                return "folder"  # a whole repository
+            options = {"expand_info": True}  # or it would list all of the folder around it
+        found = files.info(place, **options)
         # http says of everything that it is a file; a page of links is a folder.
         web = {"http", "https"} & set(protocols(url)[:1])
         return "folder" if found["type"] == "directory" or (web and files.isdir(place)) else "file"
@@ -148,9 +172,20 @@ def read_url(url: str, member: Member | None) -> bytes:
             if not member.size:
                 return b""
             end = member.offset + member.size
-            data = files.cat_file(place, start=member.offset, end=end)
+            options = {}
+            if is_hub(files):
+                take_for_file(files, place, end)
+                options = {"cache_type": "none"}  # it would read 5 MiB ahead
+            data = files.cat_file(place, start=member.offset, end=end, **options)
             if len(data) > member.size:  # all of it: from the start, and again for every member
                 raise ImageError("unreadable", "read", "its server sends no parts of a file")
+            return data
+        if is_hub(files):
+            take_for_file(files, place, None)
+            with files.open(place, "rb", block_size=0) as file:
+                data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
             return data
         found = files.info(place)
         if found["type"] != "file":
