@@ -1,5 +1,6 @@
 import hashlib
 import json
+import logging
 import os
 import pty
 import shutil
@@ -170,6 +171,12 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2(
         assert (result.exit_code, result.stdout) == (2, ""), argv
         assert answer in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_what_libraries_log_of_a_refusal_is_no_traceback_on_the_terminal(tmp_path: Path):
+    invoke(tmp_path / "gone", "--out", tmp_path / "out")
+    for name in ("asyncio", "gcsfs"):  # where nobody handles it, Python writes it to stderr
+        assert logging.getLogger(name).handlers
 
 
 def test_another_jobs_folder_and_a_locked_one_are_refused(
