@@ -80,6 +80,19 @@ def test_lists_of_every_kind_give_a_row_for_each_path(photos: list[str]):
     check_rows(run("--list", "c.parquet", "--column", "file"), photos)
 
 
+def test_lists_as_windows_and_pandas_write_them(photos: list[str]):
+    text = "\r\n".join(photos)
+    Path("a.txt").write_text("\ufeff" + text)
+    Path("b.csv").write_text("\ufeffpath\r\n" + text)
+    pq.write_table(pa.table({"path": pa.array(photos).dictionary_encode()}), "c.parquet")
+    for name in ("a.txt", "b.csv", "c.parquet"):
+        assert ids(list_inputs([], [name])) == photos
+    for name in ("d.txt", "d.csv"):
+        Path(name).write_text("path\n" + text, encoding="utf-16")
+        with pytest.raises(WrongUse, match=rf"The list {name} is UTF-16\. Save it as UTF-8\."):
+            list_inputs([], [name])
+
+
 def test_lists_and_paths_go_together(photos: list[str]):
     Path("a.txt").write_text(photos[0] + "\n")
     Path("b").write_text(photos[1])
