@@ -1,5 +1,6 @@
 import hashlib
 import json
+import logging
 import os
 import pty
 import shutil
@@ -98,6 +99,7 @@ def test_results_go_to_stdout_as_one_object_where_a_script_reads(
 
 def test_errors_are_told_by_code_with_an_example(tmp_path: Path, checkpoint: Path):
     missing = tmp_path / "gone\x1b[31m.jpg"
+    missing.symlink_to("nowhere")
     result = invoke(missing, "--model", checkpoint, "--out", tmp_path / "out", "--json")
     assert result.exit_code == 3
     assert json.loads(result.stdout)["errors"] == {"missing": {"rows": 1, "example": str(missing)}}
@@ -160,12 +162,24 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2(
         ((photos, *out, *model, "--decode", "cpu"), "'cpu' is not one of 'pil', 'gpu'"),
         ((photos, photos, *out, *model), "Name each path once"),
         ((checkpoint, *out, *model), "No photographs were found"),
+        ((tmp_path / "foto", *out, *model), f'"{tmp_path}/foto" is not there. Check the spelling'),
+        (
+            (photos, tmp_path / "f", *out, *model),
+            f'"{tmp_path}/f" is not there. Check the spelling',
+        ),
+        ((tmp_path / "no.jpg", *out), f'"{tmp_path}/no.jpg" is not there. Check the spelling'),
         ((photos, "--out", photos, *model), "is not empty: it holds good-0000.jpg and"),
     ):
         result = invoke(*argv)
         assert (result.exit_code, result.stdout) == (2, ""), argv
         assert answer in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_what_libraries_log_of_a_refusal_is_no_traceback_on_the_terminal(tmp_path: Path):
+    invoke(tmp_path / "gone", "--out", tmp_path / "out")
+    for name in ("asyncio", "gcsfs"):  # where nobody handles it, Python writes it to stderr
+        assert logging.getLogger(name).handlers
 
 
 def test_another_jobs_folder_and_a_locked_one_are_refused(
@@ -294,11 +308,17 @@ def test_a_stopped_job_says_what_is_written_and_the_same_command_goes_on(
 def test_a_finished_job_exits_as_it_did_when_it_is_asked_for_again(
     tmp_path: Path, checkpoint: Path
 ):
-    argv = (tmp_path / "gone.jpg", "--model", checkpoint, "--out", tmp_path / "out")
+    (tmp_path / "bad.jpg").touch()
+    argv = (tmp_path / "bad.jpg", "--model", checkpoint, "--out", tmp_path / "out")
     first, again = invoke(*argv), invoke(*argv, "--json")
-    assert (first.exit_code, again.exit_code) == (3, 3)
-    summary = json.loads(again.stdout)
-    assert (summary["kept"], summary["errors"]["missing"]["rows"]) == (1, 1)
+    (tmp_path / "bad.jpg").unlink()  # what was there when the job began is a row of it
+    gone = invoke(*argv, "--json")
+    assert (first.exit_code, again.exit_code, gone.exit_code) == (3, 3, 3)
+    for result in (again, gone):
+        summary = json.loads(result.stdout)
+        assert (summary["kept"], summary["errors"]["unidentified"]["rows"]) == (1, 1)
+    assert invoke(*argv, "--overwrite").exit_code == 2
+    assert read_commits(tmp_path / "out")
 
 
 def test_what_is_embedded_again_is_said_on_stderr(tmp_path: Path, photos: Path, checkpoint: Path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from packvit.corpus import WrongUse
+from packvit.corpus import WriteError, WrongUse
 
 
 @click.command
@@ -31,6 +31,8 @@ def check(context: click.Context, folder: str, as_json: bool) -> None:
         found = check_folder(Path(folder))
     except WrongUse as error:
         raise click.UsageError(str(error)) from error
+    except WriteError as error:
+        raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename} cannot be read: {error.strerror}.") from error
     if as_json:

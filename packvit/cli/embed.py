@@ -1,6 +1,7 @@
 """`packvit embed`: photographs to a feature folder, the main job."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -21,6 +22,8 @@ EMBEDDED = (
     "on 269 photographs. For features to build on choose a large checkpoint with --model, for "
     f"example --model {EXAMPLE}."
 )
+# They log a traceback of what a server refuses, which becomes a row or a sentence of ours.
+LOUD = ("asyncio", "gcsfs")
 COUNT = click.IntRange(min=1)
 DONE_WITH_ERRORS = 3
 
@@ -199,6 +202,8 @@ def embed(
         raise click.UsageError("Missing argument 'PHOTOS...', or --list with a file of paths.")
     if model is None:
         click.echo(EMBEDDED, err=True)
+    for name in LOUD:
+        logging.getLogger(name).addHandler(logging.NullHandler())
     with stopping(context, out, overwrite) as meter, redirect_stdout(sys.stderr):
         # torch is imported here, and Ctrl-C is heeded while it is.
         from packvit.checkpoints import CheckpointError

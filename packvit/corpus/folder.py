@@ -18,7 +18,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,8 @@ def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
             append_line(folder / COMMITS, encode_commit(staged.entry))
     except WriteError:
         for path in (folder / staged.file, part):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder of that name, for example, which is not ours
+                path.unlink()
         raise
     return staged.entry
 

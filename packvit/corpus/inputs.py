@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from packvit.corpus import WrongUse
 from packvit.corpus import patterns as globs
 from packvit.corpus.archives import list_parquet, list_tar
-from packvit.corpus.listing import Listing, spooling
+from packvit.corpus.listing import Listing, readable, spooling
 from packvit.corpus.lists import read_list
 from packvit.corpus.sources import Input as Input
-from packvit.corpus.sources import find_url, is_url, unreadable
+from packvit.corpus.sources import find_kind, find_status, find_url, is_url, protocols, unreadable
 from packvit.images import ImageError, find_file
 
 # Of the seven formats that images.py decodes.
@@ -40,6 +40,7 @@ def list_inputs(
     *,
     column: str = "path",
     image_column: str = "image",
+    known: str | None = None,
 ) -> Listing:
     """Return the photographs that `paths` and `lists` name, folders being walked to their ends.
 
@@ -48,9 +49,11 @@ def list_inputs(
     Several are told apart by the path as typed, which then begins the name. Links to folders are
     entered only where they are named themselves, so no loop can be walked. `lists` are files of
     paths, of one file each; `column` holds them in a table, and `image_column` the bytes of images.
+    `known` is the digest of a job's inputs that goes on: what has gone since then is a row of it.
 
-    Raises: WrongUse if there are no inputs, or if two have the same name; WriteError if there is no
-    room to sort them.
+    Raises: WrongUse if there are no inputs, if two have the same name, if a path names nothing that
+    is there and is not that of a photograph among others, or if a server does not say what a URL
+    names; WriteError if there is no room to sort them.
     """
     with spooling():
         finder = Finder(Listing(), image_column)
@@ -69,6 +72,9 @@ def list_inputs(
                 "suffix."
             )
         listing.sort()
+        absent = finder.find_absent()
+        if absent and known != listing.sha256():
+            raise not_there(absent)
     return listing
 
 
@@ -78,7 +84,10 @@ class Finder:
     def __init__(self, listing: Listing, image_column: str) -> None:
         self.listing = listing
         self.image_column = image_column
-        self.protocols: set[bytes] = set()  # that are known to have what reads them
+        self.protocols: set[tuple[str, ...]] = set()  # that are known to have what reads them
+        self.absent: list[bytes] = []  # paths as typed that lead nowhere, but for photographs
+        self.gone: list[bytes] = []  # photographs, which may have been there a moment ago
+        self.unasked: list[bytes] = []  # photographs behind URLs
 
     def add_path(self, typed: bytes, *, alone: bool) -> None:
         """Add all that a path stands for, which is the only one if it is `alone`."""
@@ -92,18 +101,52 @@ class Finder:
             base, pattern = globs.split(head, globs.MAGIC_URL if remote else globs.MAGIC)
         if pattern:
             before = len(self.listing)
-            self.add_pattern(base, pattern, chain, remote=remote)
+            try:
+                self.add_pattern(base, pattern, chain, remote=remote)
+            except ImageError as error:
+                if error.code != "missing":
+                    raise no_answer(typed, error) from error
             if len(self.listing) == before:
                 raise WrongUse(
                     f"Nothing matches {os.fsdecode(typed)}. ** stands for any number of folders, * "
                     "and ? stay within one; quote a pattern, so that the shell leaves it alone."
                 )
-        elif is_folder(typed, head, remote=remote):
-            root = head.rstrip(b"/")
-            start = head if remote else typed
-            self.walk(start, b"" if alone else root + b"/", chain, remote=remote)
-        else:
-            self.add_named(typed, alone=alone)
+            return
+        try:
+            if is_folder(typed, head, remote=remote):
+                root = head.rstrip(b"/")
+                start = head if remote else typed
+                self.walk(start, b"" if alone else root + b"/", chain, remote=remote)
+                return
+            code = self.add_named(typed, alone=alone)
+        except ImageError as error:
+            if error.code != "missing":
+                raise no_answer(typed, error) from error
+            code = error.code
+            self.listing.add(typed, typed, code)
+        if code == "missing" and (remote or not os.path.lexists(typed)):  # a broken link is there
+            (self.gone if is_photograph(head) else self.absent).append(typed)
+        elif remote and is_photograph(head):
+            self.unasked.append(typed)
+
+    def find_absent(self) -> list[bytes]:
+        """Return the paths that name nothing which is there, in a way that the job can't go on.
+
+        A photograph named among others may have vanished just now, and is a row. Where all that was
+        named is like that, it was mistyped.
+        """
+        gone = self.absent + self.gone
+        if len(gone) + len(self.unasked) < len(self.listing):
+            return self.absent
+        for typed in self.unasked:
+            try:
+                find_kind(os.fsdecode(typed))
+                return self.absent
+            except ImageError as error:
+                if error.code != "missing":
+                    return self.absent
+                gone.append(typed)
+        return gone
 
     def add_pattern(self, base: bytes, pattern: bytes, chain: bytes, *, remote: bool) -> None:
         """Add the files under the folder `base` whose names match, as if each had been named."""
@@ -118,7 +161,10 @@ class Finder:
                 self.listing.push(entry.path, name + b"/")
             if matched.fullmatch(inner):
                 if not entry.is_folder and not entry.is_linked_folder:
-                    self.add_named(name + chain, alone=False)
+                    try:
+                        self.add_named(name + chain, alone=False)
+                    except ImageError as error:
+                        self.listing.add(name + chain, name + chain, error.code)
                 elif is_photograph(entry.name):
                     self.listing.add(name, entry.path, "not_a_file")
 
@@ -141,19 +187,30 @@ class Finder:
         """Yield what lies in all folders that the listing remembers, with its name.
 
         A folder that can't be read becomes the row that says photographs may be missing.
+
+        Raises: ImageError if it is the first, and remote: its server may just not answer.
         """
+        first = True
         while found := self.listing.pop():
             folder, prefix = found
             try:
                 for entry in read_url_folder(folder, chain) if remote else read_folder(folder):
                     yield entry, prefix + entry.name
             except (OSError, ImageError):
+                if first and remote:
+                    raise
                 name = prefix.rstrip(b"/") or folder
                 if not is_photograph(name):  # with such a suffix it is a row already
                     self.listing.add(name, folder + chain, "unreadable")
+            first = False
 
-    def add_named(self, path: bytes, *, alone: bool) -> None:
-        """Add what a named file stands for: an archive's photographs, or itself."""
+    def add_named(self, path: bytes, *, alone: bool) -> str | None:
+        """Add what a named file stands for: an archive's photographs, or itself.
+
+        Return the code of what keeps all of it from being read, if that is known.
+
+        Raises: ImageError missing or unreadable for a URL's archive of which nothing is listed.
+        """
         if COMPRESSED.search(path):
             raise WrongUse(
                 f"{os.fsdecode(path)} is compressed, so that its members cannot be read where they "
@@ -162,8 +219,7 @@ class Finder:
         suffix = os.path.splitext(path)[1].lower()
         remote = is_url(os.fsdecode(path))
         if suffix not in (b".tar", b".parquet") or not (remote or find_obstacle(path) is None):
-            self.add_file(path)
-            return
+            return self.add_file(path)
         prefix = b"" if alone else path + b"/"
         before, ignored, distinct = len(self.listing), self.listing.ignored, True
         try:
@@ -182,10 +238,12 @@ class Finder:
                 else:
                     distinct = False
         except ImageError as error:
+            if remote and len(self.listing) == before and error.code in ("missing", "unreadable"):
+                raise
             # Its own row says that photographs may be missing.
             self.listing.settle(before, distinct=distinct)
             self.listing.add(path, path, error.code)
-            return
+            return error.code
         if len(self.listing) == before:
             raise WrongUse(
                 f"{os.fsdecode(path)} holds no photographs, but "
@@ -193,22 +251,52 @@ class Finder:
                 f"{b' '.join(SUFFIXES).decode()}."
             )
         self.listing.settle(before, distinct=distinct)
+        return None
 
-    def add_file(self, path: bytes) -> None:
-        """Add one file, which is read as a photograph whatever its suffix."""
+    def add_file(self, path: bytes) -> str | None:
+        """Add one file, which is read as a photograph whatever its suffix.
+
+        Return the code of what keeps it from being read, if that is known.
+        """
+        code = None
         text = os.fsdecode(path)
         if is_url(text):
-            protocol = path.partition(b"//")[0]
-            if protocol not in self.protocols:  # what is not installed is said at once
+            named = tuple(protocols(text))
+            if named not in self.protocols:  # what is not installed is said at once
                 try:
                     with unreadable():
                         find_url(text)
                 except ImageError:
                     pass  # reading it says so again, in its row
-                self.protocols.add(protocol)
-            self.listing.add(path, path, None)
+                self.protocols.add(named)
         else:
-            self.listing.add(path, path, find_obstacle(path))
+            code = find_obstacle(path)
+        self.listing.add(path, path, code)
+        return code
+
+
+def not_there(paths: list[bytes]) -> WrongUse:
+    """Return the answer to paths that lead nowhere."""
+    named = ", ".join(f'"{readable(path)}"' for path in paths[:3])
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return WrongUse(
+        f"{named}{more} {'is' if len(paths) == 1 else 'are'} not there. Check the spelling; "
+        "nothing was written."
+    )
+
+
+def no_answer(path: bytes, error: ImageError) -> WrongUse:
+    """Return the answer to a URL of which nobody says what it names; `error` has the causes."""
+    cause: BaseException = error
+    while cause.__cause__ and find_status(cause) is None:
+        cause = cause.__cause__
+    status = find_status(cause)
+    what = type(cause).__name__ + (f" {status}" if status else "")
+    return WrongUse(
+        f'"{readable(path)}" cannot be read ({what}). Check the address, '
+        "the credentials that its server asks for, and whether the server answers; nothing was "
+        "written."
+    )
 
 
 def is_photograph(name: bytes) -> bool:
@@ -217,17 +305,15 @@ def is_photograph(name: bytes) -> bool:
 
 
 def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
-    """Tell whether a path is a folder; of a URL, only where its name does not already say not."""
+    """Tell whether a path is a folder; of a URL, only where its name does not already say not.
+
+    Raises: ImageError if its server does not tell.
+    """
     if not remote:
         return os.path.isdir(typed)
     if is_photograph(head) or os.path.splitext(head)[1].lower() in (b".tar", b".parquet"):
         return False
-    try:
-        with unreadable():
-            files, place = find_url(os.fsdecode(typed))
-            return files.isdir(place)
-    except ImageError:
-        return False
+    return find_kind(os.fsdecode(typed)) == "folder"
 
 
 def read_folder(folder: bytes) -> Iterator[Entry]:

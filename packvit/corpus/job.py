@@ -146,11 +146,13 @@ def embed(
         )
     folder = Path(out)
     check_usable(folder, overwrite=overwrite)
+    recorded = {} if overwrite else read_manifest(folder) or {}
     listing = list_inputs(
         [os.fspath(path) for path in named],
         [os.fspath(path) for path in lists],
         column=column,
         image_column=image_column,
+        known=recorded.get("inputs_sha256"),
     )
     if model is None and len(listing) > TRIAL_INPUTS:
         raise WrongUse(

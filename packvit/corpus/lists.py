@@ -23,7 +23,9 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
     try:
         with open_source(path) as file:
             if kind is None:
-                yield from read_lines(file)
+                for line in unmarked(path, file):
+                    if name := line.rstrip(b"\r\n"):
+                        yield name
                 return
             for name in kind(path, file, column):
                 number += 1
@@ -38,18 +40,23 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
         raise WrongUse(f"The list {path} cannot be read after row {number}.") from error
 
 
-def read_lines(file: Any) -> Iterator[bytes]:
-    """Yield the lines of a text that are not empty."""
-    for line in file:
-        name = line.rstrip(b"\r\n")
-        if name:
-            yield name
+def unmarked(path: str, file: Any) -> Iterator[bytes]:
+    """Yield the lines of a text without the mark that Windows puts before UTF-8.
+
+    Raises: WrongUse for UTF-16, which Windows marks too.
+    """
+    for line in file:  # some servers' files can't be read from the start again
+        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise WrongUse(f"The list {path} is UTF-16. Save it as UTF-8.")
+        yield line.removeprefix(codecs.BOM_UTF8)
+        break
+    yield from file
 
 
 def read_csv(path: str, file: Any, column: str) -> Iterator[bytes]:
     """Yield a column of a CSV file whose first line names its columns."""
     try:
-        rows = csv.reader(codecs.iterdecode(file, "utf-8-sig", "surrogateescape"))
+        rows = csv.reader(codecs.iterdecode(unmarked(path, file), "utf-8", "surrogateescape"))
         names = next(rows, [])
         if names.count(column) != 1:
             raise no_column(path, column, ", ".join(names))
@@ -71,6 +78,8 @@ def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
         table = pq.ParquetFile(file)
         schema = table.schema_arrow
         kind = schema.field(column).type if schema.names.count(column) == 1 else None
+        if kind is not None and pa.types.is_dictionary(kind):  # pandas' categories
+            kind = kind.value_type
         if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise no_column(path, column, describe(schema))
         for batch in table.iter_batches(4096, columns=[column]):

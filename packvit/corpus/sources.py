@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 from packvit.corpus import WrongUse
 from packvit.images import MAX_BYTES, ImageError, find_file, read_file
@@ -21,6 +21,7 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://", re.A
 # What brings a protocol that fsspec knows of and does not bring itself.
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
 PACKAGES |= {"https": "aiohttp", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
+GONE = (404, 410)  # answers of a server to what it has not
 ROWS, BATCHES = 16, 4  # of a table, read at once and kept: decoders ask a little out of order
 
 
@@ -83,18 +84,69 @@ def find_url(url: str) -> tuple[Any, str]:
     Raises: WrongUse for an unknown protocol; ImportError with what to install for it.
     """
     from fsspec.core import url_to_fs
+    from fsspec.registry import available_protocols, get_filesystem_class
 
     try:
-        return url_to_fs(url, use_listings_cache=False)
+        files, place = url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
-        protocol = url.partition(":")[0]
-        package = PACKAGES.get(protocol, f"what fsspec needs for {protocol}")
-        raise ImportError(f"{url} cannot be read: pip install {package}") from error
+        for protocol in protocols(url):  # of which one is not installed
+            try:
+                get_filesystem_class(protocol)
+            except ImportError:
+                package = PACKAGES.get(protocol, f"what fsspec needs for {protocol}")
+                raise ImportError(f"{url} cannot be read: pip install {package}") from error
+        raise
     except ValueError as error:
+        if set(protocols(url)) <= set(available_protocols()):
+            raise  # an archive in the chain that is none, for example
         raise WrongUse(
             f"{url} cannot be read: fsspec knows no such protocol. For a file or folder of that "
             "name put ./ before it."
         ) from error
+    if is_hub(files):
+        # It keeps listings whatever it is asked, and takes one that failed half-way for all there
+        # is: files after that would be missing.
+        files.dircache.clear()
+    return files, place
+
+
+def protocols(url: str) -> list[str]:
+    """Return the protocols that a URL names, of which a chained one has several."""
+    found = (link.partition("://") for link in url.split("::"))
+    return [protocol for protocol, slashes, _ in found if slashes]
+
+
+def is_hub(files: Any) -> bool:
+    """Tell whether a file system is huggingface_hub's."""
+    return files.protocol == "hf"
+
+
+def take_for_file(files: Any, place: str, size: int | None) -> None:
+    """Have the hub's file system take a path for that of a file, of `size` as far as it is read.
+
+    Before it reads a file it would list all of the folder around it, in each worker anew.
+    """
+    name = files.resolve_path(place).unresolve()
+    around = name.rpartition("/")[0]
+    files.dircache[around] = [{"name": name, "type": "file", "size": size}]
+
+
+def find_kind(url: str) -> Literal["file", "folder"]:
+    """Return what a URL names, as far as its server tells.
+
+    Raises: ImageError missing or unreadable, its cause being what the file system raised.
+    """
+    with unreadable():
+        files, place = find_url(url)
+        options = {}
+        if is_hub(files):
+            if not files.resolve_path(place).path:
+                return "folder"  # a whole repository
+            options = {"expand_info": True}  # or it would list all of the folder around it
+        found = files.info(place, **options)
+        # http says of everything that it is a file; a page of links is a folder.
+        web = {"http", "https"} & set(protocols(url)[:1])
+        return "folder" if found["type"] == "directory" or (web and files.isdir(place)) else "file"
 
 
 def open_source(path: str) -> Any:
@@ -120,9 +172,20 @@ def read_url(url: str, member: Member | None) -> bytes:
             if not member.size:
                 return b""
             end = member.offset + member.size
-            data = files.cat_file(place, start=member.offset, end=end)
+            options = {}
+            if is_hub(files):
+                take_for_file(files, place, end)
+                options = {"cache_type": "none"}  # it would read 5 MiB ahead
+            data = files.cat_file(place, start=member.offset, end=end, **options)
             if len(data) > member.size:  # all of it: from the start, and again for every member
                 raise ImageError("unreadable", "read", "its server sends no parts of a file")
+            return data
+        if is_hub(files):
+            take_for_file(files, place, None)
+            with files.open(place, "rb", block_size=0) as file:
+                data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
             return data
         found = files.info(place)
         if found["type"] != "file":
@@ -149,18 +212,29 @@ def unreadable() -> Iterator[None]:
     except MemoryError as error:
         raise ImageError("out_of_memory", "read") from error
     except Exception as error:
-        raise ImageError("unreadable", "read") from error
+        gone = find_status(error) in GONE
+        raise ImageError("missing" if gone else "unreadable", "read") from error
 
 
 def is_gone(error: OSError) -> bool:
     """Tell whether there is really no such file.
 
-    fsspec's http says so of whatever a server answers; what it answered is the cause.
+    fsspec's http says so of whatever a server answers, and the hub's of what it keeps to others;
+    what was answered is the cause.
     """
     cause = error.__cause__
-    if isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp."):
-        return getattr(cause, "status", None) in (404, 410)
-    return True
+    status = find_status(cause)
+    if status is not None:
+        return status in GONE
+    return not (isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp."))
+
+
+def find_status(error: BaseException | None) -> int | None:
+    """Return what an http server answered, as aiohttp's and the hub's exceptions tell it."""
+    status = getattr(error, "status", None)
+    if status is None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 class Cells:

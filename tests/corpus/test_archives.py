@@ -245,7 +245,7 @@ def test_a_damaged_table_is_a_row_and_so_is_each_row_that_is_damaged(tmp_path: P
         assert outcome(list_inputs([str(path)])) == {str(path): "truncated"}
 
 
-def test_a_missing_archive_is_a_row_as_any_path_that_is_named(tmp_path: Path):
+def test_an_archive_that_is_not_there_is_refused(tmp_path: Path):
     for name in ("x.tar", "x.parquet"):
-        path = str(tmp_path / name)
-        assert outcome(list_inputs([path])) == {path: "missing"}
+        with pytest.raises(WrongUse, match=rf'"{tmp_path / name}" is not there'):
+            list_inputs([str(tmp_path / name)])

@@ -227,6 +227,14 @@ def test_what_is_no_feature_folder_is_wrong_use(tmp_path: Path):
         assert "Name the folder that was given to embed as --out." in result.stderr
 
 
+def test_a_folder_in_the_place_of_a_file_is_said_in_a_sentence(out: Path):
+    (out / "commits.jsonl").unlink()
+    (out / "commits.jsonl").mkdir()
+    result = invoke(out)
+    assert result.exit_code == 1
+    assert f"{out}/commits.jsonl could not be read: Is a directory." in result.stderr
+
+
 def test_a_folder_whose_name_is_not_utf_8_goes_on_and_is_checked_like_any(
     tmp_path: Path, encoder: Encoder
 ):

@@ -275,6 +275,15 @@ def test_a_log_that_takes_no_line_leaves_no_part(tmp_path: Path):
     assert sorted(os.listdir(tmp_path)) == ["commits.jsonl", entry.part, filler.part]
 
 
+def test_a_folder_in_the_place_of_a_part_is_said_in_a_sentence_and_stays(tmp_path: Path):
+    (tmp_path / "part-00000.parquet").mkdir()
+    with pytest.raises(
+        WriteError, match=r"part-00000\.parquet could not be written: Is a directory"
+    ):
+        commit(tmp_path, 0, table())
+    assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
+
+
 def test_a_place_where_nothing_can_be_made_is_said_in_a_sentence(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="could not be written: Not a directory"):

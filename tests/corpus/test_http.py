@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from rotten import write_good
 
+from packvit.corpus import WrongUse
 from packvit.corpus.checking import check_folder
 from packvit.corpus.inputs import list_inputs
 from packvit.corpus.job import embed
@@ -134,13 +135,36 @@ def test_whatever_a_server_answers_is_a_row(server: str):
             f"{server}/410.jpg": "missing",
             f"{server}/403.jpg": "unreadable",
             f"{server}/500.jpg": "unreadable",
-            f"{server}/503.tar": "unreadable",
-            f"{server}/gone.tar": "missing",
             f"{server}/hangs-up.jpg": "unreadable",
             f"{server}/cut.jpg": "unreadable",
             f"http://127.0.0.1:{taken.getsockname()[1]}/a.jpg": "unreadable",
         }
         assert outcome(*codes) == codes
+
+
+def test_an_address_that_stands_for_many_and_does_not_answer_is_refused(server: str):
+    write_photos()
+    here = f"{server}/photos/"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        for url, answer in (
+            (f"{server}/gone", "is not there. Check the spelling"),
+            (f"{server}/gone.tar", "is not there"),
+            (f"{server}/gone.jpg", "is not there"),
+            (f"{server}/503.tar", "cannot be read (ClientResponseError 503). Check the address, "),
+            (f"{server}/403", "cannot be read (ClientResponseError 403)"),
+            (f"{nobody}/photos/*.jpg", "cannot be read (ConnectionRefusedError)"),
+            (f"{nobody}/photos", "cannot be read (ConnectionRefusedError)"),
+        ):
+            for paths in ([url], [here, url]) if "jpg" not in url else ([url],):
+                with pytest.raises(WrongUse) as caught:
+                    list_inputs(paths)
+                assert str(caught.value).startswith(f'"{url}" {answer}')
+    with pytest.raises(WrongUse, match="Nothing matches"):
+        list_inputs([f"{server}/gone/*.jpg"])
+    known = list_inputs([here, f"{server}/gone.jpg"])
+    assert len(known) == 6  # a photograph beside others may have vanished just now
 
 
 def test_a_member_of_a_tar_is_never_taken_from_another_place(server: str):

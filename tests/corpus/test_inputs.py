@@ -77,7 +77,45 @@ def test_a_named_path_is_an_input_whatever_it_is(tmp_path: Path):
         str(tmp_path / "photograph"): None,
         str(tmp_path / "pipe"): ("not_a_file", "list"),
     }
-    assert codes(list_inputs([paths[1] + "/"])) == {paths[1] + "/": ("missing", "list")}
+
+
+def test_what_is_named_and_not_there_is_refused_but_for_photographs_beside_what_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    touch(Path("photos/x.jpg"), Path("y.jpg"))
+    Path("broken.jpg").symlink_to("nowhere")
+    for paths, named in (
+        (["gone.jpg"], '"gone.jpg" is'),
+        (["gone.jpg", "./gone.png"], '"gone.jpg", "./gone.png" are'),
+        (["foto"], '"foto" is'),
+        (["photos", "foto", "gone.jpg"], '"foto" is'),
+        (["foto", "gone.jpg"], '"foto", "gone.jpg" are'),
+        (["photos", "x.tar", "x.parquet"], '"x.tar", "x.parquet" are'),
+        (["y.jpg/"], '"y.jpg/" is'),
+        ([""], '"" is'),
+        ([os.fsdecode(b"caf\xe9\n")], '"caf\\xe9\n" is'),
+        (["a", "b", "c", "d", "e"], '"a", "b", "c" and 2 more are'),
+    ):
+        with pytest.raises(WrongUse) as caught:
+            list_inputs(paths)
+        assert str(caught.value) == f"{named} not there. Check the spelling; nothing was written."
+    gone = ("missing", "list")
+    assert codes(list_inputs(["gone.jpg", "y.jpg"])) == {"gone.jpg": gone, "y.jpg": None}
+    assert codes(list_inputs(["gone.jpg", "photos"])) == {"gone.jpg": gone, "photos/x.jpg": None}
+    assert codes(list_inputs(["broken.jpg"])) == {"broken.jpg": gone}
+    Path("list.txt").write_text("gone.jpg")
+    assert codes(list_inputs([], ["list.txt"])) == {"gone.jpg": gone}
+
+
+def test_what_is_gone_since_a_job_began_is_a_row_of_it(tmp_path: Path):
+    touch(tmp_path / "photograph")
+    named = str(tmp_path / "photograph")
+    known = list_inputs([named]).sha256()
+    (tmp_path / "photograph").unlink()
+    assert codes(list_inputs([named], known=known)) == {named: ("missing", "list")}
+    with pytest.raises(WrongUse, match="is not there"):
+        list_inputs([named + "s"], known=known)
 
 
 def test_what_is_called_a_photograph_and_is_no_file_becomes_a_row(

@@ -80,6 +80,19 @@ def test_lists_of_every_kind_give_a_row_for_each_path(photos: list[str]):
     check_rows(run("--list", "c.parquet", "--column", "file"), photos)
 
 
+def test_lists_as_windows_and_pandas_write_them(photos: list[str]):
+    text = "\r\n".join(photos)
+    Path("a.txt").write_text("\ufeff" + text)
+    Path("b.csv").write_text("\ufeffpath\r\n" + text)
+    pq.write_table(pa.table({"path": pa.array(photos).dictionary_encode()}), "c.parquet")
+    for name in ("a.txt", "b.csv", "c.parquet"):
+        assert ids(list_inputs([], [name])) == photos
+    for name in ("d.txt", "d.csv"):
+        Path(name).write_text("path\n" + text, encoding="utf-16")
+        with pytest.raises(WrongUse, match=rf"The list {name} is UTF-16\. Save it as UTF-8\."):
+            list_inputs([], [name])
+
+
 def test_lists_and_paths_go_together(photos: list[str]):
     Path("a.txt").write_text(photos[0] + "\n")
     Path("b").write_text(photos[1])
@@ -203,7 +216,8 @@ def test_a_url_that_cannot_be_read_is_a_row_with_a_code(photos: list[str]):
     Path("a.txt").write_text("\n".join(urls))
     assert outcome(list_inputs([], ["a.txt"])) == urls
     for url in (f"{here}/gone.tar", f"{here}/gone.parquet"):
-        assert outcome(list_inputs([url])) == {url: "missing"}
+        with pytest.raises(WrongUse, match=f'"{url}" is not there'):
+            list_inputs([url])
 
 
 def test_an_unknown_protocol_is_wrong_use_and_a_missing_package_is_named(
@@ -216,3 +230,23 @@ def test_an_unknown_protocol_is_wrong_use_and_a_missing_package_is_named(
     assert done.exit_code == 1
     assert "s3://bucket/x.jpg cannot be read: pip install s3fs" in done.stderr
     assert "Traceback" not in done.stderr
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    Path("a.txt").write_text("zip://x.jpg::file:///gone.zip\nzip://x.jpg::gs://bucket/x.zip\n")
+    for path, lists in (
+        ("gs://bucket/photos", []),
+        ("zip://*.jpg::gs://b/x.zip", []),
+        ("", ["a.txt"]),
+    ):
+        with pytest.raises(ImportError, match=r"gs://.* cannot be read: pip install gcsfs$"):
+            list_inputs([path] if path else [], lists)
+
+
+def test_what_is_no_archive_in_a_chain_is_no_unknown_protocol(
+    photos: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*args: object, **options: object) -> None:
+        raise ValueError("no archive")  # as over gs://, where a range of it cannot be read
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", refuse)
+    with pytest.raises(WrongUse, match=r"cannot be read \(ValueError\)"):
+        list_inputs(["zip://more::file:///notes.txt"])
