@@ -107,8 +107,8 @@ class Reach(nn.Module):
         bias = whole.new_zeros(len(whole)) if linear.bias is None else linear.bias.float()
         whole = torch.cat([whole, bias[:, None]], dim=1)
         weights = whole.square().mean(0).sqrt()
-        least = weights.max().clamp(min=1e-12) * 1e-6  # of a column of zeros
-        channels = (whole / weights.clamp(min=least)).norm(dim=1).clamp(min=1e-12)
+        weights = weights.clamp(min=weights.max().item() * 1e-6 + 1e-12)  # columns may be zeros
+        channels = (whole / weights).norm(dim=1).clamp(min=1e-12)
         self.gated = gated
         room = ROOM / LARGEST
         self.register_buffer("weights", weights * (room**0.5 if gated else room))
