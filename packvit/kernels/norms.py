@@ -186,7 +186,7 @@ def add_norm_backward_kernel(
         dx *= root
         weight_sum += dy * normed
         if passes:
-            dx += further
+            dx += further  # pyright: ignore[reportPossiblyUnboundVariable]
         tl.store(out + at, dx.to(out.dtype.element_ty), mask=inside)
     at = program.to(tl.int64) * width + column
     tl.store(weight_parts + at, weight_sum, mask=inside)
