@@ -260,13 +260,21 @@ class Encoder(nn.Module):
             self.graphs.forget()
         return super()._apply(fn, recurse)
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load weights; graphs read the weights where they were."""
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load weights, also of a model that this is part of; graphs read them where they were."""
         if self.graphs is not None:
             self.graphs.forget()
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def pool(self, ran: Ran) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""

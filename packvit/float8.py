@@ -1,8 +1,8 @@
 """Matrices in 8 bits, and tokens scaled row by row to meet them. For inference on Hopper and newer.
 
 What an MLP's first matrix and activation make is needed in 8 bits by its second. On Hopper it goes
-there within the first matmul, which asks for its scale before the numbers are known: `Reach` says
-how large they can become.
+there within the first matmul, which asks for its scale before the numbers are known: `Reach` bounds
+how large they become.
 """
 
 from typing import NamedTuple
@@ -15,8 +15,12 @@ from packvit.linear import Linear, is_hopper
 
 LARGEST = 448.0  # of float8_e4m3fn
 # Left above what numbers can reach. Tokens in 8 bits are at most 1/16 longer than they were, which
-# counts twice where two products are multiplied, and fast sums round: 1.13 and a little.
+# counts twice where two products are multiplied, and fast sums round: 1.13 and a little. Numbers
+# far below the largest of their row may double; what they then lift above 448 becomes 448.
 ROOM = 1.2
+# Where gate and up are multiplied the bound is too large by the width, and beyond this the low end
+# of 8 bits is too near. It saves less there too: matmuls grow, and the pass does not.
+WIDEST_GATED = 1536
 
 
 class Rows8(NamedTuple):
@@ -42,7 +46,8 @@ def quantise(tokens: Tensor) -> Rows8:
 class Linear8(nn.Module):
     """A linear layer in 8 bits: weights scaled output by output, tokens row by row.
 
-    `channels` are factors on the columns of its weight, for tokens that were divided by them.
+    `channels` are factors on the columns of its weight: rows in 8 bits that it reads were divided
+    by them, and tokens it divides itself.
 
     Shapes: channels [D].
     Source: the row-wise recipe of torch's own scaled matmul (`torch._scaled_mm`).
@@ -55,6 +60,8 @@ class Linear8(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.T.contiguous())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.register_buffer("channels", channels)
+        self.channels: Tensor | None
         self.weight: Tensor
         self.scale: Tensor
         self.bias: Tensor | None
@@ -78,6 +85,8 @@ class Linear8(nn.Module):
             return tokens
         from packvit.kernels.eight import quantise_8
 
+        if self.channels is not None:
+            tokens = tokens.float() / self.channels
         return Rows8(*quantise_8(tokens, *self.reaches))
 
     @property
@@ -92,8 +101,9 @@ class Reach(nn.Module):
     By Cauchy and Schwarz |w . x| <= ‖w / r‖ ‖r * x‖ for any r > 0, and no activation of ours
     enlarges a magnitude. With r the root mean square of the weight's columns ‖r * x‖ is what
     products come to on average, whatever channels stand out in x or in the weight, so that the
-    bound is too large by about sqrt(D), or D where `gated`. That costs floating point numbers none
-    of their bits, of whose range much is left below.
+    bound is too large by about sqrt(D), or D where `gated`. Floating point numbers lose no bits by
+    that as long as they stay within its range, of 28,672 in all. They leave it where tokens share a
+    direction that is no channel, and that the matrix does not read: docs/numerics.md has figures.
 
     ‖r * x‖ is for a row of tokens, which its norm works out on the way; ‖w / r‖ is for a channel,
     and is put into the weight of the matrix that reads it. A bias is a channel of x that is 1.
@@ -148,7 +158,8 @@ def to_8(first: Linear | Linear8, second: Linear | Linear8, gated: bool) -> tupl
     """Return an MLP's two matrices in 8 bits."""
     assert isinstance(first, Linear)
     assert isinstance(second, Linear)
-    if not is_hopper(first.weight.device):  # where its kernel was measured
+    narrow = not gated or first.in_features <= WIDEST_GATED
+    if not (narrow and is_hopper(first.weight.device)):  # where its kernel was measured
         return Linear8(first), Linear8(second)
     rising = Rise8(first, gated)
     return rising, Linear8(second, rising.reach.channels)

@@ -98,7 +98,8 @@ def is_plain(module: nn.Module) -> TypeGuard[Linear]:
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether anything wants to see a module called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any((*hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
@@ -121,7 +122,9 @@ def add_norm(
 ) -> tuple[Tokens, Tokens | Rows8]:
     """Return stream + delta, and the same normed as `reader` wants it: the residual's one pass."""
     if not is_plain_norm(norm):
-        return STEPS["add_norm"]["plain"](stream, delta, norm)
+        summed, normed = STEPS["add_norm"]["plain"](stream, delta, norm)
+        # Who watches it may keep what it was given, and the stream is written to.
+        return summed if torch.is_grad_enabled() else summed.clone(), normed
     if isinstance(reader, Linear8):
         return STEPS["add_norm"]["float8"](stream, delta, norm, reader)
     return STEPS["add_norm"][choose(stream, norm.weight)](stream, delta, norm)
@@ -178,7 +181,9 @@ def can_add(stream: Tokens, tokens: Tensor | Rows8, linear: nn.Module, scale: nn
     # With gradients on, a block's input may be kept for a derivative by who calls the block.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return isinstance(scale, nn.Identity) and may_fuse(tokens, linear.weight, stream)
+    if not isinstance(scale, nn.Identity) or is_hooked(scale):
+        return False
+    return may_fuse(tokens, linear.weight, stream)
 
 
 def add_plain(
@@ -203,8 +208,9 @@ def gate(
     Gate and up projection are one matrix, whose rows they have in turns.
     """
     if isinstance(reader, Linear8):
-        way: Way = choose_8(gate_up)
-    elif activation == "silu" and isinstance(tokens, Tensor):
+        return STEPS["gate"][choose_8(gate_up, reader)](tokens, gate_up, activation, reader)
+    way: Way
+    if activation == "silu" and isinstance(tokens, Tensor):
         way = choose(tokens, *gate_up.parameters())
         way = way if way != "fused" or can_gate(tokens, gate_up) else "apart"
     else:
@@ -219,9 +225,10 @@ def can_gate(tokens: Tensor, gate_up: nn.Module) -> bool:
     return is_hopper(tokens.device)
 
 
-def choose_8(first: nn.Module) -> Way:
+def choose_8(first: nn.Module, reader: Linear8) -> Way:
     """Return how the first half of an MLP runs that is read in 8 bits."""
-    return "fused8" if type(first) is Rise8 and not is_hooked(first) else "float8"
+    pair = type(first) is Rise8 and reader.channels is not None
+    return "fused8" if pair and not is_hooked(first) else "float8"
 
 
 def in_turns(gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,38 +266,39 @@ def gate_taught(tokens: Tokens, gate_up: nn.Module, activation: Activation) -> T
     return SiluTimes.apply(gate_up(tokens))
 
 
-def gate_8(tokens: Tokens | Rows8, gate_up: nn.Module, activation: Activation) -> Rows8:
-    """A matmul and a pass, to 8 bits without being rounded to 16 again."""
-    return activate_8(tokens, gate_up, activation, True)
-
-
-def activate_8(
-    tokens: Tokens | Rows8, first: nn.Module, activation: Activation, gated: bool
+def gate_8(
+    tokens: Tokens | Rows8, gate_up: nn.Module, activation: Activation, reader: Linear8
 ) -> Rows8:
-    """Return what the second matrix of an MLP reads, which may have the first one's channels."""
+    """A matmul and a pass, to 8 bits without being rounded to 16 again."""
+    return activate_8(gate_up(tokens), activation, True, reader)
+
+
+def activate_8(hidden: Tensor, activation: Activation, gated: bool, reader: Linear8) -> Rows8:
+    """Return what the second matrix of an MLP reads, divided by its channels if it has any."""
     from packvit.kernels.eight import activate_8 as kernel
 
-    channels = first.reach.channels if isinstance(first, Rise8) else None
-    return Rows8(*kernel(first(tokens), activation, gated, channels))
+    return Rows8(*kernel(hidden, activation, gated, reader.channels))
 
 
-def matmul_8(tokens: Tokens | Rows8, first: Rise8, activation: Activation) -> Rows8:
-    """Return what the second matrix of an MLP reads, from one kernel."""
+def matmul_8(
+    tokens: Tokens | Rows8, first: Rise8, activation: Activation, reader: Linear8
+) -> Rows8:
+    """The activation in the matmul's epilogue; results are divided by the reader's channels."""
     from packvit.kernels.matmuls import rise_8 as kernel
 
     values, scale, after = first.rows(tokens)
     assert after is not None
-    reach, weight = first.reach, first.weight
+    assert reader.channels is not None
     made = kernel(
         values,
         scale,
-        weight,
+        first.weight,
         first.scale,
         first.bias,
         after,
-        reach.channels,
+        reader.channels,
         activation,
-        reach.gated,
+        first.reach.gated,
     )
     return Rows8(made, after)
 
@@ -300,10 +308,8 @@ def rise(
 ) -> Tensor | Rows8:
     """Return act(up(tokens)), the first half of an MLP. Shapes: [T, D] -> [T, M]."""
     if isinstance(reader, Linear8):
-        way: Way = choose_8(up)
-    else:
-        way = choose_rise(tokens, up, activation)
-    return STEPS["rise"][way](tokens, up, activation)
+        return STEPS["rise"][choose_8(up, reader)](tokens, up, activation, reader)
+    return STEPS["rise"][choose_rise(tokens, up, activation)](tokens, up, activation)
 
 
 def choose_rise(tokens: Tokens | Rows8, up: nn.Module, activation: Activation) -> Way:
@@ -337,9 +343,9 @@ def rise_taught(tokens: Tokens, up: Linear, activation: Activation) -> Tensor:
     return Rise.apply(tokens, up.weight, up.bias, activation, ACTIVATIONS[activation])
 
 
-def rise_8(tokens: Tokens | Rows8, up: nn.Module, activation: Activation) -> Rows8:
+def rise_8(tokens: Tokens | Rows8, up: nn.Module, activation: Activation, reader: Linear8) -> Rows8:
     """A matmul and a pass, to 8 bits without being rounded to 16 again."""
-    return activate_8(tokens, up, activation, False)
+    return activate_8(up(tokens), activation, False, reader)
 
 
 STEPS: dict[str, dict[Way, Callable]] = {

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from packvit.graphs import (
     MOST_TOKENS,
     Graphs,
     Recording,
+    Witness,
     fill_table,
     fill_up,
     is_graphable,
@@ -206,3 +208,77 @@ def test_what_a_size_took_no_room_for_is_not_tried_again(monkeypatch: pytest.Mon
     for _ in range(3):
         assert not graphs.keep(wanted)
     assert len(tried) == 1
+
+
+class Product(nn.Module):
+    """A product, and graphs of it that remember where its weights were, as those of CUDA do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, bias=False)
+        self.graphs = Graphs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = lambda rows, table, segments: (self.linear(rows[0]), {})  # noqa: E731
+        return self.graphs(run, [x], None, (len(x),), BACKENDS[-1], owner=self)[0]
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have a CPU record and replay, and return where the weights of each recording were."""
+    places: list[int] = []
+
+    def record(graphs: Graphs, wanted: Recording) -> Any:
+        owner: Any = wanted.owner
+        weight = owner.linear.weight.detach()
+        places.append(weight.data_ptr())
+        return weight
+
+    monkeypatch.setattr(Graphs, "record", record)
+    monkeypatch.setattr(
+        "packvit.graphs.replay", lambda weight, rows, *rest: (rows[0] @ weight.T, {})
+    )
+    monkeypatch.setattr("packvit.graphs.is_graphable", lambda module: True)
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: stream)
+    return places
+
+
+def test_weights_that_others_put_in_their_place_are_seen_after_a_replay(recorded: list[int]):
+    model, x = Product().eval(), torch.randn(5, 4)
+    parent = nn.ModuleDict({"tower": model})
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(x), x @ model.linear.weight.T)
+        assert len(recorded) == 1
+        parent.load_state_dict({k: v * 2 for k, v in parent.state_dict().items()}, assign=True)
+        for _ in range(3):
+            assert torch.equal(model(x), x @ model.linear.weight.T)
+        assert len(recorded) == 2
+        swapped = {"linear.weight": torch.randn(4, 4)}
+        for _ in range(3):
+            found = functional_call(model, swapped, (x,))
+            assert torch.equal(found, x @ swapped["linear.weight"].T)
+        assert torch.equal(model(x), x @ model.linear.weight.T)
+
+
+def test_what_a_graph_reads_is_kept_until_it_is_forgotten(recorded: list[int]):
+    model, x = Product().eval(), torch.randn(5, 4)
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)
+        model.linear.weight.data = model.linear.weight.data.clone()
+        assert model.graphs.witness is not None
+        [kept] = model.graphs.witness.weights
+        assert kept.data_ptr() == recorded[0] != model.linear.weight.data_ptr()
+        model(x)
+    assert model.graphs.witness is None
+
+
+def test_loading_weights_from_a_parent_forgets_graphs():
+    encoder = AIMv2Packing.from_transformers(reference.build("aimv2", is_native=True))
+    assert encoder.graphs is not None
+    encoder.graphs.witness = Witness.of(encoder)
+    parent = nn.ModuleDict({"tower": encoder})
+    parent.load_state_dict(parent.state_dict())
+    assert encoder.graphs.witness is None

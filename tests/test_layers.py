@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 import reference
@@ -90,6 +91,26 @@ def test_who_watches_a_block_may_keep_what_it_was_given_and_gave(encoder):
         given, gave = kept[2 * layer][0], kept[2 * layer + 1][0]
         assert torch.equal(gave, found.taps[layer])
         assert not torch.equal(given, gave)
+
+
+@pytest.mark.parametrize("part", ["", "attention_norm", "mlp_norm"])
+def test_who_watches_one_module_alone_may_keep_what_it_was_given_and_gave(encoder, part: str):
+    patches, grid = reference.draw_patches(GRID, 588).double(), torch.tensor(GRID)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, given: tuple[Tensor, ...], out: Any) -> None:
+        gave = out if part else out[0]
+        kept.extend((stream, stream.clone()) for stream in (given[0], gave))
+
+    watched = encoder.encoder.layers[0].get_submodule(part)
+    with torch.no_grad():
+        plain = encoder(patches, grid)
+        with watched.register_forward_hook(keep), in_place():
+            found = encoder(patches, grid)
+    assert len(kept) == 2
+    for now, before in kept:
+        assert torch.equal(now, before)
+    assert_alike(found, plain)
 
 
 def test_blocks_leave_the_stream_they_are_given_as_it_was(encoder):
