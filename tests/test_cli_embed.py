@@ -163,10 +163,6 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2(
         ((photos, photos, *out, *model), "Name each path once"),
         ((checkpoint, *out, *model), "No photographs were found"),
         ((tmp_path / "foto", *out, *model), f'"{tmp_path}/foto" is not there. Check the spelling'),
-        (
-            (photos, tmp_path / "f", *out, *model),
-            f'"{tmp_path}/f" is not there. Check the spelling',
-        ),
         ((tmp_path / "no.jpg", *out), f'"{tmp_path}/no.jpg" is not there. Check the spelling'),
         ((photos, "--out", photos, *model), "is not empty: it holds good-0000.jpg and"),
     ):

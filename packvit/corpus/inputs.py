@@ -72,9 +72,9 @@ def list_inputs(
                 "suffix."
             )
         listing.sort()
-        absent = finder.find_absent()
-        if absent and known != listing.sha256():
-            raise not_there(absent)
+        mistake = finder.find_mistake()
+        if mistake and known != listing.sha256():
+            raise mistake
     return listing
 
 
@@ -85,9 +85,9 @@ class Finder:
         self.listing = listing
         self.image_column = image_column
         self.protocols: set[tuple[str, ...]] = set()  # that are known to have what reads them
-        self.absent: list[bytes] = []  # paths as typed that lead nowhere, but for photographs
-        self.gone: list[bytes] = []  # photographs, which may have been there a moment ago
-        self.unasked: list[bytes] = []  # photographs behind URLs
+        self.gone: list[bytes] = []  # paths as typed that lead nowhere
+        self.silent: list[tuple[bytes, ImageError]] = []  # URLs of which nobody says what they name
+        self.unasked: list[bytes] = []  # URLs of files that nobody was asked for yet
 
     def add_path(self, typed: bytes, *, alone: bool) -> None:
         """Add all that a path stands for, which is the only one if it is `alone`."""
@@ -113,40 +113,56 @@ class Finder:
                 )
             return
         try:
-            if is_folder(typed, head, remote=remote):
-                root = head.rstrip(b"/")
-                start = head if remote else typed
-                self.walk(start, b"" if alone else root + b"/", chain, remote=remote)
-                return
+            folder = is_folder(typed, head, remote=remote)
+        except ImageError as error:
+            if error.code != "missing":
+                self.silent.append((typed, error))
+            self.add(typed, error.code)
+            return
+        if folder:
+            prefix = b"" if alone else head.rstrip(b"/") + b"/"
+            try:
+                self.walk(head if remote else typed, prefix, chain, remote=remote)
+            except ImageError as error:
+                raise no_answer(typed, error) from error
+            return
+        try:
             code = self.add_named(typed, alone=alone)
         except ImageError as error:
             if error.code != "missing":
-                raise no_answer(typed, error) from error
-            code = error.code
-            self.listing.add(typed, typed, code)
-        if code == "missing" and (remote or not os.path.lexists(typed)):  # a broken link is there
-            (self.gone if is_photograph(head) else self.absent).append(typed)
-        elif remote and is_photograph(head):
+                self.silent.append((typed, error))
+            self.add(typed, error.code)
+            return
+        if code == "missing" and not os.path.lexists(typed):  # a broken link is there
+            self.gone.append(typed)
+        elif remote and code is None:
             self.unasked.append(typed)
 
-    def find_absent(self) -> list[bytes]:
-        """Return the paths that name nothing which is there, in a way that the job can't go on.
+    def add(self, typed: bytes, code: str) -> None:
+        """Add the row of a URL that names nothing which can be read."""
+        self.listing.add(typed, typed, code)
+        if code == "missing":
+            self.gone.append(typed)
 
-        A photograph named among others may have vanished just now, and is a row. Where all that was
-        named is like that, it was mistyped.
+    def find_mistake(self) -> WrongUse | None:
+        """Return the answer to paths of which none leads anywhere: they were mistyped.
+
+        One that leads nowhere beside others that do may have vanished just now, and is a row.
         """
-        gone = self.absent + self.gone
-        if len(gone) + len(self.unasked) < len(self.listing):
-            return self.absent
+        gone = self.gone.copy()
+        if len(gone) + len(self.silent) + len(self.unasked) < len(self.listing):
+            return None
         for typed in self.unasked:
             try:
                 find_kind(os.fsdecode(typed))
-                return self.absent
+                return None
             except ImageError as error:
                 if error.code != "missing":
-                    return self.absent
+                    return None
                 gone.append(typed)
-        return gone
+        if self.silent:
+            return no_answer(*self.silent[0])
+        return not_there(gone) if gone else None
 
     def add_pattern(self, base: bytes, pattern: bytes, chain: bytes, *, remote: bool) -> None:
         """Add the files under the folder `base` whose names match, as if each had been named."""
@@ -311,6 +327,8 @@ def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
     """
     if not remote:
         return os.path.isdir(typed)
+    if head.startswith((b"http://", b"https://")):
+        head = re.split(rb"[?#]", head)[0]
     if is_photograph(head) or os.path.splitext(head)[1].lower() in (b".tar", b".parquet"):
         return False
     return find_kind(os.fsdecode(typed)) == "folder"

@@ -142,29 +142,31 @@ def test_whatever_a_server_answers_is_a_row(server: str):
         assert outcome(*codes) == codes
 
 
-def test_an_address_that_stands_for_many_and_does_not_answer_is_refused(server: str):
+def test_addresses_of_which_none_leads_anywhere_are_refused(server: str):
     write_photos()
     here = f"{server}/photos/"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        for url, answer in (
-            (f"{server}/gone", "is not there. Check the spelling"),
-            (f"{server}/gone.tar", "is not there"),
-            (f"{server}/gone.jpg", "is not there"),
-            (f"{server}/503.tar", "cannot be read (ClientResponseError 503). Check the address, "),
-            (f"{server}/403", "cannot be read (ClientResponseError 403)"),
-            (f"{nobody}/photos/*.jpg", "cannot be read (ConnectionRefusedError)"),
-            (f"{nobody}/photos", "cannot be read (ConnectionRefusedError)"),
+        for url, answer, code in (
+            (f"{server}/gone", "is not there. Check the spelling", "missing"),
+            (f"{server}/gone.tar", "is not there", "missing"),
+            (f"{server}/gone.jpg", "is not there", None),
+            (f"{server}/gone.jpg?signature=1.5", "is not there", None),
+            (f"{server}/503.tar", "cannot be read (ClientResponseError 503)", "unreadable"),
+            (f"{server}/403", "cannot be read (ClientResponseError 403)", "unreadable"),
+            (f"{nobody}/photos", "cannot be read (ConnectionRefusedError)", "unreadable"),
         ):
-            for paths in ([url], [here, url]) if "jpg" not in url else ([url],):
-                with pytest.raises(WrongUse) as caught:
-                    list_inputs(paths)
-                assert str(caught.value).startswith(f'"{url}" {answer}')
+            with pytest.raises(WrongUse) as caught:
+                list_inputs([url])
+            assert str(caught.value).startswith(f'"{url}" {answer}')
+            beside = {source.id: source.error for source in list_inputs([here, url])}
+            assert len(beside) == 6  # beside others it is a row
+            assert beside[url] == (code and (code, "list"))  # or will be once it is asked for
+        with pytest.raises(WrongUse, match=r"cannot be read \(ConnectionRefusedError\)"):
+            list_inputs([here, f"{nobody}/photos/*.jpg"])
     with pytest.raises(WrongUse, match="Nothing matches"):
         list_inputs([f"{server}/gone/*.jpg"])
-    known = list_inputs([here, f"{server}/gone.jpg"])
-    assert len(known) == 6  # a photograph beside others may have vanished just now
 
 
 def test_a_member_of_a_tar_is_never_taken_from_another_place(server: str):
