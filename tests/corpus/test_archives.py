@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,14 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from rotten import encode, pixels
+from served import outcome
 
 from packvit.cli.embed import embed
 from packvit.corpus import WrongUse
 from packvit.corpus.folder import read_commits
 from packvit.corpus.inputs import list_inputs
-from packvit.corpus.listing import Listing
 from packvit.corpus.sources import Cell, Input, read
-from packvit.images import ImageError
 
 
 def photo(number: int) -> bytes:
@@ -63,20 +61,6 @@ def run(*argv: object) -> dict[str, dict[str, Any]]:
     assert [row["id"] for row in rows] == sorted((row["id"] for row in rows), key=str.encode)
     assert json.loads(done.stdout)["rows"] == len(rows)
     return {row["id"]: row for row in rows}
-
-
-def outcome(listing: Listing) -> dict[str, str | bytes]:
-    """Return what each input's bytes are, or the code of why there are none."""
-    found: dict[str, str | bytes] = {}
-    for source in listing:
-        if source.error:
-            found[source.id] = source.error[0]
-            continue
-        try:
-            found[source.id] = read(pickle.loads(pickle.dumps(source)))
-        except ImageError as error:
-            found[source.id] = error.code
-    return found
 
 
 def check_rows(rows: dict[str, dict[str, Any]], expected: dict[str, bytes]) -> None:

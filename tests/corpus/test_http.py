@@ -2,17 +2,14 @@
 
 import os
 import socket
-import tarfile
 import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from rotten import write_good
+from served import outcome_of, write_served
 
 from packvit.corpus import WrongUse
 from packvit.corpus.checking import check_folder
@@ -86,45 +83,19 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread.join()
 
 
-def outcome(*paths: str) -> dict[str, bytes | str]:
-    """Return what each input is called, and its bytes, or why there are none."""
-    found: dict[str, bytes | str] = {}
-    for source in list_inputs(paths):
-        try:
-            found[source.id] = source.error[0] if source.error else read(source)
-        except ImageError as error:
-            found[source.id] = error.code
-    return found
-
-
-def write_photos() -> dict[str, bytes]:
-    """Write photographs into a folder, a tar and a Parquet file; return those of the folder."""
-    write_good(Path("photos"), 3)
-    write_good(Path("photos/more"), 2)
-    Path("photos/notes.txt").write_text("no photograph")
-    paths = sorted(Path("photos").rglob("good*"))
-    with tarfile.open("x.tar", "w") as tar:
-        for path in paths:
-            tar.add(path)
-    os.link("x.tar", "whole.tar")
-    rows = [{"bytes": path.read_bytes(), "path": str(path)} for path in paths]
-    pq.write_table(pa.table({"image": rows}), "x.parquet")
-    return {str(path.relative_to("photos")): path.read_bytes() for path in paths}
-
-
 def test_http_names_a_file_a_folder_a_pattern_or_an_archive(server: str):
-    content = write_photos()
-    assert outcome(f"{server}/photos") == outcome(f"{server}/photos/") == content
+    content = write_served(3)
+    assert outcome_of(f"{server}/photos") == outcome_of(f"{server}/photos/") == content
     one, data = next(iter(content.items()))
-    assert outcome(f"{server}/photos/{one}") == {f"{server}/photos/{one}": data}
+    assert outcome_of(f"{server}/photos/{one}") == {f"{server}/photos/{one}": data}
     found = {f"{server}/photos/{name}": data for name, data in content.items()}
-    assert outcome(f"{server}/photos/**") == found | {
+    assert outcome_of(f"{server}/photos/**") == found | {
         f"{server}/photos/notes.txt": b"no photograph"  # a pattern names what it matches
     }
     keys = {f"photos/{os.path.splitext(name)[0]}": data for name, data in content.items()}
-    assert outcome(f"{server}/x.tar") == keys
+    assert outcome_of(f"{server}/x.tar") == keys
     rows = {f"photos/{name}": data for name, data in content.items()}
-    assert outcome(f"{server}/x.parquet") == rows
+    assert outcome_of(f"{server}/x.parquet") == rows
 
 
 def test_whatever_a_server_answers_is_a_row(server: str):
@@ -139,11 +110,11 @@ def test_whatever_a_server_answers_is_a_row(server: str):
             f"{server}/cut.jpg": "unreadable",
             f"http://127.0.0.1:{taken.getsockname()[1]}/a.jpg": "unreadable",
         }
-        assert outcome(*codes) == codes
+        assert outcome_of(*codes) == codes
 
 
 def test_addresses_of_which_none_leads_anywhere_are_refused(server: str):
-    write_photos()
+    write_served(3)
     here = f"{server}/photos/"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -170,7 +141,8 @@ def test_addresses_of_which_none_leads_anywhere_are_refused(server: str):
 
 
 def test_a_member_of_a_tar_is_never_taken_from_another_place(server: str):
-    write_photos()
+    write_served(3)
+    os.link("x.tar", "whole.tar")
     found = list(list_inputs([f"{server}/whole.tar"]))
     assert len(found) == 5
     for source in found:
@@ -180,14 +152,14 @@ def test_a_member_of_a_tar_is_never_taken_from_another_place(server: str):
 
 
 def test_a_page_that_links_to_itself_is_read_once(server: str):
-    assert outcome(f"{server}/circle/") == {"a.jpg": "missing"}
+    assert outcome_of(f"{server}/circle/") == {"a.jpg": "missing"}
 
 
 @pytest.mark.soak
 def test_a_server_that_hangs_costs_one_image_and_the_job_goes_on(
     server: str, tmp_path: Path, encoder: Encoder
 ):
-    content = write_photos()
+    content = write_served(3)
     Path("list.txt").write_text(
         "\n".join(f"{server}/{name}" for name in ["hangs.jpg", "500.jpg", "photos/page.html"])
     )

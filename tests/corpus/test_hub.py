@@ -2,7 +2,6 @@
 
 import json
 import os
-import tarfile
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,11 +10,10 @@ from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 from rotten import write_good
+from served import outcome_of, write_served
 
 from packvit.corpus import WrongUse
 from packvit.corpus.checking import check_folder
@@ -25,7 +23,6 @@ from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress, Summary, Tell
 from packvit.corpus.sources import read
 from packvit.encoder import Encoder
-from packvit.images import ImageError
 
 REPOSITORY = "datasets/owner/name"
 HERE = f"hf://{REPOSITORY}"
@@ -145,49 +142,24 @@ def point_at(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before it asks again
 
 
-def outcome(*paths: str, lists: tuple[str, ...] = ()) -> dict[str, bytes | str]:
-    """Return what each input is called, and its bytes, or why there are none."""
-    found: dict[str, bytes | str] = {}
-    for source in list_inputs(paths, lists):
-        try:
-            found[source.id] = source.error[0] if source.error else read(source)
-        except ImageError as error:
-            found[source.id] = error.code
-    return found
-
-
-def write_photos() -> dict[str, bytes]:
-    """Write photographs into a folder, a tar and a Parquet file; return those of the folder."""
-    write_good(Path("photos"), 5)
-    write_good(Path("photos/more"), 2)
-    Path("photos/notes.txt").write_text("no photograph")
-    paths = sorted(Path("photos").rglob("good*"))
-    with tarfile.open("x.tar", "w") as tar:
-        for path in paths:
-            tar.add(path)
-    rows = [{"bytes": path.read_bytes(), "path": str(path)} for path in paths]
-    pq.write_table(pa.table({"image": rows}), "x.parquet")
-    return {str(path.relative_to("photos")): path.read_bytes() for path in paths}
-
-
 def test_the_hub_has_files_folders_patterns_archives_and_lists(hub: type[Hub]):
-    content = write_photos()
+    content = write_served(5)
     for folder in (f"{HERE}/photos", f"{HERE}/photos/", f"{HERE}@main/photos"):
-        assert outcome(folder) == content
-    assert outcome(HERE) == {f"photos/{name}": data for name, data in content.items()}
+        assert outcome_of(folder) == content
+    assert outcome_of(HERE) == {f"photos/{name}": data for name, data in content.items()}
     one, data = next(iter(content.items()))
-    assert outcome(f"{HERE}/photos/{one}") == {f"{HERE}/photos/{one}": data}
+    assert outcome_of(f"{HERE}/photos/{one}") == {f"{HERE}/photos/{one}": data}
     jpegs = {f"{HERE}/photos/{n}": data for n, data in content.items() if n.endswith("jpg")}
-    assert outcome(f"{HERE}/photos/**/*.jpg") == jpegs
+    assert outcome_of(f"{HERE}/photos/**/*.jpg") == jpegs
     keys = {f"photos/{os.path.splitext(name)[0]}": data for name, data in content.items()}
-    assert outcome(f"{HERE}/x.tar") == keys
-    assert outcome(f"{HERE}/x.parquet") == {f"photos/{n}": data for n, data in content.items()}
+    assert outcome_of(f"{HERE}/x.tar") == keys
+    assert outcome_of(f"{HERE}/x.parquet") == {f"photos/{n}": data for n, data in content.items()}
     Path("list.txt").write_text("\n".join([*jpegs, f"{HERE}/photos/gone.jpg"]))
-    assert outcome(lists=(f"{HERE}/list.txt",)) == jpegs | {f"{HERE}/photos/gone.jpg": "missing"}
+    assert outcome_of(lists=(f"{HERE}/list.txt",)) == jpegs | {f"{HERE}/photos/gone.jpg": "missing"}
 
 
 def test_a_file_or_member_is_read_by_one_request_for_its_bytes_alone(hub: type[Hub]):
-    write_photos()
+    write_served(5)
     for url in (f"{HERE}/photos", f"{HERE}/x.tar"):
         sources = list(list_inputs([url]))
         hub.asked.clear()
@@ -200,7 +172,7 @@ def test_a_file_or_member_is_read_by_one_request_for_its_bytes_alone(hub: type[H
 
 
 def test_a_listing_that_breaks_off_is_never_taken_for_all_there_is(hub: type[Hub]):
-    write_photos()
+    write_served(5)
     hub.broken.add("photos?4")
     sources = {source.id: source for source in list_inputs([HERE])}
     assert {name: source.error for name, source in sources.items()} == {
@@ -210,13 +182,13 @@ def test_a_listing_that_breaks_off_is_never_taken_for_all_there_is(hub: type[Hub
         list_inputs([f"{HERE}/photos"])
     hub.broken.clear()
     assert len(list_inputs([HERE])) == 7
-    assert len(outcome(f"{HERE}/photos")) == 7
+    assert len(outcome_of(f"{HERE}/photos")) == 7
 
 
 def test_what_the_hub_does_not_show_is_refused_where_it_is_named(
     hub: type[Hub], monkeypatch: pytest.MonkeyPatch
 ):
-    content = write_photos()
+    content = write_served(5)
     for url in (f"{HERE}/foto", f"{HERE}/gone.jpg", f"{HERE}/gone.tar", f"{HERE}@old/photos"):
         with pytest.raises(WrongUse, match=f'"{url}" is not there'):
             list_inputs([url])
@@ -229,7 +201,7 @@ def test_what_the_hub_does_not_show_is_refused_where_it_is_named(
     for url in (f"{HERE}/photos", f"{HERE}/photos/*.jpg", f"{HERE}/x.tar", "hf://datasets/owner/n"):
         with pytest.raises(WrongUse, match=r"cannot be read \(RepositoryNotFoundError 401\)"):
             list_inputs([url])
-    assert outcome(lists=("list.txt",)) == {name: "unreadable"}
+    assert outcome_of(lists=("list.txt",)) == {name: "unreadable"}
     hub.private = False  # its owner has logged in
     assert len(list_inputs([f"{HERE}/photos"])) == 7
     point_at("http://127.0.0.1:9", monkeypatch)  # a port where nobody listens

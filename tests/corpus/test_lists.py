@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import os
-import pickle
 import subprocess
 import sys
 import zipfile
@@ -17,6 +16,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rotten import write_good
+from served import outcome
 
 from packvit.cli.embed import embed
 from packvit.corpus import WrongUse
@@ -24,8 +24,6 @@ from packvit.corpus.folder import read_commits
 from packvit.corpus.inputs import list_inputs
 from packvit.corpus.listing import Listing
 from packvit.corpus.patterns import compile_pattern
-from packvit.corpus.sources import read
-from packvit.images import ImageError
 
 
 @pytest.fixture
@@ -41,17 +39,6 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def ids(listing: Listing) -> list[str]:
     return [source.id for source in listing]
-
-
-def outcome(listing: Listing) -> dict[str, str | bytes]:
-    """Return what each input's bytes are, or the code of why there are none."""
-    found: dict[str, str | bytes] = {}
-    for source in listing:
-        try:
-            found[source.id] = read(pickle.loads(pickle.dumps(source)))
-        except ImageError as error:
-            found[source.id] = error.code
-    return found
 
 
 def run(*words: str) -> dict[str, dict[str, Any]]:
