@@ -74,9 +74,7 @@ class Witness(NamedTuple):
 
     modules: tuple[nn.Module, ...]
     told: list[int]
-    weights: tuple[
-        Tensor, ...
-    ]  # kept, so that a graph finds something there until all is forgotten
+    weights: tuple[Tensor, ...]  # kept, so that graphs find something there until forgotten
 
     @classmethod
     def of(cls, owner: nn.Module) -> "Witness":
@@ -179,7 +177,8 @@ class Graphs:
                 # Looked at while the device is at work: it takes the host a third of a millisecond.
                 if self.witness and self.witness.knows(owner):
                     return found
-            if self.witness and not self.witness.knows(owner):
+                self.forget()
+            elif self.witness and not self.witness.knows(owner):
                 self.forget()
             self.met[size] += 1
             given = [pad(row, size) for row in rows]

@@ -149,10 +149,10 @@ def permute_patches(weight: Tensor, order: PatchOrder, *, back: bool = False) ->
 
 def find(ours: str, rules: Sequence[Rule]) -> tuple[Rule, tuple[str, ...]]:
     """Return the one rule about our parameter `ours`, with the checkpoint's names for it."""
-    claims = [rule for rule in rules if pattern(rule.ours).fullmatch(ours)]
+    claims = [(rule, names) for rule in rules if (names := rule.names(ours))]
     if len(claims) != 1:
         raise ValueError(f"{len(claims)} rules claim our parameter {ours}; exactly one must.")
-    return claims[0], claims[0].names(ours) or ()
+    return claims[0]
 
 
 def load(

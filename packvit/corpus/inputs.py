@@ -51,9 +51,9 @@ def list_inputs(
     paths, of one file each; `column` holds them in a table, and `image_column` the bytes of images.
     `known` is the digest of a job's inputs that goes on: what has gone since then is a row of it.
 
-    Raises: WrongUse if there are no inputs, if two have the same name, if a path names nothing that
-    is there and is not that of a photograph among others, or if a server does not say what a URL
-    names; WriteError if there is no room to sort them.
+    Raises: WrongUse if there are no inputs, of which none of all that was named being there is a
+    case, if a pattern matches nothing, if two inputs have the same name, or if a server breaks off
+    its listing; WriteError if there is no room to sort them.
     """
     with spooling():
         finder = Finder(Listing(), image_column)
@@ -115,9 +115,7 @@ class Finder:
         try:
             folder = is_folder(typed, head, remote=remote)
         except ImageError as error:
-            if error.code != "missing":
-                self.silent.append((typed, error))
-            self.add(typed, error.code)
+            self.add_unread(typed, error)
             return
         if folder:
             prefix = b"" if alone else head.rstrip(b"/") + b"/"
@@ -129,20 +127,20 @@ class Finder:
         try:
             code = self.add_named(typed, alone=alone)
         except ImageError as error:
-            if error.code != "missing":
-                self.silent.append((typed, error))
-            self.add(typed, error.code)
+            self.add_unread(typed, error)
             return
         if code == "missing" and not os.path.lexists(typed):  # a broken link is there
             self.gone.append(typed)
         elif remote and code is None:
             self.unasked.append(typed)
 
-    def add(self, typed: bytes, code: str) -> None:
+    def add_unread(self, typed: bytes, error: ImageError) -> None:
         """Add the row of a URL that names nothing which can be read."""
-        self.listing.add(typed, typed, code)
-        if code == "missing":
+        self.listing.add(typed, typed, error.code)
+        if error.code == "missing":
             self.gone.append(typed)
+        else:
+            self.silent.append((typed, error))
 
     def find_mistake(self) -> WrongUse | None:
         """Return the answer to paths of which none leads anywhere: they were mistyped.
