@@ -24,6 +24,7 @@ from packvit.images import Source
 from packvit.layers import Blocks, PatchEmbeddings, norm, rotary_turns, to_values
 from packvit.linear import Linear
 from packvit.loading import AnyEncoder, fill
+from packvit.memory import peak
 from packvit.options import GridPolicy, Options
 from packvit.packed import (
     Grid,
@@ -87,7 +88,7 @@ class Encoder(nn.Module):
         self.patch_order: PatchOrder = patch_order
         self.backend = attention
         self.checkpoint: Checkpoint | None = None  # where the weights came from
-        self.graphs: Graphs | None = Graphs()  # of small packs; None: none are made
+        self.graphs: Graphs | None = Graphs()  # None: none are made
         self.fp8 = self.invariant = self.compiled = False
         self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
         self.skipped: tuple[str, ...] = ()  # its names left unread, of another tower's tensors
@@ -194,8 +195,9 @@ class Encoder(nn.Module):
             rows = [stream, *(rotary_turns(config, grid, places, stream) or ())]
         work = partial(self.compute, grid, axis, backend, taps)
         if self.graphs is not None and self.may_graph(rows[0], backend):
+            bound = peak(config, self.dtype.itemsize, taps=len(taps))
             stream, tapped = self.graphs(
-                work, rows, table, lengths, backend, taps, owner=self, held=axis
+                work, rows, table, lengths, backend, taps, owner=self, held=axis, peak=bound
             )
         else:
             frames = None if table is None else to_device(table, device)
@@ -235,7 +237,7 @@ class Encoder(nn.Module):
         return self.norm(stream) if self.config.final_norm == "tokens" else stream, tapped
 
     def may_graph(self, stream: Tensor, backend: Backend) -> bool:
-        """Return whether a CUDA graph may run: of a small pack, for inference."""
+        """Return whether a CUDA graph may run: for inference, of packs that are not too large."""
         return (
             stream.is_cuda
             and len(stream) <= MOST_TOKENS
@@ -247,7 +249,7 @@ class Encoder(nn.Module):
         )
 
     def train(self: AnyEncoder, mode: bool = True) -> AnyEncoder:
-        """Switch between training and inference, and forget the graphs of small packs."""
+        """Switch between training and inference, and forget the CUDA graphs."""
         if self.graphs is not None and mode != self.training:
             self.graphs.forget()
         return super().train(mode)

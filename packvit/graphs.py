@@ -1,7 +1,9 @@
-"""CUDA graphs of a forward, for packs that take the device little longer than to be launched.
+"""CUDA graphs of a forward, which spare the host its launches and the device the time between them.
 
 A graph replays on the memory it was recorded with, so packs are filled up to sizes of a ladder, and
-what fills them up attends to itself alone. A size is recorded when it is met for the second time.
+what fills them up attends to itself alone. A size is recorded when it is met for the second time;
+one that had to make room for others since, when it is met for the fourth, the eighth, and so on:
+recording costs two forwards, which sizes that come and go would not earn back.
 """
 
 from collections import Counter, OrderedDict
@@ -15,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from packvit.attention import Backend
+from packvit.memory import Peak
 from packvit.packed import Segments, seams_of, to_device
 from packvit.steps import is_hooked
 
-MOST_TOKENS = 16384  # at it an H100 takes 20 ms for AIMv2-large, and a host 10 to launch it
+MOST_TOKENS = 2**16  # at half of it AIMv2-large is still 6 % faster on an H100, in bf16 and in fp8
 KEPT_TOKENS = 2**18  # of all graphs kept: each holds what it reads and writes, 4 D bytes a token
+SHARE = 4  # of the memory that is free, the part that a graph's activations may take: a quarter
 
 # Takes tensors of a row a token, a table of the frames where one is wanted, and the seams.
 Run = Callable[[Sequence[Tensor], Tensor | None, Segments], tuple[Tensor, dict[int, Tensor]]]
@@ -67,6 +71,7 @@ class Recording(NamedTuple):
     size: Size
     owner: nn.Module  # the encoder whose weights the run reads
     held: Tensor | None  # what it reads besides
+    bytes: int  # that the run may hold at its peak, beside weights
 
 
 class Witness(NamedTuple):
@@ -101,6 +106,19 @@ def look(modules: Iterable[nn.Module]) -> list[int]:
         seen += [tensor.data_ptr() for tensor in held if tensor is not None]
         seen.append(is_hooked(module))
     return seen
+
+
+def is_due(met: int) -> bool:
+    """Return whether a size is to be recorded that was met so often without a graph."""
+    return met > 1 and met.bit_count() == 1
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a forward could still take on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def is_graphable(module: nn.Module) -> bool:
@@ -160,11 +178,13 @@ class Graphs:
         *,
         owner: nn.Module,
         held: Tensor | None = None,
+        peak: Peak,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Return what `run` returns of the pack filled up, by a graph where there is one.
 
-        `owner` is the encoder whose weights `run` reads, `held` what it reads besides. With or
-        without a graph it is the same kernels on the same sizes, so the same bits.
+        `owner` is the encoder whose weights `run` reads, `held` what it reads besides, `peak` what
+        it takes. With or without a graph it is the same kernels on the same sizes, so the same
+        bits.
         """
         tokens, device = len(rows[0]), rows[0].device
         size = size_of(lengths, taps, backend, torch.cuda.current_stream().cuda_stream)
@@ -185,8 +205,9 @@ class Graphs:
             on_device = None if frames is None else to_device(frames, device)
             segments = Segments.from_lengths(filled, device=device)
             segments = Segments(filled, segments.cu_seqlens, size.longest)
-            wanted = Recording(run, given, on_device, segments, size, owner, held)
-            if self.met[size] > 1 and self.keep(wanted):
+            most = peak.activations(size.tokens)
+            wanted = Recording(run, given, on_device, segments, size, owner, held, most)
+            if is_due(self.met[size]) and self.keep(wanted):
                 return replay(self.kept[size], rows, frames, filled)
             out, tapped = run(given, on_device, segments)
             return out[:tokens], {layer: tap[:tokens] for layer, tap in tapped.items()}
@@ -198,6 +219,9 @@ class Graphs:
         """
         size, owner = wanted.size, wanted.owner
         if size in self.too_large or not all(map(is_graphable, owner.modules())):
+            return False
+        if SHARE * wanted.bytes > (free_memory(wanted.segments.cu_seqlens.device) or 0):
+            self.too_large.add(size)
             return False
         try:
             with torch.inference_mode(False), torch.no_grad():  # so that both modes may replay

@@ -1,4 +1,4 @@
-"""Small packs by CUDA graphs: the same as without, whatever was replayed before."""
+"""Packs by CUDA graphs: the same as without, whatever was replayed before."""
 
 import copy
 import pickle
@@ -22,16 +22,18 @@ from packvit.graphs import (
     Witness,
     fill_table,
     fill_up,
+    is_due,
     is_graphable,
     ladder,
     look,
     size_of,
 )
+from packvit.memory import Peak
 from packvit.packed import PatchPlaces, Segments, frame_table, sequence_lengths
 
 
 def test_the_ladder_wastes_at_most_a_token_in_32_of_packs_of_2048_and_more():
-    for tokens in range(1, 5 * MOST_TOKENS, 7):
+    for tokens in range(1, MOST_TOKENS, 7):
         rung = ladder(tokens)
         assert tokens <= rung <= tokens + max(63, tokens // 32)
         assert ladder(rung) == rung
@@ -204,10 +206,30 @@ def test_what_a_size_took_no_room_for_is_not_tried_again(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(graphs, "record", record)
     segments = Segments.from_lengths((3,))
-    wanted = Recording(never, [], None, segments, size, nn.Linear(2, 2), None)
+    wanted = Recording(never, [], None, segments, size, nn.Linear(2, 2), None, bytes=0)
     for _ in range(3):
         assert not graphs.keep(wanted)
     assert len(tried) == 1
+
+
+def test_a_size_without_room_for_its_activations_is_not_recorded(monkeypatch: pytest.MonkeyPatch):
+    graphs, size, tried = Graphs(), size_of((3,), [], BACKENDS[0], 0), []
+    monkeypatch.setattr(graphs, "record", tried.append)
+    monkeypatch.setattr("packvit.graphs.free_memory", lambda device: 4000)
+    never: Any = lambda *given: None  # noqa: E731 # of a type that is not its own
+    segments = Segments.from_lengths((3,))
+    rest = (never, [], None, segments)
+    assert not graphs.keep(Recording(*rest, size, nn.Linear(2, 2), None, bytes=1001))
+    assert not tried
+    other = size._replace(tokens=65)
+    assert graphs.keep(Recording(*rest, other, nn.Linear(2, 2), None, bytes=1000))
+    assert len(tried) == 1
+
+
+def test_sizes_that_come_and_go_are_recorded_ever_less_often():
+    due = [met for met in range(1, 1000) if is_due(met)]
+    assert due[:2] == [2, 4]
+    assert len(due) <= 9
 
 
 class Product(nn.Module):
@@ -220,7 +242,9 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         run = lambda rows, table, segments: (self.linear(rows[0]), {})  # noqa: E731
-        return self.graphs(run, [x], None, (len(x),), BACKENDS[-1], owner=self)[0]
+        return self.graphs(run, [x], None, (len(x),), BACKENDS[-1], owner=self, peak=Peak(0, 0, 0))[
+            0
+        ]
 
 
 @pytest.fixture

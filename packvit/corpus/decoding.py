@@ -6,15 +6,18 @@ whoever takes the images until enough wait, and hold the pixels that are in memo
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from threading import Condition, Lock, Thread
 
 from packvit.corpus.inputs import Input
 from packvit.corpus.preparing import Prepared, Recipe
 from packvit.corpus.processes import Worker, Workers
+from packvit.corpus.worker import MOST_BYTES
 
 PIXELS_IN_FLIGHT = 256_000_000  # 16 workers at photographs of 16 MP; some 2 GB while they decode
 IMAGE_TIMEOUT = 60.0  # seconds
 MOST_WAITING = 1024  # images, however small
+TOGETHER = 16  # JPEGs for the device in a task: reading one takes little longer than to speak of it
 
 
 class Stopped(Exception):
@@ -94,7 +97,7 @@ class Decoders:
         """
         worker = self.workers.borrow()
         try:
-            return worker.prepare(source, recipe, lambda pixels: None, self.seconds)[0]
+            return worker.prepare([source], recipe, lambda pixels: None, self.seconds)[0][0]
         except BaseException:
             worker.end()
             raise
@@ -115,9 +118,10 @@ class Line:
         self, decoders: Decoders, inputs: Iterable[Input], recipe: Recipe, ahead: int
     ) -> None:
         self.decoders = decoders
-        self.inputs = enumerate(inputs)
+        self.inputs = iter(inputs)
         self.recipe = recipe
         self.ahead = min(ahead, decoders.pixels)
+        self.together = TOGETHER if recipe.decode == "gpu" else 1
         self.lock = Lock()
         self.room = Condition(self.lock)  # for another image to wait
         self.admitted = Condition(self.lock)  # for an image to be decoded
@@ -141,13 +145,15 @@ class Line:
                         self.all_taken = True
                         return
                     self.ready.wait()
-                prepared = self.done.pop(self.wanted)
-                self.wanted += 1
-                self.waiting -= size(prepared)
-                self.held += size(prepared) if prepared.jpeg else 0
+                taken: list[Prepared] = []
+                while self.wanted in self.done and len(taken) < self.together:
+                    taken.append(self.done.pop(self.wanted))
+                    self.wanted += 1
+                self.waiting -= sum(map(size, taken))
+                self.held += sum(size(prepared) for prepared in taken if prepared.jpeg)
                 self.room.notify()  # one: to wake all of them for each image would cost more
                 self.admitted.notify_all()
-            yield prepared
+            yield from taken
 
     def let_go(self, images: Sequence[Prepared]) -> None:
         """Take note that images which were taken are decoded, if they were not before."""
@@ -164,15 +170,22 @@ class Line:
             self.admitted.notify_all()
 
     def work(self) -> None:
-        """Hand inputs to a worker one after another; the body of a thread."""
+        """Hand inputs to a worker; the body of a thread."""
         workers, worker = self.decoders.workers, None
         try:
-            while (begun := self.begin()) is not None:
-                worker = worker or workers.borrow()
-                self.finish(begun[0], *self.prepare(worker, begun[1]))
-                if not worker.alive:
-                    workers.give_back(worker)
-                    worker = None
+            while begun := self.begin():
+                number, sources = begun
+                many = len(sources)
+                while sources:
+                    worker = worker or workers.borrow()
+                    prepared, seconds = self.prepare(worker, sources[:many])
+                    self.finish(number, prepared, seconds)
+                    number, sources = number + len(prepared), sources[len(prepared) :]
+                    if not worker.alive:
+                        workers.give_back(worker)
+                        worker, many = None, 1  # whichever it was, it costs no other image
+                    if sources:
+                        self.await_room(number)
         except BaseException as error:  # given to whoever takes the images
             if worker:
                 worker.end()
@@ -183,8 +196,8 @@ class Line:
             if worker:
                 workers.give_back(worker)
 
-    def prepare(self, worker: Worker, source: Input) -> tuple[Prepared, float]:
-        """Return an input prepared, and the seconds a worker was busy with it."""
+    def prepare(self, worker: Worker, sources: Sequence[Input]) -> tuple[list[Prepared], float]:
+        """Return the first inputs prepared, and the seconds a worker was busy with them."""
         admitted = 0
 
         def admit(pixels: int) -> None:
@@ -193,26 +206,33 @@ class Line:
             admitted = pixels
 
         try:
-            return worker.prepare(source, self.recipe, admit, self.decoders.seconds)
+            return worker.prepare(sources, self.recipe, admit, self.decoders.seconds)
         finally:
             if admitted:
                 self.release(admitted)
 
-    def begin(self) -> tuple[int, Input] | None:
-        """Return the next input and its number once there is room for it, or None at the end."""
+    def begin(self) -> tuple[int, list[Input]] | None:
+        """Return the next inputs and the first one's number once there is room, None at the end."""
         with self.lock:
             while not (self.all_begun or self.has_room()):
                 self.check_wanted()
                 self.room.wait()
             self.check_wanted()
-            begun = next(self.inputs, None)
-            if begun is None:
+            begun = list(islice(self.inputs, self.together if self.has_plenty() else 1))
+            if not begun:
                 self.all_begun = True
                 self.ready.notify_all()
                 self.room.notify_all()
-            else:
-                self.begun += 1
-            return begun
+                return None
+            first, self.begun = self.begun, self.begun + len(begun)
+            return first, begun
+
+    def await_room(self, number: int) -> None:
+        """Return once there is room for an input that was begun, or nothing else can come."""
+        with self.lock:
+            while not (self.wanted == number or self.has_room()):
+                self.check_wanted()
+                self.admitted.wait()
 
     def has_room(self) -> bool:
         """Tell whether another image may be begun."""
@@ -220,6 +240,11 @@ class Line:
             return False
         alone = self.begun == self.wanted  # nothing waits or is under way
         return alone or self.waiting + self.held < self.decoders.pixels
+
+    def has_plenty(self) -> bool:
+        """Tell whether every worker could come back with all the bytes that a task may have."""
+        room = self.decoders.pixels - self.waiting - self.held
+        return self.decoders.count * MOST_BYTES <= 3 * room
 
     def admit(self, pixels: int) -> None:
         """Return once so many pixels may be decoded."""
@@ -243,13 +268,13 @@ class Line:
             self.pixels -= pixels
             self.admitted.notify_all()
 
-    def finish(self, number: int, prepared: Prepared, seconds: float) -> None:
-        """Put an image where it waits to be taken."""
+    def finish(self, number: int, prepared: Sequence[Prepared], seconds: float) -> None:
+        """Put images where they wait to be taken, `number` being the first one's."""
         with self.lock:
-            self.done[number] = prepared
-            self.waiting += size(prepared)
+            self.done.update(enumerate(prepared, number))
+            self.waiting += sum(map(size, prepared))
             self.decoders.busy += seconds
-            if number == self.wanted:
+            if number <= self.wanted < number + len(prepared):
                 self.ready.notify_all()
 
     def check_wanted(self) -> None:

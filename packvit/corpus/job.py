@@ -47,10 +47,10 @@ from packvit.corpus.settings import (
     describe,
     digest_weights,
     fit_options,
-    free_memory,
     load_encoder,
 )
 from packvit.encoder import Encoder, GridPolicy
+from packvit.graphs import free_memory
 from packvit.images import MAX_PIXELS
 from packvit.sizes import Resize
 from packvit.verification.job import vouch

@@ -6,6 +6,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
 from threading import Lock
 
 import numpy as np
@@ -15,6 +18,7 @@ from packvit.corpus.inputs import Input
 from packvit.corpus.preparing import Admit, JpegFile, Prepared, Recipe
 from packvit.corpus.rows import Row
 from packvit.corpus.worker import receive, receive_into, send
+from packvit.gpu.jpeg import JpegPlan
 
 SECONDS_TO_START = 120.0  # 0.15 on an idle machine
 # A worker ends with its parent, not by a signal that was meant for both: its image would be lost.
@@ -25,7 +29,7 @@ ONE_THREAD = dict.fromkeys(
 
 
 class Worker:
-    """A decode worker: one process, asked for one image at a time, by one thread at a time."""
+    """A decode worker: one process, asked by one thread at a time."""
 
     def __init__(self) -> None:
         self.link, other = socket.socketpair()
@@ -72,11 +76,13 @@ class Worker:
             ) from error
 
     def prepare(
-        self, source: Input, recipe: Recipe, admit: Admit, seconds: float
-    ) -> tuple[Prepared, float]:
-        """Return what becomes of an input, and the seconds it took, waiting for `admit` aside.
+        self, sources: Sequence[Input], recipe: Recipe, admit: Admit, seconds: float
+    ) -> tuple[list[Prepared], float]:
+        """Return what becomes of the first inputs, and the seconds it took, without `admit`'s.
 
-        A worker that dies or takes longer than `seconds` is ended, and has cost one image.
+        A worker prepares as many together as it can, at least one. If it dies, or takes longer than
+        `seconds`, it is ended, and has cost the image that it was asked for alone or had admitted;
+        of several it is not known which it was, and none is returned.
 
         Raises: DecoderError if the worker cannot start, or for a fault of its own.
         """
@@ -86,9 +92,14 @@ class Worker:
         def wait() -> None:
             self.link.settimeout(max(1e-3, start + seconds - took - time.monotonic()))
 
+        def lost(code: str, stage: str, note: str | None = None) -> list[Prepared]:
+            self.end()
+            known = stage == "decode" or len(sources) == 1
+            return [Prepared(Row(sources[0].id, code, stage, note))] if known else []
+
         try:
             wait()
-            send(self.link, (source, recipe))
+            send(self.link, (sources, recipe))
             answer = receive(self.link)
             if isinstance(answer, int):
                 took = time.monotonic() - start
@@ -98,25 +109,21 @@ class Worker:
                 send(self.link, None)
                 answer = receive(self.link)
             if isinstance(answer, str):
-                raise DecoderError(f"A decode worker failed on {source.id!r}:\n{answer}")
-            row, shape, plan = answer
-            content = None
-            if shape is not None:
-                content = np.empty(shape, np.uint8)
+                raise DecoderError(f"A decode worker failed on {sources[0].id!r}:\n{answer}")
+            sizes = [0 if shape is None else prod(shape) for _, shape, _ in answer]
+            content = np.empty(sum(sizes), np.uint8)
+            if len(content):
                 wait()
-                receive_into(self.link, content.reshape(-1).data)
-            if plan is not None:
-                assert content is not None
-                prepared = Prepared(row, jpeg=JpegFile(content, plan, source))
-            else:
-                prepared = Prepared(row, content)
+                receive_into(self.link, content.data)
+            parts = np.split(content, list(accumulate(sizes[:-1])))
+            prepared = [
+                as_prepared(source, row, shape, plan, part)
+                for source, (row, shape, plan), part in zip(sources, answer, parts, strict=False)
+            ]
         except TimeoutError:
-            self.end()
-            prepared = Prepared(Row(source.id, "timeout", stage, f"over {seconds:g} s"))
+            prepared = lost("timeout", stage, f"over {seconds:g} s")
         except (EOFError, ConnectionError):
-            self.end()
-            stage = "header" if stage == "read" else stage
-            prepared = Prepared(Row(source.id, "decoder_crash", stage))
+            prepared = lost("decoder_crash", "header" if stage == "read" else stage)
         return prepared, took + time.monotonic() - start
 
     def end(self) -> None:
@@ -126,6 +133,19 @@ class Worker:
         assert self.process.stdin
         self.process.stdin.close()
         self.link.close()
+
+
+def as_prepared(
+    source: Input,
+    row: Row,
+    shape: tuple[int, ...] | None,
+    plan: JpegPlan | None,
+    content: np.ndarray,
+) -> Prepared:
+    """Return a result as it was in its worker; `content` are its bytes."""
+    if plan is not None:
+        return Prepared(row, jpeg=JpegFile(content, plan, source))
+    return Prepared(row, None if shape is None else content.reshape(shape))
 
 
 class Workers:

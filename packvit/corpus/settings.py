@@ -146,14 +146,6 @@ def fit_options(encoder: Encoder, options: Options, taps: Sequence[int]) -> Opti
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that a forward could still take on a GPU; None elsewhere."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
 def check_memory(encoder: Encoder, options: Options, free: int | None) -> None:
     """Refuse a token budget whose packs can hardly fit in the `free` bytes of a device.
 

@@ -33,6 +33,10 @@ from packvit.corpus.preparing import Prepared
 from packvit.corpus.progress import Effort
 from packvit.packing import WINDOW
 
+# Packs that a GPU has been given and not given back. A shard's first pack takes as long to fetch as
+# one to encode: its images have to be there, and planned.
+ALOFT = 2
+
 
 def run_shards(
     tools: Tools,
@@ -76,8 +80,8 @@ def embed_shards(
 ) -> Generator[Part, None, None]:
     """Yield the parts of shards in their order, each once all of it is known.
 
-    Images of the next packs and shards are decoded meanwhile, and a GPU is given a pack before the
-    one ahead of it is copied back.
+    Images of the next packs and shards are decoded meanwhile, and a GPU is given packs before those
+    ahead of them are copied back.
     """
     config, options = tools.encoder.config, tools.options
     listed: deque[Shard] = deque()  # those whose images are being decoded
@@ -113,37 +117,36 @@ def embed_shards(
 
 
 class Launcher:
-    """Encodes packs, of which one may be under way when the next is launched."""
+    """Encodes packs, of which `ALOFT` may be under way while the next is fetched."""
 
     def __init__(self, tools: Tools, feed: Feed, watch: Watch, effort: Effort) -> None:
         self.tools = tools
         self.feed = feed
         self.watch = watch
         self.effort = effort
-        self.behind: tuple[Pack, Flight] | None = None
+        self.aloft: deque[tuple[Pack, Flight]] = deque()
 
     def encode(self, pack: Pack, fed: Sequence[Fed] | None) -> None:
-        """Launch a pack, whose images are `fed` unless memory had no room, and land the last."""
+        """Launch a pack, whose images are `fed` unless memory had no room, and land the oldest."""
         encoder, options = self.tools.encoder, self.tools.options
         self.effort.packs += 1
         self.effort.tokens += sum(image.row.patches for image in pack.images)
         flight = None
         with suppress(*OUT_OF_MEMORY):  # whose frames hold tensors: let go of here
             flight = None if fed is None else launch(encoder, fed, options)
-        self.catch_up()
         if flight is None:
+            self.catch_up()
             encoded, seconds, pieces = encode_halved(encoder, pack.images, options, self.feed)
             pack.part.halved += pieces > 1
             self.settle(pack, encoded, seconds)
             return
-        self.behind = pack, flight
-        if flight.end is None:  # it is here already
-            self.catch_up()
+        self.aloft.append((pack, flight))
+        self.catch_up(0 if flight.end is None else ALOFT)  # 0: it is here already
 
-    def catch_up(self) -> None:
-        """Land the pack that is under way."""
-        if self.behind:
-            (pack, flight), self.behind = self.behind, None
+    def catch_up(self, aloft: int = 0) -> None:
+        """Land packs, oldest first, until so many are under way."""
+        while len(self.aloft) > aloft:
+            pack, flight = self.aloft.popleft()
             self.settle(pack, *land(flight, self.tools.options.dtype_out))
 
     def settle(self, pack: Pack, encoded: Sequence[Encoded], seconds: float) -> None:

@@ -1,9 +1,11 @@
 """A decode worker: a process that prepares inputs, and never imports torch.
 
 `python -m packvit.corpus.worker DESCRIPTOR` is started by `processes.py` and talks with it through
-a socket: a greeting; then for each task the pixels of its header, to be admitted, and its result.
+a socket: a greeting; then for each task, which is one input or several, the pixels of the first
+one's header, to be admitted, and the results of as many as were prepared, at least of the first.
 An error that the header shows, or an earlier one, is a result at once, and so is a JPEG for the
-device. Behind a result come the bytes of its patches, or of its file.
+device; whatever else comes behind another input is left for the next task. Behind the results come
+the bytes of their patches, or files, end to end.
 """
 
 import fcntl
@@ -13,9 +15,15 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 LENGTH = 8  # bytes that say how long a message is
+MOST_BYTES = 4 << 20  # of files: with so many, results are told, and other inputs left
+
+
+class Left(Exception):
+    """An input that has to be admitted, behind others: it is left for the next task."""
 
 
 def send(link: socket.socket, message: object) -> None:
@@ -62,35 +70,54 @@ def main() -> None:
     import numpy as np
     from PIL import AvifImagePlugin
 
-    from packvit.corpus.preparing import prepare  # slow: by now this process cannot be orphaned
+    # Slow: by now this process cannot be orphaned.
+    from packvit.corpus.preparing import Recipe, prepare
+    from packvit.corpus.rows import Row
+    from packvit.corpus.sources import Input
+    from packvit.gpu.jpeg import JpegPlan
 
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the other CPUs have workers of their own
     link = socket.socket(fileno=int(sys.argv[1]))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of bad images
 
-    def admit(pixels: int) -> None:
-        send(link, pixels)
-        receive(link)
+    def serve(sources: Sequence[Input], recipe: Recipe) -> None:
+        results: list[tuple[Row, tuple[int, ...] | None, JpegPlan | None]] = []
+        contents: list[np.ndarray] = []
 
-    try:
-        send(link, "ready")
-        while True:
-            source, recipe = receive(link)
+        def admit(pixels: int) -> None:
+            if results:
+                raise Left
+            send(link, pixels)
+            receive(link)
+
+        for source in sources:
             try:
                 prepared = prepare(source, recipe, admit)
-            except (EOFError, ConnectionError):
-                raise
-            except Exception:  # a fault of ours: told where it can be seen
-                send(link, traceback.format_exc())
-                continue
+            except Left:
+                break
             jpeg, content = prepared.jpeg, prepared.patches
             if jpeg:
                 content = np.frombuffer(jpeg.data, np.uint8)
             shape = None if content is None else content.shape
-            send(link, (prepared.row, shape, jpeg and jpeg.plan))
+            results.append((prepared.row, shape, jpeg and jpeg.plan))
             if content is not None:
-                link.sendall(content.data)
-            del prepared, jpeg, content  # before the next image takes memory
+                contents.append(content)
+                if not jpeg or sum(len(each) for each in contents) >= MOST_BYTES:
+                    break
+        send(link, results)
+        for content in contents:
+            link.sendall(content.data)
+
+    try:
+        send(link, "ready")
+        while True:
+            task = receive(link)
+            try:
+                serve(*task)
+            except (EOFError, ConnectionError):
+                raise
+            except Exception:  # a fault of ours: told where it can be seen
+                send(link, traceback.format_exc())
     except (EOFError, ConnectionError):
         pass
 

@@ -200,9 +200,8 @@ def planes_to_patches(
     sizes = (upright, first, second)
     rows = [np.array(part, np.int64) for part in sizes]
     flat = [row.ravel().view(np.int32) for row in rows]
-    sent = torch.from_numpy(np.concatenate([*flat, table]))
-    if planes.is_cuda:
-        sent = sent.pin_memory().to(planes.device, non_blocking=True)
+    # A megabyte: to pin it would take longer than to copy it as it is.
+    sent = torch.from_numpy(np.concatenate([*flat, table])).to(planes.device)
     facts = sent[: sum(map(len, flat))].view(torch.int64)
     facts = facts.split([row.size for row in rows])
     weights = sent[sum(map(len, flat)) :]

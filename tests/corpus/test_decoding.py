@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -27,6 +28,7 @@ from packvit.corpus.folder import read_commits
 from packvit.corpus.inputs import Input, list_inputs
 from packvit.corpus.preparing import Recipe, prepare
 from packvit.corpus.processes import Worker
+from packvit.corpus.worker import MOST_BYTES
 from packvit.encoder import Encoder
 
 HALF = (0.5, 0.5, 0.5)
@@ -102,11 +104,69 @@ class Modules(Input):
 
 
 def test_a_worker_never_imports_torch(worker: Worker):
-    prepared, _ = worker.prepare(Modules("", ""), RECIPE, at_once, 60.0)
+    [prepared], _ = worker.prepare([Modules("", "")], RECIPE, at_once, 60.0)
     modules = prepared.row.id.split(",")
     assert "PIL.Image" in modules
     assert not {"torch", "pyarrow", "jaxtyping", "multiprocessing"} & set(modules)
     assert memory(worker.process.pid) < 60_000_000
+
+
+class Deadly(Input):
+    """Kills the worker that is told of it."""
+
+    def __reduce__(self):
+        return eval, ("__import__('os').kill(__import__('os').getpid(), 9)",)
+
+
+def write_jpegs(folder: Path, count: int) -> list[str]:
+    names = [f"{number}.jpg" for number in range(count)]
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(encode(pixels(40 + number, 60, seed=number), "JPEG"))
+    return names
+
+
+def test_jpegs_for_the_device_come_together_until_something_else_stands_between(
+    tmp_path: Path, worker: Worker
+):
+    names = write_jpegs(tmp_path, 5)
+    (tmp_path / "other.png").write_bytes(encode(pixels(40, 60), "PNG"))
+    names = [*names[:3], "missing.jpg", "other.png", *names[3:]]
+    inputs = [Input(name, str(tmp_path / name)) for name in names]
+    recipe = replace(RECIPE, decode="gpu")
+    asked, took = [], []
+    while len(took) < len(inputs):
+        prepared, _ = worker.prepare(inputs[len(took) :], recipe, asked.append, 60.0)
+        took += [(image.row.id, image.row.status, image.jpeg is not None) for image in prepared]
+        assert [row for row, _, _ in took] == names[: len(took)]
+        if len(took) == 4:  # errors need no admission; the PNG was left for a task of its own
+            assert not asked
+    assert asked == [40 * 60]
+    assert [on_device for _, _, on_device in took] == [True] * 3 + [False] * 2 + [True] * 2
+    assert [status for _, status, _ in took] == ["ok"] * 3 + ["missing"] + ["ok"] * 3
+
+
+def test_a_task_ends_with_so_many_bytes_of_files(tmp_path: Path, worker: Worker):
+    data = encode(noise(), "JPEG", quality=60)
+    assert MOST_BYTES / 2 < len(data) < MOST_BYTES
+    for number in range(5):
+        (tmp_path / f"{number}.jpg").write_bytes(data)
+    inputs = list(list_inputs([str(tmp_path)]))
+    prepared, _ = worker.prepare(inputs, replace(RECIPE, decode="gpu"), at_once, 60.0)
+    assert len(prepared) == 2
+
+
+def test_of_images_that_are_asked_for_together_one_kills_its_worker_and_no_other_is_lost(
+    tmp_path: Path,
+):
+    names = write_jpegs(tmp_path, 40)
+    inputs = [Input(name, str(tmp_path / name)) for name in names]
+    inputs[7:7] = [Deadly("deadly", "/nowhere")]
+    with Decoders(2) as decoders:
+        done = list(decoders.prepare_all(inputs, replace(RECIPE, decode="gpu"), AHEAD))
+    rows = [image.row for image in done]
+    assert [row.id for row in rows] == [source.id for source in inputs]
+    assert [row.id for row in rows if row.status != "ok"] == ["deadly"]
+    assert (rows[7].status, rows[7].stage) == ("decoder_crash", "header")
 
 
 def noise() -> Image.Image:
@@ -123,7 +183,7 @@ def clear(image: Image.Image) -> Image.Image:
 
 def check_memory(worker: Worker, path: Path, bytes_a_pixel: int, more: int = 0) -> None:
     """Let a worker decode an image of 5 MP, and see what it ever held."""
-    prepared, _ = worker.prepare(Input("", str(path)), RECIPE, at_once, 60.0)
+    [prepared], _ = worker.prepare([Input("", str(path))], RECIPE, at_once, 60.0)
     assert prepared.row.status == "ok"
     peak = memory(worker.process.pid, "VmHWM")
     assert peak < 60e6 + bytes_a_pixel * 2000 * 2500 + more, (path.name, peak)
@@ -260,7 +320,7 @@ def test_an_image_that_memory_has_no_room_for_is_a_row_and_its_worker_goes_on(
         limit = int(file.read().split()[0]) * resource.getpagesize() + 250_000_000
     resource.prlimit(worker.process.pid, resource.RLIMIT_AS, (limit, limit))
     found = [
-        worker.prepare(Input(name, str(tmp_path / name)), RECIPE, at_once, 60.0)[0].row
+        worker.prepare([Input(name, str(tmp_path / name))], RECIPE, at_once, 60.0)[0][0].row
         for name in ("large.png", good)
     ]
     assert [(row.status, row.stage) for row in found] == [("out_of_memory", "decode"), ("ok", None)]
@@ -282,7 +342,7 @@ def test_workers_heed_no_signal_that_asks_the_job_to_end(tmp_path: Path, worker:
     (good,) = write_good(tmp_path, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(worker.process.pid, number)
-    prepared, _ = worker.prepare(Input(good, str(tmp_path / good)), RECIPE, at_once, 60.0)
+    [prepared], _ = worker.prepare([Input(good, str(tmp_path / good))], RECIPE, at_once, 60.0)
     assert prepared.row.status == "ok"
 
 

@@ -92,7 +92,7 @@ def test_none_of_them_takes_a_worker_more_memory_than_its_pixels_allow(corpus: l
 
     try:
         for path in corpus:
-            worker.prepare(Input(path, path), RECIPE, admit, 60.0)
+            worker.prepare([Input(path, path)], RECIPE, admit, 60.0)
             status = Path(f"/proc/{worker.process.pid}/status").read_text()
             peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
             assert peak < 60e6 + 8 * largest, path
