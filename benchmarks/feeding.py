@@ -52,6 +52,7 @@ from packvit.corpus.progress import Progress
 from packvit.corpus.settings import Options, fit_options
 from packvit.encoder import Encoder
 from packvit.families import AIMv2Packing
+from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.packing import plan_packs
 
 PIXELS = configs.ImageConfig(14, *configs.HALF_STATISTICS, "bicubic", None)
@@ -93,6 +94,7 @@ def main() -> None:
 
 def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Return the report."""
+    ask_for_queues()  # as a job does before it loads its encoder
     encoder = build(asked.model, torch.device(asked.device))
     options = fit_options(
         encoder, Options(workers=asked.workers, max_patches=asked.max_patches), ()

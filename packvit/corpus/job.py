@@ -50,6 +50,7 @@ from packvit.corpus.settings import (
     load_encoder,
 )
 from packvit.encoder import Encoder, GridPolicy
+from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.graphs import free_memory
 from packvit.images import MAX_PIXELS
 from packvit.sizes import Resize
@@ -106,7 +107,8 @@ def embed(
     that decode; None is one for each CPU, up to 16. Images are decoded while together they have at
     most `pixels_in_flight` pixels, and one that takes longer than `image_timeout` becomes an error.
     `decode` "gpu" has the encoder's GPU decode the JPEGs that it decodes bit for bit as Pillow
-    does, and the workers all else.
+    does, and the workers all else. Where a loaded encoder is on the GPU already, set
+    CUDA_DEVICE_MAX_CONNECTIONS=32 before anything uses CUDA; otherwise it is set here.
 
     `processes` embed side by side, one on each GPU, or each with a share of the CPUs; each has
     workers and pixels in flight of its own, and what is written is the same. `ray` runs them on
@@ -136,6 +138,8 @@ def embed(
     )
     check_options(options)
     check_format(format)
+    if decode == "gpu":
+        ask_for_queues()
     if processes is not None and processes < 1:
         raise WrongUse(f"processes is {processes}, but must be 1 or more.")
     here = ray is None and processes in (None, 1)

@@ -51,6 +51,15 @@ class NvJpegError(RuntimeError):
         self.status = status
 
 
+def ask_for_queues() -> None:
+    """Have CUDA give every stream a hardware queue of its own, if it has not begun in this process.
+
+    By default there are 8, and nvJPEG works on 14 streams of its own: what lies in a queue behind a
+    pack of the encoder's waits for all of it. What the user has set stays.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
 class NvJpeg:
     """The JPEG engine of the current CUDA device, for one thread.
 

@@ -33,3 +33,8 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P,
         return call
 
     return decorate
+
+
+def warps_of(block: int) -> int:
+    """Return how many warps share a row of `block` numbers."""
+    return 4 if block <= 2048 else 8

@@ -5,7 +5,7 @@ import triton  # pyright: ignore[reportMissingImports] # comes with torch for CU
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from packvit.kernels import operator
+from packvit.kernels import operator, warps_of
 from packvit.kernels.activations import KINDS, activate
 
 
@@ -95,7 +95,7 @@ def activate_8(
         gated=gated,
         divides=channels is not None,
         block=block,
-        num_warps=4 if block <= 2048 else 8,
+        num_warps=warps_of(block),
     )
     return values, scales
 
@@ -158,6 +158,6 @@ def quantise_8(
         reaches=reach is not None,
         squared=squared,
         block=block,
-        num_warps=4 if block <= 2048 else 8,
+        num_warps=warps_of(block),
     )
     return values, scales, after

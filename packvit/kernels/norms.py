@@ -5,7 +5,7 @@ import triton  # pyright: ignore[reportMissingImports] # comes with torch for CU
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from packvit.kernels import operator
+from packvit.kernels import operator, warps_of
 from packvit.kernels.eight import new_scales, store_8, store_after
 
 PROGRAMS = 1056  # of a backward: 8 on each of an H100's SMs
@@ -92,7 +92,7 @@ def launch_add_norm(
         reaches=reach is not None,
         squared=squared,
         block=block,
-        num_warps=4 if block <= 2048 else 8,
+        num_warps=warps_of(block),
     )
     return summed
 
@@ -232,6 +232,6 @@ def add_norm_backward(
         passes=passed is not None,
         centred=centred,
         block=block,
-        num_warps=4 if block <= 2048 else 8,
+        num_warps=warps_of(block),
     )
     return out, parts.sum(1)

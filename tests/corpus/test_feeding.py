@@ -276,3 +276,18 @@ def test_jobs_that_decode_otherwise_are_told_apart(encoder: Encoder):
     )
     assert list(differences(by_pil, by_gpu)) == ['preprocessing.decode: "pil" -> "gpu"']
     assert fingerprint(by_pil) != fingerprint(by_gpu)
+
+
+@pytest.mark.parametrize(("own", "found"), [(None, "32"), ("8", "8")])
+def test_cuda_is_asked_for_queues_before_it_begins_unless_the_user_has(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, own: str | None, found: str
+):
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, "to be restored")
+    monkeypatch.delenv(name) if own is None else monkeypatch.setenv(name, own)
+    write_good(tmp_path / "photos", 1)
+    packvit.embed(tmp_path / "photos", out=tmp_path / "pil", model=encoder)
+    assert os.environ.get(name) == own
+    with pytest.raises(WrongUse):  # the encoder is on a CPU
+        packvit.embed(tmp_path / "photos", out=tmp_path / "gpu", model=encoder, decode="gpu")
+    assert os.environ[name] == found
