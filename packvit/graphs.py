@@ -164,7 +164,9 @@ class Graphs:
         with self.lock:
             self.kept: OrderedDict[Size, Graph] = OrderedDict()
             self.met: Counter[Size] = Counter()
-            self.pools: dict[int, Any] = {}  # by stream: graphs of one never run at the same time
+            # By the stream that replays, whose graphs never run at the same time: their memory, and
+            # the stream that records them, for another one could not use it again.
+            self.pools: dict[int, tuple[Any, torch.cuda.Stream]] = {}
             self.witness: Witness | None = None
 
     def __call__(
@@ -218,7 +220,10 @@ class Graphs:
         Where memory is short nothing is kept, and the size not tried again.
         """
         size, owner = wanted.size, wanted.owner
-        if size in self.too_large or not all(map(is_graphable, owner.modules())):
+        if size in self.too_large:
+            return False
+        if not all(map(is_graphable, owner.modules())):
+            self.met[size] -= 1  # as soon as it may be
             return False
         if SHARE * wanted.bytes > (free_memory(wanted.segments.cu_seqlens.device) or 0):
             self.too_large.add(size)
@@ -241,19 +246,18 @@ class Graphs:
         rows = tuple(row.clone() for row in wanted.rows)
         table = None if wanted.table is None else wanted.table.clone()
         seams = Segments(segments.lengths, segments.cu_seqlens.clone(), size.longest)
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        if size.stream not in self.pools:
+            self.pools[size.stream] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        pool, side = self.pools[size.stream]
+        here = torch.cuda.current_stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):  # what libraries set up on first use must not be recorded
             run(rows, table, seams)
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        if size.stream not in self.pools:
-            self.pools[size.stream] = torch.cuda.graph_pool_handle()
         # This thread's mistakes alone count: another one may be decoding JPEGs meanwhile. torch's
         # own stream to record on is of whichever device recorded first.
-        with torch.cuda.graph(
-            graph, pool=self.pools[size.stream], stream=side, capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             out, tapped = run(rows, table, seams)
         return Graph(graph, rows, table, seams.cu_seqlens, wanted.held, out, tapped)
 

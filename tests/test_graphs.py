@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from packvit.attention import BACKENDS
+from packvit.bench.models import config_of
+from packvit.config import HALF_STATISTICS, ImageConfig
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES, AIMv2Packing
 from packvit.graphs import (
@@ -30,6 +33,9 @@ from packvit.graphs import (
 )
 from packvit.memory import Peak
 from packvit.packed import PatchPlaces, Segments, frame_table, sequence_lengths
+
+
+STATISTICS = ImageConfig(14, *HALF_STATISTICS, "bilinear", None)
 
 
 def test_the_ladder_wastes_at_most_a_token_in_32_of_packs_of_2048_and_more():
@@ -306,3 +312,24 @@ def test_loading_weights_from_a_parent_forgets_graphs():
     parent = nn.ModuleDict({"tower": encoder})
     parent.load_state_dict(parent.state_dict())
     assert encoder.graphs.witness is None
+
+
+@pytest.mark.gpu
+def test_graphs_of_one_stream_share_the_memory_of_the_largest():
+    with torch.device("cuda"):
+        config = replace(config_of("aimv2-large"), layers=4)
+        encoder = AIMv2Packing(config, STATISTICS).to(torch.bfloat16).eval()
+    held = []
+    with torch.inference_mode():
+        for tokens in (32768, 16384, 24576, 20480):
+            patches = torch.randn(tokens, 588, device="cuda", dtype=torch.bfloat16)
+            grid = torch.tensor([(1, 32, 32)] * (tokens // 1024))
+            for _ in range(2):
+                encoder(patches, grid)
+            del patches
+            torch.cuda.empty_cache()
+            held.append(torch.cuda.memory_reserved())
+    assert encoder.graphs is not None
+    assert len(encoder.graphs.kept) == 4
+    # What a graph of its own memory would hold: 23 KiB a token, where rows and results take 4.
+    assert held[-1] - held[0] < 10 * 1024 * (16384 + 24576 + 20480)

@@ -1,7 +1,7 @@
 """Inputs to prepared images, in their order, by worker processes that run ahead. No torch.
 
-Each worker process has a thread here that hands it one input after another. They run ahead of
-whoever takes the images until enough wait, and hold the pixels that are in memory to a budget.
+Each worker process has a thread here that hands it inputs, one or a few to a task. They run ahead
+of whoever takes the images until enough wait, and hold the pixels in memory to a budget.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -12,7 +12,6 @@ from threading import Condition, Lock, Thread
 from packvit.corpus.inputs import Input
 from packvit.corpus.preparing import Prepared, Recipe
 from packvit.corpus.processes import Worker, Workers
-from packvit.corpus.worker import MOST_BYTES
 
 PIXELS_IN_FLIGHT = 256_000_000  # 16 workers at photographs of 16 MP; some 2 GB while they decode
 IMAGE_TIMEOUT = 60.0  # seconds
@@ -111,7 +110,8 @@ class Line:
     `pixels` counts those of headers while their images are decoded, `waiting` those of the patches
     that nobody has taken yet, and `held` JPEGs that were taken and are still to be decoded on the
     device, three bytes a pixel. Together they stay within the budget, but that an image which is
-    prepared by itself may exceed it: so the next image always comes, however little room there is.
+    prepared by itself may exceed it, so that the next image always comes, however little room there
+    is; and that JPEGs which are being read are not known yet: a task's for each worker.
     """
 
     def __init__(
@@ -121,16 +121,16 @@ class Line:
         self.inputs = iter(inputs)
         self.recipe = recipe
         self.ahead = min(ahead, decoders.pixels)
-        self.together = TOGETHER if recipe.decode == "gpu" else 1
         self.lock = Lock()
         self.room = Condition(self.lock)  # for another image to wait
-        self.admitted = Condition(self.lock)  # for an image to be decoded
+        self.admitted = Condition(self.lock)  # for an image to be decoded, or the rest of a task
         self.ready = Condition(self.lock)  # the image that is wanted next
         self.done: dict[int, Prepared] = {}
         self.wanted = 0  # the number of the image to be taken next
         self.begun = 0  # how many inputs were handed out
         self.all_begun = self.all_taken = False
         self.decoding = self.pixels = self.waiting = self.held = 0
+        self.finished = self.finished_pixels = 0  # images, and what they took of the budget
         self.stopping = False
         self.failure: BaseException | None = None
 
@@ -146,7 +146,8 @@ class Line:
                         return
                     self.ready.wait()
                 taken: list[Prepared] = []
-                while self.wanted in self.done and len(taken) < self.together:
+                most = TOGETHER if self.recipe.decode == "gpu" else 1
+                while self.wanted in self.done and len(taken) < most:
                     taken.append(self.done.pop(self.wanted))
                     self.wanted += 1
                 self.waiting -= sum(map(size, taken))
@@ -218,7 +219,7 @@ class Line:
                 self.check_wanted()
                 self.room.wait()
             self.check_wanted()
-            begun = list(islice(self.inputs, self.together if self.has_plenty() else 1))
+            begun = list(islice(self.inputs, self.together()))
             if not begun:
                 self.all_begun = True
                 self.ready.notify_all()
@@ -233,6 +234,7 @@ class Line:
             while not (self.wanted == number or self.has_room()):
                 self.check_wanted()
                 self.admitted.wait()
+            self.check_wanted()
 
     def has_room(self) -> bool:
         """Tell whether another image may be begun."""
@@ -241,10 +243,17 @@ class Line:
         alone = self.begun == self.wanted  # nothing waits or is under way
         return alone or self.waiting + self.held < self.decoders.pixels
 
-    def has_plenty(self) -> bool:
-        """Tell whether every worker could come back with all the bytes that a task may have."""
-        room = self.decoders.pixels - self.waiting - self.held
-        return self.decoders.count * MOST_BYTES <= 3 * room
+    def together(self) -> int:
+        """Return how many inputs to put in a task, judged by those that are finished.
+
+        Half of what may wait must have room for a task of each thread: otherwise it fills up with
+        images behind the wanted one, and whoever has that is left to work alone.
+        """
+        if self.recipe.decode != "gpu" or not self.finished_pixels:
+            return 1
+        room = min(self.ahead, self.decoders.pixels - self.waiting - self.held)
+        each = 2 * self.decoders.count * self.finished_pixels
+        return max(1, min(TOGETHER, room * self.finished // each))
 
     def admit(self, pixels: int) -> None:
         """Return once so many pixels may be decoded."""
@@ -272,7 +281,10 @@ class Line:
         """Put images where they wait to be taken, `number` being the first one's."""
         with self.lock:
             self.done.update(enumerate(prepared, number))
-            self.waiting += sum(map(size, prepared))
+            taken_up = sum(map(size, prepared))
+            self.waiting += taken_up
+            self.finished += len(prepared)
+            self.finished_pixels += taken_up
             self.decoders.busy += seconds
             if number <= self.wanted < number + len(prepared):
                 self.ready.notify_all()

@@ -7,8 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from itertools import accumulate
-from math import prod
 from threading import Lock
 
 import numpy as np
@@ -18,7 +16,6 @@ from packvit.corpus.inputs import Input
 from packvit.corpus.preparing import Admit, JpegFile, Prepared, Recipe
 from packvit.corpus.rows import Row
 from packvit.corpus.worker import receive, receive_into, send
-from packvit.gpu.jpeg import JpegPlan
 
 SECONDS_TO_START = 120.0  # 0.15 on an idle machine
 # A worker ends with its parent, not by a signal that was meant for both: its image would be lost.
@@ -109,17 +106,17 @@ class Worker:
                 send(self.link, None)
                 answer = receive(self.link)
             if isinstance(answer, str):
-                raise DecoderError(f"A decode worker failed on {sources[0].id!r}:\n{answer}")
-            sizes = [0 if shape is None else prod(shape) for _, shape, _ in answer]
-            content = np.empty(sum(sizes), np.uint8)
-            if len(content):
-                wait()
-                receive_into(self.link, content.data)
-            parts = np.split(content, list(accumulate(sizes[:-1])))
-            prepared = [
-                as_prepared(source, row, shape, plan, part)
-                for source, (row, shape, plan), part in zip(sources, answer, parts, strict=False)
-            ]
+                raise DecoderError(f"A decode worker failed on {answer}")
+            wait()
+            prepared = []
+            for source, (row, shape, plan) in zip(sources, answer, strict=False):
+                content = None if shape is None else np.empty(shape, np.uint8)
+                if content is not None:
+                    receive_into(self.link, content.reshape(-1).data)
+                if plan is None or content is None:
+                    prepared.append(Prepared(row, content))
+                else:
+                    prepared.append(Prepared(row, jpeg=JpegFile(content, plan, source)))
         except TimeoutError:
             prepared = lost("timeout", stage, f"over {seconds:g} s")
         except (EOFError, ConnectionError):
@@ -133,19 +130,6 @@ class Worker:
         assert self.process.stdin
         self.process.stdin.close()
         self.link.close()
-
-
-def as_prepared(
-    source: Input,
-    row: Row,
-    shape: tuple[int, ...] | None,
-    plan: JpegPlan | None,
-    content: np.ndarray,
-) -> Prepared:
-    """Return a result as it was in its worker; `content` are its bytes."""
-    if plan is not None:
-        return Prepared(row, jpeg=JpegFile(content, plan, source))
-    return Prepared(row, None if shape is None else content.reshape(shape))
 
 
 class Workers:

@@ -105,6 +105,7 @@ def embed_shards(
         launcher = Launcher(tools, feeder.feed, watch, effort)
         for pack, fed in feeder.feed_all(packs(line.take())):
             line.let_go(pack.images)
+            effort.decoding, effort.on_gpu = tools.decoders.spent, tools.decoders.on_gpu
             if pack.images:
                 launcher.encode(pack, fed)
             else:

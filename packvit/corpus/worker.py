@@ -14,12 +14,15 @@ import pickle
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 LENGTH = 8  # bytes that say how long a message is
-MOST_BYTES = 4 << 20  # of files: with so many, results are told, and other inputs left
+# With so many bytes of files, or after so long, results are told, and other inputs left.
+MOST_BYTES = 4 << 20
+MOST_SECONDS = 0.1
 
 
 class Left(Exception):
@@ -83,18 +86,26 @@ def main() -> None:
     def serve(sources: Sequence[Input], recipe: Recipe) -> None:
         results: list[tuple[Row, tuple[int, ...] | None, JpegPlan | None]] = []
         contents: list[np.ndarray] = []
+        admitted, end = False, time.monotonic() + MOST_SECONDS
 
         def admit(pixels: int) -> None:
+            nonlocal admitted
             if results:
                 raise Left
             send(link, pixels)
             receive(link)
+            admitted = True
 
         for source in sources:
             try:
                 prepared = prepare(source, recipe, admit)
             except Left:
                 break
+            except (EOFError, ConnectionError):
+                raise
+            except Exception:  # a fault of ours: told where it can be seen
+                send(link, f"{source.id!r}:\n{traceback.format_exc()}")
+                return
             jpeg, content = prepared.jpeg, prepared.patches
             if jpeg:
                 content = np.frombuffer(jpeg.data, np.uint8)
@@ -102,8 +113,10 @@ def main() -> None:
             results.append((prepared.row, shape, jpeg and jpeg.plan))
             if content is not None:
                 contents.append(content)
-                if not jpeg or sum(len(each) for each in contents) >= MOST_BYTES:
-                    break
+            if admitted or sum(each.nbytes for each in contents) >= MOST_BYTES:
+                break
+            if time.monotonic() > end:
+                break
         send(link, results)
         for content in contents:
             link.sendall(content.data)
@@ -111,13 +124,7 @@ def main() -> None:
     try:
         send(link, "ready")
         while True:
-            task = receive(link)
-            try:
-                serve(*task)
-            except (EOFError, ConnectionError):
-                raise
-            except Exception:  # a fault of ours: told where it can be seen
-                send(link, traceback.format_exc())
+            serve(*receive(link))
     except (EOFError, ConnectionError):
         pass
 

@@ -23,7 +23,7 @@ import packvit
 from packvit.config import ImageConfig
 from packvit.corpus import DecoderError
 from packvit.corpus.checking import check_folder
-from packvit.corpus.decoding import Decoders, Line
+from packvit.corpus.decoding import TOGETHER, Decoders, Line, Stopped
 from packvit.corpus.folder import read_commits
 from packvit.corpus.inputs import Input, list_inputs
 from packvit.corpus.preparing import Recipe, prepare
@@ -118,6 +118,15 @@ class Deadly(Input):
         return eval, ("__import__('os').kill(__import__('os').getpid(), 9)",)
 
 
+class Slow(Input):
+    """Takes a fifth of a second to be found missing, as behind a slow server."""
+
+    def __reduce__(self):
+        wait = "(__import__('time').sleep(0.2), ('missing', 'read'))[1]"
+        parts = f"id={self.id!r}, path='', within=None, error=property(lambda self: {wait})"
+        return eval, (f"type('Slow', (), dict({parts}))()",)
+
+
 def write_jpegs(folder: Path, count: int) -> list[str]:
     names = [f"{number}.jpg" for number in range(count)]
     for number, name in enumerate(names):
@@ -153,6 +162,21 @@ def test_a_task_ends_with_so_many_bytes_of_files(tmp_path: Path, worker: Worker)
     inputs = list(list_inputs([str(tmp_path)]))
     prepared, _ = worker.prepare(inputs, replace(RECIPE, decode="gpu"), at_once, 60.0)
     assert len(prepared) == 2
+
+
+def test_an_image_that_was_admitted_is_blamed_for_nothing_that_comes_behind_it(
+    tmp_path: Path, worker: Worker
+):
+    (tmp_path / "cut.png").write_bytes(encode(pixels(200, 200), "PNG")[:-500])
+    inputs = [Input("cut.png", str(tmp_path / "cut.png")), Slow("slow", "/nowhere")]
+    prepared, _ = worker.prepare(inputs, replace(RECIPE, decode="gpu"), at_once, 60.0)
+    assert [(image.row.id, image.row.status) for image in prepared] == [("cut.png", "truncated")]
+
+
+def test_a_worker_that_takes_long_comes_back_with_what_it_has(worker: Worker):
+    inputs = [Slow(str(number), "/nowhere") for number in range(6)]
+    prepared, _ = worker.prepare(inputs, replace(RECIPE, decode="gpu"), at_once, 60.0)
+    assert [(image.row.id, image.row.status) for image in prepared] == [("0", "missing")]
 
 
 def test_of_images_that_are_asked_for_together_one_kills_its_worker_and_no_other_is_lost(
@@ -388,6 +412,30 @@ def test_pixels_being_decoded_stay_within_the_budget_but_for_one_image_alone():
         thread.join()
     assert all(images == 1 or total <= 100 for images, total in worst)
     assert len(worst) == 1600
+
+
+def test_tasks_are_as_large_as_half_of_what_may_wait_has_room_for_from_every_worker():
+    draw = random.Random(0)
+    recipe = replace(RECIPE, decode="gpu")
+    for _ in range(1000):
+        count, each = draw.randint(1, 64), draw.randint(1, 2_000_000)
+        decoders = Decoders(count, pixels_in_flight=draw.randint(1, 300_000_000))
+        line = Line(decoders, [], recipe, AHEAD)
+        assert line.together() == 1  # nothing is known of them yet
+        line.finished, line.finished_pixels = 7, 7 * each
+        line.held = draw.randint(0, decoders.pixels)
+        many, room = line.together(), min(line.ahead, decoders.pixels - line.held)
+        assert many == 1 or 2 * many * count * each <= room
+        assert many == TOGETHER or 2 * (many + 1) * count * each > room
+    assert Line(Decoders(1), [], RECIPE, AHEAD).together() == 1
+
+
+def test_a_line_that_is_stopped_asks_for_no_rest_of_a_task():
+    line = Line(Decoders(1), [], RECIPE, AHEAD)
+    line.await_room(line.wanted)
+    line.stop()
+    with pytest.raises(Stopped):
+        line.await_room(line.wanted)
 
 
 def test_few_images_wait_for_whoever_is_slower_than_the_workers(tmp_path: Path):

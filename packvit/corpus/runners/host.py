@@ -211,7 +211,7 @@ def serve(descriptor: int) -> None:
 def at_hand(first: Shard, shards: SimpleQueue[Shard]) -> Iterator[Shard]:
     """Yield a shard and those that follow at once.
 
-    To wait here could be for ever: a shard's last pack stays on the GPU until another follows or
+    To wait here could be for ever: a shard's last packs stay on the GPU until others follow or
     none will, and the parent may want that shard before it hands out another.
     """
     yield first
