@@ -25,6 +25,7 @@ RECORDED = (  # regions of docs/benchmarks.md, each the newest run of one of `MA
     "bench-siglip2-so400m-train",
     "bench-aimv2-large-equal",
     "bench-aimv2-large-small",
+    "bench-aimv2-large-huge",
     "bench-cpu-float32",
     "bench-cpu-bfloat16",
 )

@@ -34,7 +34,6 @@ from packvit.graphs import (
 from packvit.memory import Peak
 from packvit.packed import PatchPlaces, Segments, frame_table, sequence_lengths
 
-
 STATISTICS = ImageConfig(14, *HALF_STATISTICS, "bilinear", None)
 
 
