@@ -23,6 +23,7 @@ from packvit.corpus.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
 from packvit.corpus.shard import embed_shards
+from packvit.gpu.nvjpeg import ask_for_queues
 
 # Ray schedules by block, and looks after each. Up to so many shards, each is one: beyond, what a
 # lost actor repeats grows with the job.
@@ -190,6 +191,8 @@ class ShardActor:
         self.failure: Exception | None = None
         try:
             os.chdir(working)  # paths were typed there
+            if job.options.decode == "gpu":
+                ask_for_queues()  # processes of this host inherit what the job asked for
             device = "cuda" if torch.cuda.is_available() else "cpu"
             decoders = job.options.decoders()
             decoders.start(job.options.workers)  # while the model is loaded

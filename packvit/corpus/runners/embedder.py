@@ -20,7 +20,6 @@ from packvit.corpus.resume import differences
 from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options, describe, load_encoder
 from packvit.encoder import Encoder, GridPolicy
-from packvit.gpu.nvjpeg import ask_for_queues
 
 # Sentences for users.
 TOLD = (WrongUse, WriteError, EmbedderError, DecoderError, CheckpointError, ImportError)
@@ -54,8 +53,6 @@ def load_alike(job: Job, device: str) -> Encoder:
     Raises: EmbedderError with the differences if weights, packages or anything else here would
     write other numbers; what `load_encoder` raises.
     """
-    if job.options.decode == "gpu":
-        ask_for_queues()
     wanted = job.described  # of a hub's model, the commit: a branch may have moved meanwhile
     dtype, attention, revision = (wanted[name] for name in ("dtype", "attention", "revision"))
     encoder = load_encoder(job.model, device, dtype, attention, revision, job.positions)
