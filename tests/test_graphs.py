@@ -22,6 +22,7 @@ from packvit.graphs import (
     MOST_TOKENS,
     Graphs,
     Recording,
+    Size,
     Witness,
     fill_table,
     fill_up,
@@ -200,20 +201,25 @@ def test_what_others_wrap_is_never_recorded():
     assert not is_graphable(Foreign(2, 2))
 
 
+def recording(size: Size, bytes: int = 0) -> Recording:
+    """What is to be recorded, of a module that is never run."""
+    never: Any = lambda *given: None  # noqa: E731 # of a type that is not its own
+    return Recording(
+        never, [], None, Segments.from_lengths((3,)), size, nn.Linear(2, 2), None, bytes
+    )
+
+
 def test_what_a_size_took_no_room_for_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
     graphs, size = Graphs(), size_of((3,), [], BACKENDS[0], 0)
     tried: list[Any] = []
-    never: Any = lambda *given: None  # noqa: E731 # of a type that is not its own
 
     def record(*given):
         tried.append(given)
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(graphs, "record", record)
-    segments = Segments.from_lengths((3,))
-    wanted = Recording(never, [], None, segments, size, nn.Linear(2, 2), None, bytes=0)
     for _ in range(3):
-        assert not graphs.keep(wanted)
+        assert not graphs.keep(recording(size))
     assert len(tried) == 1
 
 
@@ -221,13 +227,9 @@ def test_a_size_without_room_for_its_activations_is_not_recorded(monkeypatch: py
     graphs, size, tried = Graphs(), size_of((3,), [], BACKENDS[0], 0), []
     monkeypatch.setattr(graphs, "record", tried.append)
     monkeypatch.setattr("packvit.graphs.free_memory", lambda device: 4000)
-    never: Any = lambda *given: None  # noqa: E731 # of a type that is not its own
-    segments = Segments.from_lengths((3,))
-    rest = (never, [], None, segments)
-    assert not graphs.keep(Recording(*rest, size, nn.Linear(2, 2), None, bytes=1001))
+    assert not graphs.keep(recording(size, bytes=1001))
     assert not tried
-    other = size._replace(tokens=65)
-    assert graphs.keep(Recording(*rest, other, nn.Linear(2, 2), None, bytes=1000))
+    assert graphs.keep(recording(size._replace(tokens=65), bytes=1000))
     assert len(tried) == 1
 
 
@@ -247,9 +249,9 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         run = lambda rows, table, segments: (self.linear(rows[0]), {})  # noqa: E731
-        return self.graphs(run, [x], None, (len(x),), BACKENDS[-1], owner=self, peak=Peak(0, 0, 0))[
-            0
-        ]
+        nothing = Peak(0, 0, 0)
+        out, _ = self.graphs(run, [x], None, (len(x),), BACKENDS[-1], owner=self, peak=nothing)
+        return out
 
 
 @pytest.fixture

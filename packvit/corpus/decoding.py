@@ -121,6 +121,9 @@ class Line:
         self.inputs = iter(inputs)
         self.recipe = recipe
         self.ahead = min(ahead, decoders.pixels)
+        self.most = (
+            TOGETHER if recipe.decode == "gpu" else 1
+        )  # inputs that are begun, or taken, at once
         self.lock = Lock()
         self.room = Condition(self.lock)  # for another image to wait
         self.admitted = Condition(self.lock)  # for an image to be decoded, or the rest of a task
@@ -146,8 +149,7 @@ class Line:
                         return
                     self.ready.wait()
                 taken: list[Prepared] = []
-                most = TOGETHER if self.recipe.decode == "gpu" else 1
-                while self.wanted in self.done and len(taken) < most:
+                while self.wanted in self.done and len(taken) < self.most:
                     taken.append(self.done.pop(self.wanted))
                     self.wanted += 1
                 self.waiting -= sum(map(size, taken))
@@ -249,11 +251,11 @@ class Line:
         Half of what may wait must have room for a task of each thread: otherwise it fills up with
         images behind the wanted one, and whoever has that is left to work alone.
         """
-        if self.recipe.decode != "gpu" or not self.finished_pixels:
+        if not self.finished_pixels:
             return 1
         room = min(self.ahead, self.decoders.pixels - self.waiting - self.held)
         each = 2 * self.decoders.count * self.finished_pixels
-        return max(1, min(TOGETHER, room * self.finished // each))
+        return max(1, min(self.most, room * self.finished // each))
 
     def admit(self, pixels: int) -> None:
         """Return once so many pixels may be decoded."""

@@ -105,11 +105,11 @@ def embed_shards(
         launcher = Launcher(tools, feeder.feed, watch, effort)
         for pack, fed in feeder.feed_all(packs(line.take())):
             line.let_go(pack.images)
-            effort.decoding, effort.on_gpu = tools.decoders.spent, tools.decoders.on_gpu
             if pack.images:
                 launcher.encode(pack, fed)
             else:
                 launcher.catch_up()
+            effort.decoding, effort.on_gpu = tools.decoders.spent, tools.decoders.on_gpu
             while unfinished and unfinished[0].settled:
                 yield unfinished.popleft()
         launcher.catch_up()
@@ -151,7 +151,5 @@ class Launcher:
 
     def settle(self, pack: Pack, encoded: Sequence[Encoded], seconds: float) -> None:
         """Enter what was said of a pack."""
-        decoders = self.tools.decoders
-        self.effort.decoding, self.effort.on_gpu = decoders.spent, decoders.on_gpu
         self.effort.encoding += seconds
         self.watch(pack.part.take(pack.places, encoded))
