@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo pictures test soak check install clean
+.PHONY: demo pictures test soak check install dist clean
 
 install: .venv/ready
 
@@ -40,4 +40,9 @@ check: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv demo-features demo-features.png build *.egg-info
+	rm -rf .venv demo-features demo-features.png build dist *.egg-info
+
+# The source distribution, and the wheel built from it: `pip install dist/packvit-*.whl`.
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation

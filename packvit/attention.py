@@ -100,7 +100,7 @@ def run_fa2(query: Queries, key: Heads, value: Heads, queries: Segments, keys: S
 def fa2_obstacle(work: Workload) -> str | None:
     """flash-attn-4 brings a `flash_attn` folder too, so the compiled part is what we look for."""
     if find_spec("flash_attn_2_cuda") is None:
-        return "flash-attn is not installed; pip install 'packvit[flash]'"
+        return "flash-attn is not installed; pip install --no-build-isolation 'packvit[flash]'"
     return flash_obstacle(work, (8, 0), 256)
 
 
