@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from packvit.checkpoints import CheckpointError
 from packvit.family import Family, Variant
 from packvit.packed import Grid
+from packvit.processors import PROCESSORS, processor_name
 
 SIZES: Mapping[str, Any] = {  # of the small random models
     "hidden_size": 64,
@@ -159,7 +160,7 @@ def write_random(variant: Variant, family: Family, folder: Path, seed: int) -> n
         )
         model = randomise(kind(config), seed)
         model.save_pretrained(folder)
-        if processor := image_processor(family):
+        if processor := image_processor(family.reference.processor):
             processor(**family.reference.processor_options).save_pretrained(folder)
     return model
 
@@ -181,11 +182,21 @@ def randomise(model: nn.Module, seed: int) -> Any:
     return model.eval()
 
 
-def image_processor(family: Family) -> Any:
-    """Return the class that prepares a family's images, or None if it cannot run here."""
+def processor_class(family: Family, settings: Mapping[str, Any] | None) -> str:
+    """Return the name of the class in transformers that prepares a checkpoint's images.
+
+    On Pillow where there is one; the family's where the checkpoint names none.
+    """
+    name = processor_name(settings or {})
+    if name is None:
+        return family.reference.processor
+    return f"{name}Pil" if PROCESSORS[name].has_pillow else name
+
+
+def image_processor(name: str) -> Any:
+    """Return the class of that name in transformers, or None if it cannot run here."""
     from importlib.util import find_spec
 
-    name = family.reference.processor
     if not name.endswith("Pil") and find_spec("torchvision") is None:
         return None
     return getattr(import_transformers(), name)
