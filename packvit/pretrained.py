@@ -42,8 +42,8 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
     layout = family.layout(checkpoint.tensors)
     config = layout.read(checkpoint.config, checkpoint.tensors)
     check_sizes(config, checkpoint)
+    file = checkpoint.settings_file
     try:
-        file = checkpoint.settings_file
         images = image_config_from(checkpoint.preprocessor, family.images(config), file=file)
     except ValueError as error:
         raise CheckpointError(str(error)) from error

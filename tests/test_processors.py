@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import SiglipImageProcessorPil
@@ -96,6 +96,8 @@ def test_n2_drawn_settings_give_the_pixels_of_the_named_class(
         assert any(word in found for word in words)
         return
     config, ours = found
+    # It looks at no crop, yet refuses one without a size.
+    assume(name != "Siglip2ImageProcessor" or not drawn.get("do_center_crop"))
     processor = reference_class(name).from_dict(named)
     theirs = processor(images=image, return_tensors="pt")
     if name == "Siglip2ImageProcessor":
@@ -234,7 +236,8 @@ def test_n1_nested_settings_are_read_as_transformers_reads_them(
     encoder = packvit.load(checkpoint(tmp_path, **files), device="cpu")
     theirs = SiglipImageProcessorPil.from_pretrained(tmp_path)
     assert (encoder.images.mean, encoder.images.std) == (theirs.image_mean, theirs.image_std)
-    assert encoder.images.sizing == Exact(theirs.size.height, theirs.size.width) == Exact(56, 42)
+    assert encoder.images.sizing == Exact(56, 42)
+    assert dict(theirs.size) == {"height": 56, "width": 42}
     assert encoder.images.resample == "bilinear"
 
 
