@@ -24,12 +24,14 @@ from packvit.downloads import (
     CONFIG,
     INDEX,
     PREPROCESSOR,
+    PROCESSOR,
     WEIGHTS,
     download,
     find_file,
     find_folder,
     listing,
     no_weights,
+    read_image_settings,
     read_json,
     read_weight_map,
 )
@@ -100,9 +102,10 @@ class Checkpoint:
     name: str  # as the user gave it
     revision: str | None  # the commit hash on the hub; None for a folder
     config: Mapping[str, Any]
-    preprocessor: Mapping[str, Any] | None
+    preprocessor: Mapping[str, Any] | None  # the image settings, wherever they were found
     tensors: Mapping[str, Tensor]
     files: tuple[Path, ...] = ()  # the weights' files in the order of their names; none in memory
+    settings_file: str = PREPROCESSOR  # which has the image settings
 
     def shape_of(self, name: str) -> torch.Size:
         """Return the shape of the tensor `name`, without reading it where it lies in a file."""
@@ -180,9 +183,9 @@ def read_folder(folder: Path, name: str, revision: str | None) -> Checkpoint:
             f"{folder} has no {CONFIG}, so it is not a checkpoint. It holds "
             f"{', '.join(listing(folder)[:10]) or 'nothing'}."
         )
-    preprocessor = read_json(folder, PREPROCESSOR)
+    preprocessor, file = read_image_settings(folder)
     tensors = open_folder(folder)
-    return Checkpoint(name, revision, config, preprocessor, tensors, tuple(tensors.handles))
+    return Checkpoint(name, revision, config, preprocessor, tensors, tuple(tensors.handles), file)
 
 
 def open_folder(folder: Path) -> Tensors:
@@ -274,6 +277,8 @@ def write(
 ) -> None:
     """Write a checkpoint that `read` reads back; the same values give the same bytes.
 
+    Image settings go to preprocessor_config.json, which every version of transformers reads.
+
     All files are complete on disk under temporary names before the first takes its own, so a full
     disk or an interruption leaves what was there before. Each file then takes its place at once,
     but one after the other: what is killed between two can leave new weights with an old config.
@@ -293,6 +298,12 @@ def write(
                 f"{folder} already has {name}, which would be read as part of the new checkpoint. "
                 "Remove it, or write to another folder."
             )
+    found, file = read_image_settings(folder)
+    if file == PROCESSOR and found != preprocessor:
+        raise CheckpointError(
+            f"{folder} already has {PROCESSOR} with other image settings, which would be read as "
+            "part of the new checkpoint. Remove it, or write to another folder."
+        )
     suffix = f"{token_hex(4)}.tmp"
     staged = {name: folder / f".{name}.{suffix}" for name in (WEIGHTS, *texts)}
     try:

@@ -14,6 +14,8 @@ EMBEDDED = {"tiny": Path(__file__).parent / "models" / "tiny"}
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"  # of transformers 5: image settings and others, nested
+NESTED = "image_processor"  # the entry of processor_config.json with the image settings
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -66,7 +68,7 @@ def download(name: str, revision: str | None) -> Path:
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(f"The model {name!r} has no {CONFIG} on the hub{at}.")
     snapshot, commit = config.parent, config.parent.name
-    fetch(name, PREPROCESSOR, commit)
+    fetch_image_settings(name, commit)
     try:
         if fetch(name, WEIGHTS, commit):
             return snapshot
@@ -84,6 +86,38 @@ def download(name: str, revision: str | None) -> Path:
             f"The model {name!r} lacks shards that its index names: {', '.join(absent)}."
         )
     return snapshot
+
+
+def fetch_image_settings(name: str, commit: str) -> None:
+    """Download the file that says how the hub's model wants its images, if it has one."""
+    try:
+        nested = fetch(name, PROCESSOR, commit)
+    except NotCachedError:
+        # Caches that `hf download` or an earlier packvit filled do not note whether a model has
+        # this file; transformers too goes by the other one then.
+        if fetch(name, PREPROCESSOR, commit) is None:
+            raise
+        return
+    if nested is None or (read_json(nested.parent, PROCESSOR) or {}).get(NESTED) is None:
+        fetch(name, PREPROCESSOR, commit)
+
+
+def read_image_settings(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return how the checkpoint in `folder` wants its images, and the file that says so.
+
+    Settings nested in processor_config.json come before preprocessor_config.json.
+
+    Source: transformers 5.17, `get_image_processor_dict` in image_processing_base.py.
+    """
+    nested = (read_json(folder, PROCESSOR) or {}).get(NESTED)
+    if nested is None:
+        return read_json(folder, PREPROCESSOR), PREPROCESSOR
+    if not isinstance(nested, dict):
+        raise CheckpointError(
+            f"{folder / PROCESSOR} has {NESTED} {nested!r}, but it must be an object. Download or "
+            "copy it again."
+        )
+    return nested, PROCESSOR
 
 
 def fetch(name: str, file: str, revision: str | None) -> Path | None:

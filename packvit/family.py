@@ -74,7 +74,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]  # of config.json
     layouts: tuple[Layout, ...]
-    images: Callable[[EncoderConfig], ImageConfig]  # where there is no preprocessor_config.json
+    images: Callable[[EncoderConfig], ImageConfig]  # where the checkpoint says nothing
     checkpoints: tuple[str, ...]  # published, by their names on the hub
     reference: Reference
 

@@ -83,5 +83,7 @@ def make_pack(
             error.index = index
             raise
     patches = torch.from_numpy(np.concatenate([one.patches for one in cut]))
-    grid = torch.tensor([[1, one.rows, one.columns] for one in cut])
+    grid = torch.tensor(
+        [[1, one.rows, one.columns] for one in cut], dtype=torch.int64, device="cpu"
+    )
     return Pack(patches.to(device), grid)

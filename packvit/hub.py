@@ -65,7 +65,7 @@ def check_device(device: torch.device | str | None) -> None:
     Raises: ValueError with torch's reason.
     """
     try:
-        if torch.empty(0, device=device).is_meta:
+        if torch.empty(0, dtype=torch.uint8, device=device or "cpu").is_meta:
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:  # torch says either of a GPU that is not there
         reason = str(error).partition("\n")[0].rstrip(".")

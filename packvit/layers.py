@@ -39,7 +39,8 @@ def to_values(
 ) -> Float[Tensor, "T P"]:
     """Return raw pixels normalised in fp32, to the last bit as transformers' processors do it."""
     # 255 is a tensor too: CUDA multiplies by a host number's reciprocal, which rounds differently.
-    statistics = torch.tensor([mean, std, (255.0,) * 3]).to(patches.device, non_blocking=True)
+    numbers = torch.tensor([mean, std, (255.0,) * 3], dtype=torch.float32, device="cpu")
+    statistics = numbers.to(patches.device, non_blocking=True)
     center, scale, white = statistics if channels_last else statistics[:, :, None]
     values = patches.unflatten(1, (-1, 3) if channels_last else (3, -1)).float()
     return values.div_(white).sub_(center).div_(scale).flatten(1)

@@ -56,13 +56,13 @@ class Merging:
         sizes = frames[:, 1] * frames[:, 2]
         table = to_device(np.stack([sizes.cumsum() - sizes, frames[:, 1], frames[:, 2]]), device)
         first, rows, columns = table.index_select(1, places.sequence)[:, :, None]  # each [M, 1]
-        corner = torch.arange(side * side, device=device)
+        corner = torch.arange(side * side, dtype=torch.int64, device=device)
         down, right = corner.div(side, rounding_mode="floor"), corner % side
         row = torch.minimum(places.row[:, None] * side + down, rows - 1)
         column = torch.minimum(places.column[:, None] * side + right, columns - 1)
         members = first + row * columns + column
         segments = Segments.from_lengths(lengths, device=device)
-        return cls(members, torch.tensor(merged), segments)
+        return cls(members, torch.tensor(merged, dtype=torch.int64, device="cpu"), segments)
 
     def merge(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "M square"]:
         """Lay the tokens of every square side by side: top left, top right, ..., bottom right."""

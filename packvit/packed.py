@@ -157,7 +157,7 @@ class PatchPlaces:
         tall, wide, _ = table.unbind()
         sequence = torch.repeat_interleave(tall * wide, output_size=patches)
         rows, columns, start = table.index_select(1, sequence).unbind()
-        within = torch.arange(patches, device=table.device) - start
+        within = torch.arange(patches, dtype=torch.int64, device=table.device) - start
         row = within.div(columns, rounding_mode="floor")
         return cls(row, within - row * columns, rows, columns, sequence)
 
@@ -182,9 +182,9 @@ class PrefixPlaces:
         total, offsets = int(sizes.sum()), np.arange(frames) * prefix
         sent = np.array([sizes, offsets + prefix, host[2] + offsets])
         counts, shifts, heads = to_device(sent, device).unbind()
-        patch = torch.arange(total, device=device)
+        patch = torch.arange(total, dtype=torch.int64, device=device)
         patches = patch + torch.repeat_interleave(shifts, counts, output_size=total)
-        each = torch.arange(prefix, device=device)
+        each = torch.arange(prefix, dtype=torch.int64, device=device)
         prefixes = (heads[:, None] + each).flatten()
         gather = patch.new_empty(total + frames * prefix)
         gather.index_copy_(0, patches, patch + prefix)

@@ -234,7 +234,7 @@ def side_weights(
     """
     mode, antialias = MODES[kind]
     with torch.inference_mode(False), torch.no_grad():
-        unit = torch.eye(before, dtype=torch.float64).view(1, before, before, 1)
+        unit = torch.eye(before, dtype=torch.float64, device="cpu").view(1, before, before, 1)
         found = interpolate(unit, (after, 1), mode, antialias)
         return found[0, :, :, 0].T.float().contiguous().to(device)
 

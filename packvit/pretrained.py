@@ -12,7 +12,7 @@ from packvit import checkpoints, weights
 from packvit.checkpoints import Checkpoint, CheckpointError
 from packvit.config import EncoderConfig, ImageConfig, PatchOrder
 from packvit.family import Family, Layout
-from packvit.preprocessing import image_config_from
+from packvit.processors import image_config_from
 from packvit.weights import permute_patches
 
 LayoutName = Literal["transformers", "original"]
@@ -42,20 +42,21 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
     layout = family.layout(checkpoint.tensors)
     config = layout.read(checkpoint.config, checkpoint.tensors)
     check_sizes(config, checkpoint)
+    file = checkpoint.settings_file
     try:
-        images = image_config_from(checkpoint.preprocessor, family.images(config))
+        images = image_config_from(checkpoint.preprocessor, family.images(config), file=file)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ArithmeticError) as error:
         raise CheckpointError(
-            f"preprocessor_config.json of {checkpoint.name} holds an entry of another kind than "
-            "its processor's. Compare it with the published one."
+            f"{file} of {checkpoint.name} holds an entry of another kind than its processor's "
+            f"({error}). Compare it with the published one."
         ) from error
     numbers = (*images.mean, *images.std)
     if not all(map(isfinite, numbers)) or min(images.std) <= 0:
         raise CheckpointError(
-            f"preprocessor_config.json says image_mean {images.mean} and image_std {images.std}, "
-            "but they must be finite, and the latter above 0."
+            f"{file} says image_mean {images.mean} and image_std {images.std}, but they must be "
+            "finite, and the latter above 0."
         )
     return Described(layout, config, images)
 

@@ -178,7 +178,10 @@ def load(
         if absent := [name for name in names if name not in checkpoint]:
             problems.append(f"missing: {', '.join(absent)} (our {ours})")
             continue
-        wanted = [part.shape for part in rule.store(torch.empty(shape, device="meta"))]
+        wanted = [
+            part.shape
+            for part in rule.store(torch.empty(shape, dtype=torch.float32, device="meta"))
+        ]
         tensors = [checkpoint[name] for name in names]
         problems += misfits(names, tensors, wanted)
         if place is None and len({tensor.dtype for tensor in tensors}) > 1:

@@ -11,7 +11,7 @@ import torch
 from hub_server import Hub, Repository
 from safetensors.torch import save
 
-from packvit.downloads import CONFIG, INDEX, PREPROCESSOR, WEIGHTS
+from packvit.downloads import CONFIG, INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 CONTENTS = {"model_type": "example", "hidden_size": 8}
@@ -182,7 +182,7 @@ def test_of_one_file_and_shards_the_one_file_is_downloaded(hub: Hub, online: Rea
     found = online.read("owner/both")
     assert (found["files"], found["sums"]) == ([WEIGHTS], {"w": 7.5})
     asked = {request.path for request in hub.requests if "owner/both" in request.path}
-    assert {path.rpartition("/")[2] for path in asked} == {CONFIG, PREPROCESSOR, WEIGHTS}
+    assert {path.rpartition("/")[2] for path in asked} == {CONFIG, PREPROCESSOR, PROCESSOR, WEIGHTS}
 
 
 def test_what_was_read_once_is_read_offline_and_with_no_request(
@@ -226,6 +226,39 @@ def test_shards_that_another_program_cached_are_read_offline(
     assert offline.read("owner/filled") == first
     (cached / "snapshots" / OLD / INDEX).unlink()
     assert offline.read("owner/filled")["error"].startswith(f"{WEIGHTS} of 'owner/filled' is not")
+
+
+def test_n1_nested_image_settings_are_downloaded_and_asked_for_no_twice(
+    hub: Hub, online: Reader, offline: Reader
+):
+    """Row N1: the hub's processor_config.json alone, and in front of the other file."""
+    nested = {PROCESSOR: json.dumps({"image_processor": {"size": 30}}).encode()}
+    alone = {name: body for name, body in files(1).items() if name != PREPROCESSOR} | nested
+    hub.repositories["owner/nested"] = repository(alone)
+    hub.repositories["owner/nested-first"] = repository(files(1) | nested)
+    hub.repositories["owner/not-nested"] = repository(files(1) | {PROCESSOR: b"{}"})
+    for name, expected in (("nested", {"size": 30}), ("nested-first", {"size": 30}),
+                           ("not-nested", IMAGES)):  # fmt: skip
+        assert online.read(f"owner/{name}")["preprocessor"] == expected
+        assert offline.read(f"owner/{name}")["preprocessor"] == expected
+    asked = {request.path.rpartition("/")[2] for request in hub.requests
+             if "owner/nested/" in request.path}  # fmt: skip
+    assert PREPROCESSOR not in asked
+
+
+def test_n1_a_cache_filled_before_nested_settings_were_known_is_read_offline(
+    hub: Hub, home: Path, online: Reader, offline: Reader
+):
+    hub.repositories["owner/older"] = repository(files(1))
+    first = online.read("owner/older")
+    cached = home / "hub" / "models--owner--older"
+    (cached / ".no_exist" / OLD / PROCESSOR).unlink()
+    assert offline.read("owner/older") == first
+    hub.repositories["owner/neither"] = repository(shards(1))
+    online.read("owner/neither")
+    (home / "hub" / "models--owner--neither" / ".no_exist" / OLD / PROCESSOR).unlink()
+    error = offline.read("owner/neither")["error"]
+    assert error.startswith(f"{PROCESSOR} of 'owner/neither' is not in the cache")
 
 
 @pytest.mark.parametrize(

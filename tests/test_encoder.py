@@ -256,7 +256,7 @@ def test_one_image_is_no_list_of_images(encoder):
         ("config.json", {"num_hidden_layers": 10**8}, "100000000 layers, but there are"),
         ("config.json", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ("preprocessor_config.json", {"size": "big"}, "preprocessor_config.json"),
-        ("preprocessor_config.json", {"image_mean": 0.5}, "preprocessor_config.json"),
+        ("preprocessor_config.json", {"image_mean": "0.5"}, "preprocessor_config.json"),
         ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "image_std"),
         ("preprocessor_config.json", {"resample": [2]}, "preprocessor_config.json"),
     ],

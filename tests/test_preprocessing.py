@@ -15,7 +15,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 from packvit.config import Exact, Filter, ImageConfig, MostPatches, PatchOrder, ShortestEdge, Sizing
 from packvit.images import load_image
-from packvit.preprocessing import FILTERS, cut_patches, image_config_from, to_patches
+from packvit.preprocessing import cut_patches, to_patches
+from packvit.processors import FILTERS, image_config_from
 
 HALF = (0.5, 0.5, 0.5)
 RAW: dict[str, Any] = {"do_rescale": False, "do_normalize": False}
@@ -171,7 +172,7 @@ FIXED = ShortestEdge(100, (98, 98))
         ({}, None, None),
         ({}, MostPatches(81), MostPatches(81)),
         ({"do_resize": True, "max_num_patches": 729, "patch_size": 14}, None, MostPatches(729)),
-        ({"image_processor_type": "Siglip2ImageProcessor"}, MostPatches(81), MostPatches(81)),
+        ({"image_processor_type": "Siglip2ImageProcessor"}, MostPatches(81), MostPatches(256)),
         ({"image_processor_type": "Siglip2ImageProcessorFast"}, FIXED, MostPatches(256)),
     ],
 )  # fmt: skip
@@ -200,7 +201,7 @@ def test_statistics_and_filter_are_read_and_what_is_left_out_is_the_default():
         ({"patch_size": 16}, "patch_size 16, but the model's patches are 14 pixels"),
         ({"image_mean": [0.5]}, r"image_mean \[0\.5\], but RGB has 3 channels"),
         ({"resample": 9}, r"resample 9, but Pillow's filters are 0 \(nearest\), 1 \(lanczos\)"),
-        ({"do_resize": False}, "crops without resizing"),
+        ({"do_resize": False}, "do_center_crop without do_resize"),
         ({"size": {"longest_edge": 384}}, r"size \{'longest_edge': 384\}, but only a number"),
         ({"crop_size": {"shortest_edge": 3}}, r"crop_size \{'shortest_edge': 3\}\. Give a number"),
     ],

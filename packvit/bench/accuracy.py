@@ -41,7 +41,8 @@ def fp8_accuracy(model: Model, device: torch.device) -> list[dict[str, Any]]:
         take(eight, replace(NOTHING, fp8=True))
         with torch.inference_mode():
             exact, *others = (
-                one(patches, torch.tensor(grid)).float() for one in (whole, encoder, eight)
+                one(patches, torch.tensor(grid, dtype=torch.int64, device="cpu")).float()
+                for one in (whole, encoder, eight)
             )
         near = [F.cosine_similarity(tokens, exact) for tokens in others]
         found.append({"weights": title} | dict(zip(("bf16", "fp8"), map(said, near), strict=True)))
@@ -80,7 +81,9 @@ def plant(encoder: Encoder, *, undo: bool) -> Encoder:
             (block.attention_norm, block.attention.qkv),
             (block.mlp_norm, block.mlp.reads),
         ):
-            channels = torch.randperm(encoder.config.width, generator=draw)[:OUTLIERS]
+            channels = torch.randperm(
+                encoder.config.width, generator=draw, dtype=torch.int64, device="cpu"
+            )[:OUTLIERS]
             for parameter in norm.parameters():
                 parameter[channels.to(parameter.device)] *= FACTOR
             if undo:

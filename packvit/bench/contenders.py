@@ -34,12 +34,12 @@ class Subject:
     @cached_property
     def grid_thw(self) -> Tensor:
         """The pack's grid, on the host."""
-        return torch.tensor(self.workload.grid)
+        return torch.tensor(self.workload.grid, dtype=torch.int64, device="cpu")
 
     @cached_property
     def rows(self) -> Sequence[Tensor]:
         """Which rows of the pack each image is."""
-        total = torch.arange(len(self.patches), device=self.patches.device)
+        total = torch.arange(len(self.patches), dtype=torch.int64, device=self.patches.device)
         return total.split(self.workload.lengths)
 
 
@@ -59,7 +59,7 @@ class Contender(NamedTuple):
 
 def collect(contender: Contender, tokens: int) -> Tensor:
     """Return the tokens of the whole pack, image after image. Shapes: -> [T, D]."""
-    found, pack = 0, torch.empty(0)
+    found, pack = 0, torch.empty(0, dtype=torch.float32, device="cpu")
     for run, rows in contender.calls:
         out = run().detach()
         if not found:

@@ -98,7 +98,13 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
         torch.compiler.reset()  # shapes of one workload must not make another's code general
         work = workload(name, small=not on_gpu)
         draw = torch.Generator().manual_seed(SEED)
-        patches = torch.randn(sum(work.lengths), model.config.patch_dim, generator=draw)
+        patches = torch.randn(
+            sum(work.lengths),
+            model.config.patch_dim,
+            generator=draw,
+            dtype=torch.float32,
+            device="cpu",
+        )
         subject = Subject(model, work, patches.to(device, dtype), compiled, plan.train)
         say(f"{work.title}: {len(work.grid)} images, {len(patches):,} patches")
         with torch.set_grad_enabled(plan.train), torch.inference_mode(not plan.train):
@@ -146,7 +152,9 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
     """Check every contender's tokens, then time those that are right, turn by turn."""
     draw = torch.Generator().manual_seed(0)
     shape = (len(subject.patches), subject.model.config.width)
-    cotangent = torch.randn(shape, generator=draw).to(subject.patches)
+    cotangent = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(
+        subject.patches
+    )
     missing: dict[str, str] = {}
     wrong: dict[str, dict[str, float]] = {}
     entrants: dict[str, Entrant] = {}

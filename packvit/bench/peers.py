@@ -199,9 +199,12 @@ def timm_forward(subject: Subject) -> tuple[Callable[[], Tensor], Tensor, Any]:
     except Unavailable:  # equal lengths: a batch of which every patch is real
         rows = torch.stack(list(subject.rows))
         padded = Padded(torch.stack(list(subject.images)), rows >= 0, rows)
-    places = torch.zeros(*padded.rows.shape, 2, dtype=torch.int64)
+    places = torch.zeros(*padded.rows.shape, 2, dtype=torch.int64, device="cpu")
     for row, (_, rows, columns) in zip(places, subject.workload.grid, strict=True):
-        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        y, x = torch.meshgrid(
+            *(torch.arange(side, dtype=torch.int64, device="cpu") for side in (rows, columns)),
+            indexing="ij",
+        )
         row[: rows * columns] = torch.stack([y, x], -1).flatten(0, 1)
     places = places.to(padded.patches.device)
 

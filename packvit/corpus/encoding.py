@@ -78,14 +78,28 @@ def launch(encoder: Encoder, images: Sequence[Fed], options: Options) -> Flight:
     rows = tuple(image.row for image in images)
     good = [image for image in images if image.patches is not None]
     if not good:
-        return Flight(rows, (0,) * len(rows), torch.empty(0, 0), {}, {}, {}, None, None, 0.0)
+        return Flight(
+            rows,
+            (0,) * len(rows),
+            torch.empty(0, 0, dtype=torch.float32, device="cpu"),
+            {},
+            {},
+            {},
+            None,
+            None,
+            0.0,
+        )
     start = end = None
     if encoder.device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record(torch.cuda.current_stream(encoder.device))
     features = encoder.encode(
         lay(good, encoder.device),
-        torch.tensor([[1, image.row.rows, image.row.columns] for image in good]),
+        torch.tensor(
+            [[1, image.row.rows, image.row.columns] for image in good],
+            dtype=torch.int64,
+            device="cpu",
+        ),
         taps=options.taps,
     )
     lengths = [image.row.patches for image in good]
@@ -122,6 +136,7 @@ def lay(images: Sequence[Fed], device: torch.device) -> Tensor:
     sent = torch.empty(
         (sum(map(len, on_host)), on_host[0].shape[1]),
         dtype=torch.uint8,
+        device="cpu",
         pin_memory=device.type == "cuda",
     )
     np.concatenate(on_host, out=sent.numpy())

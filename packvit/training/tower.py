@@ -46,6 +46,9 @@ class Tower(nn.Module):
         ran = self.encoder.run(hidden_states, grid_thw, self.taps)
         tokens = torch.cat([*(ran.taps[layer] for layer in self.taps), ran.tokens], -1)
         merging = Merging.from_grid(
-            torch.tensor(ran.grid), patches=len(tokens), side=self.side, device=tokens.device
+            torch.tensor(ran.grid, dtype=torch.int64, device="cpu"),
+            patches=len(tokens),
+            side=self.side,
+            device=tokens.device,
         )
         return Seen(self.projector(merging.merge(tokens)), merging.grid_thw, merging.segments)

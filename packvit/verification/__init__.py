@@ -61,7 +61,7 @@ class Findings:
     variant: str  # of the random models; "published" otherwise
     revision: str | None
     weights: str  # sha256, as `Checkpoint.sha256` has it
-    settings: str  # sha256 of config.json and preprocessor_config.json
+    settings: str  # sha256 of config.json and the image settings
     reference: str  # the class in transformers
     device: str
     rows: tuple[Row, ...]

@@ -63,7 +63,7 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def settings_digest(checkpoint: Checkpoint) -> str:
-    """Return one digest of config.json and preprocessor_config.json, which weights do not show."""
+    """Return one digest of config.json and the image settings, which weights do not show."""
     told = json.dumps([checkpoint.config, checkpoint.preprocessor], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()
 
@@ -107,7 +107,7 @@ def why_not(
         return "it is of other weights"
     same = [model for model in same if model.get("settings") == settings_digest(checkpoint)]
     if not same:
-        return "it is of another config.json or preprocessor_config.json"
+        return "it is of another config.json or other image settings"
     for model in same:
         if model.get("device") == device and any(
             (row.get("dtype"), row.get("backend")) == (dtype, backend) for row in model["rows"]

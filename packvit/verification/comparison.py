@@ -108,9 +108,13 @@ def draw(grid: Grid, encoder: Encoder, seed: int) -> list[Tensor]:
     """Return normalised patches of N(0, 1): N x [patches, P], (row, column, channel)."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(frames * rows * columns, encoder.config.patch_dim, generator=generator).to(
-            encoder.device
-        )
+        torch.randn(
+            frames * rows * columns,
+            encoder.config.patch_dim,
+            generator=generator,
+            dtype=torch.float32,
+            device="cpu",
+        ).to(encoder.device)
         for frames, rows, columns in grid
     ]
 
@@ -120,7 +124,7 @@ def ask(encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
     """Return everything that our encoder says about one pack, image by image."""
     found = encoder.encode(
         torch.cat(list(patches)),
-        torch.tensor(grid),
+        torch.tensor(grid, dtype=torch.int64, device="cpu"),
         taps=range(encoder.config.layers),
         projection=encoder.projection is not None,
     )

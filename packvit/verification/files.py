@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from packvit.checkpoints import Checkpoint
+from packvit.downloads import PREPROCESSOR, PROCESSOR
 from packvit.encoder import Encoder
 from packvit.verification import LIMIT, Plan, Row
 from packvit.verification.comparison import draw, scaled_difference
@@ -19,6 +20,7 @@ from packvit.verification.references import (
     Reference,
     image_processor,
     load_model,
+    processor_class,
     quiet,
     run,
     vision_weights,
@@ -74,13 +76,11 @@ def compare_taken_over(encoder: Encoder, model: nn.Module) -> Row:
 
 def obstacle_to_photographs(reference: Reference, checkpoint: Checkpoint) -> str | None:
     """Return why preprocessing cannot be compared here, or None if it can."""
-    if image_processor(reference.family) is None:
-        return (
-            f"pixels: {reference.family.reference.processor} needs torchvision, which is not "
-            "installed"
-        )
+    name = processor_class(reference.family, checkpoint.preprocessor)
+    if image_processor(name) is None:
+        return f"pixels: {name} needs torchvision, which is not installed"
     if checkpoint.preprocessor is None:
-        return "pixels: the checkpoint has no preprocessor_config.json"
+        return f"pixels: the checkpoint has no {PREPROCESSOR}, and no image settings in {PROCESSOR}"
     return None
 
 
@@ -89,11 +89,12 @@ def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[
 
     `folder` is the checkpoint's. Processors on Pillow must agree to the last bit.
     """
-    kind = image_processor(encoder.family)
+    assert encoder.checkpoint is not None
+    kind = image_processor(processor_class(encoder.family, encoder.checkpoint.preprocessor))
     with quiet():
         processor = kind.from_pretrained(folder)
     limit = 0.0
-    if not encoder.family.reference.processor.endswith("Pil"):
+    if not kind.__name__.endswith("Pil"):
         limit = ROUNDING / min(encoder.images.std)
     draw = np.random.default_rng(plan.seed)
     with TemporaryDirectory() as temporary:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from packvit.checkpoints import CheckpointError
 from packvit.family import Family, Variant
 from packvit.packed import Grid
+from packvit.processors import PROCESSORS, processor_name
 
 SIZES: Mapping[str, Any] = {  # of the small random models
     "hidden_size": 64,
@@ -159,7 +160,7 @@ def write_random(variant: Variant, family: Family, folder: Path, seed: int) -> n
         )
         model = randomise(kind(config), seed)
         model.save_pretrained(folder)
-        if processor := image_processor(family):
+        if processor := image_processor(family.reference.processor):
             processor(**family.reference.processor_options).save_pretrained(folder)
     return model
 
@@ -169,7 +170,9 @@ def randomise(model: nn.Module, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(
+                parameter.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             words = name.split(".")
             is_scale = words[-1] == "weight" and parameter.ndim == 1  # of a norm
             is_matrix = words[-1].endswith("weight") and not any("position" in w for w in words)
@@ -181,11 +184,21 @@ def randomise(model: nn.Module, seed: int) -> Any:
     return model.eval()
 
 
-def image_processor(family: Family) -> Any:
-    """Return the class that prepares a family's images, or None if it cannot run here."""
+def processor_class(family: Family, settings: Mapping[str, Any] | None) -> str:
+    """Return the name of the class in transformers that prepares a checkpoint's images.
+
+    On Pillow where there is one; the family's where the checkpoint names none.
+    """
+    name = processor_name(settings or {})
+    if name is None:
+        return family.reference.processor
+    return f"{name}Pil" if PROCESSORS[name].has_pillow else name
+
+
+def image_processor(name: str) -> Any:
+    """Return the class of that name in transformers, or None if it cannot run here."""
     from importlib.util import find_spec
 
-    name = family.reference.processor
     if not name.endswith("Pil") and find_spec("torchvision") is None:
         return None
     return getattr(import_transformers(), name)
@@ -210,7 +223,9 @@ def interpolation_error(device: torch.device | str) -> float:
     With torch 2.13 on a CPU it is wrong by more than 1 for a table of N(0, 1), and the references
     that antialias inherit that.
     """
-    image = torch.randn(1, 16, 5, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    image = torch.randn(
+        1, 16, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    ).to(device)
     found = F.interpolate(image, (9, 1), mode="bilinear", antialias=True)
     with RightInterpolation():
         right = F.interpolate(image, size=(9, 1), mode="bilinear", antialias=True)
@@ -272,8 +287,10 @@ def inputs(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Te
     if model.main_input_name == "pixel_values" and "num_patches" in model.config.to_dict():
         return {
             "pixel_values": patches[None],
-            "pixel_attention_mask": torch.ones(1, len(patches), device=patches.device),
-            "spatial_shapes": torch.tensor([[rows, columns]]),
+            "pixel_attention_mask": torch.ones(
+                1, len(patches), dtype=torch.float32, device=patches.device
+            ),
+            "spatial_shapes": torch.tensor([[rows, columns]], dtype=torch.int64, device="cpu"),
         }
     side = model.config.patch_size
     tiles = patches.view(rows, columns, side, side, 3).permute(4, 0, 2, 1, 3)

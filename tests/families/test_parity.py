@@ -18,7 +18,7 @@ from packvit.checkpoints import CheckpointError
 from packvit.config import Exact, ImageConfig, Table
 from packvit.encoder import Encoder, GridPolicy
 from packvit.families import FAMILIES
-from packvit.preprocessing import image_config_from
+from packvit.processors import image_config_from
 
 LIMIT = 5e-6  # scaled difference in fp32
 
