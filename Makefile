@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo pictures test soak check install dist clean
+.PHONY: demo pictures test test-newest test-floors soak check install dist clean
 
 install: .venv/ready
 
@@ -29,8 +29,33 @@ pictures: install
 test: install
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 
+# What depends on others' versions most: loading, families, preprocessing, hub, command line.
+VERSIONED := tests/test_dependencies.py tests/test_checkpoints.py tests/test_convert.py \
+	tests/test_downloads.py tests/test_weights.py tests/test_preprocessing.py tests/families \
+	tests/test_cli.py tests/test_cli_convert.py tests/test_cli_embed.py tests/test_cli_verify.py \
+	tests/corpus/test_hub.py tests/corpus/test_hub_model.py
+
+# They pass with the newest of everything, which a user gets; torch is the CPU's newest build.
+test-newest: .venv-newest/ready
+	.venv-newest/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(VERSIONED)
+
+.venv-newest/ready: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check -e ".[dev]" torch==2.13.0
+	touch $@
+
+# And at the floors of pyproject.toml: torch's own comes with CUDA, gigabytes of it.
+test-floors: .venv-floors/ready
+	.venv-floors/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(VERSIONED)
+
+.venv-floors/ready: pyproject.toml tests/floors.py
+	$(PYTHON) -m venv --clear .venv-floors
+	.venv-floors/bin/python tests/floors.py > .venv-floors/floors.txt
+	.venv-floors/bin/pip install --quiet --disable-pip-version-check -c .venv-floors/floors.txt -e ".[dev]"
+	touch $@
+
 # What takes minutes or wants the network.
-soak: install
+soak: install test-floors
 	$(BIN)/python -m pytest -q --soak
 
 check: install
@@ -40,7 +65,7 @@ check: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv demo-features demo-features.png build dist *.egg-info
+	rm -rf .venv .venv-newest .venv-floors demo-features demo-features.png build dist *.egg-info
 
 # The source distribution, and the wheel built from it: `pip install dist/packvit-*.whl`.
 dist: install

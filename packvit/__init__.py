@@ -6,6 +6,8 @@ Names resolve on first use, so `import packvit` and `packvit --help` never wait 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from packvit import version
+
 if TYPE_CHECKING:
     from packvit.attention import attend as attend
     from packvit.checkpoints import CheckpointError as CheckpointError
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from packvit.packed import Segments as Segments
     from packvit.packing import plan_packs as plan_packs
 
-__version__ = "0.1.0"
+__version__ = version.VERSION
 
 _HOMES = {
     "AIMv2Packing": "packvit.families.aimv2",

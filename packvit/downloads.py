@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 EMBEDDED = {"tiny": Path(__file__).parent / "models" / "tiny"}
 
@@ -126,7 +127,7 @@ def fetch(name: str, file: str, revision: str | None) -> Path | None:
     None where the repository has no such file. A commit that is in the cache, the absence of files
     included, needs no request at all.
     """
-    import httpx
+    check_endpoint()
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -141,8 +142,38 @@ def fetch(name: str, file: str, revision: str | None) -> Path | None:
         raise NotCachedError(explain(error, name, file, revision)) from error
     except EntryNotFoundError:
         return None
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, ValueError) as error:
+    except (*client_errors(), RuntimeError, ValueError) as error:
         raise CheckpointError(explain(error, name, file, revision)) from error
+
+
+def check_endpoint() -> None:
+    """Check what HF_ENDPOINT says: huggingface_hub 2 fails while it is imported, 1 on a request.
+
+    Raises: CheckpointError if it is not the URL of a hub.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint is None:
+        return
+    try:
+        url = urlsplit(endpoint)
+        is_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is no number
+        is_url = False
+    if not is_url:
+        raise CheckpointError(
+            f"HF_ENDPOINT is {endpoint!r}, but must be a URL such as https://huggingface.co. "
+            "Correct it, or unset it."
+        )
+
+
+def client_errors() -> tuple[type[Exception], ...]:
+    """Return what a request to the hub can raise: its HTTP client's errors, and OSError.
+
+    The client is httpx in huggingface_hub 1 and httpx2 in 2; both are bases of the hub's own error.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
 
 
 def explain(error: Exception, name: str, file: str, revision: str | None) -> str:
@@ -190,12 +221,11 @@ def explain(error: Exception, name: str, file: str, revision: str | None) -> str
 
 def hub_files(name: str, commit: str) -> list[str]:
     """Return what the hub's model holds; nothing if the hub won't say, as only a message asks."""
-    import httpx
     from huggingface_hub import HfApi
 
     try:
         return sorted(HfApi().list_repo_files(name, revision=commit))
-    except (httpx.HTTPError, httpx.InvalidURL, OSError):
+    except client_errors():
         return []
 
 

@@ -2,15 +2,14 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from packvit import __version__
 from packvit.attention import BACKENDS, Workload, resolve
 from packvit.checkpoints import EMBEDDED
 from packvit.families import FAMILIES
+from packvit.version import version_of
 
 PACKAGES = ("torch", "safetensors", "numpy", "pillow", "pyarrow", "transformers", "flash-attn-4")
 
@@ -53,21 +52,13 @@ def machine() -> dict[str, Any]:
     """Return what the machine is, with the versions of what computes on it."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "packvit": __version__,
+        "packvit": version_of("packvit"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "gpus": ", ".join(gpus) or "none",
         "cuda": torch.version.cuda or "none",
-    } | {name: installed(name) for name in PACKAGES}
-
-
-def installed(name: str) -> str:
-    """Return the version of a package, or words for its absence."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+    } | {name: version_of(name) for name in PACKAGES}
 
 
 def backends_page() -> str:

@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -321,6 +322,35 @@ def test_an_index_on_the_hub_may_not_lead_out_and_its_shards_must_be_there(
 def test_a_hub_that_cannot_be_reached_is_told_from_a_model_that_is_not_there(
     tmp_path: Path, hub: Hub
 ):
-    reader = Reader("http://no-such-scheme-host.invalid:x", tmp_path)
-    assert "could not be downloaded" in reader.read("owner/two")["error"]
+    with socket.socket() as closed:  # a port that nobody listens at
+        closed.bind(("127.0.0.1", 0))
+        reader = Reader(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path)
+        assert reader.read("owner/two")["error"].startswith("The hub cannot be reached, and config")
+        reader.close()
+
+
+def test_a_download_that_breaks_off_is_one_sentence(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+):
+    """P1: what the HTTP client raises of itself has no common name in huggingface_hub 1 and 2."""
+    hub.repositories["owner/breaks"] = repository(files(1))
+    content = hub.content
+
+    def cut_short(digest: str):
+        said = content(digest)
+        said.headers["Content-Encoding"] = "gzip"  # which it is not
+        return said
+
+    monkeypatch.setattr(hub, "content", cut_short)
+    reader = Reader(hub.url, tmp_path, HF_HUB_DISABLE_XET="1")
+    error = reader.read("owner/breaks")["error"]
+    reader.close()
+    assert error.startswith(f"{WEIGHTS} of 'owner/breaks' could not be downloaded (DecodingError)")
+
+
+@pytest.mark.parametrize("endpoint", ["", "hub.example", "http://", "http://hub.example:x"])
+def test_an_endpoint_that_is_no_url_is_named(tmp_path: Path, endpoint: str):
+    """P1: huggingface_hub 2 cannot even be imported with some of these."""
+    reader = Reader(endpoint, tmp_path)
+    assert reader.read("owner/two")["error"].startswith(f"HF_ENDPOINT is {endpoint!r}, but must be")
     reader.close()

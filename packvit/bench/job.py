@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +37,7 @@ from packvit.bench.ours import OURS, Ours
 from packvit.bench.peers import BASELINE, PEERS, Peer
 from packvit.bench.workloads import encoder_flops, workload
 from packvit.encoder import Encoder
+from packvit.version import version_of
 
 Say = Callable[[str], object]
 
@@ -78,7 +78,7 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
     compiled = on_gpu if plan.compiled is None else plan.compiled
     model = models.build(plan.model, layers, device, dtype)
     report = where() | {
-        "timm": installed("timm"),
+        "timm": version_of("timm"),
         "gpu_state_before": gpu_state(),
         "model": model.name,
         "weights": model.weights,
@@ -138,14 +138,6 @@ def choose(plan: Plan) -> tuple[torch.device, torch.dtype]:
     if chosen not in DTYPES:
         raise BenchError(f'dtype is "{chosen}". Choose one of: {", ".join(DTYPES)}.')
     return device, getattr(torch, chosen)
-
-
-def installed(name: str) -> str:
-    """Return the version of a package that packvit itself does not know."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from types import FrameType
 
 import click
 
-from packvit import __version__
+from packvit.version import VERSION
 
 COMMANDS = {  # in the order of `--help`
     "embed": "packvit.cli.embed",
@@ -63,7 +63,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands)
-@click.version_option(__version__, prog_name="packvit")
+@click.version_option(VERSION, prog_name="packvit")
 def main() -> None:
     """Vision encoders on packs: one forward for images of any size.
 

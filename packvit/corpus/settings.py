@@ -4,12 +4,10 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-import packvit
 from packvit import hub
 from packvit.checkpoints import CheckpointError
 from packvit.config import MostPatches, Table
@@ -23,6 +21,7 @@ from packvit.images import MAX_PIXELS
 from packvit.memory import peak
 from packvit.packing import PLAN_VERSION
 from packvit.sizes import NATIVE_MOST_PATCHES, Resize, resize_plan
+from packvit.version import version_of
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can change what is written
@@ -206,10 +205,7 @@ def describe(encoder: Encoder, weights: str, options: Options) -> dict[str, Any]
         "lists": list(outputs.lists),
         "dtype_out": options.dtype_out,
         "rows_per_part": outputs.rows_per_part,
-        "versions": {
-            "packvit": packvit.__version__,
-            **{package: version(package) for package in NUMBERS_FROM},
-        },
+        "versions": {package: version_of(package) for package in ("packvit", *NUMBERS_FROM)},
     }
 
 

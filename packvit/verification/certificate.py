@@ -10,12 +10,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import packvit
 from packvit.checkpoints import Checkpoint
 from packvit.support import machine
 from packvit.verification import LIMIT, LOWER_LIMIT, OWN_LIMIT, Findings, Row
+from packvit.version import version_of
 
 FORMAT = "packvit certificate 1"
 NAME = "packvit-certificate.json"  # beside a checkpoint
@@ -98,9 +96,8 @@ def why_not(
     if found.get("passed") is not True:
         return "it is of a verification that failed"
     made = found.get("machine", {})
-    versions = {"packvit": packvit.__version__, "torch": torch.__version__}
-    for name, version in versions.items():
-        if made.get(name) != version:
+    for name in ("packvit", "torch"):
+        if made.get(name) != (version := version_of(name)):
             return f"it was made with {name} {made.get(name)}, and this is {version}"
     same = [model for model in found.get("models", []) if model.get("weights") == weights]
     if not same:

@@ -1,8 +1,8 @@
 """transformers' models, run one image at a time: what our encoders are compared with.
 
 Nothing here goes through our weight rules, our positions or our layers: a reference is loaded by
-the class that its config.json names, from the same files. transformers is imported here alone, and
-only when it is asked for.
+the class that its config.json names, from the same files. transformers is imported only when it is
+asked for.
 """
 
 import json

@@ -3,6 +3,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,7 @@ def test_the_manifest_says_what_was_run_and_counts_what_was_written(
     assert manifest["preprocessing"]["max_patches"] == 1024
     assert (manifest["device"], manifest["dtype"]) == ("cpu", "float32")
     assert manifest["attention"] == "sdpa"
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")
     other = ("format", "complete", "fingerprint", "model", "inputs", "ignored", "counts")
     other += ("certificate_sha256", "exports")
     settings = {name: value for name, value in manifest.items() if name not in other}
