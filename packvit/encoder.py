@@ -13,20 +13,24 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from packvit import checkpoints, pretrained
-from packvit.attention import Backend, Workload, opaque, resolve
-from packvit.checkpoints import Checkpoint
+from packvit.checkpoints import files as checkpoints
+from packvit.checkpoints import pretrained
+from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.layouts import Family
 from packvit.config import EncoderConfig, ImageConfig, PatchOrder, SinCos
-from packvit.family import Family
-from packvit.features import Features, Pack, make_pack
-from packvit.graphs import MOST_TOKENS, Graphs
-from packvit.images import Source
-from packvit.layers import Blocks, PatchEmbeddings, norm, rotary_turns, to_values
-from packvit.linear import Linear
+from packvit.fast.graphs import MOST_TOKENS, Graphs
+from packvit.images.decode import Source
+from packvit.images.patches import Resize
 from packvit.loading import AnyEncoder, fill
-from packvit.memory import peak
+from packvit.model.attention import Backend, Workload, opaque, resolve
+from packvit.model.layers import Blocks, PatchEmbeddings, norm, rotary_turns, to_values
+from packvit.model.linear import Linear
+from packvit.model.memory import peak
+from packvit.model.pooling import pooling_head
+from packvit.model.positions import sine_cosine
 from packvit.options import GridPolicy, Options
-from packvit.packed import (
+from packvit.packs.features import Features, Pack, make_pack
+from packvit.packs.segments import (
     Grid,
     PatchPlaces,
     PrefixPlaces,
@@ -37,9 +41,6 @@ from packvit.packed import (
     sequence_lengths,
     to_device,
 )
-from packvit.pooling import pooling_head
-from packvit.positions import sine_cosine
-from packvit.preprocessing import Resize
 
 
 class Ran(NamedTuple):

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from packvit import pretrained
-from packvit.attention import resolve
-from packvit.checkpoints import Checkpoint
-from packvit.float8 import float8_obstacle
-from packvit.linear import make_steady
+from packvit.checkpoints import pretrained
+from packvit.checkpoints.files import Checkpoint
+from packvit.fast.fp8 import float8_obstacle
+from packvit.model.attention import resolve
+from packvit.model.linear import make_steady
 from packvit.options import Options
 
 if TYPE_CHECKING:  # the door to these functions, which imports them

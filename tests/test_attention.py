@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from packvit.attention import BACKENDS, Workload, attend, resolve, run_sdpa
-from packvit.packed import Segments
+from packvit.model.attention import BACKENDS, Workload, attend, resolve, run_sdpa
+from packvit.packs.segments import Segments
 
 LENGTHS = (24, 4, 15, 24, 4)  # equal lengths that are no neighbours, and a loner
 FIRST, REST = slice(0, 24), slice(24, 71)

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from packvit.attention import BACKENDS
 from packvit.bench.models import config_of
 from packvit.config import HALF_STATISTICS, ImageConfig
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES, AIMv2Packing
-from packvit.graphs import (
+from packvit.fast.graphs import (
     MOST_TOKENS,
     Graphs,
     Recording,
@@ -32,8 +31,9 @@ from packvit.graphs import (
     look,
     size_of,
 )
-from packvit.memory import Peak
-from packvit.packed import PatchPlaces, Segments, frame_table, sequence_lengths
+from packvit.model.attention import BACKENDS
+from packvit.model.memory import Peak
+from packvit.packs.segments import PatchPlaces, Segments, frame_table, sequence_lengths
 
 STATISTICS = ImageConfig(14, *HALF_STATISTICS, "bilinear", None)
 
@@ -226,7 +226,7 @@ def test_what_a_size_took_no_room_for_is_not_tried_again(monkeypatch: pytest.Mon
 def test_a_size_without_room_for_its_activations_is_not_recorded(monkeypatch: pytest.MonkeyPatch):
     graphs, size, tried = Graphs(), size_of((3,), [], BACKENDS[0], 0), []
     monkeypatch.setattr(graphs, "record", tried.append)
-    monkeypatch.setattr("packvit.graphs.free_memory", lambda device: 4000)
+    monkeypatch.setattr("packvit.fast.graphs.free_memory", lambda device: 4000)
     assert not graphs.keep(recording(size, bytes=1001))
     assert not tried
     assert graphs.keep(recording(size._replace(tokens=65), bytes=1000))
@@ -267,9 +267,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Graphs, "record", record)
     monkeypatch.setattr(
-        "packvit.graphs.replay", lambda weight, rows, *rest: (rows[0] @ weight.T, {})
+        "packvit.fast.graphs.replay", lambda weight, rows, *rest: (rows[0] @ weight.T, {})
     )
-    monkeypatch.setattr("packvit.graphs.is_graphable", lambda module: True)
+    monkeypatch.setattr("packvit.fast.graphs.is_graphable", lambda module: True)
     stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: stream)
     return places

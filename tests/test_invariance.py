@@ -14,7 +14,7 @@ from torch import Tensor
 
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
-from packvit.linear import Linear, affine
+from packvit.model.linear import Linear, affine
 
 Grid = list[tuple[int, int, int]]
 SIDES = (5, 5)  # what fixed tables are made for; packs of any grid hold it too

@@ -9,11 +9,11 @@ import reference
 import torch
 from torch import Tensor, nn
 
-from packvit.attention import Workload, resolve
 from packvit.families import AIMv2Packing
-from packvit.linear import Linear
-from packvit.packed import Segments
-from packvit.steps import STEPS, add_fused
+from packvit.fast.steps import STEPS, add_fused
+from packvit.model.attention import Workload, resolve
+from packvit.model.linear import Linear
+from packvit.packs.segments import Segments
 
 GRID = [(1, 3, 4), (2, 2, 5), (1, 1, 7)]
 ALL = (0, 1, 2)  # layers
@@ -35,7 +35,7 @@ def in_place() -> Iterator[list[Tensor]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "is_cuda", True)
-        patch.setattr("packvit.steps.may_fuse", lambda *tensors: True)
+        patch.setattr("packvit.fast.steps.may_fuse", lambda *tensors: True)
         patch.setitem(STEPS["add"], "fused", add)
         yield written
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packvit.linear import affine
+from packvit.model.linear import affine
 
 
 @pytest.mark.parametrize("steady", [False, True])

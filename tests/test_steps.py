@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from packvit.config import Activation
-from packvit.float8 import LARGEST, Linear8, Rise8, Rows8, quantise, to_8
-from packvit.linear import Linear
-from packvit.steps import (
+from packvit.fast.fp8 import LARGEST, Linear8, Rise8, Rows8, quantise, to_8
+from packvit.fast.steps import (
     ACTIVATIONS,
     STEPS,
     RMSNorm,
@@ -28,6 +27,7 @@ from packvit.steps import (
     rise,
     rise_fused,
 )
+from packvit.model.linear import Linear
 
 
 def test_fused_steps_are_for_cuda_inference_alone():
@@ -76,7 +76,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 8), (77, 2816), (33, 1025), (4096, 171)])
 def test_silu_times_is_nearer_to_exact_than_its_plain_twin(dtype, tokens: int, width: int):
-    from packvit.kernels.gates import silu_times
+    from packvit.fast.kernels.gates import silu_times
 
     torch.manual_seed(tokens)
     x = (3 * torch.randn(tokens, 2 * width, device="cuda")).to(dtype)
@@ -90,7 +90,7 @@ def test_silu_times_is_nearer_to_exact_than_its_plain_twin(dtype, tokens: int, w
 
 @pytest.mark.gpu
 def test_silu_times_writes_every_element_and_nan_stays_in_its_row():
-    from packvit.kernels.gates import silu_times
+    from packvit.fast.kernels.gates import silu_times
 
     x = torch.randn(5, 2 * 1500, device="cuda")
     before = silu_times(x)
@@ -166,7 +166,7 @@ def test_what_a_matmul_cannot_add_is_left_to_the_next_norm(monkeypatch: pytest.M
         assert same is stream
         assert isinstance(delta, Tensor)
         assert torch.equal(delta, plain(x))
-    monkeypatch.setattr("packvit.steps.sixteen_bits", lambda *tensors: True)
+    monkeypatch.setattr("packvit.fast.steps.sixteen_bits", lambda *tensors: True)
     with torch.inference_mode():
         for linear in (biased, wrapped, watched):
             assert not can_add(stream, x, linear, none)
@@ -216,7 +216,7 @@ def test_a_wrapped_matrix_is_never_stepped_past():
 
 
 def test_a_watched_norm_is_never_stepped_past(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("packvit.steps.choose", lambda *tensors: "fused")
+    monkeypatch.setattr("packvit.fast.steps.choose", lambda *tensors: "fused")
     called, (norm, _) = [], norms(16, "cpu", torch.float32)
     norm.register_forward_hook(lambda module, given, out: called.append(out) or out + 1)
     x = torch.randn(3, 16)
@@ -277,7 +277,7 @@ def test_nan_stays_in_its_row_of_add_norm():
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (77, 2816), (33, 1040), (500, 4304)])
 @pytest.mark.parametrize("outlier", [1.0, 100.0])
 def test_steps_to_8_bits_are_as_near_as_8_bits_are(tokens: int, width: int, outlier: float):
-    from packvit.kernels.eight import activate_8, quantise_8
+    from packvit.fast.kernels.eight import activate_8, quantise_8
 
     torch.manual_seed(tokens)
     x = torch.randn(tokens, 2 * width, device="cuda")
@@ -398,14 +398,14 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("wrapped", ["none", "first", "second", "both"])
 def test_mlps_in_8_bits_may_be_wrapped(monkeypatch: pytest.MonkeyPatch, gated: bool, wrapped: str):
     """With plain twins for the kernels, since the second matrix has the first one's channels."""
-    eight: Any = ModuleType("packvit.kernels.eight")
+    eight: Any = ModuleType("packvit.fast.kernels.eight")
     eight.quantise_8 = lambda x, reach, squared: quantise(x)[:2]
     eight.activate_8 = lambda hidden, activation, gated, channels: quantise(
         made_of(hidden.float(), activation, gated) / (1 if channels is None else channels)
     )[:2]
-    monkeypatch.setitem(sys.modules, "packvit.kernels.eight", eight)
+    monkeypatch.setitem(sys.modules, "packvit.fast.kernels.eight", eight)
     monkeypatch.setattr(torch, "_scaled_mm", plain_scaled_mm)
-    monkeypatch.setattr("packvit.float8.is_hopper", lambda device: True)
+    monkeypatch.setattr("packvit.fast.fp8.is_hopper", lambda device: True)
     first, x = first_of_an_mlp(gated, True, "rows", "cpu")
     second = Linear(320, 192).bfloat16()
     exact = second(made_of(first(x), "silu", gated)).float()
@@ -501,7 +501,7 @@ def test_a_row_of_a_matmul_to_8_bits_does_not_know_of_other_rows(gated: bool):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_values_that_are_not_finite_are_tamed_and_others_left(dtype: torch.dtype):
-    from packvit.kernels.heads import tame
+    from packvit.fast.kernels.heads import tame
 
     torch.manual_seed(0)
     qkv = torch.randn(1000, 3, 6, 72, device="cuda").to(dtype)
@@ -608,7 +608,7 @@ def test_gradients_of_rise_are_as_near_to_exact_as_its_plain_twins(
 @pytest.mark.gpu
 @pytest.mark.parametrize(("depth", "wide"), [(72, 96), (96, 72), (80, 96), (8, 32)])
 def test_heads_are_widened_with_zeros_and_cut_again(depth: int, wide: int):
-    from packvit.kernels.heads import widen
+    from packvit.fast.kernels.heads import widen
 
     whole = torch.randn(77, 3, 5, depth, device="cuda").bfloat16()
     expected = F.pad(whole, (0, wide - depth))

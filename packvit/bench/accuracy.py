@@ -18,11 +18,11 @@ from packvit.bench import SEED
 from packvit.bench.models import Model
 from packvit.bench.workloads import mixed_sizes
 from packvit.encoder import Encoder
-from packvit.layers import Block
+from packvit.images.patches import cut_patches
 from packvit.loading import take
+from packvit.model.layers import Block
 from packvit.options import Options
-from packvit.packed import Grid
-from packvit.preprocessing import cut_patches
+from packvit.packs.segments import Grid
 
 IMAGES = 8
 OUTLIERS, FACTOR = 3, 100  # channels of every norm

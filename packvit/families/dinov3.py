@@ -9,10 +9,8 @@ Source: "DINOv3", arXiv:2508.10104; transformers 5.17, models/dinov3_vit.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints import CheckpointError
-from packvit.config import IMAGENET_STATISTICS, EncoderConfig, Exact, ImageConfig, Rotary
-from packvit.encoder import Encoder
-from packvit.family import (
+from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.layouts import (
     Family,
     Json,
     Layout,
@@ -24,7 +22,9 @@ from packvit.family import (
     square,
     write_sizes,
 )
-from packvit.weights import Rule, convolution, fuse, gated, layers, rename, reshape
+from packvit.checkpoints.rules import Rule, convolution, fuse, gated, layers, rename, reshape
+from packvit.config import IMAGENET_STATISTICS, EncoderConfig, Exact, ImageConfig, Rotary
+from packvit.encoder import Encoder
 
 
 def rules(block: str) -> tuple[Rule, ...]:

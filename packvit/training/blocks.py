@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from packvit.attention import Backend
 from packvit.encoder import Encoder
-from packvit.layers import Block, Tokens, Turns
-from packvit.packed import Segments
+from packvit.model.attention import Backend
+from packvit.model.layers import Block, Tokens, Turns
+from packvit.packs.segments import Segments
 
 
 class CheckpointedBlock(Block):

@@ -18,9 +18,9 @@ from served import outcome
 
 from packvit.cli.embed import embed
 from packvit.corpus import WrongUse
-from packvit.corpus.folder import read_commits
-from packvit.corpus.inputs import list_inputs
-from packvit.corpus.sources import Cell, Input, read
+from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import Cell, Input, read
 
 
 def photo(number: int) -> bytes:

@@ -12,12 +12,12 @@ import pytest
 from served import outcome_of, write_served
 
 from packvit.corpus import WrongUse
-from packvit.corpus.checking import check_folder
-from packvit.corpus.inputs import list_inputs
+from packvit.corpus.folder.checking import check_folder
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import read
 from packvit.corpus.job import embed
-from packvit.corpus.sources import read
 from packvit.encoder import Encoder
-from packvit.images import ImageError
+from packvit.images.decode import ImageError
 
 SECONDS = 60  # that the server hangs for: longer than any test waits
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from packvit.corpus import WrongUse
-from packvit.corpus.inputs import SUFFIXES, Listing, list_inputs
+from packvit.corpus.inputs.find import SUFFIXES, Listing, list_inputs
 
 
 def touch(*paths: Path) -> None:
@@ -253,5 +253,5 @@ def test_the_digest_tells_names_and_order_apart(tmp_path: Path):
 
 
 def test_listing_does_not_load_torch():
-    code = "import sys, packvit.corpus.inputs; sys.exit('torch' in sys.modules)"
+    code = "import sys, packvit.corpus.inputs.find; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

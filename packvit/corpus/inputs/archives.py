@@ -1,0 +1,120 @@
+"""What lies in an archive: the photographs of a tar, the rows of a Parquet file. No torch.
+
+Nothing is unpacked: a member is known by its place. What a damaged archive still shows is listed,
+and whoever asks is told that it is damaged, since photographs may be missing.
+"""
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+from packvit.corpus import WrongUse
+from packvit.corpus.inputs.sources import Cell, Member, open_source, unreadable
+from packvit.images.decode import ImageError
+
+# A sample's key: its path up to the first dot of its name. Source: webdataset 1.0, tariterators.py.
+KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.[^/]*", re.DOTALL)
+BLOCK = 512  # of a tar
+
+# An archive's photograph: its key or short name, its whole name, where it lies, or why nowhere.
+Found = tuple[bytes, bytes, Member | Cell | None, str | None]
+
+
+def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
+    """Yield the photographs of a tar, and None for every other file in it.
+
+    Folders and links that are called like photographs, and files stored with holes, are errors.
+
+    Raises: ImageError truncated, after what is there, if it is damaged; or what opening it raises.
+    """
+    with open_source(path) as file, unreadable():
+        try:
+            tar: Any = tarfile.open(  # noqa: SIM115 # closing it would do nothing: the file is ours
+                fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
+            )
+            while member := tar.next():
+                tar.members.clear()  # or it would keep them all
+                name = member.name.encode("utf-8", "surrogateescape")
+                if os.path.splitext(name)[1].lower() not in suffixes:
+                    if not member.isdir():
+                        yield None
+                    continue
+                key = KEY.fullmatch(name)
+                code = None
+                if member.issparse():
+                    code = "unreadable"
+                elif not member.isreg():
+                    code = "not_a_file"
+                place = None if code else Member(member.offset_data, member.size)
+                yield key[1] if key else name, name, place, code
+            # tarfile takes a header that it can't read for the end.
+            file.seek(tar.offset)
+            if file.read(BLOCK) != bytes(BLOCK):
+                raise ImageError("truncated", "list")
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            raise ImageError("truncated", "list") from error
+
+
+def list_parquet(path: str, column: str) -> Iterator[Found | None]:
+    """Yield the rows of a Parquet file: their path, if there is one, their number, their place.
+
+    The number is written with zeros before it, so that its bytes are in the order of the rows. A
+    row without a path yields None as well: then paths can't name the rows.
+
+    Raises: WrongUse if no such column holds bytes; ImageError truncated if it is damaged, or what
+    opening it raises.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_source(path) as file, unreadable():
+        try:
+            table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+            schema = table.schema_arrow
+            kind = schema.field(column).type if schema.names.count(column) == 1 else None
+            fields = {}
+            if kind is not None and pa.types.is_struct(kind):
+                fields = {field.name: field.type for field in kind}
+            if not is_bytes(fields.get("bytes", kind)):
+                raise WrongUse(
+                    f'{path} has no column "{column}" that holds the bytes of images, alone or '
+                    f"beside their path. It has: {describe(schema)}. Name one with --image-column; "
+                    "for a list of paths, give the file with --list."
+                )
+            place = f"{column}.bytes" if fields else column
+            digits = len(str(table.metadata.num_rows - 1))
+            number = 0
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                names = list_names(table, group, column) if "path" in fields else None
+                for row in range(rows):
+                    text = f"{number:0{digits}}".encode()
+                    name = next(names) if names else None
+                    if not name:
+                        yield None
+                    yield name or text, text, Cell(group, row, place), None
+                    number += 1
+        except (pa.ArrowException, OSError, StopIteration) as error:
+            raise ImageError("truncated", "list") from error
+
+
+def list_names(table: Any, group: int, column: str) -> Iterator[bytes]:
+    """Yield the paths in a row group, empty where there is none."""
+    batches = table.iter_batches(4096, row_groups=[group], columns=[f"{column}.path"])
+    for batch in batches:
+        for name in batch.column(0).field(0).to_pylist():
+            yield os.fsencode(name or "")
+
+
+def is_bytes(kind: Any) -> bool:
+    """Tell whether a column's type is that of bytes."""
+    import pyarrow as pa
+
+    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def describe(schema: Any) -> str:
+    """Return the columns of a table as a message names them."""
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)

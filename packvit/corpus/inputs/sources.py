@@ -1,0 +1,318 @@
+"""What an input is, and its bytes: of a file, a URL, an archive's member, a table's row. No torch.
+
+Decode workers get inputs from elsewhere, so an input is a small value that says all it takes to
+read it. Whatever is wrong with one ends as an ImageError with a code of ours.
+"""
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+from typing import Any, Literal
+
+from packvit.corpus import WrongUse
+from packvit.images.decode import MAX_BYTES, ImageError, find_file, read_file
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://", re.ASCII)
+# What brings a protocol that fsspec knows of and does not bring itself.
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
+PACKAGES |= {"https": "aiohttp", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
+GONE = (404, 410)  # answers of a server to what it has not
+ROWS, BATCHES = 16, 4  # of a table, read at once and kept: decoders ask a little out of order
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where in its archive an input's bytes lie."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Which cell of a Parquet file holds an input's bytes: row `row` of row group `group`."""
+
+    group: int
+    row: int
+    column: str  # dotted where the bytes are a field of a struct
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input: what its row is called, where it lies, and what listing it already found out."""
+
+    id: str  # always valid UTF-8
+    path: str  # as the file system spells it: bytes that are not UTF-8 are surrogates; or a URL
+    error: tuple[str, str] | None = None  # (code, stage) of an input that can't be read
+    within: Member | Cell | None = None  # None: all of the file
+
+
+def read(source: Input) -> bytes:
+    """Return the bytes of an input.
+
+    Raises: ImageError missing, not_a_file, unreadable, truncated or out_of_memory.
+    """
+    if isinstance(source.within, Cell):
+        return read_cell(source.path, source.within)
+    member = source.within
+    if member and member.size > MAX_BYTES:
+        raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
+    if is_url(source.path):
+        data = read_url(source.path, member)
+    elif member:
+        data = read_file(source.path, member.offset, member.size)
+    else:
+        data = read_file(source.path)
+    if member and len(data) < member.size:
+        raise ImageError("truncated", "read", "the archive ends before it")
+    return data
+
+
+def is_url(path: str) -> bool:
+    """Tell whether `path` is a URL for fsspec; a chained one, zip://a.jpg::s3://b/c.zip, too."""
+    return URL.match(path) is not None
+
+
+def find_url(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system that a URL names, and its path there.
+
+    Raises: WrongUse for an unknown protocol; ImportError with what to install for it.
+    """
+    from fsspec.core import url_to_fs
+    from fsspec.registry import available_protocols, get_filesystem_class
+
+    try:
+        files, place = url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        for protocol in protocols(url):  # of which one is not installed
+            try:
+                get_filesystem_class(protocol)
+            except ImportError:
+                package = PACKAGES.get(protocol, f"what fsspec needs for {protocol}")
+                raise ImportError(f"{url} cannot be read: pip install {package}") from error
+        raise
+    except ValueError as error:
+        if set(protocols(url)) <= set(available_protocols()):
+            raise  # an archive in the chain that is none, for example
+        raise WrongUse(
+            f"{url} cannot be read: fsspec knows no such protocol. For a file or folder of that "
+            "name put ./ before it."
+        ) from error
+    if is_hub(files):
+        # It keeps listings whatever it is asked, and takes one that failed half-way for all there
+        # is: files after that would be missing.
+        files.dircache.clear()
+    return files, place
+
+
+def protocols(url: str) -> list[str]:
+    """Return the protocols that a URL names, of which a chained one has several."""
+    found = (link.partition("://") for link in url.split("::"))
+    return [protocol for protocol, slashes, _ in found if slashes]
+
+
+def is_hub(files: Any) -> bool:
+    """Tell whether a file system is huggingface_hub's."""
+    return files.protocol == "hf"
+
+
+def take_for_file(files: Any, place: str, size: int | None) -> None:
+    """Have the hub's file system take a path for that of a file, of `size` as far as it is read.
+
+    Before it reads a file it would list all of the folder around it, in each worker anew.
+    """
+    name = files.resolve_path(place).unresolve()
+    around = name.rpartition("/")[0]
+    files.dircache[around] = [{"name": name, "type": "file", "size": size}]
+
+
+def find_kind(url: str) -> Literal["file", "folder"]:
+    """Return what a URL names, as far as its server tells.
+
+    Raises: ImageError missing or unreadable, its cause being what the file system raised.
+    """
+    with unreadable():
+        files, place = find_url(url)
+        options = {}
+        if is_hub(files):
+            if not files.resolve_path(place).path:
+                return "folder"  # a whole repository
+            options = {"expand_info": True}  # or it would list all of the folder around it
+        found = files.info(place, **options)
+        # http says of everything that it is a file; a page of links is a folder.
+        web = {"http", "https"} & set(protocols(url)[:1])
+        return "folder" if found["type"] == "directory" or (web and files.isdir(place)) else "file"
+
+
+def open_source(path: str) -> Any:
+    """Open a file or URL for reading its bytes; a pipe is never waited for.
+
+    Any, since fsspec's files do what a BinaryIO does and are none.
+
+    Raises: ImageError missing, not_a_file or unreadable.
+    """
+    with unreadable():
+        if is_url(path):
+            files, place = find_url(path)
+            return files.open(place, "rb")
+        find_file(path)
+        return open(path, "rb")
+
+
+def read_url(url: str, member: Member | None) -> bytes:
+    """Return the bytes behind a URL, or of a member of the archive there."""
+    with unreadable():
+        files, place = find_url(url)
+        if member:
+            if not member.size:
+                return b""
+            end = member.offset + member.size
+            options = {}
+            if is_hub(files):
+                take_for_file(files, place, end)
+                options = {"cache_type": "none"}  # it would read 5 MiB ahead
+            data = files.cat_file(place, start=member.offset, end=end, **options)
+            if len(data) > member.size:  # all of it: from the start, and again for every member
+                raise ImageError("unreadable", "read", "its server sends no parts of a file")
+            return data
+        if is_hub(files):
+            take_for_file(files, place, None)
+            with files.open(place, "rb", block_size=0) as file:
+                data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
+            return data
+        found = files.info(place)
+        if found["type"] != "file":
+            raise ImageError("not_a_file", "read")
+        if (found.get("size") or 0) > MAX_BYTES:
+            raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
+        return files.cat_file(place)
+
+
+@contextmanager
+def unreadable() -> Iterator[None]:
+    """Turn whatever a file system raises into a code: each of fsspec's has exceptions of its own.
+
+    What is wrong with the address or with what is installed stays what it is.
+    """
+    try:
+        yield
+    except (ImageError, WrongUse, ImportError):
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError("missing" if is_gone(error) else "unreadable", "read") from error
+    except IsADirectoryError as error:
+        raise ImageError("not_a_file", "read") from error
+    except MemoryError as error:
+        raise ImageError("out_of_memory", "read") from error
+    except Exception as error:
+        gone = find_status(error) in GONE
+        raise ImageError("missing" if gone else "unreadable", "read") from error
+
+
+def is_gone(error: OSError) -> bool:
+    """Tell whether there is really no such file.
+
+    fsspec's http says so of whatever a server answers, and the hub's of what it keeps to others;
+    what was answered is the cause.
+    """
+    cause = error.__cause__
+    status = find_status(cause)
+    if status is not None:
+        return status in GONE
+    return not (isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp."))
+
+
+def find_status(error: BaseException | None) -> int | None:
+    """Return what an http server answered, as aiohttp's and the hub's exceptions tell it."""
+    status = getattr(error, "status", None)
+    if status is None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+class Cells:
+    """One column of a Parquet file, read forwards a few rows at a time.
+
+    A row group may be larger than memory, so none is held whole; asked for in their order, rows
+    are read once. Threads may share it.
+    """
+
+    def __init__(self, path: str, column: str) -> None:
+        import pyarrow.parquet as pq
+
+        source = open_source(path) if is_url(path) else path
+        with unreadable():
+            # Without a buffer pyarrow reads a column's part of a row group in one piece.
+            self.file = pq.ParquetFile(
+                source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+            )
+        self.column = column
+        self.lock = Lock()
+        self.group = self.first = self.next = -1  # the row group; the rows that are kept
+        self.batches: Iterator[Any] = iter(())
+        self.kept: deque[Any] = deque()
+
+    def get(self, group: int, row: int) -> bytes | None:
+        """Return the bytes in a row of a row group, or None if it is null."""
+        with self.lock:
+            if group != self.group or row < self.first:
+                self.group, self.first, self.next = group, 0, 0
+                self.kept.clear()
+                self.batches = self.file.iter_batches(
+                    ROWS, row_groups=[group], columns=[self.column], use_threads=False
+                )
+            try:
+                while row >= self.next:
+                    self.advance()
+            except BaseException:
+                self.group = -1  # the next read starts afresh
+                raise
+            place = row - self.first
+            for values in self.kept:
+                if place < len(values):
+                    return values[place].as_py()
+                place -= len(values)
+            raise AssertionError("the row is among those that are kept")
+
+    def advance(self) -> None:
+        """Read some rows more, and let go of the oldest."""
+        (values,) = next(self.batches).columns
+        if "." in self.column:
+            values = values.field(0)
+        self.kept.append(values)
+        self.next += len(values)
+        if len(self.kept) > BATCHES:
+            self.first += len(self.kept.popleft())
+
+
+# By process, since neither a lock nor a remote file survives a fork, and by what the file was then.
+@lru_cache(maxsize=4)
+def open_cells(path: str, column: str, process: int, version: tuple[int, int]) -> Cells:
+    """Return an open column of a Parquet file."""
+    return Cells(path, column)
+
+
+def read_cell(path: str, cell: Cell) -> bytes:
+    """Return the bytes in a cell of a Parquet file."""
+    if is_url(path):
+        version = (0, 0)
+    else:
+        found = find_file(path)
+        version = (found.st_size, found.st_mtime_ns)
+    try:
+        with unreadable():
+            data = open_cells(path, cell.column, os.getpid(), version).get(cell.group, cell.row)
+    except ImageError as error:
+        if error.code != "unreadable":
+            raise
+        raise ImageError("truncated", "read", "the table is damaged there") from error
+    if data is None:
+        raise ImageError("missing", "read", "null in the table")
+    return data

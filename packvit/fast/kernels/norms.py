@@ -1,0 +1,237 @@
+"""Norms in one pass with the residual that they end, and their derivative."""
+
+import torch
+import triton  # pyright: ignore[reportMissingImports] # comes with torch for CUDA
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from packvit.fast.kernels import operator, warps_of
+from packvit.fast.kernels.eight import new_scales, store_8, store_after
+
+PROGRAMS = 1056  # of a backward: 8 on each of an H100's SMs
+
+
+@triton.jit
+def add_norm_kernel(
+    stream,
+    delta,
+    weight,
+    bias,
+    summed,
+    out,
+    scales,
+    reach,
+    after,
+    width,
+    eps,
+    adds: tl.constexpr,
+    centred: tl.constexpr,
+    eight: tl.constexpr,
+    reaches: tl.constexpr,
+    squared: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One row: summed = stream + delta, out = norm(summed), RMS or (`centred`) layer norm."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    inside = column < width
+    at = row * width + column
+    x = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
+    if adds:
+        rounded = (x + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)).to(
+            summed.dtype.element_ty
+        )
+        tl.store(summed + at, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    if centred:
+        x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
+    result = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    result *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if centred:
+        result += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    if eight:
+        store_8(out, scales, row, column, inside, width, result)
+        if reaches:
+            store_after(after, row, column, inside, width, reach, squared, result)
+    else:
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+def launch_add_norm(
+    stream: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
+    reach: Tensor | None = None,
+    squared: bool = False,
+) -> Tensor:
+    """Launch the kernel, and return the sum, which is empty where nothing is added."""
+    rows, width = stream.shape
+    summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
+    scale, after = scales or (out, out)
+    block = triton.next_power_of_2(width)
+    launch = add_norm_kernel[(rows,)]  # pyright: ignore[reportIndexIssue]
+    launch(
+        stream,
+        stream if delta is None else delta,
+        weight,
+        weight if bias is None else bias,
+        summed,
+        out,
+        scale,
+        out if reach is None else reach,
+        after,
+        width,
+        eps,
+        adds=delta is not None,
+        centred=bias is not None,
+        eight=scales is not None,
+        reaches=reach is not None,
+        squared=squared,
+        block=block,
+        num_warps=warps_of(block),
+    )
+    return summed
+
+
+def like_add_norm(stream, delta, weight, bias, eps):
+    """Return what `add_norm` does, but for its numbers."""
+    summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
+    return summed, torch.empty_like(stream)
+
+
+@operator(like_add_norm)
+def add_norm(
+    stream: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return stream + delta, or nothing where there is no delta, and its norm, in one pass.
+
+    A bias makes it a layer norm; without one it is an RMS norm.
+
+    Shapes: stream, delta [T, D], contiguous; weight, bias [D] -> [T, D] or [0], [T, D].
+    """
+    out = torch.empty_like(stream)
+    return launch_add_norm(stream, delta, weight, bias, eps, out), out
+
+
+def like_add_norm_8(stream, delta, weight, bias, eps, reach, squared):
+    """Return what `add_norm_8` does, but for its numbers."""
+    summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
+    values = torch.empty_like(stream, dtype=torch.float8_e4m3fn)
+    return summed, values, *new_scales(stream, reach)
+
+
+@operator(like_add_norm_8)
+def add_norm_8(
+    stream: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    reach: Tensor | None,
+    squared: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `add_norm`, the norm in 8 bits, with its scale and that of what is made of it.
+
+    Shapes: as `add_norm`, reach [D + 1] -> the norm [T, D] float8_e4m3fn, its scale [T, 1] float32,
+    and by `float8.Reach` another [T, 1], or [0, 1] without reach.
+    """
+    values = torch.empty_like(stream, dtype=torch.float8_e4m3fn)
+    scales = new_scales(stream, reach)
+    summed = launch_add_norm(stream, delta, weight, bias, eps, values, scales, reach, squared)
+    return summed, values, *scales
+
+
+@triton.jit
+def add_norm_backward_kernel(
+    summed,
+    given,
+    passed,
+    weight,
+    out,
+    weight_parts,
+    bias_parts,
+    rows,
+    width,
+    eps,
+    passes: tl.constexpr,
+    centred: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Rows in turn: out = passed + the norm's derivative at `given`; its weights' by program."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    column = tl.arange(0, block)
+    inside = column < width
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    weight_sum = tl.zeros((block,), tl.float32)
+    bias_sum = tl.zeros((block,), tl.float32)
+    for row in range(program, rows, programs):
+        at = tl.cast(row, tl.int64) * width + column
+        x = tl.load(summed + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(given + at, mask=inside, other=0.0).to(tl.float32)
+        if passes:  # asked for before it is needed
+            further = tl.load(passed + at, mask=inside, other=0.0).to(tl.float32)
+        if centred:
+            x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
+        root = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+        normed = x * root
+        inner = dy * scale
+        dx = inner - normed * (tl.sum(inner * normed, 0) / width)
+        if centred:
+            dx -= tl.sum(inner, 0) / width
+            bias_sum += dy
+        dx *= root
+        weight_sum += dy * normed
+        if passes:
+            dx += further  # pyright: ignore[reportPossiblyUnboundVariable]
+        tl.store(out + at, dx.to(out.dtype.element_ty), mask=inside)
+    at = program.to(tl.int64) * width + column
+    tl.store(weight_parts + at, weight_sum, mask=inside)
+    if centred:
+        tl.store(bias_parts + at, bias_sum, mask=inside)
+
+
+def like_add_norm_backward(summed, given, passed, weight, centred, eps):
+    """Return what `add_norm_backward` does, but for its numbers."""
+    weights = summed.new_empty(1 + centred, summed.shape[1], dtype=torch.float32)
+    return torch.empty_like(summed), weights
+
+
+@operator(like_add_norm_backward)
+def add_norm_backward(
+    summed: Tensor, given: Tensor, passed: Tensor | None, weight: Tensor, centred: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of what was summed, and of the norm's weight and bias, in one pass.
+
+    `given` is the gradient of the norm's output, `passed` that of the sum where it goes on. Sums
+    over tokens are taken in fp32, in an order that is always the same.
+
+    Shapes: summed, given, passed [T, D], contiguous; weight [D] -> [T, D], and float32 [2, D], or
+    [1, D] without a bias.
+    """
+    rows, width = summed.shape
+    out = torch.empty_like(summed)
+    programs = min(rows, PROGRAMS)
+    parts = summed.new_empty(1 + centred, programs, width, dtype=torch.float32)
+    launch = add_norm_backward_kernel[(programs,)]  # pyright: ignore[reportIndexIssue]
+    block = triton.next_power_of_2(width)
+    launch(
+        summed,
+        given,
+        summed if passed is None else passed,
+        weight,
+        out,
+        parts[0],
+        parts[-1],
+        rows,
+        width,
+        eps,
+        passes=passed is not None,
+        centred=centred,
+        block=block,
+        num_warps=warps_of(block),
+    )
+    return out, parts.sum(1)
