@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from packvit.model.attention import BACKENDS, Workload, attend, resolve, run_sdpa
+from packvit.model.attention import BACKENDS, AttentionInputs, attend, resolve, run_sdpa
 from packvit.packs.segments import Segments
 
 LENGTHS = (24, 4, 15, 24, 4)  # equal lengths that are no neighbours, and a loner
@@ -94,7 +94,7 @@ def test_one_query_a_sequence_attends_to_its_own_tokens(lengths: list[int]):
 
 
 def test_a_backend_that_cannot_run_says_why_and_auto_steps_past_it():
-    work = Workload(torch.device("cpu"), torch.float32, 8)
+    work = AttentionInputs(torch.device("cpu"), torch.float32, 8)
     assert resolve("auto", work).name == "sdpa"
     with pytest.raises(ValueError, match=r'"torch" cannot run: it needs CUDA tensors .* on cpu'):
         resolve("torch", work)
@@ -118,7 +118,7 @@ def test_the_torch_backend_knows_its_limits(
     dtype: torch.dtype, head_dim: int, obstacle: str | None
 ):
     [backend] = [backend for backend in BACKENDS if backend.name == "torch"]
-    found = backend.obstacle(Workload(torch.device("cuda"), dtype, head_dim))
+    found = backend.obstacle(AttentionInputs(torch.device("cuda"), dtype, head_dim))
     assert found is None if obstacle is None else obstacle in str(found)
 
 

@@ -22,7 +22,7 @@ from packvit.fast.graphs import (
     Graphs,
     Recording,
     Size,
-    Witness,
+    WeightFingerprint,
     fill_table,
     fill_up,
     is_due,
@@ -299,20 +299,20 @@ def test_what_a_graph_reads_is_kept_until_it_is_forgotten(recorded: list[int]):
         for _ in range(2):
             model(x)
         model.linear.weight.data = model.linear.weight.data.clone()
-        assert model.graphs.witness is not None
-        [kept] = model.graphs.witness.weights
+        assert model.graphs.fingerprint is not None
+        [kept] = model.graphs.fingerprint.weights
         assert kept.data_ptr() == recorded[0] != model.linear.weight.data_ptr()
         model(x)
-    assert model.graphs.witness is None
+    assert model.graphs.fingerprint is None
 
 
 def test_loading_weights_from_a_parent_forgets_graphs():
     encoder = AIMv2Packing.from_transformers(reference.build("aimv2", is_native=True))
     assert encoder.graphs is not None
-    encoder.graphs.witness = Witness.of(encoder)
+    encoder.graphs.fingerprint = WeightFingerprint.of(encoder)
     parent = nn.ModuleDict({"tower": encoder})
     parent.load_state_dict(parent.state_dict())
-    assert encoder.graphs.witness is None
+    assert encoder.graphs.fingerprint is None
 
 
 @pytest.mark.gpu

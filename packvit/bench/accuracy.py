@@ -18,6 +18,7 @@ from packvit.bench import SEED
 from packvit.bench.models import Model
 from packvit.bench.workloads import mixed_sizes
 from packvit.encoder import Encoder
+from packvit.fast.steps import first_linear
 from packvit.images.patches import cut_patches
 from packvit.loading import take
 from packvit.model.layers import Block
@@ -79,7 +80,7 @@ def plant(encoder: Encoder, *, undo: bool) -> Encoder:
         assert isinstance(block, Block)
         for norm, reader in (
             (block.attention_norm, block.attention.qkv),
-            (block.mlp_norm, block.mlp.reads),
+            (block.mlp_norm, first_linear(block.mlp)),
         ):
             channels = torch.randperm(
                 encoder.config.width, generator=draw, dtype=torch.int64, device="cpu"

@@ -50,10 +50,10 @@ from packvit.corpus.settings import (
     load_encoder,
 )
 from packvit.encoder import Encoder, GridPolicy
-from packvit.fast.graphs import free_memory
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import Resize
+from packvit.model.memory import free_memory
 from packvit.verification.job import vouch
 
 TRIAL_MODEL = "tiny"

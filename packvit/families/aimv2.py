@@ -12,7 +12,8 @@ from packvit.checkpoints import layouts as family
 from packvit.checkpoints.rules import convolution, gated, layers, rename, reshape
 from packvit.config import EncoderConfig, SinCos, Table
 from packvit.encoder import Encoder
-from packvit.model.layers import Attention, Block, Blocks, PatchEmbeddings
+from packvit.model.embeddings import PatchEmbeddings
+from packvit.model.layers import Attention, Block, Blocks
 
 VARIANTS = ("native", "224-distilled", "336-distilled", "224-lit")  # of the large size alone
 APPLE_TYPE = {"model_type": "aimv2"}

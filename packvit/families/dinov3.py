@@ -48,7 +48,7 @@ def rules(block: str) -> tuple[Rule, ...]:
         ),
         *gated(f"{ours}mlp.gate_up", f"{block}mlp.", "gate_proj up_proj"),
         fuse(
-            f"{ours}attention.qv_bias",
+            f"{ours}attention.qkv.qv_bias",
             f"{block}attention.q_proj.bias",
             f"{block}attention.v_proj.bias",
         ),

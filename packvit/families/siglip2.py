@@ -29,7 +29,8 @@ from packvit.checkpoints.layouts import (
 from packvit.checkpoints.rules import layers, rename
 from packvit.config import HALF_STATISTICS, EncoderConfig, ImageConfig, MostPatches, Table
 from packvit.encoder import Encoder
-from packvit.model.layers import Attention, Block, Blocks, PatchEmbeddings
+from packvit.model.embeddings import PatchEmbeddings
+from packvit.model.layers import Attention, Block, Blocks
 
 RULES = (
     *layers("embeddings.", "embeddings.", {"patches": "patch_embedding"}),

@@ -1,4 +1,4 @@
-"""Steps of `steps.py` that have kernels for their derivative too: what training in 16 bits runs."""
+"""Steps of a block with kernels for their derivative too: what training in 16 bits runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,14 +20,14 @@ class AddNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        """Return stream + delta, or nothing where there is no delta, and the norm."""
+        """Return stream + delta, which is empty where there is no delta, and the norm."""
         from packvit.fast.kernels.norms import add_norm as kernel
 
-        summed, normed = kernel(stream, delta, weight, bias, eps)
+        summed, normed = kernel(stream, delta, None, weight, bias, eps)
         ctx.save_for_backward(stream if delta is None else summed, weight)
         ctx.centred, ctx.adds, ctx.eps = bias is not None, delta is not None, eps
         ctx.set_materialize_grads(False)
-        return summed, normed
+        return stream.new_empty(0) if delta is None else summed, normed
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -49,16 +49,16 @@ class AddNorm(torch.autograd.Function):
         return out, out if ctx.adds else None, scale, *shift, *(None,) * (2 - len(shift))
 
 
-class SiluTimes(torch.autograd.Function):
+class SiluMul(torch.autograd.Function):
     """silu(gate) * up of both in turns."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         """Return it in one pass."""
-        from packvit.fast.kernels.gates import silu_times
+        from packvit.fast.kernels.gates import silu_mul
 
         ctx.save_for_backward(gate_up)
-        return silu_times(gate_up)
+        return silu_mul(gate_up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -66,13 +66,13 @@ class SiluTimes(torch.autograd.Function):
         ctx: Any, given: Tensor
     ) -> Tensor:
         """Return the gradients of both in turns, in one pass."""
-        from packvit.fast.kernels.gates import silu_times_backward
+        from packvit.fast.kernels.gates import silu_mul_backward
 
         [gate_up] = ctx.saved_tensors
-        return silu_times_backward(gate_up, given.contiguous())
+        return silu_mul_backward(gate_up, given.contiguous())
 
 
-class Rise(torch.autograd.Function):
+class LinearAct(torch.autograd.Function):
     """act(tokens @ weight.T + bias)."""
 
     @staticmethod

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packvit.fast.steps import is_hooked
+from packvit.fast.hooks import is_hooked
 from packvit.model.attention import Backend
-from packvit.model.memory import Peak
+from packvit.model.memory import Peak, free_memory
 from packvit.packs.segments import Segments, seams_of, to_device
 
 MOST_TOKENS = 2**16  # at half of it AIMv2-large is still 6 % faster on an H100, in bf16 and in fp8
@@ -74,23 +74,23 @@ class Recording(NamedTuple):
     bytes: int  # that the run may hold at its peak, beside weights
 
 
-class Witness(NamedTuple):
+class WeightFingerprint(NamedTuple):
     """What graphs were recorded of: an encoder's modules but itself, and what they were then."""
 
     modules: tuple[nn.Module, ...]
-    told: list[int]
+    seen: list[int]
     weights: tuple[Tensor, ...]  # kept, so that graphs find something there until forgotten
 
     @classmethod
-    def of(cls, owner: nn.Module) -> "Witness":
+    def of(cls, owner: nn.Module) -> "WeightFingerprint":
         """Look at an encoder as it is."""
         held = (*owner.parameters(), *owner.buffers())
         modules = tuple(owner.modules())
         return cls(modules[1:], look(modules), tuple(tensor.detach() for tensor in held))
 
-    def knows(self, owner: nn.Module) -> bool:
+    def matches(self, owner: nn.Module) -> bool:
         """Return whether an encoder is still what it was."""
-        return look((owner, *self.modules)) == self.told
+        return look((owner, *self.modules)) == self.seen
 
 
 def look(modules: Iterable[nn.Module]) -> list[int]:
@@ -111,14 +111,6 @@ def look(modules: Iterable[nn.Module]) -> list[int]:
 def is_due(met: int) -> bool:
     """Return whether a size is to be recorded that was met so often without a graph."""
     return met > 1 and met.bit_count() == 1
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that a forward could still take on a GPU; None elsewhere."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def is_graphable(module: nn.Module) -> bool:
@@ -167,7 +159,19 @@ class Graphs:
             # By the stream that replays, whose graphs never run at the same time: their memory, and
             # the stream that records them, for another one could not use it again.
             self.pools: dict[int, tuple[Any, torch.cuda.Stream]] = {}
-            self.witness: Witness | None = None
+            self.fingerprint: WeightFingerprint | None = None
+
+    def serve(self, x: Tensor, backend: Backend) -> bool:
+        """Return whether packs such as `x` may run by graphs: in inference, if not too large."""
+        return (
+            x.is_cuda
+            and len(x) <= MOST_TOKENS
+            and backend.varlen
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and torch.cuda.is_available()  # fake tensors, which calls are counted with, need no GPU
+            and not torch.cuda.is_current_stream_capturing()
+        )
 
     def __call__(
         self,
@@ -197,10 +201,10 @@ class Graphs:
                 self.kept.move_to_end(size)
                 found = replay(self.kept[size], rows, frames, filled)
                 # Looked at while the device is at work: it takes the host a third of a millisecond.
-                if self.witness and self.witness.knows(owner):
+                if self.fingerprint and self.fingerprint.matches(owner):
                     return found
                 self.forget()
-            elif self.witness and not self.witness.knows(owner):
+            elif self.fingerprint and not self.fingerprint.matches(owner):
                 self.forget()
             self.met[size] += 1
             given = [pad(row, size) for row in rows]
@@ -235,7 +239,7 @@ class Graphs:
             self.too_large.add(size)
             self.forget()
             return False
-        self.witness = Witness.of(owner)
+        self.fingerprint = WeightFingerprint.of(owner)
         while sum(kept.tokens for kept in self.kept) > KEPT_TOKENS:
             self.kept.popitem(last=False)
         return True

@@ -9,21 +9,20 @@ message and its line in `packvit info`.
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from packvit.fast.flash_attention4 import PackedFa4, run_fa4
 from packvit.packs.segments import Segments
 
 Heads = Float[Tensor, "T H K"]
 Queries = Float[Tensor, "Q H K"]
 
 
-class Workload(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What decides whether a backend can run."""
 
     device: torch.device
@@ -37,38 +36,78 @@ class Backend(NamedTuple):
     name: str
     title: str
     run: Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]
-    obstacle: Callable[[Workload], str | None]  # completes "it cannot run because ..."
+    obstacle: Callable[[AttentionInputs], str | None]  # completes "it cannot run because ..."
     measured: bool  # run and measured by us: "auto" takes no other
     varlen: bool = True  # one launch whatever the lengths, so that a CUDA graph can hold it
-    teach: Callable[[Tensor, Segments], Tensor] | None = None  # of all three in one, in training
 
 
-def flash_obstacle(work: Workload, oldest: tuple[int, int], largest: int) -> str | None:
+def flash_obstacle(inputs: AttentionInputs, oldest: tuple[int, int], largest: int) -> str | None:
     """What every flash-attention kernel wants: half precision on a recent enough GPU."""
-    if work.device.type != "cuda":
-        return f"it needs CUDA tensors and these are on {work.device}"
-    if work.dtype not in (torch.float16, torch.bfloat16):
-        return f"it needs float16 or bfloat16 and these are {work.dtype}"
+    if inputs.device.type != "cuda":
+        return f"it needs CUDA tensors and these are on {inputs.device}"
+    if inputs.dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16 and these are {inputs.dtype}"
     # Fake CUDA tensors, with which call counts are tested, have no capability to ask for.
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(work.device) < oldest:
-        return f"it needs compute capability {oldest[0]}.{oldest[1]} and {work.device} is older"
-    if work.head_dim % 8 or work.head_dim > largest:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(inputs.device) < oldest:
+        return f"it needs compute capability {oldest[0]}.{oldest[1]} and {inputs.device} is older"
+    if inputs.head_dim % 8 or inputs.head_dim > largest:
         return (
-            f"it needs a head_dim divisible by 8, up to {largest}, and this one is {work.head_dim}"
+            f"it needs a head_dim divisible by 8, at most {largest}; this one is {inputs.head_dim}"
         )
     return None
 
 
-def seams(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, int, int]:
+def varlen_arguments(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, int, int]:
     """Return what all varlen kernels take behind query, key and value, in their order."""
     return queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
 
 
-def fa4_obstacle(work: Workload) -> str | None:
+# FlashAttention-4's gradient of queries is wrong where this does not divide their head_dim (seen in
+# 4.0.0b36): the kernel accumulates it by sixteens, and what reads it goes by 32. Zeros behind
+# change no result.
+FA4_HEAD_DIM = 32
+
+
+def run_fa4(query: Queries, key: Heads, value: Heads, queries: Segments, keys: Segments) -> Queries:
+    """FlashAttention-4, by the signature of flash-attn-4 4.0.0b36.
+
+    It multiplies the values behind a sequence's end by zero, so that a NaN there would reach the
+    sequence. In inference such values become zero and the key at their place NaN, which keeps them
+    in their own sequence; in training a NaN ends in the sum of losses anyway.
+    """
+    from flash_attn.cute import (  # pyright: ignore[reportMissingImports] # extra "hopper"
+        flash_attn_varlen_func,
+    )
+
+    head_dim = query.shape[-1]
+    if torch.is_grad_enabled() and any(heads.requires_grad for heads in (query, key, value)):
+        missing = -head_dim % FA4_HEAD_DIM
+        query, key, value = (F.pad(heads, (0, missing)) for heads in (query, key, value))
+    else:
+        finite = value.isfinite()
+        key = torch.where(finite, key, key.new_full((), float("nan")))
+        value = torch.where(finite, value, value.new_zeros(()))
+    out, _ = flash_attn_varlen_func(
+        query, key, value, **fa4_arguments(queries, keys), softmax_scale=head_dim**-0.5
+    )
+    return out[..., :head_dim]
+
+
+def fa4_arguments(queries: Segments, keys: Segments) -> dict[str, Any]:
+    """Return the varlen arguments under FlashAttention-4's names."""
+    return {
+        "cu_seqlens_q": queries.cu_seqlens,
+        "cu_seqlens_k": keys.cu_seqlens,
+        "max_seqlen_q": queries.max_seqlen,
+        "max_seqlen_k": keys.max_seqlen,
+    }
+
+
+def fa4_obstacle(inputs: AttentionInputs) -> str | None:
     """A wheel for Hopper and newer."""
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         return "flash_attn.cute is not installed; pip install 'packvit[hopper]'"
-    return flash_obstacle(work, (9, 0), 128)
+    return flash_obstacle(inputs, (9, 0), 128)
 
 
 def run_fa3(query: Queries, key: Heads, value: Heads, queries: Segments, keys: Segments) -> Queries:
@@ -77,15 +116,15 @@ def run_fa3(query: Queries, key: Heads, value: Heads, queries: Segments, keys: S
         flash_attn_varlen_func,
     )
 
-    out = flash_attn_varlen_func(query, key, value, *seams(queries, keys))
+    out = flash_attn_varlen_func(query, key, value, *varlen_arguments(queries, keys))
     return out[0] if isinstance(out, tuple) else out  # older builds return (out, lse)
 
 
-def fa3_obstacle(work: Workload) -> str | None:
+def fa3_obstacle(inputs: AttentionInputs) -> str | None:
     """No wheel is published; it is built for Hopper alone."""
     if find_spec("flash_attn_interface") is None:
         return "flash_attn_interface is not installed; build FlashAttention-3 from its repository"
-    return flash_obstacle(work, (9, 0), 256)
+    return flash_obstacle(inputs, (9, 0), 256)
 
 
 def run_fa2(query: Queries, key: Heads, value: Heads, queries: Segments, keys: Segments) -> Queries:
@@ -94,14 +133,14 @@ def run_fa2(query: Queries, key: Heads, value: Heads, queries: Segments, keys: S
         flash_attn_varlen_func,
     )
 
-    return flash_attn_varlen_func(query, key, value, *seams(queries, keys))
+    return flash_attn_varlen_func(query, key, value, *varlen_arguments(queries, keys))
 
 
-def fa2_obstacle(work: Workload) -> str | None:
+def fa2_obstacle(inputs: AttentionInputs) -> str | None:
     """flash-attn-4 brings a `flash_attn` folder too, so the compiled part is what we look for."""
     if find_spec("flash_attn_2_cuda") is None:
         return "flash-attn is not installed; pip install --no-build-isolation 'packvit[flash]'"
-    return flash_obstacle(work, (8, 0), 256)
+    return flash_obstacle(inputs, (8, 0), 256)
 
 
 def run_torch(
@@ -110,14 +149,14 @@ def run_torch(
     """All sequences in one kernel, whatever their lengths."""
     from torch.nn.attention.varlen import varlen_attn  # only where a CUDA device wants it
 
-    out = varlen_attn(query, key, value, *seams(queries, keys))
+    out = varlen_attn(query, key, value, *varlen_arguments(queries, keys))
     assert isinstance(out, Tensor)  # a tuple comes back only when auxiliary outputs are asked for
     return out
 
 
-def torch_obstacle(work: Workload) -> str | None:
+def torch_obstacle(inputs: AttentionInputs) -> str | None:
     """FlashAttention-2 as it comes inside torch."""
-    return flash_obstacle(work, (8, 0), 256)
+    return flash_obstacle(inputs, (8, 0), 256)
 
 
 def run_sdpa(
@@ -154,35 +193,30 @@ def batch(heads: Heads, segments: Segments, sequences: list[int], length: int) -
 
 
 BACKENDS = (  # fastest first: "auto" takes the first measured one without an obstacle
-    Backend(
-        "fa4",
-        "FlashAttention-4 (flash_attn.cute)",
-        run_fa4,
-        fa4_obstacle,
-        True,
-        teach=PackedFa4.apply,
-    ),
+    Backend("fa4", "FlashAttention-4 (flash_attn.cute)", run_fa4, fa4_obstacle, True),
     Backend("fa3", "FlashAttention-3 (flash_attn_interface)", run_fa3, fa3_obstacle, False),
     Backend("fa2", "FlashAttention-2 (flash_attn)", run_fa2, fa2_obstacle, False),
     Backend("torch", "torch.nn.attention.varlen", run_torch, torch_obstacle, True),
-    Backend("sdpa", "one SDPA call per distinct length", run_sdpa, lambda work: None, True, False),
+    Backend(
+        "sdpa", "one SDPA call per distinct length", run_sdpa, lambda inputs: None, True, False
+    ),
 )
 
 
 @cache
-def resolve(name: str, work: Workload) -> Backend:
+def resolve(name: str, inputs: AttentionInputs) -> Backend:
     """Return the backend called `name`, or for "auto" the best measured one that can run.
 
     Raises: ValueError if no backend has that name, or if the one that does cannot run here.
     """
     if name == "auto":
-        return next(b for b in BACKENDS if b.measured and b.obstacle(work) is None)
+        return next(b for b in BACKENDS if b.measured and b.obstacle(inputs) is None)
     named = {backend.name: backend for backend in BACKENDS}
     if name not in named:
         raise ValueError(
             f'No attention backend is called "{name}". Choose auto or one of: {", ".join(named)}.'
         )
-    if obstacle := named[name].obstacle(work):
+    if obstacle := named[name].obstacle(inputs):
         raise ValueError(f'Attention backend "{name}" cannot run: {obstacle}. Try "auto".')
     return named[name]
 
@@ -194,8 +228,7 @@ def opaque(backend: Backend) -> Backend:
     `sdpa` groups sequences by their lengths in Python, which traced would compile anew for every
     pack; the other kernels gain nothing from being traced.
     """
-    teach = backend.teach and torch.compiler.disable(backend.teach)
-    return backend._replace(run=torch.compiler.disable(backend.run), teach=teach)
+    return backend._replace(run=torch.compiler.disable(backend.run))
 
 
 def attend(
@@ -214,9 +247,9 @@ def attend(
             f"query holds {len(query)} tokens, but the segments describe {segments.tokens}. "
             "Build both from the same grid_thw, with the same prefix tokens."
         )
-    work = Workload(query.device, query.dtype, query.shape[-1])
+    inputs = AttentionInputs(query.device, query.dtype, query.shape[-1])
     # A backend may write where values are not finite, and look at a token's first ones alone.
     finite = value.isfinite().all(2, keepdim=True).all(1, keepdim=True)
     keys = key.clone(memory_format=torch.contiguous_format)
     values = torch.where(finite, value, value.new_full((), float("nan"))).contiguous()
-    return resolve(backend, work).run(query, keys, values, segments, segments)
+    return resolve(backend, inputs).run(query, keys, values, segments, segments)

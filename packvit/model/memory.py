@@ -1,4 +1,4 @@
-"""How much memory a forward takes at its peak, worked out from sizes alone. No torch here.
+"""How much memory a forward takes at its peak, worked out from sizes alone; and how much is free.
 
 Counted are the rows of the token stream, N, and what an eager forward without gradients holds for
 each, in numbers of the encoder's dtype, at its three widest moments. What is compiled or captured
@@ -18,6 +18,8 @@ positions resized before, and the workspaces of the libraries.
 """
 
 from typing import NamedTuple
+
+import torch
 
 from packvit.config import EncoderConfig, Rotary, Table
 
@@ -43,6 +45,14 @@ class Peak(NamedTuple):
     def most_tokens(self, free: int) -> int:
         """Return the rows of the largest pack whose activations fit in so many bytes."""
         return max(0, (free - self.fixed) // self.per_token)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a forward could still take on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def peak(config: EncoderConfig, dtype_bytes: int, *, taps: int = 0, lists: int = 0) -> Peak:

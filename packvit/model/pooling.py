@@ -5,10 +5,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from packvit.config import EncoderConfig
-from packvit.fast.steps import Tokens
 from packvit.model.attention import Backend
-from packvit.model.layers import MLP, norm
+from packvit.model.layers import MLP
 from packvit.model.linear import Linear, affine
+from packvit.model.norms import Tokens, norm
 from packvit.packs.segments import Segments
 
 Pooled = Float[Tensor, "S D"]
@@ -47,7 +47,7 @@ class ProbePool(nn.Module):
         width = len(self.probe)
         weights, biases = (x.split([width, 2 * width]) for x in (self.qkv.weight, self.qkv.bias))
         query = affine(self.probe, weights[0], biases[0], False)
-        held = affine(tokens, weights[1], biases[1], self.qkv.steady)
+        held = affine(tokens, weights[1], biases[1], self.qkv.invariant)
         pooled = self.out(attend_once(query, held, self.heads, segments, backend))
         return pooled + self.mlp(self.norm(pooled))
 

@@ -119,7 +119,7 @@ def check_grid(positions: Table, grid: Grid, patch: int) -> None:
 class ResizedTables:
     """A learned table resized to the grids met lately, so that each is worked out once.
 
-    Kept are at most `most` patches' rows, the oldest grids going first. A table that is taught, or
+    Kept are at most `most` patches' rows, the oldest grids going first. A table that is trained, or
     that is another than it was, is resized anew. What is written through `table.data` in place
     leaves no trace to see; `forget` is for that.
     """
@@ -139,14 +139,14 @@ class ResizedTables:
         table: Float[Tensor, "places D"],
         grids: Sequence[tuple[int, int]],
         *,
-        steady: bool = False,
+        invariant: bool = False,
     ) -> Float[Tensor, "patches D"]:
         """Return the patches' rows of `table` for several distinct grids, end to end."""
         if not (torch.is_grad_enabled() and table.requires_grad):
             return torch.cat([self.get(table, rows, columns) for rows, columns in grids])
         self.forget()  # an optimizer follows, and fused ones leave no trace
         patches = table[1:] if self.positions.class_row else table
-        if table.is_cuda and not steady:  # where many small launches keep the device waiting
+        if table.is_cuda and not invariant:  # where many small launches keep the device waiting
             return resize_together(self.positions, patches, grids)
         return torch.cat([resize(self.positions, patches, *sides) for sides in grids])
 
@@ -184,14 +184,14 @@ def look_up(
     places: PatchPlaces,
     grid: Grid,
     *,
-    steady: bool = False,
+    invariant: bool = False,
 ) -> Float[Tensor, "T D"]:
     """Return every patch's row of the table, resized once for each distinct grid of the pack.
 
-    Where `steady`, a grid's rows know of no other grid's.
+    Where `invariant`, a grid's rows know of no other grid's.
     """
     distinct = list(dict.fromkeys((rows, columns) for _, rows, columns in grid))
-    bank = tables.bank(table, distinct, steady=steady)
+    bank = tables.bank(table, distinct, invariant=invariant)
     sizes = np.array([rows * columns for rows, columns in distinct])
     starts = dict(zip(distinct, (sizes.cumsum() - sizes).tolist(), strict=True))
     of_frames = [starts[rows, columns] for frames, rows, columns in grid for _ in range(frames)]
@@ -202,7 +202,7 @@ def look_up(
 def resize_together(
     positions: Table, table: Float[Tensor, "places D"], grids: Sequence[tuple[int, int]]
 ) -> Float[Tensor, "patches D"]:
-    """Return the table for several grids, end to end, by one matmul in fp32: `resize`, taught.
+    """Return the table for several grids, end to end, by one matmul in fp32, for training.
 
     To resize is linear, in each direction by itself: a patch is a sum of the table's places, its
     row's weights times its column's. One derivative for all grids, where 52 took 14 of 236 ms of

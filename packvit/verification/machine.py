@@ -8,7 +8,7 @@ import torch
 
 from packvit.checkpoints.files import EMBEDDED
 from packvit.families import FAMILIES
-from packvit.model.attention import BACKENDS, Workload, resolve
+from packvit.model.attention import BACKENDS, AttentionInputs, resolve
 from packvit.version import version_of
 
 PACKAGES = ("torch", "safetensors", "numpy", "pillow", "pyarrow", "transformers", "flash-attn-4")
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "safetensors", "numpy", "pillow", "pyarrow", "transformers"
 def survey() -> dict[str, Any]:
     """Return machine, backends, families and embedded models, as plain values."""
     on_gpu = torch.cuda.is_available()
-    work = Workload(
+    work = AttentionInputs(
         torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32, 128
     )
     return {

@@ -5,15 +5,13 @@ import triton  # pyright: ignore[reportMissingImports] # comes with torch for CU
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from packvit.fast.kernels import operator
-
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}
 CHUNK, ROWS, COLUMNS = 256, 16, 128  # rows of a program, and its tiles
 
 
 @triton.jit
 def activate(x, kind: tl.constexpr):
-    """The activations of `steps.ACTIVATIONS`; tanh by its sigmoid, which Triton has."""
+    """The activations of `model.activations.ACTIVATIONS`; tanh by its sigmoid, which Triton has."""
     if kind == 0:
         return x * tl.sigmoid(x)
     elif kind == 1:
@@ -71,12 +69,6 @@ def activate_backward_kernel(
     tl.store(parts + tl.program_id(1).to(tl.int64) * width + column, sums, mask=column < width)
 
 
-def like_activate_backward(hidden: Tensor, given: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return what `activate_backward` does, but for its numbers."""
-    return torch.empty_like(hidden), hidden.new_empty(hidden.shape[1], dtype=torch.float32)
-
-
-@operator(like_activate_backward)
 def activate_backward(hidden: Tensor, given: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return given * act'(hidden), and its sum over rows, in one pass.
 

@@ -8,13 +8,11 @@ import triton  # pyright: ignore[reportMissingImports] # comes with torch for CU
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from packvit.fast.kernels import operator
-
 BLOCK = 1024  # columns a program works on: 2 KiB of bf16, in whole lines
 
 
 @triton.jit
-def silu_times_kernel(gate_up, out, width, block: tl.constexpr):
+def silu_mul_kernel(gate_up, out, width, block: tl.constexpr):
     """One row's `block` columns: out = gate * sigmoid(gate) * up, in fp32 within."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * block
@@ -25,13 +23,7 @@ def silu_times_kernel(gate_up, out, width, block: tl.constexpr):
     tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=column < width)
 
 
-def like_silu_times(gate_up: Tensor) -> Tensor:
-    """Return what `silu_times` does, but for its numbers."""
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-
-
-@operator(like_silu_times)
-def silu_times(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up for gate and up in turns, in one pass over memory.
 
     Shapes: [T, 2 M], contiguous -> [T, M].
@@ -39,13 +31,13 @@ def silu_times(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     grid = (rows, triton.cdiv(width, BLOCK))
-    launch = silu_times_kernel[grid]  # pyright: ignore[reportIndexIssue] # how Triton launches
+    launch = silu_mul_kernel[grid]  # pyright: ignore[reportIndexIssue] # how Triton launches
     launch(gate_up, out, width, block=BLOCK)
     return out
 
 
 @triton.jit
-def silu_times_backward_kernel(gate_up, given, out, width, block: tl.constexpr):
+def silu_mul_backward_kernel(gate_up, given, out, width, block: tl.constexpr):
     """One row's `block` columns of the derivative, gate's and up's in turns."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * block
@@ -60,17 +52,11 @@ def silu_times_backward_kernel(gate_up, given, out, width, block: tl.constexpr):
     tl.store(out + at, result.to(out.dtype.element_ty), mask=pair < 2 * width)
 
 
-def like_silu_times_backward(gate_up: Tensor, given: Tensor) -> Tensor:
-    """Return what `silu_times_backward` does, but for its numbers."""
-    return torch.empty_like(gate_up)
-
-
-@operator(like_silu_times_backward)
-def silu_times_backward(gate_up: Tensor, given: Tensor) -> Tensor:
-    """Return the gradient of what `silu_times` was given. Shapes: [T, 2 M], [T, M] -> [T, 2 M]."""
+def silu_mul_backward(gate_up: Tensor, given: Tensor) -> Tensor:
+    """Return the gradient of what `silu_mul` was given. Shapes: [T, 2 M], [T, M] -> [T, 2 M]."""
     rows, width = given.shape
     out = torch.empty_like(gate_up)
     grid = (rows, triton.cdiv(width, BLOCK))
-    launch = silu_times_backward_kernel[grid]  # pyright: ignore[reportIndexIssue]
+    launch = silu_mul_backward_kernel[grid]  # pyright: ignore[reportIndexIssue]
     launch(gate_up, given, out, width, block=BLOCK)
     return out

@@ -12,7 +12,6 @@ from triton.tools.tensor_descriptor import (  # pyright: ignore[reportMissingImp
     TensorDescriptor,
 )
 
-from packvit.fast.kernels import operator
 from packvit.fast.kernels.activations import KINDS, activate
 
 ROWS, COLUMNS = 128, 256  # of a tile of sums
@@ -20,14 +19,14 @@ DEPTH = 128  # bytes of a row that a step along the sum reads
 
 
 @triton.jit
-def rise_kernel(
+def linear_act_kernel(
     tokens,
     weight,
     bias,
     out,
     scale,
     weight_scale,
-    after,
+    output_scale,
     channels,
     rows,
     width,
@@ -35,7 +34,7 @@ def rise_kernel(
     kind: tl.constexpr,
     gated: tl.constexpr,
     biased: tl.constexpr,
-    eight: tl.constexpr,
+    fp8: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_columns: tl.constexpr,
     tile_depth: tl.constexpr,
@@ -43,8 +42,8 @@ def rise_kernel(
 ):
     """Tiles of act(sums), or of act(gate) * up in turns; sums are tokens @ weight.T, `width` wide.
 
-    A group of `group` rows of tiles shares what it reads of the weight, in L2. Where `eight`, sums
-    are scaled, and results divided by `after` of their row and `channels` of their column.
+    A group of `group` rows of tiles shares what it reads of the weight, in L2. Where `fp8`, sums
+    are scaled, and results divided by `output_scale` of their row and `channels` of their column.
     """
     tall, wide = tl.cdiv(rows, tile_rows), tl.cdiv(width, tile_columns)
     out_columns: tl.constexpr = tile_columns // (1 + gated)
@@ -61,7 +60,7 @@ def rise_kernel(
             sums = tl.dot(x, w.T, sums)
         at = column + tl.arange(0, tile_columns)
         line = row + tl.arange(0, tile_rows)
-        if eight:
+        if fp8:
             sums *= tl.load(weight_scale + at, mask=at < width, other=0.0)[None]
             sums *= tl.load(scale + line, mask=line < rows, other=0.0)[:, None]
         if biased:
@@ -72,15 +71,15 @@ def rise_kernel(
             column = column // 2
         else:
             result = activate(sums, kind)
-        if eight:
+        if fp8:
             at = column + tl.arange(0, out_columns)
             of_column = tl.load(channels + at, mask=at < width // (1 + gated), other=1.0)
-            of_row = tl.load(after + line, mask=line < rows, other=1.0)
+            of_row = tl.load(output_scale + line, mask=line < rows, other=1.0)
             result = result * (1.0 / of_column)[None] * (1.0 / of_row)[:, None]
         out.store([row, column], result.to(out.dtype))
 
 
-def launch_rise(
+def launch_linear_act(
     tokens: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -88,7 +87,7 @@ def launch_rise(
     gated: bool,
     scales: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """Launch the kernel, in 8 bits where there are `scales`: of tokens, of weight, after, channels.
+    """Launch the kernel, in 8 bits where there are `scales`: of tokens, weight, output, channels.
 
     Source: Triton's tutorial of a persistent matmul, for the order of tiles.
     """
@@ -99,7 +98,7 @@ def launch_rise(
     describe = TensorDescriptor.from_tensor
     tiles = triton.cdiv(rows, ROWS) * triton.cdiv(width, COLUMNS)
     count = torch.cuda.get_device_properties(tokens.device).multi_processor_count
-    launch = rise_kernel[(min(tiles, count),)]  # pyright: ignore[reportIndexIssue]
+    launch = linear_act_kernel[(min(tiles, count),)]  # pyright: ignore[reportIndexIssue]
     launch(
         describe(tokens, [ROWS, tile_depth]),
         describe(weight, [COLUMNS, tile_depth]),
@@ -112,7 +111,7 @@ def launch_rise(
         kind=KINDS[activation],
         gated=gated,
         biased=bias is not None,
-        eight=scales is not None,
+        fp8=scales is not None,
         tile_rows=ROWS,
         tile_columns=COLUMNS,
         tile_depth=tile_depth,
@@ -123,49 +122,42 @@ def launch_rise(
     return out
 
 
-def like_swiglu(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what `swiglu` does, but for its numbers."""
-    # len() would have torch.compile take a number of tokens for a constant.
-    return tokens.new_empty(tokens.shape[0], weight.shape[0] // 2)
+def linear_act(tokens: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Return act(tokens @ weight.T + bias), rounded once.
+
+    Shapes: tokens [T, D], weight [M, D], bias [M], contiguous, D and M divisible by 8 -> [T, M].
+    """
+    return launch_linear_act(tokens, weight, bias, activation, False, None)
 
 
-@operator(like_swiglu)
 def swiglu(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return silu(gate) * up, where gate and up are tokens @ weight.T + bias, in turns.
 
     Shapes: tokens [T, D], weight [2 M, D], bias [2 M], contiguous, D and M divisible by 8 ->
     [T, M].
     """
-    return launch_rise(tokens, weight, bias, "silu", True, None)
+    return launch_linear_act(tokens, weight, bias, "silu", True, None)
 
 
-def like_rise_8(
-    tokens, scale, weight, weight_scale, bias, after, channels, activation: str, gated: bool
-) -> Tensor:
-    """Return what `rise_8` does, but for its numbers."""
-    return tokens.new_empty(tokens.shape[0], channels.shape[0])
-
-
-@operator(like_rise_8)
-def rise_8(
+def linear_act_fp8(
     tokens: Tensor,
     scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    after: Tensor,
+    output_scale: Tensor,
     channels: Tensor,
     activation: str,
     gated: bool,
 ) -> Tensor:
-    """Return act(u), or act(g) * u of the two in turns, over after * channels, in 8 bits.
+    """Return act(u), or act(g) * u of the two in turns, over output_scale * channels, in 8 bits.
 
     u and g are (tokens * scale) @ (weight * weight_scale).T + bias. What is divided must not be
-    larger than 448, for which see `float8.Reach`; what is larger becomes 448, NaN stays NaN.
+    larger than 448, for which see `fp8.OutputBound`; what is larger becomes 448, NaN stays NaN.
 
     Shapes: tokens float8_e4m3fn [T, D], scale [T, 1], weight float8_e4m3fn [M, D], or [2 M, D]
-    where gated, weight_scale [1, M or 2 M], after [T, 1], channels [M], contiguous, D and M
+    where gated, weight_scale [1, M or 2 M], output_scale [T, 1], channels [M], contiguous, D and M
     divisible by 16 -> float8_e4m3fn [T, M].
     """
-    scales = (scale, weight_scale, after, channels)
-    return launch_rise(tokens, weight, bias, activation, gated, scales)
+    scales = (scale, weight_scale, output_scale, channels)
+    return launch_linear_act(tokens, weight, bias, activation, gated, scales)

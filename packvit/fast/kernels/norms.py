@@ -5,8 +5,8 @@ import triton  # pyright: ignore[reportMissingImports] # comes with torch for CU
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from packvit.fast.kernels import operator, warps_of
-from packvit.fast.kernels.eight import new_scales, store_8, store_after
+from packvit.fast.kernels import warps_of
+from packvit.fast.kernels.fp8 import new_scales, store_fp8, store_output_scale
 
 PROGRAMS = 1056  # of a backward: 8 on each of an H100's SMs
 
@@ -15,32 +15,35 @@ PROGRAMS = 1056  # of a backward: 8 on each of an H100's SMs
 def add_norm_kernel(
     stream,
     delta,
+    factor,
     weight,
     bias,
     summed,
     out,
     scales,
-    reach,
-    after,
+    bound,
+    output_scale,
     width,
     eps,
     adds: tl.constexpr,
+    scaled: tl.constexpr,
     centred: tl.constexpr,
-    eight: tl.constexpr,
-    reaches: tl.constexpr,
+    fp8: tl.constexpr,
+    bounded: tl.constexpr,
     squared: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One row: summed = stream + delta, out = norm(summed), RMS or (`centred`) layer norm."""
+    """One row: summed = stream + delta * factor, out = norm(summed): RMS, or layer norm."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < width
     at = row * width + column
     x = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
     if adds:
-        rounded = (x + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)).to(
-            summed.dtype.element_ty
-        )
+        more = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        if scaled:
+            more *= tl.load(factor + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = (x + more).to(summed.dtype.element_ty)
         tl.store(summed + at, rounded, mask=inside)
         x = rounded.to(tl.float32)
     if centred:
@@ -49,10 +52,10 @@ def add_norm_kernel(
     result *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if centred:
         result += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    if eight:
-        store_8(out, scales, row, column, inside, width, result)
-        if reaches:
-            store_after(after, row, column, inside, width, reach, squared, result)
+    if fp8:
+        store_fp8(out, scales, row, column, inside, width, result)
+        if bounded:
+            store_output_scale(output_scale, row, column, inside, width, bound, squared, result)
     else:
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
@@ -60,36 +63,39 @@ def add_norm_kernel(
 def launch_add_norm(
     stream: Tensor,
     delta: Tensor | None,
+    factor: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
     out: Tensor,
     scales: tuple[Tensor, Tensor] | None = None,
-    reach: Tensor | None = None,
+    bound: Tensor | None = None,
     squared: bool = False,
 ) -> Tensor:
     """Launch the kernel, and return the sum, which is empty where nothing is added."""
     rows, width = stream.shape
     summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
-    scale, after = scales or (out, out)
+    scale, output_scale = scales or (out, out)
     block = triton.next_power_of_2(width)
     launch = add_norm_kernel[(rows,)]  # pyright: ignore[reportIndexIssue]
     launch(
         stream,
         stream if delta is None else delta,
+        weight if factor is None else factor,
         weight,
         weight if bias is None else bias,
         summed,
         out,
         scale,
-        out if reach is None else reach,
-        after,
+        out if bound is None else bound,
+        output_scale,
         width,
         eps,
         adds=delta is not None,
+        scaled=factor is not None,
         centred=bias is not None,
-        eight=scales is not None,
-        reaches=reach is not None,
+        fp8=scales is not None,
+        bounded=bound is not None,
         squared=squared,
         block=block,
         num_warps=warps_of(block),
@@ -97,52 +103,47 @@ def launch_add_norm(
     return summed
 
 
-def like_add_norm(stream, delta, weight, bias, eps):
-    """Return what `add_norm` does, but for its numbers."""
-    summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
-    return summed, torch.empty_like(stream)
-
-
-@operator(like_add_norm)
 def add_norm(
-    stream: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Return stream + delta, or nothing where there is no delta, and its norm, in one pass.
-
-    A bias makes it a layer norm; without one it is an RMS norm.
-
-    Shapes: stream, delta [T, D], contiguous; weight, bias [D] -> [T, D] or [0], [T, D].
-    """
-    out = torch.empty_like(stream)
-    return launch_add_norm(stream, delta, weight, bias, eps, out), out
-
-
-def like_add_norm_8(stream, delta, weight, bias, eps, reach, squared):
-    """Return what `add_norm_8` does, but for its numbers."""
-    summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
-    values = torch.empty_like(stream, dtype=torch.float8_e4m3fn)
-    return summed, values, *new_scales(stream, reach)
-
-
-@operator(like_add_norm_8)
-def add_norm_8(
     stream: Tensor,
     delta: Tensor | None,
+    factor: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    reach: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return stream + delta * factor, or the stream where there is no delta, and its norm.
+
+    One pass over memory. The sum is rounded once, and what is normed is the rounded sum. A bias
+    makes it a layer norm; without one it is an RMS norm.
+
+    Shapes: stream, delta [T, D], contiguous; factor, weight, bias [D] -> 2 x [T, D].
+    """
+    out = torch.empty_like(stream)
+    summed = launch_add_norm(stream, delta, factor, weight, bias, eps, out)
+    return stream if delta is None else summed, out
+
+
+def add_norm_fp8(
+    stream: Tensor,
+    delta: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    bound: Tensor | None,
     squared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `add_norm`, the norm in 8 bits, with its scale and that of what is made of it.
 
-    Shapes: as `add_norm`, reach [D + 1] -> the norm [T, D] float8_e4m3fn, its scale [T, 1] float32,
-    and by `float8.Reach` another [T, 1], or [0, 1] without reach.
+    Shapes: as `add_norm`, bound [D + 1] -> the sum; the norm [T, D] float8_e4m3fn, its scale [T, 1]
+    float32, and by `fp8.OutputBound` another [T, 1], or [0, 1] without a bound.
     """
     values = torch.empty_like(stream, dtype=torch.float8_e4m3fn)
-    scales = new_scales(stream, reach)
-    summed = launch_add_norm(stream, delta, weight, bias, eps, values, scales, reach, squared)
-    return summed, values, *scales
+    scales = new_scales(stream, bound)
+    summed = launch_add_norm(
+        stream, delta, factor, weight, bias, eps, values, scales, bound, squared
+    )
+    return stream if delta is None else summed, values, *scales
 
 
 @triton.jit
@@ -194,13 +195,6 @@ def add_norm_backward_kernel(
         tl.store(bias_parts + at, bias_sum, mask=inside)
 
 
-def like_add_norm_backward(summed, given, passed, weight, centred, eps):
-    """Return what `add_norm_backward` does, but for its numbers."""
-    weights = summed.new_empty(1 + centred, summed.shape[1], dtype=torch.float32)
-    return torch.empty_like(summed), weights
-
-
-@operator(like_add_norm_backward)
 def add_norm_backward(
     summed: Tensor, given: Tensor, passed: Tensor | None, weight: Tensor, centred: bool, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,12 @@ import triton  # pyright: ignore[reportMissingImports] # comes with torch for CU
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from packvit.fast.kernels import operator, warps_of
+from packvit.fast.kernels import warps_of
 from packvit.fast.kernels.activations import KINDS, activate
 
 
 @triton.jit
-def store_8(values, scales, row, column, inside, width, result):
+def store_fp8(values, scales, row, column, inside, width, result):
     """Scale a row so that its largest magnitude is 448, the largest of float8_e4m3fn.
 
     A NaN in the row must reach the scale, which `tl.max` alone would not let it.
@@ -19,24 +19,24 @@ def store_8(values, scales, row, column, inside, width, result):
     bad = tl.sum(tl.where(inside & (result != result), 1, 0), 0) > 0
     scale = tl.where(bad, float("nan"), tl.maximum(largest, 1e-12) / 448.0)
     tl.store(scales + row, scale)
-    eight = (result * (1.0 / scale)).to(values.dtype.element_ty)
-    tl.store(values + row * width + column, eight, mask=inside)
+    fp8 = (result * (1.0 / scale)).to(values.dtype.element_ty)
+    tl.store(values + row * width + column, fp8, mask=inside)
 
 
 @triton.jit
-def store_after(after, row, column, inside, width, reach, squared, result):
-    """Store the scale of what is made of a row: `float8.Reach.scales`. NaN must come through."""
-    weights = tl.load(reach + column, mask=inside, other=0.0)
-    more = tl.load(reach + width)
+def store_output_scale(output_scale, row, column, inside, width, bound, squared, result):
+    """Store the scale of what a row becomes: `fp8.OutputBound.scales`. A NaN must come through."""
+    weights = tl.load(bound + column, mask=inside, other=0.0)
+    more = tl.load(bound + width)
     made = tl.sum(result * result * weights * weights, 0) + more * more
     if not squared:
         made = tl.sqrt(made)
     made = tl.maximum(made, 1e-12, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(after + row, made)
+    tl.store(output_scale + row, made)
 
 
 @triton.jit
-def activate_8_kernel(
+def activate_fp8_kernel(
     hidden,
     channels,
     values,
@@ -61,19 +61,10 @@ def activate_8_kernel(
         result = activate(tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32), kind)
     if divides:
         result /= tl.load(channels + column, mask=inside, other=1.0)
-    store_8(values, scales, row, column, inside, width, result)
+    store_fp8(values, scales, row, column, inside, width, result)
 
 
-def like_activate_8(hidden, activation, gated, channels):
-    """Return what `activate_8` does, but for its numbers."""
-    width = hidden.shape[1] // 2 if gated else hidden.shape[1]
-    rows = hidden.shape[0]  # len() would have torch.compile take it for a constant
-    scales = hidden.new_empty(rows, 1, dtype=torch.float32)
-    return hidden.new_empty(rows, width, dtype=torch.float8_e4m3fn), scales
-
-
-@operator(like_activate_8)
-def activate_8(
+def activate_fp8(
     hidden: Tensor, activation: str, gated: bool, channels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return act(hidden), or act(gate) * up of the two in turns, over `channels`, in 8 bits.
@@ -83,7 +74,7 @@ def activate_8(
     width = hidden.shape[1] // 2 if gated else hidden.shape[1]
     values = hidden.new_empty(len(hidden), width, dtype=torch.float8_e4m3fn)
     scales = hidden.new_empty(len(hidden), 1, dtype=torch.float32)
-    launch = activate_8_kernel[(len(hidden),)]  # pyright: ignore[reportIndexIssue]
+    launch = activate_fp8_kernel[(len(hidden),)]  # pyright: ignore[reportIndexIssue]
     block = triton.next_power_of_2(width)
     launch(
         hidden,
@@ -101,14 +92,14 @@ def activate_8(
 
 
 @triton.jit
-def quantise_kernel(
+def quantize_kernel(
     tokens,
-    reach,
+    bound,
     values,
     scales,
-    after,
+    output_scale,
     width,
-    reaches: tl.constexpr,
+    bounded: tl.constexpr,
     squared: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -117,47 +108,40 @@ def quantise_kernel(
     column = tl.arange(0, block)
     inside = column < width
     result = tl.load(tokens + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    store_8(values, scales, row, column, inside, width, result)
-    if reaches:
-        store_after(after, row, column, inside, width, reach, squared, result)
+    store_fp8(values, scales, row, column, inside, width, result)
+    if bounded:
+        store_output_scale(output_scale, row, column, inside, width, bound, squared, result)
 
 
-def like_quantise_8(tokens, reach, squared):
-    """Return what `quantise_8` does, but for its numbers."""
-    values = torch.empty_like(tokens, dtype=torch.float8_e4m3fn)
-    return values, *new_scales(tokens, reach)
-
-
-def new_scales(tokens: Tensor, reach: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return room for the scales of rows, and for those of what is made of them if asked for."""
+def new_scales(tokens: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return room for the scales of rows, and for those of what rows become if asked for."""
     scales = tokens.new_empty(tokens.shape[0], 1, dtype=torch.float32)
     # By itself: cuBLAS refuses scales that begin where a word of 16 bytes does not.
-    return scales, scales.new_empty(scales.shape[0] if reach is not None else 0, 1)
+    return scales, scales.new_empty(scales.shape[0] if bound is not None else 0, 1)
 
 
-@operator(like_quantise_8)
-def quantise_8(
-    tokens: Tensor, reach: Tensor | None, squared: bool
+def quantize_fp8(
+    tokens: Tensor, bound: Tensor | None, squared: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens in 8 bits, their scale, and that of what is made of them, by `float8.Reach`.
+    """Return tokens in 8 bits, their scale, and that of what they become: `fp8.OutputBound`.
 
-    Shapes: tokens [T, D], contiguous, reach [D + 1] -> [T, D], [T, 1], [T, 1] or [0, 1] without.
+    Shapes: tokens [T, D], contiguous, bound [D + 1] -> [T, D], [T, 1], [T, 1] or [0, 1] without.
     """
     width = tokens.shape[1]
     values = torch.empty_like(tokens, dtype=torch.float8_e4m3fn)
-    scales, after = new_scales(tokens, reach)
-    launch = quantise_kernel[(len(tokens),)]  # pyright: ignore[reportIndexIssue]
+    scales, output_scale = new_scales(tokens, bound)
+    launch = quantize_kernel[(len(tokens),)]  # pyright: ignore[reportIndexIssue]
     block = triton.next_power_of_2(width)
     launch(
         tokens,
-        tokens if reach is None else reach,
+        tokens if bound is None else bound,
         values,
         scales,
-        after,
+        output_scale,
         width,
-        reaches=reach is not None,
+        bounded=bound is not None,
         squared=squared,
         block=block,
         num_warps=warps_of(block),
     )
-    return values, scales, after
+    return values, scales, output_scale

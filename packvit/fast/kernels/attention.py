@@ -1,4 +1,4 @@
-"""What attention's heads need before a kernel of others takes them."""
+"""What queries, keys and values need before attention takes them: rotary angles, finite values."""
 
 import torch
 import triton  # pyright: ignore[reportMissingImports] # comes with torch for CUDA
@@ -6,11 +6,11 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 HEADS = 16  # that a program of `widen` works on
-TOKENS, LOOK = 64, 8  # that one of `tame` does, and of each of which it first reads so many values
+TOKENS, LOOK = 64, 8  # of a program of `zero_nonfinite_`; the values it first reads of each
 
 
 @triton.jit
-def tame_kernel(
+def zero_nonfinite_kernel(
     values,
     keys,
     rows,
@@ -42,7 +42,7 @@ def tame_kernel(
             tl.store(keys + place * key_stride + column, nan, mask=bad)
 
 
-def tame(values: Tensor, keys: Tensor) -> None:
+def zero_nonfinite_(values: Tensor, keys: Tensor) -> None:
     """Make values that are not finite zero, where they are, and the keys in their places NaN.
 
     So a token that is not finite makes its own sequence NaN, and no other. Values come of one
@@ -57,7 +57,7 @@ def tame(values: Tensor, keys: Tensor) -> None:
     width = heads * depth
     block = triton.next_power_of_2(width)
     some, look = (1, block) if values.dtype == torch.float16 else (TOKENS, LOOK)
-    launch = tame_kernel[(triton.cdiv(rows, some),)]  # pyright: ignore[reportIndexIssue]
+    launch = zero_nonfinite_kernel[(triton.cdiv(rows, some),)]  # pyright: ignore[reportIndexIssue]
     launch(
         values,
         keys,
@@ -111,3 +111,61 @@ def widen(given: Tensor, wide: int) -> Tensor:
     block = triton.next_power_of_2(max(wide, depth))
     launch(given, out, given.stride(0), heads, depth, wide, HEADS, block)
     return out
+
+
+@triton.jit
+def rotate_kernel(
+    heads,
+    cosine,
+    sine,
+    stride,
+    cosine_stride,
+    count: tl.constexpr,
+    half: tl.constexpr,
+    sign: tl.constexpr,
+    block: tl.constexpr,
+    some: tl.constexpr,
+):
+    """Heads of one token: (a, b) becomes (a cos - b sin, b cos + a sin), in fp32, rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, block)
+    angle, there = row * cosine_stride + at, at < half
+    cos_a = tl.load(cosine + angle, mask=there).to(tl.float32)[None]
+    cos_b = tl.load(cosine + angle + half, mask=there).to(tl.float32)[None]
+    sin_a = tl.load(sine + angle, mask=there).to(tl.float32)[None] * sign
+    sin_b = tl.load(sine + angle + half, mask=there).to(tl.float32)[None] * sign
+    for first in range(0, count, some):
+        head = first + tl.arange(0, some)[:, None]
+        place = heads + row * stride + head * (2 * half) + at[None]
+        inside = (head < count) & there[None]
+        a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
+        kind = heads.dtype.element_ty
+        tl.store(place, (a * cos_a - b * sin_a).to(kind), mask=inside)
+        tl.store(place + half, (b * cos_b + a * sin_b).to(kind), mask=inside)
+
+
+def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, *, back: bool = False) -> None:
+    """Turn heads by their token's rotary angles, in place; `back` by the angles' negatives.
+
+    A quarter of the passes that `model.positions.rotate` makes over memory, which is its reference
+    implementation. `back` is the inverse and so the derivative's transpose, where both halves of a
+    head have the same angles, as all rotary positions of ours do.
+
+    Shapes: heads [T, H, K], a token's heads side by side; cosine, sine [T, K].
+    """
+    rows, count, head_dim = heads.shape
+    assert heads.stride()[1:] == (head_dim, 1)
+    launch = rotate_kernel[(rows,)]  # pyright: ignore[reportIndexIssue]
+    launch(
+        heads,
+        cosine,
+        sine,
+        heads.stride(0),
+        cosine.stride(0),
+        count,
+        head_dim // 2,
+        -1.0 if back else 1.0,
+        triton.next_power_of_2(head_dim // 2),
+        16,
+    )
