@@ -90,9 +90,11 @@ def test_whatever_watches_a_module_is_called_with_what_it_may_keep():
     for name in names:
         module = encoder.encoder.layers[0].get_submodule(name)
         kept: list[tuple[Tensor, Tensor]] = []
-        watch = module.register_forward_hook(
-            lambda module, given, out, kept=kept: kept.append((out, out.clone()))
-        )
+
+        def keep(module: nn.Module, given: Any, out: Any, kept: Any = kept) -> None:
+            kept.append((out, out.clone()))
+
+        watch = module.register_forward_hook(keep)
         with torch.inference_mode(), watch:
             assert is_hooked(module)
             encoder(patches, grid)
@@ -124,10 +126,12 @@ def test_adapters_run_on_the_fast_path_and_change_what_they_change(
 def test_blocks_leave_the_stream_they_are_given_as_it_was():
     encoder, patches, grid = on_gpu("aimv2")
     streams: list[Tensor] = []
+
+    def keep(module: nn.Module, given: Any, out: Any) -> None:
+        streams.extend((out, out.clone()))
+
     with torch.inference_mode():
-        watch = encoder.embeddings.register_forward_hook(
-            lambda module, given, out: streams.extend((out, out.clone()))
-        )
+        watch = encoder.embeddings.register_forward_hook(keep)
         with watch:
             encoder(patches, grid)
     assert torch.equal(*streams)

@@ -85,7 +85,9 @@ def compare_outputs(encoder: Encoder, reference: Reference, plan: Plan) -> Itera
 
 def backends(encoder: Encoder) -> list[str]:
     """Return the names of the attention backends that can run this encoder."""
-    return [backend.name for backend in BACKENDS if backend.obstacle(encoder.attention_inputs) is None]
+    return [
+        backend.name for backend in BACKENDS if backend.obstacle(encoder.attention_inputs) is None
+    ]
 
 
 @contextmanager
