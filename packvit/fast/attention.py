@@ -30,7 +30,8 @@ def attend(
             whole = RotateQueriesAndKeys.apply(whole, *rotary)
         if backend.name == "fa4":
             return PackedFa4.apply(whole, segments).flatten(-2)
-        return backend.run(*whole.unbind(-3), segments, segments).flatten(-2)
+        query, key, value = whole.unbind(-3)
+        return backend.run(query, key, value, segments, segments).flatten(-2)
     query, key, value = whole.unbind(-3)
     if rotary is not None:
         rotate_queries_and_keys_(whole, *rotary)

@@ -76,7 +76,7 @@ def run_blocks(
     if not needs_grad:
         x = x.clone(memory_format=torch.contiguous_format)
     tapped, delta = {}, None
-    for layer, block in enumerate(blocks.layers):
+    for layer, block in enumerate(blocks.blocks()):
         step = partial(run_block, block, segments=segments, rotary=rotary, backend=backend)
         if block.recomputed and needs_grad:
             x, delta = checkpoint(step, x, delta, needs_grad=needs_grad, use_reentrant=False)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from packvit.config import Activation
 from packvit.fast.hooks import is_hooked
 from packvit.model.layers import Blocks, GatedMLP
 from packvit.model.linear import KeylessBiasLinear, Linear
@@ -162,7 +163,7 @@ class LinearActFp8(LinearFp8):
 def linear_act_fp8(
     tokens: Tensor | QuantizedRows,
     first: nn.Module,
-    activation: str,
+    activation: Activation,
     gated: bool,
     second: LinearFp8,
 ) -> QuantizedRows:
@@ -199,8 +200,10 @@ def to_fp8(blocks: Blocks) -> None:
     That is small, and more exact in 16; where it has no bias its matmul then adds to the stream,
     which costs less than 8 bits save.
     """
-    for block in blocks.layers:
-        block.attention.qkv = LinearFp8(block.attention.qkv)
+    for block in blocks.blocks():
+        qkv = block.attention.qkv
+        assert isinstance(qkv, Linear)
+        block.attention.qkv = LinearFp8(qkv)
         mlp = block.mlp
         if isinstance(mlp, GatedMLP):
             mlp.gate_up, mlp.down = mlp_to_fp8(mlp.gate_up, mlp.down, gated=True)
@@ -208,8 +211,10 @@ def to_fp8(blocks: Blocks) -> None:
             mlp.up, mlp.down = mlp_to_fp8(mlp.up, mlp.down, gated=False)
 
 
-def mlp_to_fp8(first: Linear, second: Linear, *, gated: bool) -> tuple[LinearFp8, LinearFp8]:
+def mlp_to_fp8(first: nn.Module, second: nn.Module, *, gated: bool) -> tuple[LinearFp8, LinearFp8]:
     """Return an MLP's two matrices in 8 bits."""
+    assert isinstance(first, Linear)
+    assert isinstance(second, Linear)
     narrow = not gated or first.in_features <= WIDEST_GATED
     if not (narrow and is_hopper(first.weight.device)):  # where its kernel was measured
         return LinearFp8(first), LinearFp8(second)

@@ -4,7 +4,7 @@ Each step runs for inference or for training (`needs_grad`), in 16 bits on CUDA.
 not a plain `Linear` (LoRA's, one in 8 bits) is called as the module it is.
 """
 
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,24 +52,19 @@ def project(
 
     In inference a matmul without a bias adds to `x` itself, in place, and leaves nothing.
     """
-    if not needs_grad and isinstance(scale, nn.Identity) and can_add(h, linear):
+    plain = not needs_grad and isinstance(h, Tensor) and isinstance(scale, nn.Identity)
+    if plain and type(linear) is Linear and linear.bias is None:
         return add_linear_(x, h, linear), None
     if needs_grad or not isinstance(scale, LayerScale):
         return x, Delta(scale(linear(h)), None)
     return x, Delta(linear(h), scale.scale)
 
 
-def can_add(h: Tensor | QuantizedRows, linear: nn.Module) -> TypeGuard[Linear]:
-    """Return whether the matmul can add to the residual stream: it does so only without a bias."""
-    return isinstance(h, Tensor) and type(linear) is Linear and linear.bias is None
-
-
-def add_linear_(x: Tokens, h: Tensor | QuantizedRows, linear: Linear) -> Tokens:
+def add_linear_(x: Tokens, h: Tensor, linear: Linear) -> Tokens:
     """Return x + h @ weight.T, written where `x` is, unless `invariant` fills up few rows.
 
     Rounded once, from the fp32 sums.
     """
-    assert isinstance(h, Tensor)
     if linear.invariant and len(h) < FLOOR:
         return torch.addmm(fill(x, FLOOR), fill(h, FLOOR), linear.weight.t())[: len(h)]
     return x.addmm_(h, linear.weight.t())

@@ -5,14 +5,14 @@ A checkpoint that keeps them apart is fused as it is loaded (`checkpoints/rules.
 same blocks with fewer passes over memory is `fast/blocks.py`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packvit.config import EncoderConfig
+from packvit.config import Activation, EncoderConfig
 from packvit.model.activations import ACTIVATIONS
 from packvit.model.attention import Backend
 from packvit.model.embeddings import CosSin
@@ -28,7 +28,7 @@ class Attention(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = qkv_projection(config)
+        self.qkv: nn.Module = qkv_projection(config)
         self.out = Linear(config.width, config.width, bias=config.bias)
 
     def forward(
@@ -54,9 +54,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.up = Linear(config.width, config.mlp_width, bias=config.bias)
-        self.down = Linear(config.mlp_width, config.width, bias=config.bias)
-        self.activation = config.activation
+        self.up: nn.Module = Linear(config.width, config.mlp_width, bias=config.bias)
+        self.down: nn.Module = Linear(config.mlp_width, config.width, bias=config.bias)
+        self.activation: Activation = config.activation
 
     def forward(self, x: Tokens) -> Tokens:
         """Transform each token by itself."""
@@ -71,9 +71,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.gate_up = Linear(config.width, 2 * config.mlp_width, bias=config.bias)
-        self.down = Linear(config.mlp_width, config.width, bias=config.bias)
-        self.activation = config.activation
+        self.gate_up: nn.Module = Linear(config.width, 2 * config.mlp_width, bias=config.bias)
+        self.down: nn.Module = Linear(config.mlp_width, config.width, bias=config.bias)
+        self.activation: Activation = config.activation
 
     def forward(self, x: Tokens) -> Tokens:
         """Transform each token by itself."""
@@ -134,6 +134,10 @@ class Blocks(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
 
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks, from the first to the last."""
+        yield from self.layers  # pyright: ignore[reportReturnType] # a ModuleList of any modules
+
     def forward(
         self,
         x: Tokens,
@@ -144,8 +148,8 @@ class Blocks(nn.Module):
     ) -> tuple[Tokens, dict[int, Tokens]]:
         """Return the residual stream after the last block, and after each layer in `taps`."""
         tapped = {}
-        for layer, block in enumerate(self.layers):
-            if getattr(block, "recomputed", False) and torch.is_grad_enabled():
+        for layer, block in enumerate(self.blocks()):
+            if block.recomputed and torch.is_grad_enabled():
                 x = checkpoint(block, x, segments, rotary, backend, use_reentrant=False)
             else:
                 x = block(x, segments, rotary, backend)

@@ -14,7 +14,7 @@ def checkpoint_activations(encoder: Encoder) -> None:
     Dropout that an adapter brings is drawn again as it was. A block that is compiled is compiled
     within its checkpoint. Before `shard`.
     """
-    for block in encoder.encoder.layers:
+    for block in encoder.encoder.blocks():
         block.recomputed = True
 
 
