@@ -1,60 +1,17 @@
-"""What lies in an archive: the photographs of a tar, the rows of a Parquet file. No torch.
+"""What lies in a Parquet file: the rows of its column of images. No torch.
 
-Nothing is unpacked: a member is known by its place. What a damaged archive still shows is listed,
+Nothing is unpacked: a row is known by its place. What a damaged file still shows is listed,
 and whoever asks is told that it is damaged, since photographs may be missing.
 """
 
 import os
-import re
-import tarfile
 from collections.abc import Iterator
 from typing import Any
 
 from packvit.corpus import WrongUse
-from packvit.corpus.sources import Cell, Member, open_source, unreadable
+from packvit.corpus.sources import Cell, open_source, unreadable
+from packvit.corpus.tars import Found
 from packvit.images import ImageError
-
-# A sample's key: its path up to the first dot of its name. Source: webdataset 1.0, tariterators.py.
-KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.[^/]*", re.DOTALL)
-BLOCK = 512  # of a tar
-
-# An archive's photograph: its key or short name, its whole name, where it lies, or why nowhere.
-Found = tuple[bytes, bytes, Member | Cell | None, str | None]
-
-
-def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
-    """Yield the photographs of a tar, and None for every other file in it.
-
-    Folders and links that are called like photographs, and files stored with holes, are errors.
-
-    Raises: ImageError truncated, after what is there, if it is damaged; or what opening it raises.
-    """
-    with open_source(path) as file, unreadable():
-        try:
-            tar: Any = tarfile.open(  # noqa: SIM115 # closing it would do nothing: the file is ours
-                fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
-            )
-            while member := tar.next():
-                tar.members.clear()  # or it would keep them all
-                name = member.name.encode("utf-8", "surrogateescape")
-                if os.path.splitext(name)[1].lower() not in suffixes:
-                    if not member.isdir():
-                        yield None
-                    continue
-                key = KEY.fullmatch(name)
-                code = None
-                if member.issparse():
-                    code = "unreadable"
-                elif not member.isreg():
-                    code = "not_a_file"
-                place = None if code else Member(member.offset_data, member.size)
-                yield key[1] if key else name, name, place, code
-            # tarfile takes a header that it can't read for the end.
-            file.seek(tar.offset)
-            if file.read(BLOCK) != bytes(BLOCK):
-                raise ImageError("truncated", "list")
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            raise ImageError("truncated", "list") from error
 
 
 def list_parquet(path: str, column: str) -> Iterator[Found | None]:

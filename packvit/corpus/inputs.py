@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from packvit.corpus import WrongUse
 from packvit.corpus import patterns as globs
-from packvit.corpus.archives import list_parquet, list_tar
+from packvit.corpus.archives import list_parquet
 from packvit.corpus.listing import Listing, readable, spooling
 from packvit.corpus.lists import read_list
 from packvit.corpus.sources import Input as Input
 from packvit.corpus.sources import find_kind, find_status, find_url, is_url, protocols, unreadable
+from packvit.corpus.tars import list_tar
 from packvit.images import ImageError, find_file
 
 # Of the seven formats that images.py decodes.
@@ -65,6 +66,8 @@ def list_inputs(
                 finder.add_file(name)
         listing = finder.listing
         if not len(listing):
+            if finder.empty:
+                raise no_photographs(finder.empty)
             raise WrongUse(
                 f"No photographs were found in {', '.join([*paths, *lists]) or 'nothing'}; "
                 f"{listing.ignored} other files were passed over. Photographs in a folder end in "
@@ -88,6 +91,7 @@ class Finder:
         self.gone: list[bytes] = []  # paths as typed that lead nowhere
         self.silent: list[tuple[bytes, ImageError]] = []  # URLs of which nobody says what they name
         self.unasked: list[bytes] = []  # URLs of files that nobody was asked for yet
+        self.empty: list[tuple[bytes, int]] = []  # archives without photographs; their other files
 
     def add_path(self, typed: bytes, *, alone: bool) -> None:
         """Add all that a path stands for, which is the only one if it is `alone`."""
@@ -100,13 +104,13 @@ class Finder:
         else:
             base, pattern = globs.split(head, globs.MAGIC_URL if remote else globs.MAGIC)
         if pattern:
-            before = len(self.listing)
+            before, empty = len(self.listing), len(self.empty)
             try:
                 self.add_pattern(base, pattern, chain, remote=remote)
             except ImageError as error:
                 if error.code != "missing":
                     raise no_answer(typed, error) from error
-            if len(self.listing) == before:
+            if len(self.listing) == before and len(self.empty) == empty:
                 raise WrongUse(
                     f"Nothing matches {os.fsdecode(typed)}. ** stands for any number of folders, * "
                     "and ? stay within one; quote a pattern, so that the shell leaves it alone."
@@ -259,11 +263,7 @@ class Finder:
             self.listing.add(path, path, error.code)
             return error.code
         if len(self.listing) == before:
-            raise WrongUse(
-                f"{os.fsdecode(path)} holds no photographs, but "
-                f"{self.listing.ignored - ignored} other files. Photographs in an archive end in "
-                f"{b' '.join(SUFFIXES).decode()}."
-            )
+            self.empty.append((path, self.listing.ignored - ignored))
         self.listing.settle(before, distinct=distinct)
         return None
 
@@ -296,6 +296,17 @@ def not_there(paths: list[bytes]) -> WrongUse:
     return WrongUse(
         f"{named}{more} {'is' if len(paths) == 1 else 'are'} not there. Check the spelling; "
         "nothing was written."
+    )
+
+
+def no_photographs(empty: list[tuple[bytes, int]]) -> WrongUse:
+    """Return the answer to archives that hold no photographs, and nothing beside them does."""
+    named = ", ".join(readable(path) for path, _ in empty[:3])
+    more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+    return WrongUse(
+        f"{named}{more} {'holds' if len(empty) == 1 else 'hold'} no photographs, but "
+        f"{sum(others for _, others in empty)} other files. Photographs in an archive end in "
+        f"{b' '.join(SUFFIXES).decode()}."
     )
 
 
