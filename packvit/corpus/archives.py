@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from packvit.corpus import WrongUse
+from packvit.corpus.addresses import spell
 from packvit.corpus.sources import Cell, open_source, unreadable
 from packvit.corpus.tars import Found
 from packvit.images import ImageError
@@ -36,9 +37,9 @@ def list_parquet(path: str, column: str) -> Iterator[Found | None]:
                 fields = {field.name: field.type for field in kind}
             if not is_bytes(fields.get("bytes", kind)):
                 raise WrongUse(
-                    f'{path} has no column "{column}" that holds the bytes of images, alone or '
-                    f"beside their path. It has: {describe(schema)}. Name one with --image-column; "
-                    "for a list of paths, give the file with --list."
+                    f'{spell(path)} has no column "{column}" that holds the bytes of images, alone '
+                    f"or beside their path. It has: {describe(schema)}. Name one with "
+                    "--image-column; for a list of paths, give the file with --list."
                 )
             place = f"{column}.bytes" if fields else column
             digits = len(str(table.metadata.num_rows - 1))

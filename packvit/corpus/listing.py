@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from packvit.corpus import WriteError, WrongUse
+from packvit.corpus.addresses import spell_bytes
 from packvit.corpus.sources import Cell, Input, Member
 
 
@@ -29,7 +30,7 @@ class Listing:
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
             CREATE TABLE found(
                 name BLOB, whole BLOB, path BLOB, code TEXT,
-                first INT, second INT, column TEXT);
+                first INT, second INT, column TEXT, secret INT);
             CREATE TABLE pending(number INTEGER PRIMARY KEY, path BLOB, name BLOB);
         """)
         self.rows.execute("BEGIN")  # one for all: each insertion would else be one of its own
@@ -81,8 +82,8 @@ class Listing:
         elif isinstance(within, Cell):
             place = (within.group, within.row, within.column)
         self.length += 1
-        row = (name, whole, path, code, *place)
-        self.rows.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        row = (name, whole, path, code, *place, spell_bytes(path) != path)
+        self.rows.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def settle(self, before: int, *, distinct: bool = True) -> None:
         """Give an archive's inputs their whole names, unless their short ones tell them apart.
@@ -112,6 +113,13 @@ class Listing:
         Raises: WrongUse, naming one, if two inputs would be rows of the same id.
         """
         self.rows.executescript("""  -- which commits first
+            -- URLs that differ in their credentials alone are told apart by their order: #2, #3 ...
+            UPDATE found SET name = CAST(CAST(name AS TEXT) || '#' || place AS BLOB) FROM (
+                SELECT rowid AS which, row_number() OVER (PARTITION BY name ORDER BY rowid) AS place
+                FROM found WHERE secret AND name IN (
+                    SELECT name FROM found WHERE secret GROUP BY name
+                    HAVING count(*) > 1 AND count(*) = count(DISTINCT path))
+            ) WHERE found.rowid = which AND place > 1;
             CREATE TABLE inputs AS
                 SELECT readable(name) AS id, path, code, first, second, column
                 FROM found ORDER BY name;

@@ -5,7 +5,6 @@ read it. Whatever is wrong with one ends as an ImageError with a code of ours.
 """
 
 import os
-import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,11 @@ from threading import Lock
 from typing import Any, Literal
 
 from packvit.corpus import WrongUse
+from packvit.corpus.addresses import ALLOWED, check_protocols, is_url, protocols, spell
 from packvit.images import MAX_BYTES, ImageError, find_file, read_file
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://", re.ASCII)
 # What brings a protocol that fsspec knows of and does not bring itself.
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
-PACKAGES |= {"https": "aiohttp", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"}
 GONE = (404, 410)  # answers of a server to what it has not
 ROWS, BATCHES = 16, 4  # of a table, read at once and kept: decoders ask a little out of order
 
@@ -63,7 +61,11 @@ def read(source: Input) -> bytes:
     if member and member.size > MAX_BYTES:
         raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
     if is_url(source.path):
-        data = read_url(source.path, member)
+        try:
+            data = read_url(source.path, member)
+        except WrongUse as error:
+            note = f"its protocol is none of {', '.join(ALLOWED)}"
+            raise ImageError("unreadable", "read", note) from error
     elif member:
         data = read_file(source.path, member.offset, member.size)
     else:
@@ -73,18 +75,14 @@ def read(source: Input) -> bytes:
     return data
 
 
-def is_url(path: str) -> bool:
-    """Tell whether `path` is a URL for fsspec; a chained one, zip://a.jpg::s3://b/c.zip, too."""
-    return URL.match(path) is not None
-
-
 def find_url(url: str) -> tuple[Any, str]:
     """Return the fsspec file system that a URL names, and its path there.
 
-    Raises: WrongUse for an unknown protocol; ImportError with what to install for it.
+    Raises: WrongUse for a protocol that is not read; ImportError with what to install for it.
     """
+    check_protocols(url)
     from fsspec.core import url_to_fs
-    from fsspec.registry import available_protocols, get_filesystem_class
+    from fsspec.registry import get_filesystem_class
 
     try:
         files, place = url_to_fs(url, use_listings_cache=False)
@@ -94,26 +92,13 @@ def find_url(url: str) -> tuple[Any, str]:
                 get_filesystem_class(protocol)
             except ImportError:
                 package = PACKAGES.get(protocol, f"what fsspec needs for {protocol}")
-                raise ImportError(f"{url} cannot be read: pip install {package}") from error
+                raise ImportError(f"{spell(url)} cannot be read: pip install {package}") from error
         raise
-    except ValueError as error:
-        if set(protocols(url)) <= set(available_protocols()):
-            raise  # an archive in the chain that is none, for example
-        raise WrongUse(
-            f"{url} cannot be read: fsspec knows no such protocol. For a file or folder of that "
-            "name put ./ before it."
-        ) from error
     if is_hub(files):
         # It keeps listings whatever it is asked, and takes one that failed half-way for all there
         # is: files after that would be missing.
         files.dircache.clear()
     return files, place
-
-
-def protocols(url: str) -> list[str]:
-    """Return the protocols that a URL names, of which a chained one has several."""
-    found = (link.partition("://") for link in url.split("::"))
-    return [protocol for protocol, slashes, _ in found if slashes]
 
 
 def is_hub(files: Any) -> bool:
@@ -159,6 +144,8 @@ def open_source(path: str) -> Any:
     with unreadable():
         if is_url(path):
             files, place = find_url(path)
+            if protocols(path) == ["file"]:
+                find_file(place)  # which may be a pipe
             return files.open(place, "rb")
         find_file(path)
         return open(path, "rb")

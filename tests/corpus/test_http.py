@@ -123,7 +123,7 @@ def test_addresses_of_which_none_leads_anywhere_are_refused(server: str):
             (f"{server}/gone", "is not there. Check the spelling", "missing"),
             (f"{server}/gone.tar", "is not there", "missing"),
             (f"{server}/gone.jpg", "is not there", None),
-            (f"{server}/gone.jpg?signature=1.5", "is not there", None),
+            (f"{server}/gone.jpg?version=1.5", "is not there", None),
             (f"{server}/503.tar", "cannot be read (ClientResponseError 503)", "unreadable"),
             (f"{server}/403", "cannot be read (ClientResponseError 403)", "unreadable"),
             (f"{nobody}/photos", "cannot be read (ConnectionRefusedError)", "unreadable"),
