@@ -6,6 +6,7 @@ to say.
 
 import hashlib
 import os
+import re
 import sqlite3
 import weakref
 from collections.abc import Iterator
@@ -133,12 +134,19 @@ class Listing:
             )
 
 
-def readable(name: bytes) -> str:
-    r"""Return `name` as text: Arrow takes UTF-8 alone, so that other bytes are written \xNN.
+# Where a name itself has what reads like one of our escapes, its backslash is written as one: else
+# two names could be spelled alike.
+LIKE_AN_ESCAPE = re.compile(rb"\\(?=x(?:00|5c|[89a-f][0-9a-f]))")
 
-    So is NUL, which lists and archives may hold, and which parts one name from another elsewhere.
+
+def readable(name: bytes) -> str:
+    r"""Return `name` as text, no two names alike: bytes that are not UTF-8 are written \xNN.
+
+    Arrow takes UTF-8 alone. So is NUL written, which lists and archives may hold, and which parts
+    one name from another elsewhere.
     """
-    return name.decode("utf-8", "backslashreplace").replace("\0", r"\x00")
+    plain = LIKE_AN_ESCAPE.sub(rb"\\x5c", name)
+    return plain.decode("utf-8", "backslashreplace").replace("\0", r"\x00")
 
 
 @contextmanager
