@@ -11,8 +11,10 @@ from typing import Any
 from packvit.corpus import WrongUse
 from packvit.corpus.addresses import spell
 from packvit.corpus.sources import Cell, open_source, unreadable
-from packvit.corpus.tars import Found
+from packvit.corpus.tars import Found, find_length
 from packvit.images import ImageError
+
+MOST_ROWS = 1000  # of a table, by its bytes: rows that are all alike take next to nothing
 
 
 def list_parquet(path: str, column: str) -> Iterator[Found | None]:
@@ -42,6 +44,7 @@ def list_parquet(path: str, column: str) -> Iterator[Found | None]:
                     "--image-column; for a list of paths, give the file with --list."
                 )
             place = f"{column}.bytes" if fields else column
+            check_counts(table.metadata, find_length(file))
             digits = len(str(table.metadata.num_rows - 1))
             number = 0
             for group in range(table.num_row_groups):
@@ -58,12 +61,28 @@ def list_parquet(path: str, column: str) -> Iterator[Found | None]:
             raise ImageError("truncated", "list") from error
 
 
+def check_counts(facts: Any, length: int) -> None:
+    """Refuse a table whose footer does not agree with itself, or claims what no file has room for.
+
+    Raises: ImageError truncated.
+    """
+    groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    agree = min(rows, default=0) >= 0 and sum(rows) == facts.num_rows <= length * MOST_ROWS
+    for group in groups if agree else ():
+        for number in range(group.num_columns):
+            once = facts.schema.column(number).max_repetition_level == 0
+            agree = agree and (not once or group.column(number).num_values == group.num_rows)
+    if not agree:
+        raise ImageError("truncated", "list")
+
+
 def list_names(table: Any, group: int, column: str) -> Iterator[bytes]:
     """Yield the paths in a row group, empty where there is none."""
     batches = table.iter_batches(4096, row_groups=[group], columns=[f"{column}.path"])
     for batch in batches:
         for name in batch.column(0).field(0).to_pylist():
-            yield os.fsencode(name or "")
+            yield os.fsencode(spell(name or ""))
 
 
 def is_bytes(kind: Any) -> bool:

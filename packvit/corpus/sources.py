@@ -66,6 +66,9 @@ def read(source: Input) -> bytes:
         except WrongUse as error:
             note = f"its protocol is none of {', '.join(ALLOWED)}"
             raise ImageError("unreadable", "read", note) from error
+        except ImportError as error:  # in a list it is said before the job begins
+            note = "what reads its protocol is not installed"
+            raise ImageError("unreadable", "read", note) from error
     elif member:
         data = read_file(source.path, member.offset, member.size)
     else:
@@ -232,6 +235,7 @@ class Cells:
     """
 
     def __init__(self, path: str, column: str) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         source = open_source(path) if is_url(path) else path
@@ -240,20 +244,26 @@ class Cells:
             self.file = pq.ParquetFile(
                 source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
             )
-        self.column = column
+            self.columns = [column]
+            struct, _, field = column.rpartition(".")
+            if struct:
+                kind = self.file.schema_arrow.field(struct).type
+                paths = kind.get_field_index("path")
+                if field != "path" and paths >= 0 and pa.types.is_string(kind.field(paths).type):
+                    self.columns.append(f"{struct}.path")
         self.lock = Lock()
         self.group = self.first = self.next = -1  # the row group; the rows that are kept
         self.batches: Iterator[Any] = iter(())
         self.kept: deque[Any] = deque()
 
-    def get(self, group: int, row: int) -> bytes | None:
-        """Return the bytes in a row of a row group, or None if it is null."""
+    def get(self, group: int, row: int) -> bytes | str | None:
+        """Return the bytes in a row of a row group, else the path beside them; None without any."""
         with self.lock:
             if group != self.group or row < self.first:
                 self.group, self.first, self.next = group, 0, 0
                 self.kept.clear()
                 self.batches = self.file.iter_batches(
-                    ROWS, row_groups=[group], columns=[self.column], use_threads=False
+                    ROWS, row_groups=[group], columns=self.columns, use_threads=False
                 )
             try:
                 while row >= self.next:
@@ -263,20 +273,21 @@ class Cells:
                 raise
             place = row - self.first
             for values in self.kept:
-                if place < len(values):
-                    return values[place].as_py()
-                place -= len(values)
+                if place < len(values[0]):
+                    found = (each[place].as_py() for each in values)
+                    return next((value for value in found if value is not None), None)
+                place -= len(values[0])
             raise AssertionError("the row is among those that are kept")
 
     def advance(self) -> None:
         """Read some rows more, and let go of the oldest."""
         (values,) = next(self.batches).columns
-        if "." in self.column:
-            values = values.field(0)
-        self.kept.append(values)
+        fields = [column.rpartition(".")[2] for column in self.columns]
+        split = [values.field(name) for name in fields] if "." in self.columns[0] else [values]
+        self.kept.append(split)
         self.next += len(values)
         if len(self.kept) > BATCHES:
-            self.first += len(self.kept.popleft())
+            self.first += len(self.kept.popleft()[0])
 
 
 # By process, since neither a lock nor a remote file survives a fork, and by what the file was then.
@@ -300,6 +311,8 @@ def read_cell(path: str, cell: Cell) -> bytes:
         if error.code != "unreadable":
             raise
         raise ImageError("truncated", "read", "the table is damaged there") from error
-    if data is None:
+    if isinstance(data, str) and data:  # a path alone, which datasets opens when it decodes
+        return read(Input(spell(data), data))
+    if not isinstance(data, bytes):
         raise ImageError("missing", "read", "null in the table")
     return data
