@@ -4,6 +4,7 @@ Nothing vanishes: what carries the suffix of a photograph and is not a regular f
 too, one whose error is known before anything is read; what carries another suffix is counted.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ from packvit.images import ImageError, find_file
 SUFFIXES = (b".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif").split()
 PHOTOGRAPHS = frozenset(SUFFIXES)
 COMPRESSED = re.compile(rb"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
+
+MOST_DEPTH = 32  # pages of links that lie under one another
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ class Finder:
         self.gone: list[bytes] = []  # paths as typed that lead nowhere
         self.silent: list[tuple[bytes, ImageError]] = []  # URLs of which nobody says what they name
         self.unasked: list[bytes] = []  # URLs of files that nobody was asked for yet
+        self.pages: dict[bytes, tuple[bytes, int, int]] = {}  # of the web: links, depth, repeats
         self.empty: list[tuple[bytes, int]] = []  # archives without photographs; their other files
 
     def add_path(self, typed: bytes, *, alone: bool) -> None:
@@ -214,10 +218,14 @@ class Finder:
         Raises: ImageError if it is the first, and remote: its server may just not answer.
         """
         first = True
+        web = remote and not chain
         while found := self.listing.pop():
             folder, prefix = found
             try:
-                for entry in read_url_folder(folder, chain) if remote else read_folder(folder):
+                entries = read_url_folder(folder, chain) if remote else read_folder(folder)
+                if web and folder.startswith((b"http://", b"https://")):
+                    entries = self.read_page(folder, list(entries), first=first)
+                for entry in entries:
                     yield entry, prefix + entry.name
             except (OSError, ImageError):
                 if first and remote:
@@ -226,6 +234,27 @@ class Finder:
                 if not is_photograph(name):  # with such a suffix it is a row already
                     self.listing.add(spell_bytes(name), folder + chain, "unreadable")
             first = False
+
+    def read_page(self, folder: bytes, entries: list[Entry], *, first: bool) -> list[Entry]:
+        """Return what a page links to, unless it is one that was read before, under another name.
+
+        A page that links to itself has an address for each level, and as many pages as one asks
+        for: it has the links of the page above it.
+
+        Raises: ImageError unreadable for such a page, or one too deep.
+        """
+        links = hashlib.sha256(b"\0".join(sorted(entry.name for entry in entries)))
+        above, depth, repeats = None, 0, 0
+        if not first:
+            parent = folder.rstrip(b"/").rpartition(b"/")[0]
+            above, depth, repeats = self.pages.get(parent, (None, 0, 0))
+        repeats = repeats + 1 if above == links.digest() else 0
+        again = repeats > 0 and not all(entry.is_folder for entry in entries)
+        if again or repeats > 1 or depth >= MOST_DEPTH:
+            raise ImageError("unreadable", "list")
+        if any(entry.is_folder for entry in entries):
+            self.pages[folder.rstrip(b"/")] = (links.digest(), depth + 1, repeats)
+        return entries
 
     def add_named(self, path: bytes, *, alone: bool) -> str | None:
         """Add what a named file stands for: an archive's photographs, or itself.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from threading import Lock
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ from packvit.images import MAX_BYTES, ImageError, find_file, read_file
 
 # What brings a protocol that fsspec knows of and does not bring itself.
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"}
+# Bytes of a file whose length nobody tells, or tells rightly: packed in transfer, or without end.
+MOST_UNDECLARED = 256 << 20
+MOST_RATIO = 200  # of what a zip's member unpacks to, beyond that: photographs do not shrink
 GONE = (404, 410)  # answers of a server to what it has not
 ROWS, BATCHES = 16, 4  # of a table, read at once and kept: decoders ask a little out of order
 
@@ -163,6 +167,8 @@ def read_url(url: str, member: Member | None) -> bytes:
                 return b""
             end = member.offset + member.size
             options = {}
+            if is_web(url):
+                return read_part(files, place, member)
             if is_hub(files):
                 take_for_file(files, place, end)
                 options = {"cache_type": "none"}  # it would read 5 MiB ahead
@@ -180,9 +186,48 @@ def read_url(url: str, member: Member | None) -> bytes:
         found = files.info(place)
         if found["type"] != "file":
             raise ImageError("not_a_file", "read")
-        if (found.get("size") or 0) > MAX_BYTES:
+        size = found.get("size") or 0
+        packed = found.get("compress_size")  # of a zip's member
+        if size > MAX_BYTES:
             raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
-        return files.cat_file(place)
+        if packed is not None and size > MOST_UNDECLARED and size > packed * MOST_RATIO:
+            raise ImageError("unreadable", "read", f"unpacks to over {MOST_RATIO} times its size")
+        if is_web(url):
+            with files.open(place, "rb", block_size=0, size=size or None) as file:
+                return read_bounded(file, max(size, MOST_UNDECLARED))
+        if not size:  # which its server may not tell
+            with files.open(place, "rb") as file:
+                return read_bounded(file, MOST_UNDECLARED)
+        return files.cat_file(place, start=0, end=size)
+
+
+def is_web(url: str) -> bool:
+    """Tell whether a URL is read from a web server itself."""
+    return protocols(url)[0] in ("http", "https")
+
+
+def read_part(files: Any, place: str, member: Member) -> bytes:
+    """Return a part of a file of a web server, which may send more than it was asked for."""
+    last = member.offset + member.size - 1
+    headers = {"Range": f"bytes={member.offset}-{last}", "Accept-Encoding": "identity"}
+    headers = {**files.kwargs.get("headers", {}), **headers}
+    with files.open(place, "rb", block_size=0, size=member.size, headers=headers) as file:
+        if file.r.status != 206:  # all of it: from the start, and again for every member
+            raise ImageError("unreadable", "read", "its server sends no parts of a file")
+        return read_bounded(file, member.size)
+
+
+def read_bounded(file: Any, most: int) -> bytes:
+    """Return the bytes of an open file, whatever was said of its length, if they are not too many.
+
+    Raises: ImageError unreadable if there are more than `most`.
+    """
+    data = BytesIO()
+    while chunk := file.read(1 << 20):
+        if data.tell() + len(chunk) > most:
+            raise ImageError("unreadable", "read", "longer than its server said, and than allowed")
+        data.write(chunk)
+    return data.getvalue()
 
 
 @contextmanager
