@@ -22,7 +22,10 @@ from packvit.images import MAX_BYTES, ImageError, find_file, read_file
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"}
 # Bytes of a file whose length nobody tells, or tells rightly: packed in transfer, or without end.
 MOST_UNDECLARED = 256 << 20
-MOST_RATIO = 200  # of what a zip's member unpacks to, beyond that: photographs do not shrink
+MOST_RATIO = (
+    200  # of what a zip's member or a table unpacks to, beyond that: photographs do not shrink
+)
+MOST_KEPT = 64 << 20  # bytes of a table's dictionary, in the rows that are kept
 GONE = (404, 410)  # answers of a server to what it has not
 ROWS, BATCHES = 16, 4  # of a table, read at once and kept: decoders ask a little out of order
 
@@ -300,15 +303,17 @@ class Cells:
         self.group = self.first = self.next = -1  # the row group; the rows that are kept
         self.batches: Iterator[Any] = iter(())
         self.kept: deque[Any] = deque()
+        self.most = BATCHES
 
     def get(self, group: int, row: int) -> bytes | str | None:
         """Return the bytes in a row of a row group, else the path beside them; None without any."""
         with self.lock:
             if group != self.group or row < self.first:
+                rows, self.most = self.fit(group)
                 self.group, self.first, self.next = group, 0, 0
                 self.kept.clear()
                 self.batches = self.file.iter_batches(
-                    ROWS, row_groups=[group], columns=self.columns, use_threads=False
+                    rows, row_groups=[group], columns=self.columns, use_threads=False
                 )
             try:
                 while row >= self.next:
@@ -324,15 +329,39 @@ class Cells:
                 place -= len(values[0])
             raise AssertionError("the row is among those that are kept")
 
+    def fit(self, group: int) -> tuple[int, int]:
+        """Return how many rows of a row group to read at once, and how many times that to keep.
+
+        A value of a dictionary is unpacked for each row that has it.
+
+        Raises: ImageError unreadable for what unpacks to far more than it takes.
+        """
+        facts = self.file.metadata.row_group(group)
+        chunks = [facts.column(number) for number in range(facts.num_columns)]
+        rows, most = ROWS, BATCHES
+        for chunk in chunks:
+            if chunk.path_in_schema not in self.columns:
+                continue
+            packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if size > MOST_KEPT and size > packed * MOST_RATIO:
+                note = f"unpacks to over {MOST_RATIO} times its size"
+                raise ImageError("unreadable", "read", note)
+            if chunk.dictionary_page_offset is not None:
+                shared = chunk.data_page_offset - chunk.dictionary_page_offset
+                value = max(1, shared * size // max(1, packed))  # at most, of one in the dictionary
+                rows = min(rows, max(1, MOST_KEPT // value))
+                most = min(most, max(1, MOST_KEPT // (rows * value)))
+        return rows, most
+
     def advance(self) -> None:
         """Read some rows more, and let go of the oldest."""
+        if len(self.kept) >= self.most:
+            self.first += len(self.kept.popleft()[0])
         (values,) = next(self.batches).columns
         fields = [column.rpartition(".")[2] for column in self.columns]
         split = [values.field(name) for name in fields] if "." in self.columns[0] else [values]
         self.kept.append(split)
         self.next += len(values)
-        if len(self.kept) > BATCHES:
-            self.first += len(self.kept.popleft()[0])
 
 
 # By process, since neither a lock nor a remote file survives a fork, and by what the file was then.
@@ -353,7 +382,7 @@ def read_cell(path: str, cell: Cell) -> bytes:
         with unreadable():
             data = open_cells(path, cell.column, os.getpid(), version).get(cell.group, cell.row)
     except ImageError as error:
-        if error.code != "unreadable":
+        if error.code != "unreadable" or error.note:
             raise
         raise ImageError("truncated", "read", "the table is damaged there") from error
     if isinstance(data, str) and data:  # a path alone, which datasets opens when it decodes
