@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from packvit.corpus import WrongUse
+from packvit.corpus.addresses import check_local
 from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
 from packvit.corpus.equipment import equip
 from packvit.corpus.exports import Format, check_format, export
@@ -148,6 +149,7 @@ def embed(
             "model is a loaded encoder, which lives in this process alone, so that no other "
             "can embed with it. Give the model's name, or leave processes and ray out."
         )
+    check_local(out)
     folder = Path(out)
     check_usable(folder, overwrite=overwrite)
     recorded = {} if overwrite else read_manifest(folder) or {}

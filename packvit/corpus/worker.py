@@ -74,6 +74,7 @@ def main() -> None:
     from PIL import AvifImagePlugin
 
     # Slow: by now this process cannot be orphaned.
+    from packvit.corpus.addresses import spell_text
     from packvit.corpus.preparing import Recipe, prepare
     from packvit.corpus.rows import Row
     from packvit.corpus.sources import Input
@@ -104,7 +105,7 @@ def main() -> None:
             except (EOFError, ConnectionError):
                 raise
             except Exception:  # a fault of ours: told where it can be seen
-                send(link, f"{source.id!r}:\n{traceback.format_exc()}")
+                send(link, spell_text(f"{source.id!r}:\n{traceback.format_exc()}"))
                 return
             jpeg, content = prepared.jpeg, prepared.patches
             if jpeg:

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from packvit.corpus import WriteError, WrongUse
+from packvit.corpus.addresses import check_local
 from packvit.corpus.inputs import Input, list_inputs
 from packvit.corpus.job import MOST_WORKERS, TRIAL_MODEL, count_cpus
 from packvit.corpus.progress import Tally, Tell
@@ -142,6 +143,7 @@ def check_out(out: str, inputs: Sequence[Input]) -> Path:
 
     Raises: WrongUse if that is no picture's name, or would replace something else.
     """
+    check_local(out, name="--out")
     target = Path(out)
     if target.suffix.lower() not in FORMATS:
         raise WrongUse(f"--out is {out}, but must end in {', '.join(FORMATS)}.")
