@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from packvit.corpus.inputs.addresses import check_local
+
 
 @click.command
 @click.argument("name")
@@ -39,6 +41,7 @@ def convert(
     from packvit import hub  # torch is imported here
 
     try:
+        check_local(folder, name="FOLDER")
         made = hub.convert(name, folder, layout, revision=revision)
     except hub.CheckpointError as error:
         raise click.ClickException(str(error)) from error

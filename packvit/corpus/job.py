@@ -34,6 +34,7 @@ from packvit.corpus.folder.layout import (
 )
 from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.resume import Found, check_usable, read_rows, take_up
+from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.progress import Summary, Tally, Tell
@@ -50,10 +51,10 @@ from packvit.corpus.settings import (
     load_encoder,
 )
 from packvit.encoder import Encoder, GridPolicy
+from packvit.fast.graphs import free_memory
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import Resize
-from packvit.model.memory import free_memory
 from packvit.verification.job import vouch
 
 TRIAL_MODEL = "tiny"
@@ -148,6 +149,7 @@ def embed(
             "model is a loaded encoder, which lives in this process alone, so that no other "
             "can embed with it. Give the model's name, or leave processes and ray out."
         )
+    check_local(out)
     folder = Path(out)
     check_usable(folder, overwrite=overwrite)
     recorded = {} if overwrite else read_manifest(folder) or {}

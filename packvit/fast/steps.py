@@ -52,8 +52,8 @@ def project(
 
     In inference a matmul without a bias adds to `x` itself, in place, and leaves nothing.
     """
-    plain = not needs_grad and isinstance(h, Tensor) and isinstance(scale, nn.Identity)
-    if plain and type(linear) is Linear and linear.bias is None:
+    adds = type(linear) is Linear and linear.bias is None and isinstance(scale, nn.Identity)
+    if adds and not needs_grad and isinstance(h, Tensor) and isinstance(linear, Linear):
         return add_linear_(x, h, linear), None
     if needs_grad or not isinstance(scale, LayerScale):
         return x, Delta(scale(linear(h)), None)

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.folder.rows import Row
+from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import Input, list_inputs
 from packvit.corpus.job import MOST_WORKERS, TRIAL_MODEL, count_cpus
 from packvit.corpus.progress import Tally, Tell
@@ -142,6 +143,7 @@ def check_out(out: str, inputs: Sequence[Input]) -> Path:
 
     Raises: WrongUse if that is no picture's name, or would replace something else.
     """
+    check_local(out, name="--out")
     target = Path(out)
     if target.suffix.lower() not in FORMATS:
         raise WrongUse(f"--out is {out}, but must end in {', '.join(FORMATS)}.")

@@ -2,25 +2,29 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from packvit.corpus.folder.layout.layout import read_commits
+from packvit.corpus.inputs.find.find import list_inputs
+from packvit.corpus.inputs.find.sources import Cell, Input, read
 from rotten import encode, pixels
 from served import outcome
 
 from packvit.cli.embed import embed
 from packvit.corpus import WrongUse
-from packvit.corpus.folder.layout import read_commits
-from packvit.corpus.inputs.find import list_inputs
-from packvit.corpus.inputs.sources import Cell, Input, read
 
 
 def photo(number: int) -> bytes:
@@ -191,6 +195,80 @@ def test_rows_are_called_by_their_numbers_where_paths_do_not_tell_them_apart(tmp
     assert outcome(list_inputs([str(path)])) == {**numbers, "03": "missing"}
 
 
+def test_rows_of_paths_alone_are_opened_as_datasets_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):  # case V11
+    from datasets import Image
+
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        Path(f"{number}.png").write_bytes(encode(pixels(20, 30, number), "PNG"))
+    here = str(tmp_path)
+    paths = [f"{here}/0.png", "1.png", f"file://{here}/2.png"]
+    write_images(Path("x.parquet"), [None, None, None, b"bytes"], [*paths, "1x.png"])
+    found = outcome(list_inputs(["x.parquet"]))
+    assert found.pop("1x.png") == b"bytes"  # which come first
+    assert found.pop(paths[2]) == Path("2.png").read_bytes()
+    for path in paths[:2]:
+        theirs = Image().decode_example({"bytes": None, "path": path})
+        data = found.pop(path)
+        assert isinstance(data, bytes)
+        assert PIL.Image.open(io.BytesIO(data)).tobytes() == theirs.tobytes()
+    assert not found
+    others = [paths[0], paths[0], "gone.png", here, "memory://x.png", "s3://u:hunter2@b/x.png"]
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    write_images(Path("y.parquet"), [None] * 7, [*others, None])
+    whole = Path("0.png").read_bytes()
+    listing = list_inputs(["y.parquet"])
+    codes = [whole, whole, "missing", "not_a_file", "unreadable", "unreadable", "missing"]
+    assert outcome(listing) == {str(number): code for number, code in enumerate(codes)}
+    write_images(Path("z.parquet"), [None], ["https://u:hunter2@127.0.0.1:1/x.png?sig=hunter3"])
+    assert outcome(list_inputs(["z.parquet"])) == {"https://127.0.0.1:1/x.png": "unreadable"}
+
+
+def rewrite(footer: bytes, places: Iterable[int], rows: int) -> bytes:
+    """Return a footer whose one-byte numbers at places are replaced, as thrift packs numbers."""
+    number, packed = rows << 1 if rows >= 0 else (-rows << 1) - 1, b""
+    while number > 127:
+        packed, number = packed + bytes([number & 127 | 128]), number >> 7
+    packed += bytes([number])
+    for place in sorted(places, reverse=True):
+        footer = footer[:place] + packed + footer[place + 1 :]
+    return footer
+
+
+@pytest.mark.parametrize("rows", [10**13, 5, -1, 0])
+def test_counts_of_rows_that_cannot_be_are_a_row(tmp_path: Path, rows: int):  # case V5
+    out = io.BytesIO()
+    pq.write_table(pa.table({"image": pa.array([b"abc"] * 3)}), out, compression="none")
+    data = out.getvalue()
+    length = int.from_bytes(data[-8:-4], "little")
+    body, footer = data[: -8 - length], data[-8 - length : -8]
+    places = [n + 1 for n in range(len(footer) - 1) if footer[n] == 0x16 and footer[n + 1] == 6]
+    path, tried = tmp_path / "x.parquet", 0
+    choices = [c for size in (1, 2, 3) for c in itertools.combinations(places, size)]
+    for chosen in choices:
+        lying = rewrite(footer, chosen, rows)
+        path.write_bytes(body + lying + len(lying).to_bytes(4, "little") + b"PAR1")
+        try:
+            facts = pq.ParquetFile(path).metadata
+        except (pa.ArrowException, OSError):
+            continue
+        counts = {facts.num_rows, facts.row_group(0).num_rows}
+        counts.add(facts.row_group(0).column(0).num_values)
+        if counts == {3}:
+            continue  # another field
+        if counts == {5}:  # no count says so: each row beyond does
+            expected: dict[str, Any] = {str(n): b"abc" if n < 3 else "truncated" for n in range(5)}
+        elif counts == {0}:
+            continue
+        else:
+            expected = {str(path): "truncated"}
+        assert outcome(list_inputs([str(path)])) == expected
+        tried += 1
+    assert tried >= 3
+
+
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 def test_a_column_of_bytes_is_embedded_by_its_name(tmp_path: Path, kind: pa.DataType):
     images = [photo(number) for number in range(3)]
@@ -233,3 +311,30 @@ def test_an_archive_that_is_not_there_is_refused(tmp_path: Path):
     for name in ("x.tar", "x.parquet"):
         with pytest.raises(WrongUse, match=rf'"{tmp_path / name}" is not there'):
             list_inputs([str(tmp_path / name)])
+
+
+MEASURE = """
+import sys
+from packvit.corpus.inputs.sources import Cell, Input, read
+from packvit.images.decode import ImageError
+for row in range(40):
+    try:
+        said = len(read(Input("x", sys.argv[1], None, Cell(0, row, "image"))))
+    except ImageError as error:
+        said = error.code
+print(said, next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+@pytest.mark.parametrize("compressible", [True, False])
+def test_one_value_in_many_rows_is_not_unpacked_for_all(tmp_path: Path, compressible: bool):
+    size = 100 << 20  # case S5
+    value = bytes(size) if compressible else os.urandom(size)
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 40, pa.int32()), pa.array([value]))
+    pq.write_table(pa.table({"image": column}), tmp_path / "x.parquet", compression="zstd")
+    argv = [sys.executable, "-c", MEASURE, str(tmp_path / "x.parquet")]
+    run = subprocess.run(argv, capture_output=True, text=True, check=True)
+    said, peak = run.stdout.split()
+    assert said == ("unreadable" if compressible else str(size))
+    copies = 2 if compressible else 7  # Arrow's own; sixteen and more where each row had one
+    assert int(peak) < (200 << 10) + copies * size // 1024

@@ -1,7 +1,10 @@
 """Inputs behind http, from a server on this machine that also fails in the ways that servers do."""
 
+import gzip
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -9,15 +12,15 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from packvit.corpus.folder.layout.checking import check_folder
+from packvit.corpus.inputs.find.find import list_inputs
+from packvit.corpus.inputs.find.sources import read
+from packvit.images.decode.decode import ImageError
 from served import outcome_of, write_served
 
 from packvit.corpus import WrongUse
-from packvit.corpus.folder.checking import check_folder
-from packvit.corpus.inputs.find import list_inputs
-from packvit.corpus.inputs.sources import read
 from packvit.corpus.job import embed
 from packvit.encoder import Encoder
-from packvit.images.decode import ImageError
 
 SECONDS = 60  # that the server hangs for: longer than any test waits
 
@@ -50,6 +53,18 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_error(404)
         elif self.path.endswith("/circle/"):
             self.reply(200, b'<a href="./">.</a> <a href="../">..</a> <a href="a.jpg">a</a>')
+        elif "/endless" in self.path:
+            self.pour(wanted)
+        elif name == "packed.jpg":
+            packed = gzip.compress(bytes(300 << 20), 1)
+            self.reply(200, packed, ("Content-Encoding", "gzip"))
+        elif "/ring/" in self.path and "." not in name:
+            self.reply(200, b'<a href="sub/">s</a> <a href="also/">s</a> <a href="a.jpg">a</a>')
+        elif "/stairs/" in self.path and "." not in name:
+            self.reply(200, b'<a href="sub/">s</a> <a href="also/">s</a>')
+        elif "/deep/" in self.path and "." not in name:
+            level = self.path.rstrip("/").count("/")
+            self.reply(200, b'<a href="d%d/">s</a> <a href="d%d.jpg">a</a>' % (level, level))
         elif wanted and name != "whole.tar":
             data = Path(self.translate_path(self.path)).read_bytes()
             first, last = (int(place) for place in wanted.removeprefix("bytes=").split("-"))
@@ -59,6 +74,19 @@ class Handler(SimpleHTTPRequestHandler):
             super().do_HEAD()
         else:
             super().do_GET()
+
+    def pour(self, wanted: str | None) -> None:
+        """Send what has no end, whatever HEAD said of it."""
+        self.send_response(206 if wanted and "lies" in self.path else 200)
+        if self.command == "HEAD":
+            self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.close_connection = True
+        try:
+            while self.command == "GET":
+                self.wfile.write(bytes(1 << 20))
+        except ConnectionError:
+            pass
 
     def reply(self, status: int, body: bytes, *headers: tuple[str, str]) -> None:
         named = {"Content-Type": "text/html", "Content-Length": str(len(body))} | dict(headers)
@@ -123,7 +151,7 @@ def test_addresses_of_which_none_leads_anywhere_are_refused(server: str):
             (f"{server}/gone", "is not there. Check the spelling", "missing"),
             (f"{server}/gone.tar", "is not there", "missing"),
             (f"{server}/gone.jpg", "is not there", None),
-            (f"{server}/gone.jpg?signature=1.5", "is not there", None),
+            (f"{server}/gone.jpg?version=1.5", "is not there", None),
             (f"{server}/503.tar", "cannot be read (ClientResponseError 503)", "unreadable"),
             (f"{server}/403", "cannot be read (ClientResponseError 403)", "unreadable"),
             (f"{nobody}/photos", "cannot be read (ConnectionRefusedError)", "unreadable"),
@@ -153,6 +181,50 @@ def test_a_member_of_a_tar_is_never_taken_from_another_place(server: str):
 
 def test_a_page_that_links_to_itself_is_read_once(server: str):
     assert outcome_of(f"{server}/circle/") == {"a.jpg": "missing"}
+
+
+MEASURE = """
+import sys
+from packvit.corpus.inputs.sources import Input, Member, read
+from packvit.images.decode import ImageError
+member = Member(512, 100) if sys.argv[2] == "member" else None
+try:
+    read(Input("x", sys.argv[1], None, member))
+except ImageError as error:
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(error.code, "|", error.note, "|", peak.split()[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "note"),
+    [
+        ("endless.jpg", "file", "longer than its server said, and than allowed"),
+        ("packed.jpg", "file", "longer than its server said, and than allowed"),
+        ("endless.tar", "member", "its server sends no parts of a file"),
+        ("endless-lies.tar", "member", "longer than its server said, and than allowed"),
+    ],
+)
+def test_a_body_without_end_costs_a_row_and_a_bounded_memory(
+    server: str, name: str, kind: str, note: str
+):  # case S2
+    argv = [sys.executable, "-c", MEASURE, f"{server}/{name}", kind]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+    code, found, kilobytes = said.split(" | ")
+    assert (code, found) == ("unreadable", note)
+    assert int(kilobytes) < 500 << 10
+
+
+def test_a_page_that_holds_itself_is_read_once_however_deep(server: str):  # case V6
+    lost = {"sub": "unreadable", "also": "unreadable"}
+    assert outcome_of(f"{server}/ring/") == {"a.jpg": "missing"} | lost
+    stairs = outcome_of(f"{server}/stairs/")
+    assert set(stairs.values()) == {"unreadable"}
+    # One level without a file may be like the one above it.
+    assert set(stairs) == {"sub/sub", "sub/also", "also/sub", "also/also"}
+    deep = outcome_of(f"{server}/deep/")
+    assert sorted(deep.values()).count("unreadable") == 1
+    assert len(deep) == 33
 
 
 @pytest.mark.soak

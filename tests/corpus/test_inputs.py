@@ -1,4 +1,5 @@
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -7,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from packvit.corpus import WrongUse
 from packvit.corpus.inputs.find import SUFFIXES, Listing, list_inputs
+from packvit.corpus.inputs.listing import readable
 
 
 def touch(*paths: Path) -> None:
@@ -225,9 +229,43 @@ def test_bytes_that_are_not_utf8_are_written_out_and_the_file_is_still_found(tmp
     (source,) = list_inputs([str(tmp_path)])
     assert source.id == "caf\\xe9.jpg"
     assert Path(source.path).read_bytes() == b"here"
-    touch(tmp_path / "caf\\xe9.jpg")
-    with pytest.raises(WrongUse, match=r'Two inputs are called "caf\\xe9\.jpg"'):
-        list_inputs([str(tmp_path)])
+    touch(tmp_path / "caf\\xe9.jpg", tmp_path / "C:\\x41\\xyz.jpg")  # case V8
+    found = {source.id: os.fsencode(source.path) for source in list_inputs([str(tmp_path)])}
+    assert found == {
+        "caf\\xe9.jpg": name,
+        "caf\\x5cxe9.jpg": os.fsencode(tmp_path / "caf\\xe9.jpg"),
+        "C:\\x41\\xyz.jpg": os.fsencode(tmp_path / "C:\\x41\\xyz.jpg"),
+    }
+
+
+PIECES = (
+    b"\\",
+    b"x",
+    b"\\xff",
+    b"\\x5c",
+    b"\\x00",
+    b"\xff",
+    b"\0",
+    b"5",
+    b"c",
+    b"f",
+    "é".encode(),
+    b"\xc3",
+)
+
+
+@given(st.lists(st.sampled_from(PIECES)).map(b"".join))
+def test_no_two_names_are_spelled_alike(name: bytes):  # case V8
+    def spelled(found: re.Match[bytes]) -> bytes:
+        return bytes([int(found[1], 16)])
+
+    text = readable(name)
+    escape = rb"\\x(00|5c|[89a-f][0-9a-f])"
+    assert (
+        re.sub(escape, spelled, text.encode()) == name
+    )  # so that a name can be told from its text
+    if not re.search(escape, name) and b"\0" not in name:
+        assert text == name.decode("utf-8", "backslashreplace")
 
 
 def test_an_input_named_twice_is_refused(tmp_path: Path):

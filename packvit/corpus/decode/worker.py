@@ -73,9 +73,11 @@ def main() -> None:
     import numpy as np
     from PIL import AvifImagePlugin
 
-    # Slow: by now this process cannot be orphaned.
     from packvit.corpus.decode.prepare import Recipe, prepare
     from packvit.corpus.folder.rows import Row
+
+    # Slow: by now this process cannot be orphaned.
+    from packvit.corpus.inputs.addresses import spell_text
     from packvit.corpus.inputs.sources import Input
     from packvit.gpu.jpeg import JpegPlan
 
@@ -104,7 +106,7 @@ def main() -> None:
             except (EOFError, ConnectionError):
                 raise
             except Exception:  # a fault of ours: told where it can be seen
-                send(link, f"{source.id!r}:\n{traceback.format_exc()}")
+                send(link, spell_text(f"{source.id!r}:\n{traceback.format_exc()}"))
                 return
             jpeg, content = prepared.jpeg, prepared.patches
             if jpeg:

@@ -1,60 +1,20 @@
-"""What lies in an archive: the photographs of a tar, the rows of a Parquet file. No torch.
+"""What lies in a Parquet file: the rows of its column of images. No torch.
 
-Nothing is unpacked: a member is known by its place. What a damaged archive still shows is listed,
+Nothing is unpacked: a row is known by its place. What a damaged file still shows is listed,
 and whoever asks is told that it is damaged, since photographs may be missing.
 """
 
 import os
-import re
-import tarfile
 from collections.abc import Iterator
 from typing import Any
 
 from packvit.corpus import WrongUse
-from packvit.corpus.inputs.sources import Cell, Member, open_source, unreadable
+from packvit.corpus.inputs.addresses import spell
+from packvit.corpus.inputs.sources import Cell, open_source, unreadable
+from packvit.corpus.inputs.tars import Found, find_length
 from packvit.images.decode import ImageError
 
-# A sample's key: its path up to the first dot of its name. Source: webdataset 1.0, tariterators.py.
-KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.[^/]*", re.DOTALL)
-BLOCK = 512  # of a tar
-
-# An archive's photograph: its key or short name, its whole name, where it lies, or why nowhere.
-Found = tuple[bytes, bytes, Member | Cell | None, str | None]
-
-
-def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
-    """Yield the photographs of a tar, and None for every other file in it.
-
-    Folders and links that are called like photographs, and files stored with holes, are errors.
-
-    Raises: ImageError truncated, after what is there, if it is damaged; or what opening it raises.
-    """
-    with open_source(path) as file, unreadable():
-        try:
-            tar: Any = tarfile.open(  # noqa: SIM115 # closing it would do nothing: the file is ours
-                fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
-            )
-            while member := tar.next():
-                tar.members.clear()  # or it would keep them all
-                name = member.name.encode("utf-8", "surrogateescape")
-                if os.path.splitext(name)[1].lower() not in suffixes:
-                    if not member.isdir():
-                        yield None
-                    continue
-                key = KEY.fullmatch(name)
-                code = None
-                if member.issparse():
-                    code = "unreadable"
-                elif not member.isreg():
-                    code = "not_a_file"
-                place = None if code else Member(member.offset_data, member.size)
-                yield key[1] if key else name, name, place, code
-            # tarfile takes a header that it can't read for the end.
-            file.seek(tar.offset)
-            if file.read(BLOCK) != bytes(BLOCK):
-                raise ImageError("truncated", "list")
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            raise ImageError("truncated", "list") from error
+MOST_ROWS = 1000  # of a table, by its bytes: rows that are all alike take next to nothing
 
 
 def list_parquet(path: str, column: str) -> Iterator[Found | None]:
@@ -79,11 +39,12 @@ def list_parquet(path: str, column: str) -> Iterator[Found | None]:
                 fields = {field.name: field.type for field in kind}
             if not is_bytes(fields.get("bytes", kind)):
                 raise WrongUse(
-                    f'{path} has no column "{column}" that holds the bytes of images, alone or '
-                    f"beside their path. It has: {describe(schema)}. Name one with --image-column; "
-                    "for a list of paths, give the file with --list."
+                    f'{spell(path)} has no column "{column}" that holds the bytes of images, alone '
+                    f"or beside their path. It has: {describe(schema)}. Name one with "
+                    "--image-column; for a list of paths, give the file with --list."
                 )
             place = f"{column}.bytes" if fields else column
+            check_counts(table.metadata, find_length(file))
             digits = len(str(table.metadata.num_rows - 1))
             number = 0
             for group in range(table.num_row_groups):
@@ -100,12 +61,28 @@ def list_parquet(path: str, column: str) -> Iterator[Found | None]:
             raise ImageError("truncated", "list") from error
 
 
+def check_counts(facts: Any, length: int) -> None:
+    """Refuse a table whose footer does not agree with itself, or claims what no file has room for.
+
+    Raises: ImageError truncated.
+    """
+    groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    agree = min(rows, default=0) >= 0 and sum(rows) == facts.num_rows <= length * MOST_ROWS
+    for group in groups if agree else ():
+        for number in range(group.num_columns):
+            once = facts.schema.column(number).max_repetition_level == 0
+            agree = agree and (not once or group.column(number).num_values == group.num_rows)
+    if not agree:
+        raise ImageError("truncated", "list")
+
+
 def list_names(table: Any, group: int, column: str) -> Iterator[bytes]:
     """Yield the paths in a row group, empty where there is none."""
     batches = table.iter_batches(4096, row_groups=[group], columns=[f"{column}.path"])
     for batch in batches:
         for name in batch.column(0).field(0).to_pylist():
-            yield os.fsencode(name or "")
+            yield os.fsencode(spell(name or ""))
 
 
 def is_bytes(kind: Any) -> bool:

@@ -4,6 +4,7 @@ Nothing vanishes: what carries the suffix of a photograph and is not a regular f
 too, one whose error is known before anything is read; what carries another suffix is counted.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,24 +12,28 @@ from dataclasses import dataclass
 
 from packvit.corpus import WrongUse
 from packvit.corpus.inputs import patterns as globs
-from packvit.corpus.inputs.archives import list_parquet, list_tar
+from packvit.corpus.inputs.addresses import (
+    bare,
+    check_protocols,
+    is_url,
+    protocols,
+    spell,
+    spell_bytes,
+)
+from packvit.corpus.inputs.archives import list_parquet
 from packvit.corpus.inputs.listing import Listing, readable, spooling
 from packvit.corpus.inputs.lists import read_list
 from packvit.corpus.inputs.sources import Input as Input
-from packvit.corpus.inputs.sources import (
-    find_kind,
-    find_status,
-    find_url,
-    is_url,
-    protocols,
-    unreadable,
-)
+from packvit.corpus.inputs.sources import find_kind, find_status, find_url, unreadable
+from packvit.corpus.inputs.tars import list_tar
 from packvit.images.decode import ImageError, find_file
 
 # Of the seven formats that images.py decodes.
 SUFFIXES = (b".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif").split()
 PHOTOGRAPHS = frozenset(SUFFIXES)
 COMPRESSED = re.compile(rb"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
+
+MOST_DEPTH = 32  # pages of links that lie under one another
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +74,15 @@ def list_inputs(
             finder.add_path(os.fsencode(path), alone=alone)
         for path in lists:
             for name in read_list(path, column):
-                finder.add_file(name)
+                finder.add_listed(name)
         listing = finder.listing
         if not len(listing):
+            if finder.empty:
+                raise no_photographs(finder.empty)
             raise WrongUse(
-                f"No photographs were found in {', '.join([*paths, *lists]) or 'nothing'}; "
-                f"{listing.ignored} other files were passed over. Photographs in a folder end in "
+                "No photographs were found in "
+                f"{', '.join(map(spell, [*paths, *lists])) or 'nothing'}; {listing.ignored} other "
+                "files were passed over. Photographs in a folder end in "
                 f"{b' '.join(SUFFIXES).decode()}; name a file itself to take it whatever its "
                 "suffix."
             )
@@ -95,10 +103,14 @@ class Finder:
         self.gone: list[bytes] = []  # paths as typed that lead nowhere
         self.silent: list[tuple[bytes, ImageError]] = []  # URLs of which nobody says what they name
         self.unasked: list[bytes] = []  # URLs of files that nobody was asked for yet
+        self.pages: dict[bytes, tuple[bytes, int, int]] = {}  # of the web: links, depth, repeats
+        self.empty: list[tuple[bytes, int]] = []  # archives without photographs; their other files
 
     def add_path(self, typed: bytes, *, alone: bool) -> None:
         """Add all that a path stands for, which is the only one if it is `alone`."""
         remote = is_url(os.fsdecode(typed))
+        if remote:
+            check_protocols(os.fsdecode(typed))
         # Of a chained URL, zip://photos::s3://bucket/x.zip, the first link has the path.
         first, joint, rest = typed.partition(b"::")
         head, chain = (first, joint + rest) if remote and b"://" in first else (typed, b"")
@@ -107,15 +119,15 @@ class Finder:
         else:
             base, pattern = globs.split(head, globs.MAGIC_URL if remote else globs.MAGIC)
         if pattern:
-            before = len(self.listing)
+            before, empty = len(self.listing), len(self.empty)
             try:
                 self.add_pattern(base, pattern, chain, remote=remote)
             except ImageError as error:
                 if error.code != "missing":
                     raise no_answer(typed, error) from error
-            if len(self.listing) == before:
+            if len(self.listing) == before and len(self.empty) == empty:
                 raise WrongUse(
-                    f"Nothing matches {os.fsdecode(typed)}. ** stands for any number of folders, * "
+                    f"Nothing matches {shown(typed)}. ** stands for any number of folders, * "
                     "and ? stay within one; quote a pattern, so that the shell leaves it alone."
                 )
             return
@@ -125,7 +137,7 @@ class Finder:
             self.add_unread(typed, error)
             return
         if folder:
-            prefix = b"" if alone else head.rstrip(b"/") + b"/"
+            prefix = b"" if alone else spell_bytes(head).rstrip(b"/") + b"/"
             try:
                 self.walk(head if remote else typed, prefix, chain, remote=remote)
             except ImageError as error:
@@ -143,7 +155,7 @@ class Finder:
 
     def add_unread(self, typed: bytes, error: ImageError) -> None:
         """Add the row of a URL that names nothing which can be read."""
-        self.listing.add(typed, typed, error.code)
+        self.listing.add(spell_bytes(typed), typed, error.code)
         if error.code == "missing":
             self.gone.append(typed)
         else:
@@ -185,9 +197,10 @@ class Finder:
                     try:
                         self.add_named(name + chain, alone=False)
                     except ImageError as error:
-                        self.listing.add(name + chain, name + chain, error.code)
+                        path = name + chain
+                        self.listing.add(spell_bytes(path), path, error.code)
                 elif is_photograph(entry.name):
-                    self.listing.add(name, entry.path, "not_a_file")
+                    self.listing.add(spell_bytes(name), entry.path, "not_a_file")
 
     def walk(self, root: bytes, prefix: bytes, chain: bytes, *, remote: bool) -> None:
         """Add all photographs under the folder `root`, their names opening with `prefix`."""
@@ -212,18 +225,43 @@ class Finder:
         Raises: ImageError if it is the first, and remote: its server may just not answer.
         """
         first = True
+        web = remote and not chain
         while found := self.listing.pop():
             folder, prefix = found
             try:
-                for entry in read_url_folder(folder, chain) if remote else read_folder(folder):
+                entries = read_url_folder(folder, chain) if remote else read_folder(folder)
+                if web and folder.startswith((b"http://", b"https://")):
+                    entries = self.read_page(folder, list(entries), first=first)
+                for entry in entries:
                     yield entry, prefix + entry.name
             except (OSError, ImageError):
                 if first and remote:
                     raise
                 name = prefix.rstrip(b"/") or folder
                 if not is_photograph(name):  # with such a suffix it is a row already
-                    self.listing.add(name, folder + chain, "unreadable")
+                    self.listing.add(spell_bytes(name), folder + chain, "unreadable")
             first = False
+
+    def read_page(self, folder: bytes, entries: list[Entry], *, first: bool) -> list[Entry]:
+        """Return what a page links to, unless it is one that was read before, under another name.
+
+        A page that links to itself has an address for each level, and as many pages as one asks
+        for: it has the links of the page above it.
+
+        Raises: ImageError unreadable for such a page, or one too deep.
+        """
+        links = hashlib.sha256(b"\0".join(sorted(entry.name for entry in entries)))
+        above, depth, repeats = None, 0, 0
+        if not first:
+            parent = folder.rstrip(b"/").rpartition(b"/")[0]
+            above, depth, repeats = self.pages.get(parent, (None, 0, 0))
+        repeats = repeats + 1 if above == links.digest() else 0
+        again = repeats > 0 and not all(entry.is_folder for entry in entries)
+        if again or repeats > 1 or depth >= MOST_DEPTH:
+            raise ImageError("unreadable", "list")
+        if any(entry.is_folder for entry in entries):
+            self.pages[folder.rstrip(b"/")] = (links.digest(), depth + 1, repeats)
+        return entries
 
     def add_named(self, path: bytes, *, alone: bool) -> str | None:
         """Add what a named file stands for: an archive's photographs, or itself.
@@ -232,16 +270,17 @@ class Finder:
 
         Raises: ImageError missing or unreadable for a URL's archive of which nothing is listed.
         """
-        if COMPRESSED.search(path):
+        name = os.fsencode(bare(os.fsdecode(path)))
+        if COMPRESSED.search(name):
             raise WrongUse(
-                f"{os.fsdecode(path)} is compressed, so that its members cannot be read where they "
+                f"{shown(path)} is compressed, so that its members cannot be read where they "
                 "lie. Unpack it to a .tar, which takes no more room: photographs do not shrink."
             )
-        suffix = os.path.splitext(path)[1].lower()
+        suffix = os.path.splitext(name)[1].lower()
         remote = is_url(os.fsdecode(path))
         if suffix not in (b".tar", b".parquet") or not (remote or find_obstacle(path) is None):
             return self.add_file(path)
-        prefix = b"" if alone else path + b"/"
+        prefix = b"" if alone else spell_bytes(path) + b"/"
         before, ignored, distinct = len(self.listing), self.listing.ignored, True
         try:
             source = os.fsdecode(path)
@@ -263,14 +302,10 @@ class Finder:
                 raise
             # Its own row says that photographs may be missing.
             self.listing.settle(before, distinct=distinct)
-            self.listing.add(path, path, error.code)
+            self.listing.add(spell_bytes(path), path, error.code)
             return error.code
         if len(self.listing) == before:
-            raise WrongUse(
-                f"{os.fsdecode(path)} holds no photographs, but "
-                f"{self.listing.ignored - ignored} other files. Photographs in an archive end in "
-                f"{b' '.join(SUFFIXES).decode()}."
-            )
+            self.empty.append((path, self.listing.ignored - ignored))
         self.listing.settle(before, distinct=distinct)
         return None
 
@@ -282,6 +317,7 @@ class Finder:
         code = None
         text = os.fsdecode(path)
         if is_url(text):
+            check_protocols(text)
             named = tuple(protocols(text))
             if named not in self.protocols:  # what is not installed is said at once
                 try:
@@ -292,17 +328,40 @@ class Finder:
                 self.protocols.add(named)
         else:
             code = find_obstacle(path)
-        self.listing.add(path, path, code)
+        self.listing.add(spell_bytes(path), path, code)
         return code
+
+    def add_listed(self, path: bytes) -> None:
+        """Add a path of a list; one that may not be reached is a row, which says so when read."""
+        try:
+            self.add_file(path)
+        except WrongUse:
+            self.listing.add(spell_bytes(path), path, None)
+
+
+def shown(path: bytes) -> str:
+    """Return a path as a message has it."""
+    return readable(spell_bytes(path))
 
 
 def not_there(paths: list[bytes]) -> WrongUse:
     """Return the answer to paths that lead nowhere."""
-    named = ", ".join(f'"{readable(path)}"' for path in paths[:3])
+    named = ", ".join(f'"{shown(path)}"' for path in paths[:3])
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return WrongUse(
         f"{named}{more} {'is' if len(paths) == 1 else 'are'} not there. Check the spelling; "
         "nothing was written."
+    )
+
+
+def no_photographs(empty: list[tuple[bytes, int]]) -> WrongUse:
+    """Return the answer to archives that hold no photographs, and nothing beside them does."""
+    named = ", ".join(shown(path) for path, _ in empty[:3])
+    more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+    return WrongUse(
+        f"{named}{more} {'holds' if len(empty) == 1 else 'hold'} no photographs, but "
+        f"{sum(others for _, others in empty)} other files. Photographs in an archive end in "
+        f"{b' '.join(SUFFIXES).decode()}."
     )
 
 
@@ -314,7 +373,7 @@ def no_answer(path: bytes, error: ImageError) -> WrongUse:
     status = find_status(cause)
     what = type(cause).__name__ + (f" {status}" if status else "")
     return WrongUse(
-        f'"{readable(path)}" cannot be read ({what}). Check the address, '
+        f'"{shown(path)}" cannot be read ({what}). Check the address, '
         "the credentials that its server asks for, and whether the server answers; nothing was "
         "written."
     )
@@ -332,8 +391,7 @@ def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
     """
     if not remote:
         return os.path.isdir(typed)
-    if head.startswith((b"http://", b"https://")):
-        head = re.split(rb"[?#]", head)[0]
+    head = os.fsencode(bare(os.fsdecode(head)))
     if is_photograph(head) or os.path.splitext(head)[1].lower() in (b".tar", b".parquet"):
         return False
     return find_kind(os.fsdecode(typed)) == "folder"

@@ -6,12 +6,14 @@ to say.
 
 import hashlib
 import os
+import re
 import sqlite3
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from packvit.corpus import WriteError, WrongUse
+from packvit.corpus.inputs.addresses import spell_bytes
 from packvit.corpus.inputs.sources import Cell, Input, Member
 
 
@@ -29,7 +31,7 @@ class Listing:
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
             CREATE TABLE found(
                 name BLOB, whole BLOB, path BLOB, code TEXT,
-                first INT, second INT, column TEXT);
+                first INT, second INT, column TEXT, secret INT);
             CREATE TABLE pending(number INTEGER PRIMARY KEY, path BLOB, name BLOB);
         """)
         self.rows.execute("BEGIN")  # one for all: each insertion would else be one of its own
@@ -81,8 +83,8 @@ class Listing:
         elif isinstance(within, Cell):
             place = (within.group, within.row, within.column)
         self.length += 1
-        row = (name, whole, path, code, *place)
-        self.rows.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        row = (name, whole, path, code, *place, spell_bytes(path) != path)
+        self.rows.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def settle(self, before: int, *, distinct: bool = True) -> None:
         """Give an archive's inputs their whole names, unless their short ones tell them apart.
@@ -112,6 +114,13 @@ class Listing:
         Raises: WrongUse, naming one, if two inputs would be rows of the same id.
         """
         self.rows.executescript("""  -- which commits first
+            -- URLs that differ in their credentials alone are told apart by their order: #2, #3 ...
+            UPDATE found SET name = CAST(CAST(name AS TEXT) || '#' || place AS BLOB) FROM (
+                SELECT rowid AS which, row_number() OVER (PARTITION BY name ORDER BY rowid) AS place
+                FROM found WHERE secret AND name IN (
+                    SELECT name FROM found WHERE secret GROUP BY name
+                    HAVING count(*) > 1 AND count(*) = count(DISTINCT path))
+            ) WHERE found.rowid = which AND place > 1;
             CREATE TABLE inputs AS
                 SELECT readable(name) AS id, path, code, first, second, column
                 FROM found ORDER BY name;
@@ -125,12 +134,19 @@ class Listing:
             )
 
 
-def readable(name: bytes) -> str:
-    r"""Return `name` as text: Arrow takes UTF-8 alone, so that other bytes are written \xNN.
+# Where a name itself has what reads like one of our escapes, its backslash is written as one: else
+# two names could be spelled alike.
+LIKE_AN_ESCAPE = re.compile(rb"\\(?=x(?:00|5c|[89a-f][0-9a-f]))")
 
-    So is NUL, which lists and archives may hold, and which parts one name from another elsewhere.
+
+def readable(name: bytes) -> str:
+    r"""Return `name` as text, no two names alike: bytes that are not UTF-8 are written \xNN.
+
+    Arrow takes UTF-8 alone. So is NUL written, which lists and archives may hold, and which parts
+    one name from another elsewhere.
     """
-    return name.decode("utf-8", "backslashreplace").replace("\0", r"\x00")
+    plain = LIKE_AN_ESCAPE.sub(rb"\\x5c", name)
+    return plain.decode("utf-8", "backslashreplace").replace("\0", r"\x00")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from packvit.corpus import WrongUse
+from packvit.corpus.inputs.addresses import bare, spell
 from packvit.corpus.inputs.archives import describe
 from packvit.corpus.inputs.sources import open_source
 from packvit.images.decode import CODES, ImageError
@@ -17,7 +18,7 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
 
     Raises: WrongUse if it cannot be read, has no such column, or has a row without a path.
     """
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = os.path.splitext(bare(path))[1].lower()
     kind = {".csv": read_csv, ".parquet": read_parquet}.get(suffix)
     number = 0
     try:
@@ -31,13 +32,13 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
                 number += 1
                 if not name:
                     raise WrongUse(
-                        f'{path} has no "{column}" in row {number}. Fill it, or drop it.'
+                        f'{spell(path)} has no "{column}" in row {number}. Fill it, or drop it.'
                     )
                 yield name
     except ImageError as error:
-        raise WrongUse(f"The list {path} cannot be read: {CODES[error.code]}.") from error
+        raise WrongUse(f"The list {spell(path)} cannot be read: {CODES[error.code]}.") from error
     except OSError as error:
-        raise WrongUse(f"The list {path} cannot be read after row {number}.") from error
+        raise WrongUse(f"The list {spell(path)} cannot be read after row {number}.") from error
 
 
 def unmarked(path: str, file: Any) -> Iterator[bytes]:
@@ -47,7 +48,7 @@ def unmarked(path: str, file: Any) -> Iterator[bytes]:
     """
     for line in file:  # some servers' files can't be read from the start again
         if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise WrongUse(f"The list {path} is UTF-16. Save it as UTF-8.")
+            raise WrongUse(f"The list {spell(path)} is UTF-16. Save it as UTF-8.")
         yield line.removeprefix(codecs.BOM_UTF8)
         break
     yield from file
@@ -66,7 +67,7 @@ def read_csv(path: str, file: Any, column: str) -> Iterator[bytes]:
                 name = row[place] if place < len(row) else ""
                 yield name.encode("utf-8", "surrogateescape")
     except csv.Error as error:
-        raise WrongUse(f"{path} is no CSV file that can be read: {error}.") from error
+        raise WrongUse(f"{spell(path)} is no CSV file that can be read: {error}.") from error
 
 
 def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
@@ -86,12 +87,14 @@ def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
             for name in batch.column(0).to_pylist():
                 yield os.fsencode(name or "")
     except pa.ArrowException as error:
-        raise WrongUse(f"The list {path} cannot be read: it is no whole Parquet file.") from error
+        raise WrongUse(
+            f"The list {spell(path)} cannot be read: it is no whole Parquet file."
+        ) from error
 
 
 def no_column(path: str, column: str, columns: str) -> WrongUse:
     """Return the answer to a list without the column that was asked for."""
     return WrongUse(
-        f'{path} has no column "{column}" of paths. It has: {columns or "none"}. Name one with '
-        "--column."
+        f'{spell(path)} has no column "{column}" of paths. It has: {columns or "none"}. Name one '
+        "with --column."
     )

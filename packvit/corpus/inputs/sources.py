@@ -5,22 +5,27 @@ read it. Whatever is wrong with one ends as an ImageError with a code of ours.
 """
 
 import os
-import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from threading import Lock
 from typing import Any, Literal
 
 from packvit.corpus import WrongUse
+from packvit.corpus.inputs.addresses import ALLOWED, check_protocols, is_url, protocols, spell
 from packvit.images.decode import MAX_BYTES, ImageError, find_file, read_file
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://", re.ASCII)
 # What brings a protocol that fsspec knows of and does not bring itself.
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp"}
-PACKAGES |= {"https": "aiohttp", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"}
+# Bytes of a file whose length nobody tells, or tells rightly: packed in transfer, or without end.
+MOST_UNDECLARED = 256 << 20
+MOST_RATIO = (
+    200  # of what a zip's member or a table unpacks to, beyond that: photographs do not shrink
+)
+MOST_KEPT = 64 << 20  # bytes of a table's dictionary, in the rows that are kept
 GONE = (404, 410)  # answers of a server to what it has not
 ROWS, BATCHES = 16, 4  # of a table, read at once and kept: decoders ask a little out of order
 
@@ -63,7 +68,14 @@ def read(source: Input) -> bytes:
     if member and member.size > MAX_BYTES:
         raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
     if is_url(source.path):
-        data = read_url(source.path, member)
+        try:
+            data = read_url(source.path, member)
+        except WrongUse as error:
+            note = f"its protocol is none of {', '.join(ALLOWED)}"
+            raise ImageError("unreadable", "read", note) from error
+        except ImportError as error:  # in a list it is said before the job begins
+            note = "what reads its protocol is not installed"
+            raise ImageError("unreadable", "read", note) from error
     elif member:
         data = read_file(source.path, member.offset, member.size)
     else:
@@ -73,18 +85,14 @@ def read(source: Input) -> bytes:
     return data
 
 
-def is_url(path: str) -> bool:
-    """Tell whether `path` is a URL for fsspec; a chained one, zip://a.jpg::s3://b/c.zip, too."""
-    return URL.match(path) is not None
-
-
 def find_url(url: str) -> tuple[Any, str]:
     """Return the fsspec file system that a URL names, and its path there.
 
-    Raises: WrongUse for an unknown protocol; ImportError with what to install for it.
+    Raises: WrongUse for a protocol that is not read; ImportError with what to install for it.
     """
+    check_protocols(url)
     from fsspec.core import url_to_fs
-    from fsspec.registry import available_protocols, get_filesystem_class
+    from fsspec.registry import get_filesystem_class
 
     try:
         files, place = url_to_fs(url, use_listings_cache=False)
@@ -94,26 +102,13 @@ def find_url(url: str) -> tuple[Any, str]:
                 get_filesystem_class(protocol)
             except ImportError:
                 package = PACKAGES.get(protocol, f"what fsspec needs for {protocol}")
-                raise ImportError(f"{url} cannot be read: pip install {package}") from error
+                raise ImportError(f"{spell(url)} cannot be read: pip install {package}") from error
         raise
-    except ValueError as error:
-        if set(protocols(url)) <= set(available_protocols()):
-            raise  # an archive in the chain that is none, for example
-        raise WrongUse(
-            f"{url} cannot be read: fsspec knows no such protocol. For a file or folder of that "
-            "name put ./ before it."
-        ) from error
     if is_hub(files):
         # It keeps listings whatever it is asked, and takes one that failed half-way for all there
         # is: files after that would be missing.
         files.dircache.clear()
     return files, place
-
-
-def protocols(url: str) -> list[str]:
-    """Return the protocols that a URL names, of which a chained one has several."""
-    found = (link.partition("://") for link in url.split("::"))
-    return [protocol for protocol, slashes, _ in found if slashes]
 
 
 def is_hub(files: Any) -> bool:
@@ -159,6 +154,8 @@ def open_source(path: str) -> Any:
     with unreadable():
         if is_url(path):
             files, place = find_url(path)
+            if protocols(path) == ["file"]:
+                find_file(place)  # which may be a pipe
             return files.open(place, "rb")
         find_file(path)
         return open(path, "rb")
@@ -173,6 +170,8 @@ def read_url(url: str, member: Member | None) -> bytes:
                 return b""
             end = member.offset + member.size
             options = {}
+            if is_web(url):
+                return read_part(files, place, member)
             if is_hub(files):
                 take_for_file(files, place, end)
                 options = {"cache_type": "none"}  # it would read 5 MiB ahead
@@ -190,9 +189,48 @@ def read_url(url: str, member: Member | None) -> bytes:
         found = files.info(place)
         if found["type"] != "file":
             raise ImageError("not_a_file", "read")
-        if (found.get("size") or 0) > MAX_BYTES:
+        size = found.get("size") or 0
+        packed = found.get("compress_size")  # of a zip's member
+        if size > MAX_BYTES:
             raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
-        return files.cat_file(place)
+        if packed is not None and size > MOST_UNDECLARED and size > packed * MOST_RATIO:
+            raise ImageError("unreadable", "read", f"unpacks to over {MOST_RATIO} times its size")
+        if is_web(url):
+            with files.open(place, "rb", block_size=0, size=size or None) as file:
+                return read_bounded(file, max(size, MOST_UNDECLARED))
+        if not size:  # which its server may not tell
+            with files.open(place, "rb") as file:
+                return read_bounded(file, MOST_UNDECLARED)
+        return files.cat_file(place, start=0, end=size)
+
+
+def is_web(url: str) -> bool:
+    """Tell whether a URL is read from a web server itself."""
+    return protocols(url)[0] in ("http", "https")
+
+
+def read_part(files: Any, place: str, member: Member) -> bytes:
+    """Return a part of a file of a web server, which may send more than it was asked for."""
+    last = member.offset + member.size - 1
+    headers = {"Range": f"bytes={member.offset}-{last}", "Accept-Encoding": "identity"}
+    headers = {**files.kwargs.get("headers", {}), **headers}
+    with files.open(place, "rb", block_size=0, size=member.size, headers=headers) as file:
+        if file.r.status != 206:  # all of it: from the start, and again for every member
+            raise ImageError("unreadable", "read", "its server sends no parts of a file")
+        return read_bounded(file, member.size)
+
+
+def read_bounded(file: Any, most: int) -> bytes:
+    """Return the bytes of an open file, whatever was said of its length, if they are not too many.
+
+    Raises: ImageError unreadable if there are more than `most`.
+    """
+    data = BytesIO()
+    while chunk := file.read(1 << 20):
+        if data.tell() + len(chunk) > most:
+            raise ImageError("unreadable", "read", "longer than its server said, and than allowed")
+        data.write(chunk)
+    return data.getvalue()
 
 
 @contextmanager
@@ -245,6 +283,7 @@ class Cells:
     """
 
     def __init__(self, path: str, column: str) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         source = open_source(path) if is_url(path) else path
@@ -253,20 +292,28 @@ class Cells:
             self.file = pq.ParquetFile(
                 source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
             )
-        self.column = column
+            self.columns = [column]
+            struct, _, field = column.rpartition(".")
+            if struct:
+                kind = self.file.schema_arrow.field(struct).type
+                paths = kind.get_field_index("path")
+                if field != "path" and paths >= 0 and pa.types.is_string(kind.field(paths).type):
+                    self.columns.append(f"{struct}.path")
         self.lock = Lock()
         self.group = self.first = self.next = -1  # the row group; the rows that are kept
         self.batches: Iterator[Any] = iter(())
         self.kept: deque[Any] = deque()
+        self.most = BATCHES
 
-    def get(self, group: int, row: int) -> bytes | None:
-        """Return the bytes in a row of a row group, or None if it is null."""
+    def get(self, group: int, row: int) -> bytes | str | None:
+        """Return the bytes in a row of a row group, else the path beside them; None without any."""
         with self.lock:
             if group != self.group or row < self.first:
+                rows, self.most = self.fit(group)
                 self.group, self.first, self.next = group, 0, 0
                 self.kept.clear()
                 self.batches = self.file.iter_batches(
-                    ROWS, row_groups=[group], columns=[self.column], use_threads=False
+                    rows, row_groups=[group], columns=self.columns, use_threads=False
                 )
             try:
                 while row >= self.next:
@@ -276,20 +323,45 @@ class Cells:
                 raise
             place = row - self.first
             for values in self.kept:
-                if place < len(values):
-                    return values[place].as_py()
-                place -= len(values)
+                if place < len(values[0]):
+                    found = (each[place].as_py() for each in values)
+                    return next((value for value in found if value is not None), None)
+                place -= len(values[0])
             raise AssertionError("the row is among those that are kept")
+
+    def fit(self, group: int) -> tuple[int, int]:
+        """Return how many rows of a row group to read at once, and how many times that to keep.
+
+        A value of a dictionary is unpacked for each row that has it.
+
+        Raises: ImageError unreadable for what unpacks to far more than it takes.
+        """
+        facts = self.file.metadata.row_group(group)
+        chunks = [facts.column(number) for number in range(facts.num_columns)]
+        rows, most = ROWS, BATCHES
+        for chunk in chunks:
+            if chunk.path_in_schema not in self.columns:
+                continue
+            packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if size > MOST_KEPT and size > packed * MOST_RATIO:
+                note = f"unpacks to over {MOST_RATIO} times its size"
+                raise ImageError("unreadable", "read", note)
+            if chunk.dictionary_page_offset is not None:
+                shared = chunk.data_page_offset - chunk.dictionary_page_offset
+                value = max(1, shared * size // max(1, packed))  # at most, of one in the dictionary
+                rows = min(rows, max(1, MOST_KEPT // value))
+                most = min(most, max(1, MOST_KEPT // (rows * value)))
+        return rows, most
 
     def advance(self) -> None:
         """Read some rows more, and let go of the oldest."""
+        if len(self.kept) >= self.most:
+            self.first += len(self.kept.popleft()[0])
         (values,) = next(self.batches).columns
-        if "." in self.column:
-            values = values.field(0)
-        self.kept.append(values)
+        fields = [column.rpartition(".")[2] for column in self.columns]
+        split = [values.field(name) for name in fields] if "." in self.columns[0] else [values]
+        self.kept.append(split)
         self.next += len(values)
-        if len(self.kept) > BATCHES:
-            self.first += len(self.kept.popleft())
 
 
 # By process, since neither a lock nor a remote file survives a fork, and by what the file was then.
@@ -310,9 +382,11 @@ def read_cell(path: str, cell: Cell) -> bytes:
         with unreadable():
             data = open_cells(path, cell.column, os.getpid(), version).get(cell.group, cell.row)
     except ImageError as error:
-        if error.code != "unreadable":
+        if error.code != "unreadable" or error.note:
             raise
         raise ImageError("truncated", "read", "the table is damaged there") from error
-    if data is None:
+    if isinstance(data, str) and data:  # a path alone, which datasets opens when it decodes
+        return read(Input(spell(data), data))
+    if not isinstance(data, bytes):
         raise ImageError("missing", "read", "null in the table")
     return data
