@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from packvit.corpus.folder.layout.layout import read_commits
-from packvit.corpus.inputs.find.find import list_inputs
-from packvit.corpus.inputs.find.sources import Cell, Input, read
 from rotten import encode, pixels
 from served import outcome
 
 from packvit.cli.embed import embed
 from packvit.corpus import WrongUse
+from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import Cell, Input, read
 
 
 def photo(number: int) -> bytes:

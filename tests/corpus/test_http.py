@@ -12,15 +12,15 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from packvit.corpus.folder.layout.checking import check_folder
-from packvit.corpus.inputs.find.find import list_inputs
-from packvit.corpus.inputs.find.sources import read
-from packvit.images.decode.decode import ImageError
 from served import outcome_of, write_served
 
 from packvit.corpus import WrongUse
+from packvit.corpus.folder.checking import check_folder
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import read
 from packvit.corpus.job import embed
 from packvit.encoder import Encoder
+from packvit.images.decode import ImageError
 
 SECONDS = 60  # that the server hangs for: longer than any test waits
 
