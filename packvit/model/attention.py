@@ -50,10 +50,9 @@ def flash_obstacle(inputs: AttentionInputs, oldest: tuple[int, int], largest: in
     # Fake CUDA tensors, with which call counts are tested, have no capability to ask for.
     if torch.cuda.is_available() and torch.cuda.get_device_capability(inputs.device) < oldest:
         return f"it needs compute capability {oldest[0]}.{oldest[1]} and {inputs.device} is older"
-    if inputs.head_dim % 8 or inputs.head_dim > largest:
-        return (
-            f"it needs a head_dim divisible by 8, at most {largest}; this one is {inputs.head_dim}"
-        )
+    head_dim = inputs.head_dim
+    if head_dim % 8 or head_dim > largest:
+        return f"it needs a head_dim divisible by 8, up to {largest}, and this one is {head_dim}"
     return None
 
 
