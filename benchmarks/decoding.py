@@ -27,8 +27,8 @@ from packvit.bench.measuring import interleave, median_ms, times_faster, where
 from packvit.config import Exact, ImageConfig, ShortestEdge
 from packvit.gpu.decoder import JpegDecoder
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
-from packvit.images import decode
-from packvit.preprocessing import to_patches
+from packvit.images.decode import decode
+from packvit.images.patches import to_patches
 
 HALF = (0.5, 0.5, 0.5)
 IMAGES = ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic")

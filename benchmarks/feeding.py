@@ -42,18 +42,18 @@ from packvit import config as configs
 from packvit.bench.measuring import gpu_state, synchronize, where
 from packvit.bench.models import config_of
 from packvit.corpus import WrongUse
-from packvit.corpus.encoding import Fed, Flight, OnDevice, land, launch
-from packvit.corpus.equipment import Tools, equip
-from packvit.corpus.folder import read_commits
-from packvit.corpus.inputs import Input, list_inputs
+from packvit.corpus.decode.prepare import Decode, Prepared
+from packvit.corpus.encode.context import Tools, equip
+from packvit.corpus.encode.packs import Fed, Flight, OnDevice, land, launch
+from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.inputs.find import Input, list_inputs
 from packvit.corpus.job import fair_workers
-from packvit.corpus.preparing import Decode, Prepared
 from packvit.corpus.progress import Progress
 from packvit.corpus.settings import Options, fit_options
 from packvit.encoder import Encoder
 from packvit.families import AIMv2Packing
 from packvit.gpu.nvjpeg import ask_for_queues
-from packvit.packing import plan_packs
+from packvit.packs.planning import plan_packs
 
 PIXELS = configs.ImageConfig(14, *configs.HALF_STATISTICS, "bicubic", None)
 STEADY = (0.2, 0.9)  # of the rows

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import packvit
-from packvit import support
 from packvit.bench.table import as_markdown
 from packvit.cli import help_page
-from packvit.images import CODES
+from packvit.images.decode import CODES
+from packvit.verification import machine as support
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

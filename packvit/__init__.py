@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from packvit import version
 
 if TYPE_CHECKING:
-    from packvit.attention import attend as attend
-    from packvit.checkpoints import CheckpointError as CheckpointError
+    from packvit.checkpoints.files import CheckpointError as CheckpointError
     from packvit.corpus.job import embed as embed
     from packvit.encoder import Encoder as Encoder
     from packvit.families.aimv2 import AIMv2Packing as AIMv2Packing
@@ -19,32 +18,33 @@ if TYPE_CHECKING:
     from packvit.families.dinov3 import DINOv3ViTPacking as DINOv3ViTPacking
     from packvit.families.siglip import SiglipPacking as SiglipPacking
     from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
-    from packvit.features import Features as Features
-    from packvit.features import Pack as Pack
     from packvit.hub import load as load
-    from packvit.images import ImageError as ImageError
-    from packvit.packed import Segments as Segments
-    from packvit.packing import plan_packs as plan_packs
+    from packvit.images.decode import ImageError as ImageError
+    from packvit.model.attention import attend as attend
+    from packvit.packs.features import Features as Features
+    from packvit.packs.features import Pack as Pack
+    from packvit.packs.planning import plan_packs as plan_packs
+    from packvit.packs.segments import Segments as Segments
 
 __version__ = version.VERSION
 
 _HOMES = {
     "AIMv2Packing": "packvit.families.aimv2",
-    "CheckpointError": "packvit.checkpoints",
+    "CheckpointError": "packvit.checkpoints.files",
     "ClipPacking": "packvit.families.clip",
     "DINOv3ViTPacking": "packvit.families.dinov3",
     "Dinov2Packing": "packvit.families.dinov2",
     "Encoder": "packvit.encoder",
-    "Features": "packvit.features",
-    "ImageError": "packvit.images",
-    "Pack": "packvit.features",
-    "Segments": "packvit.packed",
+    "Features": "packvit.packs.features",
+    "ImageError": "packvit.images.decode",
+    "Pack": "packvit.packs.features",
+    "Segments": "packvit.packs.segments",
     "Siglip2NaflexPacking": "packvit.families.siglip2",
     "SiglipPacking": "packvit.families.siglip",
-    "attend": "packvit.attention",
+    "attend": "packvit.model.attention",
     "embed": "packvit.corpus.job",
     "load": "packvit.hub",
-    "plan_packs": "packvit.packing",
+    "plan_packs": "packvit.packs.planning",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll] # resolved on first use

@@ -13,20 +13,27 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from packvit import checkpoints, pretrained
-from packvit.attention import Backend, Workload, opaque, resolve
-from packvit.checkpoints import Checkpoint
+from packvit.checkpoints import files as checkpoints
+from packvit.checkpoints import pretrained
+from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.layouts import Family
 from packvit.config import EncoderConfig, ImageConfig, PatchOrder, SinCos
-from packvit.family import Family
-from packvit.features import Features, Pack, make_pack
-from packvit.graphs import MOST_TOKENS, Graphs
-from packvit.images import Source
-from packvit.layers import Blocks, PatchEmbeddings, norm, rotary_turns, to_values
-from packvit.linear import Linear
+from packvit.fast.blocks import choose_blocks
+from packvit.fast.graphs import Graphs
+from packvit.images.decode import Source
+from packvit.images.patches import Resize
 from packvit.loading import AnyEncoder, fill
-from packvit.memory import peak
+from packvit.model.attention import AttentionInputs, Backend, opaque, resolve
+from packvit.model.embeddings import PatchEmbeddings, normalize, rotary_cos_sin
+from packvit.model.layers import Blocks
+from packvit.model.linear import Linear
+from packvit.model.memory import peak
+from packvit.model.norms import norm
+from packvit.model.pooling import pooling_head
+from packvit.model.positions import sine_cosine
 from packvit.options import GridPolicy, Options
-from packvit.packed import (
+from packvit.packs.features import Features, Pack, make_pack
+from packvit.packs.segments import (
     Grid,
     PatchPlaces,
     PrefixPlaces,
@@ -37,9 +44,6 @@ from packvit.packed import (
     sequence_lengths,
     to_device,
 )
-from packvit.pooling import pooling_head
-from packvit.positions import sine_cosine
-from packvit.preprocessing import Resize
 
 
 class Ran(NamedTuple):
@@ -112,15 +116,15 @@ class Encoder(nn.Module):
     @property
     def attention(self) -> str:
         """The name of the attention backend that inference would take now."""
-        return resolve(self.backend, self.workload).name
+        return resolve(self.backend, self.attention_inputs).name
 
     @property
-    def workload(self) -> Workload:
+    def attention_inputs(self) -> AttentionInputs:
         """What decides which attention backends can run."""
         kind = self.device.type
         cast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else self.dtype
-        return Workload(self.device, dtype, self.config.head_dim)
+        return AttentionInputs(self.device, dtype, self.config.head_dim)
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Tensor:
         """Return the tokens of every patch of the pack: the reference's `last_hidden_state`.
@@ -182,7 +186,7 @@ class Encoder(nn.Module):
         places = (
             PrefixPlaces.from_grid(grid, config.prefix, device=device) if config.prefix else None
         )
-        backend = resolve(self.backend, self.workload)
+        backend = resolve(self.backend, self.attention_inputs)
         if self.compiled:
             backend = opaque(backend)
 
@@ -192,9 +196,10 @@ class Encoder(nn.Module):
             rows, table, axis = [values], frame_table(grid), self.embeddings.axis(grid)
         else:
             stream = self.embeddings(values, grid, places)
-            rows = [stream, *(rotary_turns(config, grid, places, stream) or ())]
+            rows = [stream, *(rotary_cos_sin(config, grid, places, stream) or ())]
         work = partial(self.compute, grid, axis, backend, taps)
-        if self.graphs is not None and self.may_graph(rows[0], backend):
+        eager = self.training or self.compiled
+        if self.graphs is not None and not eager and self.graphs.serve(rows[0], backend):
             bound = peak(config, self.dtype.itemsize, taps=len(taps))
             stream, tapped = self.graphs(
                 work, rows, table, lengths, backend, taps, owner=self, held=axis, peak=bound
@@ -227,26 +232,15 @@ class Encoder(nn.Module):
         """Return the normed stream, and taps: what the device does once the host has planned.
 
         `rows` are patches, where `axis` and `table` tell their places, or else the embedded stream,
-        with rotary turns.
+        with the cosines and sines of rotary positions.
         """
-        stream, *turns = rows
+        stream, *rotary = rows
         if axis is not None and table is not None:
             sines = sine_cosine(axis, PatchPlaces.from_table(table, len(stream)))
             stream = self.embeddings(stream, grid, None, sines)
-        stream, tapped = self.encoder(stream, segments, tuple(turns) or None, backend, taps)
+        run = choose_blocks(self.encoder, stream)
+        stream, tapped = run(stream, segments, tuple(rotary) or None, backend, taps)
         return self.norm(stream) if self.config.final_norm == "tokens" else stream, tapped
-
-    def may_graph(self, stream: Tensor, backend: Backend) -> bool:
-        """Return whether a CUDA graph may run: for inference, of packs that are not too large."""
-        return (
-            stream.is_cuda
-            and len(stream) <= MOST_TOKENS
-            and backend.varlen
-            and not (self.training or self.compiled or torch.is_grad_enabled())
-            and not torch.is_autocast_enabled(stream.device.type)
-            and torch.cuda.is_available()  # fake tensors, which calls are counted with, need no GPU
-            and not torch.cuda.is_current_stream_capturing()
-        )
 
     def train(self: AnyEncoder, mode: bool = True) -> AnyEncoder:
         """Switch between training and inference, and forget the CUDA graphs."""
@@ -344,7 +338,7 @@ class Encoder(nn.Module):
     def to_values(self, hidden_states: Tensor) -> Tensor:
         """Return patches in the encoder's dtype, raw pixels normalised."""
         if hidden_states.dtype == torch.uint8:
-            hidden_states = to_values(
+            hidden_states = normalize(
                 hidden_states,
                 self.images.mean,
                 self.images.std,

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from packvit import checkpoints, pretrained
-from packvit.checkpoints import Checkpoint, CheckpointError
+from packvit.checkpoints import files as checkpoints
+from packvit.checkpoints import pretrained
+from packvit.checkpoints.downloads import WEIGHTS, listing
+from packvit.checkpoints.files import Checkpoint, CheckpointError
+from packvit.checkpoints.pretrained import LayoutName
 from packvit.config import PatchOrder
-from packvit.downloads import WEIGHTS, listing
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
 from packvit.options import GridPolicy, Options
-from packvit.pretrained import LayoutName
 
 
 @dataclass(frozen=True, slots=True)

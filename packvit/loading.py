@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from packvit import pretrained
-from packvit.attention import resolve
-from packvit.checkpoints import Checkpoint
-from packvit.float8 import float8_obstacle
-from packvit.linear import make_steady
+from packvit.checkpoints import pretrained
+from packvit.checkpoints.files import Checkpoint
+from packvit.fast.fp8 import fp8_obstacle, to_fp8
+from packvit.model.attention import resolve
+from packvit.model.linear import make_invariant
 from packvit.options import Options
 
 if TYPE_CHECKING:  # the door to these functions, which imports them
@@ -41,23 +41,23 @@ def fill(kind: type[AnyEncoder], checkpoint: Checkpoint, options: Options) -> An
     encoder.load_state_dict(state, assign=True)
     # A model in memory is copied, and must not be kept alive by its copy.
     encoder.checkpoint = checkpoint if checkpoint.files else None
-    resolve(options.attention, encoder.workload)  # refused here rather than in a forward
+    resolve(options.attention, encoder.attention_inputs)  # refused here rather than in a forward
     take(encoder.eval(), options)
     return encoder
 
 
 def take(encoder: "packvit.encoder.Encoder", options: Options) -> None:
-    """Have an encoder run as `options` asks from now on: in 8 bits, steady, compiled.
+    """Have an encoder run as `options` asks from now on: in 8 bits, invariant, compiled.
 
     Raises: ValueError for 8 bits that cannot run here.
     """
     if options.fp8:
-        if obstacle := float8_obstacle(encoder.encoder, encoder.device, encoder.dtype):
+        if obstacle := fp8_obstacle(encoder.encoder, encoder.device, encoder.dtype):
             raise ValueError(f"fp8=True cannot run: fp8 {obstacle}. Leave it out.")
-        encoder.encoder.to_float8()
+        to_fp8(encoder.encoder)
         encoder.requires_grad_(False)
     if options.invariant:
-        make_steady(encoder)
+        make_invariant(encoder)
     if options.compile:
         for block in encoder.encoder.layers:
             block.compile(dynamic=True)  # one after another, so that all share one compilation

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import packvit
 from packvit.encoder import Encoder
-from packvit.images import ImageError
+from packvit.images.decode import ImageError
 from packvit.training import sharding
 from packvit.training.blocks import checkpoint_activations, freeze
 from packvit.training.sampling import Step, count_tokens, plan_steps

@@ -25,7 +25,7 @@ from PIL import Image, ImageCms, ImageEnhance, ImageOps
 
 import packvit
 from packvit.encoder import Encoder
-from packvit.features import Pack
+from packvit.packs.features import Pack
 
 CROPS = 20
 AREA = (0.1, 0.4)  # of the photograph's

@@ -7,14 +7,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 from rotten import encode, exif, pixels, write_good, write_rotten
 
-from packvit.corpus.equipment import DecodeJpegs, Tools
-from packvit.corpus.filling import Shard
-from packvit.corpus.inputs import list_inputs
-from packvit.corpus.preparing import Decode
+from packvit.corpus.decode.prepare import Decode
+from packvit.corpus.encode.context import DecodeJpegs, Tools
+from packvit.corpus.encode.filling import Shard
+from packvit.corpus.encode.shard import run_shards
+from packvit.corpus.folder.rows import Row
+from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.progress import Effort
-from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options
-from packvit.corpus.shard import run_shards
 from packvit.encoder import Encoder
 
 

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rotten import write_good
 
-from packvit.corpus.inputs import list_inputs
-from packvit.corpus.listing import Listing
-from packvit.corpus.sources import read
-from packvit.images import ImageError
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.listing import Listing
+from packvit.corpus.inputs.sources import read
+from packvit.images.decode import ImageError
 
 
 def outcome(listing: Listing) -> dict[str, str | bytes]:

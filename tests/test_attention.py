@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import reference
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from packvit.attention import BACKENDS, Workload, attend, resolve, run_sdpa
-from packvit.packed import Segments
+from packvit.fast.attention import PackedFa4
+from packvit.model.attention import BACKENDS, AttentionInputs, attend, resolve, run_sdpa
+from packvit.packs.segments import Segments
 
 LENGTHS = (24, 4, 15, 24, 4)  # equal lengths that are no neighbours, and a loner
 FIRST, REST = slice(0, 24), slice(24, 71)
@@ -94,7 +96,7 @@ def test_one_query_a_sequence_attends_to_its_own_tokens(lengths: list[int]):
 
 
 def test_a_backend_that_cannot_run_says_why_and_auto_steps_past_it():
-    work = Workload(torch.device("cpu"), torch.float32, 8)
+    work = AttentionInputs(torch.device("cpu"), torch.float32, 8)
     assert resolve("auto", work).name == "sdpa"
     with pytest.raises(ValueError, match=r'"torch" cannot run: it needs CUDA tensors .* on cpu'):
         resolve("torch", work)
@@ -118,7 +120,7 @@ def test_the_torch_backend_knows_its_limits(
     dtype: torch.dtype, head_dim: int, obstacle: str | None
 ):
     [backend] = [backend for backend in BACKENDS if backend.name == "torch"]
-    found = backend.obstacle(Workload(torch.device("cuda"), dtype, head_dim))
+    found = backend.obstacle(AttentionInputs(torch.device("cuda"), dtype, head_dim))
     assert found is None if obstacle is None else obstacle in str(found)
 
 
@@ -153,11 +155,11 @@ def test_gradients_agree_with_the_oracle(backend: str, head_dim: int):
     segments = Segments.from_lengths(lengths, device="cuda")
     half = drawn.bfloat16()
     name, _, packed = backend.partition(", ")
-    [teach] = [one.teach for one in BACKENDS if one.name == name]
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if packed and teach:
-            return teach(torch.stack([query, key, value], 1), segments)
+        if packed:
+            packed_attention: Any = PackedFa4.apply
+            return packed_attention(torch.stack([query, key, value], 1), segments)
         return attend(query, key, value, segments, backend=name)
 
     found = gradients(half.cuda(), ours)

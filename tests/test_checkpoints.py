@@ -20,9 +20,9 @@ from small_checkpoint import write_checkpoint
 from torch import Tensor
 from transformers import Aimv2VisionModel
 
-from packvit import checkpoints
-from packvit.checkpoints import EMBEDDED, CheckpointError
-from packvit.downloads import CONFIG, INDEX, PREPROCESSOR, WEIGHTS
+from packvit.checkpoints import files as checkpoints
+from packvit.checkpoints.downloads import CONFIG, INDEX, PREPROCESSOR, WEIGHTS
+from packvit.checkpoints.files import EMBEDDED, CheckpointError
 
 ROOT = Path(__file__).parents[1]
 CONTENTS = {"model_type": "example", "hidden_size": 8}
@@ -158,7 +158,7 @@ def test_a_folder_is_read_without_network_and_without_the_hub_client(tmp_path: P
         "import socket, sys\n"
         "def refuse(*arguments): raise AssertionError('network')\n"
         "socket.socket.connect = refuse\n"
-        "from packvit import checkpoints\n"
+        "from packvit.checkpoints import files as checkpoints\n"
         f"assert checkpoints.read({str(tmp_path)!r}).tensors['scale'] == 2.5\n"
         "sys.exit('huggingface_hub' in sys.modules)"
     )
@@ -492,7 +492,7 @@ def test_the_same_checkpoint_written_twice_is_the_same_bytes(tmp_path: Path):
     assert first[CONFIG] == b'{\n  "hidden_size": 8,\n  "model_type": "example"\n}\n'
     torch.save(example(), tmp_path / "example.pt")
     code = (
-        "import torch\nfrom packvit import checkpoints\n"
+        "import torch\nfrom packvit.checkpoints import files as checkpoints\n"
         f"tensors = torch.load({str(tmp_path / 'example.pt')!r})\n"
         f"checkpoints.write({str(tmp_path / 'c')!r}, config={CONTENTS!r}, tensors=tensors, "
         f"preprocessor={IMAGES!r})"

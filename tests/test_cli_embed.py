@@ -21,7 +21,7 @@ from small_checkpoint import write_checkpoint
 
 from packvit.cli.embed import embed, printable
 from packvit.cli.progress import Meter, duration, plain_lines
-from packvit.corpus.folder import claim, read_commits, read_manifest
+from packvit.corpus.folder.layout import claim, read_commits, read_manifest
 from packvit.corpus.progress import Progress, Shares
 
 pytestmark = pytest.mark.usefixtures("swift")

@@ -11,12 +11,12 @@ from rotten import write_good
 from small_checkpoint import write_checkpoint
 
 import packvit
+from packvit.checkpoints.pretrained import LayoutName
 from packvit.cli import main
 from packvit.cli.embed import embed
 from packvit.cli.verify import verify
-from packvit.corpus.folder import read_manifest
+from packvit.corpus.folder.layout import read_manifest
 from packvit.families import AIMv2Packing
-from packvit.pretrained import LayoutName
 from packvit.verification import certificate, comparison
 from packvit.verification.job import family_names
 from packvit.verification.references import write_random

@@ -122,7 +122,7 @@ def test_n3_torchs_defaults_change_no_bit(
     plain: tuple[Path, list[Image.Image], dict[str, Tensor]], name: str
 ):
     folder, images, expected = plain
-    from packvit.positions import side_weights
+    from packvit.model.positions import side_weights
 
     side_weights.cache_clear()  # made under these defaults too
     context: AbstractContextManager[object] = DEFAULTS[name]()

@@ -14,9 +14,9 @@ import torch
 from floors import floors
 
 import packvit
-from packvit.checkpoints import Checkpoint
-from packvit.support import machine
+from packvit.checkpoints.files import Checkpoint
 from packvit.verification.certificate import FORMAT, why_not
+from packvit.verification.machine import machine
 from packvit.version import version_of
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +110,7 @@ def test_every_dependency_is_imported_and_every_optional_one_is_in_its_extra():
         (
             "transformers",
             "reference",
-            "from packvit.pretrained import in_memory; import torch\n"
+            "from packvit.checkpoints.pretrained import in_memory; import torch\n"
             "model = torch.nn.Linear(1, 1); model.config = type('C', (), {'to_dict': dict})()\n"
             "in_memory(model)",
         ),

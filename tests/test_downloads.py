@@ -12,7 +12,7 @@ import torch
 from hub_server import Hub, Repository
 from safetensors.torch import save
 
-from packvit.downloads import CONFIG, INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
+from packvit.checkpoints.downloads import CONFIG, INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 CONTENTS = {"model_type": "example", "hidden_size": 8}
@@ -22,7 +22,7 @@ OLD, NEW = "a" * 40, "b" * 40  # commits
 
 READER = """
 import json, sys
-from packvit import checkpoints
+from packvit.checkpoints import files as checkpoints
 for line in sys.stdin:
     name, revision = json.loads(line)
     try:
@@ -123,7 +123,7 @@ def offline(hub: Hub, home: Path) -> Iterator[Reader]:
 
 def test_finding_files_needs_neither_torch_nor_the_hub_client():
     code = (
-        "import sys, packvit.downloads\n"
+        "import sys, packvit.checkpoints.downloads\n"
         "sys.exit('torch' in sys.modules or 'huggingface_hub' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -19,9 +19,9 @@ from packvit.gpu.jpeg import SAMPLINGS, Jpeg, JpegPlan, Refusal, Sampling, plan_
 from packvit.gpu.nvjpeg import NvJpeg, places
 from packvit.gpu.resampling import FILTERS
 from packvit.gpu.twins import resize, upright_rgb
-from packvit.images import decode
-from packvit.preprocessing import cut_patches, to_patches
-from packvit.sizes import SizePlan, resize_plan
+from packvit.images.decode import decode
+from packvit.images.patches import cut_patches, to_patches
+from packvit.images.resize import SizePlan, resize_plan
 
 FILTER_NAMES: list[Filter] = ["box", "bilinear", "hamming", "bicubic", "lanczos"]
 TURNS = [None, *Image.Transpose]

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from packvit.attention import BACKENDS
 from packvit.bench.models import config_of
 from packvit.config import HALF_STATISTICS, ImageConfig
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES, AIMv2Packing
-from packvit.graphs import (
+from packvit.fast.graphs import (
     MOST_TOKENS,
     Graphs,
     Recording,
     Size,
-    Witness,
+    WeightFingerprint,
     fill_table,
     fill_up,
     is_due,
@@ -32,8 +31,9 @@ from packvit.graphs import (
     look,
     size_of,
 )
-from packvit.memory import Peak
-from packvit.packed import PatchPlaces, Segments, frame_table, sequence_lengths
+from packvit.model.attention import BACKENDS
+from packvit.model.memory import Peak
+from packvit.packs.segments import PatchPlaces, Segments, frame_table, sequence_lengths
 
 STATISTICS = ImageConfig(14, *HALF_STATISTICS, "bilinear", None)
 
@@ -226,7 +226,7 @@ def test_what_a_size_took_no_room_for_is_not_tried_again(monkeypatch: pytest.Mon
 def test_a_size_without_room_for_its_activations_is_not_recorded(monkeypatch: pytest.MonkeyPatch):
     graphs, size, tried = Graphs(), size_of((3,), [], BACKENDS[0], 0), []
     monkeypatch.setattr(graphs, "record", tried.append)
-    monkeypatch.setattr("packvit.graphs.free_memory", lambda device: 4000)
+    monkeypatch.setattr("packvit.fast.graphs.free_memory", lambda device: 4000)
     assert not graphs.keep(recording(size, bytes=1001))
     assert not tried
     assert graphs.keep(recording(size._replace(tokens=65), bytes=1000))
@@ -267,9 +267,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Graphs, "record", record)
     monkeypatch.setattr(
-        "packvit.graphs.replay", lambda weight, rows, *rest: (rows[0] @ weight.T, {})
+        "packvit.fast.graphs.replay", lambda weight, rows, *rest: (rows[0] @ weight.T, {})
     )
-    monkeypatch.setattr("packvit.graphs.is_graphable", lambda module: True)
+    monkeypatch.setattr("packvit.fast.graphs.is_graphable", lambda module: True)
     stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: stream)
     return places
@@ -299,20 +299,20 @@ def test_what_a_graph_reads_is_kept_until_it_is_forgotten(recorded: list[int]):
         for _ in range(2):
             model(x)
         model.linear.weight.data = model.linear.weight.data.clone()
-        assert model.graphs.witness is not None
-        [kept] = model.graphs.witness.weights
+        assert model.graphs.fingerprint is not None
+        [kept] = model.graphs.fingerprint.weights
         assert kept.data_ptr() == recorded[0] != model.linear.weight.data_ptr()
         model(x)
-    assert model.graphs.witness is None
+    assert model.graphs.fingerprint is None
 
 
 def test_loading_weights_from_a_parent_forgets_graphs():
     encoder = AIMv2Packing.from_transformers(reference.build("aimv2", is_native=True))
     assert encoder.graphs is not None
-    encoder.graphs.witness = Witness.of(encoder)
+    encoder.graphs.fingerprint = WeightFingerprint.of(encoder)
     parent = nn.ModuleDict({"tower": encoder})
     parent.load_state_dict(parent.state_dict())
-    assert encoder.graphs.witness is None
+    assert encoder.graphs.fingerprint is None
 
 
 @pytest.mark.gpu

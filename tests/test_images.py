@@ -13,7 +13,7 @@ import pytest
 from PIL import AvifImagePlugin, Image, ImageFile
 from rotten import ENCODINGS, ORIENTATION, encode, exif, pixels, write_rotten
 
-from packvit.images import CODES, ImageError, decode, load_image, open_image, read_file
+from packvit.images.decode import CODES, ImageError, decode, load_image, open_image, read_file
 
 # What stored pixels look like upright, in the words of numpy instead of Pillow's.
 UPRIGHT = {
@@ -222,7 +222,7 @@ def test_too_little_memory_is_a_code():
     program = """
 import resource
 from rotten import png
-from packvit.images import ImageError, decode
+from packvit.images.decode import ImageError, decode
 data = png(9000, 9000, 1, 0, bytes(9000 * 1126))
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, resource.RLIM_INFINITY))
@@ -243,7 +243,7 @@ except ImageError as error:
 
 
 def test_reading_images_never_loads_torch():
-    program = "import sys, packvit.preprocessing; print('torch' in sys.modules)"
+    program = "import sys, packvit.images.patches; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

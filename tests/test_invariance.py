@@ -14,13 +14,13 @@ from torch import Tensor
 
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
-from packvit.linear import Linear, affine
+from packvit.model.linear import Linear, affine
 
 Grid = list[tuple[int, int, int]]
 SIDES = (5, 5)  # what fixed tables are made for; packs of any grid hold it too
 
 
-def steady(kind: str, device: str, dtype: torch.dtype, attention: str, **changes) -> Encoder:
+def invariant(kind: str, device: str, dtype: torch.dtype, attention: str, **changes) -> Encoder:
     model = reference.build(kind, **changes).to(device, dtype)
     [family] = [f for f in FAMILIES if model.config.model_type in f.family.model_types]
     return family.from_transformers(
@@ -71,13 +71,13 @@ def haystacks(encoder: Encoder, packs: int, most: int, seed: int, neighbours: st
 @pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_image_has_the_same_bits_alone_and_in_any_pack(kind: str, dtype: torch.dtype):
-    assert haystacks(steady(kind, "cpu", dtype, "sdpa"), 6, 12, 1, "plain") == []
+    assert haystacks(invariant(kind, "cpu", dtype, "sdpa"), 6, 12, 1, "plain") == []
 
 
 @pytest.mark.parametrize("neighbours", ["plain", "nan", "inf", "large"])
 def test_200_packs_change_no_bit_of_an_image(neighbours: str):
     packs = 200 if neighbours == "plain" else 20
-    encoder = steady("aimv2", "cpu", torch.float32, "sdpa", num_hidden_layers=2)
+    encoder = invariant("aimv2", "cpu", torch.float32, "sdpa", num_hidden_layers=2)
     assert haystacks(encoder, packs, 8, 2, neighbours) == []
 
 
@@ -105,18 +105,18 @@ def test_200_packs_change_no_bit_of_an_image_on_a_gpu(dtype, attention, neighbou
     if attention == "fa4":
         pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
     packs = 200 if neighbours == "plain" else 20
-    encoder = steady("aimv2", "cuda", dtype, attention, **LARGE)
+    encoder = invariant("aimv2", "cuda", dtype, attention, **LARGE)
     assert haystacks(encoder, packs, 40, 3, neighbours) == []
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_every_family_keeps_the_bits_on_a_gpu(kind: str):
-    assert haystacks(steady(kind, "cuda", torch.bfloat16, "torch"), 10, 30, 1, "plain") == []
+    assert haystacks(invariant(kind, "cuda", torch.bfloat16, "torch"), 10, 30, 1, "plain") == []
 
 
 def test_the_harness_notices_a_matmul_that_varies_with_its_rows(monkeypatch: pytest.MonkeyPatch):
-    encoder = steady("aimv2", "cpu", torch.float32, "sdpa")
+    encoder = invariant("aimv2", "cpu", torch.float32, "sdpa")
     assert haystacks(encoder, 3, 8, 4, "plain") == []
 
     def split(self: Linear, input: Tensor) -> Tensor:  # split-K, as libraries do for few rows
@@ -130,12 +130,12 @@ def test_the_harness_notices_a_matmul_that_varies_with_its_rows(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 700])
-def test_steady_rows_compute_the_same_layer(tokens: int):
+def test_rows_in_fixed_numbers_compute_the_same_layer(tokens: int):
     torch.manual_seed(tokens)
     layer, x = Linear(24, 40).double(), torch.randn(tokens, 24, dtype=torch.float64)
     plain = layer(x)
-    steady = affine(x, layer.weight, layer.bias, True)
-    torch.testing.assert_close(steady, plain, atol=1e-14, rtol=0)
+    fixed = affine(x, layer.weight, layer.bias, True)
+    torch.testing.assert_close(fixed, plain, atol=1e-14, rtol=0)
 
 
 def test_fp8_makes_no_such_promise():

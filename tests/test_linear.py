@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packvit.linear import affine
+from packvit.model.linear import affine
 
 
-@pytest.mark.parametrize("steady", [False, True])
+@pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("cast", [False, True])
 def test_filling_up_changes_no_result_and_no_gradient(
-    monkeypatch: pytest.MonkeyPatch, steady: bool, cast: bool
+    monkeypatch: pytest.MonkeyPatch, invariant: bool, cast: bool
 ):
     torch.manual_seed(0)
     x = torch.randn(30, 588).bfloat16().requires_grad_()
@@ -29,7 +29,7 @@ def test_filling_up_changes_no_result_and_no_gradient(
     monkeypatch.setattr(F, "linear", linear)
     monkeypatch.setattr(Tensor, "is_cuda", True)
     with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-        found = affine(x, weight, bias, steady)
+        found = affine(x, weight, bias, invariant)
     found.sum().backward()
     monkeypatch.undo()
     assert set(widths) == {(592, 592)}

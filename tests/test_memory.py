@@ -8,14 +8,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from packvit.bench.models import config_of
+from packvit.checkpoints.layouts import Family
 from packvit.config import HALF_STATISTICS
 from packvit.corpus import WrongUse
 from packvit.corpus.settings import Options, check_memory
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES, AIMv2Packing
-from packvit.family import Family
-from packvit.memory import parameter_count, peak, peak_bytes
-from packvit.preprocessing import ImageConfig
+from packvit.images.patches import ImageConfig
+from packvit.model.memory import parameter_count, peak, peak_bytes
 
 LARGE = config_of("aimv2-large")
 STATISTICS = ImageConfig(14, *HALF_STATISTICS, "bilinear", None)

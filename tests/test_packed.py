@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packvit.packed import PatchPlaces, Segments, segment_images
+from packvit.packs.segments import PatchPlaces, Segments, segment_images
 
 GRID = torch.tensor([[1, 4, 6], [1, 3, 5], [2, 2, 2]])  # 3 images, 4 sequences, 47 patches
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packvit.packing import WINDOW, plan_packs
+from packvit.packs.planning import WINDOW, plan_packs
 
 
 @given(lengths=st.lists(st.integers(1, 100)), lookahead=st.integers(1, 8))
@@ -61,5 +61,5 @@ def test_an_image_that_no_pack_can_hold_is_named_with_the_remedies():
 
 
 def test_planning_does_not_load_torch():
-    code = "import sys, packvit.packing; sys.exit('torch' in sys.modules)"
+    code = "import sys, packvit.packs.planning; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

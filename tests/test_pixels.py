@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from rotten import encode, pixels, png, tiff
 
-from packvit.images import Photo, decode, load_image
+from packvit.images.decode import Photo, decode, load_image
 
 
 def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:

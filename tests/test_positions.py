@@ -9,8 +9,7 @@ from PIL import Image
 from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_position_embedding
 
 from packvit.config import SinCos, Table
-from packvit.packed import PatchPlaces
-from packvit.positions import (
+from packvit.model.positions import (
     MODES,
     ResizedTables,
     look_up,
@@ -19,6 +18,7 @@ from packvit.positions import (
     sine_cosine,
     sine_cosine_axis,
 )
+from packvit.packs.segments import PatchPlaces
 
 CPU = torch.device("cpu")
 GRID = ((1, 3, 17), (2, 1, 9), (1, 64, 2), (1, 1, 1))
@@ -130,7 +130,7 @@ def test_a_grid_is_resized_once_until_the_table_changes(monkeypatch: pytest.Monk
         made.append(args[2:])
         return resize(*args)
 
-    monkeypatch.setattr("packvit.positions.resize", counted)
+    monkeypatch.setattr("packvit.model.positions.resize", counted)
 
     def ask(*grids: tuple[int, int]) -> None:
         for rows, columns in grids:

@@ -13,10 +13,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
+from packvit.checkpoints.processors import FILTERS, image_config_from
 from packvit.config import Exact, Filter, ImageConfig, MostPatches, PatchOrder, ShortestEdge, Sizing
-from packvit.images import load_image
-from packvit.preprocessing import cut_patches, to_patches
-from packvit.processors import FILTERS, image_config_from
+from packvit.images.decode import load_image
+from packvit.images.patches import cut_patches, to_patches
 
 HALF = (0.5, 0.5, 0.5)
 RAW: dict[str, Any] = {"do_rescale": False, "do_normalize": False}

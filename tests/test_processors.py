@@ -15,10 +15,10 @@ from transformers import SiglipImageProcessorPil
 
 import packvit
 from packvit import hub
-from packvit.checkpoints import CheckpointError
+from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.processors import PROCESSORS, image_config_from, processor_name
 from packvit.config import Exact, ImageConfig, MostPatches
-from packvit.preprocessing import Patches, to_patches
-from packvit.processors import PROCESSORS, image_config_from, processor_name
+from packvit.images.patches import Patches, to_patches
 
 PATCH = 14
 # Every entry must be read or be the named class's, so none may be right before.

@@ -11,8 +11,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 )
 
 from packvit.config import Exact, ImageConfig, MostPatches, ShortestEdge, Sizing
-from packvit.images import ImageError
-from packvit.sizes import SizePlan, resize_plan
+from packvit.images.decode import ImageError
+from packvit.images.resize import SizePlan, resize_plan
 
 sides = st.integers(1, 6000)
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import packvit
-from packvit import positions
-from packvit.checkpoints import CheckpointError
+from packvit.checkpoints.files import CheckpointError
 from packvit.config import Rotary, SinCos, Table
 from packvit.encoder import Encoder
-from packvit.packed import PatchPlaces
+from packvit.model import positions
+from packvit.packs.segments import PatchPlaces
 from packvit.verification import Plan, Row, VerificationError, certificate, comparison
 from packvit.verification.comparison import compare_outputs
 from packvit.verification.files import compare_photographs, compare_saved
@@ -86,7 +86,7 @@ def swap_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
             quarter = cosine.shape[1] // 4
             return turn(heads, cosine.roll(quarter, 1), sine.roll(quarter, 1))
 
-        patch.setattr("packvit.layers.rotate", rotate)
+        patch.setattr("packvit.model.layers.rotate", rotate)
 
 
 def drop_a_bias(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:

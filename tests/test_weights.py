@@ -2,9 +2,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from packvit import weights
-from packvit.checkpoints import CheckpointError
-from packvit.weights import conv_to_linear, fuse, layers, permute_patches, prefixed, rename, reshape
+from packvit.checkpoints import rules as weights
+from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.rules import (
+    conv_to_linear,
+    fuse,
+    layers,
+    permute_patches,
+    prefixed,
+    rename,
+    reshape,
+)
 
 RULES = (
     conv_to_linear("patches.weight", "stem.weight"),

@@ -18,11 +18,12 @@ from packvit.bench import SEED
 from packvit.bench.models import Model
 from packvit.bench.workloads import mixed_sizes
 from packvit.encoder import Encoder
-from packvit.layers import Block
+from packvit.fast.steps import first_linear
+from packvit.images.patches import cut_patches
 from packvit.loading import take
+from packvit.model.layers import Block
 from packvit.options import Options
-from packvit.packed import Grid
-from packvit.preprocessing import cut_patches
+from packvit.packs.segments import Grid
 
 IMAGES = 8
 OUTLIERS, FACTOR = 3, 100  # channels of every norm
@@ -79,7 +80,7 @@ def plant(encoder: Encoder, *, undo: bool) -> Encoder:
         assert isinstance(block, Block)
         for norm, reader in (
             (block.attention_norm, block.attention.qkv),
-            (block.mlp_norm, block.mlp.reads),
+            (block.mlp_norm, first_linear(block.mlp)),
         ):
             channels = torch.randperm(
                 encoder.config.width, generator=draw, dtype=torch.int64, device="cpu"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from packvit.support import machine
+from packvit.verification.machine import machine
 
 Run = Callable[[], object]
 Times = Mapping[str, float]  # seconds of one round, by contender

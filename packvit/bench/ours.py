@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from packvit.attention import BACKENDS
 from packvit.bench.contenders import Call, Contender, Subject, Unavailable
+from packvit.model.attention import BACKENDS
 
 
 class Ours(NamedTuple):

@@ -25,7 +25,7 @@ def check(context: click.Context, folder: str, as_json: bool) -> None:
       packvit check features
       packvit check features --json | jq .faults
     """
-    from packvit.corpus.checking import check_folder  # brings pyarrow
+    from packvit.corpus.folder.checking import check_folder  # brings pyarrow
 
     try:
         found = check_folder(Path(folder))

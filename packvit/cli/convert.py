@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from packvit.corpus.addresses import check_local
+from packvit.corpus.inputs.addresses import check_local
 
 
 @click.command

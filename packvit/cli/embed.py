@@ -206,7 +206,7 @@ def embed(
         logging.getLogger(name).addHandler(logging.NullHandler())
     with stopping(context, out, overwrite) as meter, redirect_stdout(sys.stderr):
         # torch is imported here, and Ctrl-C is heeded while it is.
-        from packvit.checkpoints import CheckpointError
+        from packvit.checkpoints.files import CheckpointError
         from packvit.corpus.job import embed as run
         from packvit.verification import VerificationError
 
@@ -272,7 +272,7 @@ def what_is_written(meter: Meter | None, out: str, overwrite: bool) -> str:
     """Say how far a stopped job came, and what to do now."""
     if meter is None or meter.last is None:
         return "Stopped before anything was written. Start the same command again."
-    from packvit.corpus.folder import (
+    from packvit.corpus.folder.layout import (
         read_commits,  # brings pyarrow, which `--help` need not wait for
     )
 

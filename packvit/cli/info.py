@@ -16,7 +16,7 @@ def info(as_json: bool) -> None:
       packvit info
       packvit info --json | jq .backends
     """
-    from packvit.support import survey
+    from packvit.verification.machine import survey
 
     found = survey()
     click.echo(json.dumps(found, indent=2) if as_json else page(found))

@@ -7,7 +7,7 @@ import click
 from packvit.cli.embed import COUNT, DONE_WITH_ERRORS, printable
 from packvit.cli.progress import show_progress
 from packvit.corpus import WriteError, WrongUse
-from packvit.images import CODES
+from packvit.images.decode import CODES
 
 
 @click.command(context_settings={"show_default": True})
@@ -91,7 +91,7 @@ def pca(
         click.echo('No --model was given, so "tiny" runs, which packvit brings.', err=True)
     with show_progress() as meter:
         # torch is imported here, and Ctrl-C is heeded while it is.
-        from packvit.checkpoints import CheckpointError
+        from packvit.checkpoints.files import CheckpointError
         from packvit.pictures.job import draw
 
         try:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from packvit.corpus import WrongUse
-from packvit.corpus.addresses import check_local
-from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
-from packvit.corpus.equipment import equip
-from packvit.corpus.exports import Format, check_format, export
-from packvit.corpus.filling import Shard
-from packvit.corpus.folder import (
+from packvit.corpus.decode.prepare import Decode
+from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
+from packvit.corpus.encode.context import equip
+from packvit.corpus.encode.filling import Shard
+from packvit.corpus.folder.exports import Format, check_format, export
+from packvit.corpus.folder.layout import (
     CERTIFICATE,
     FORMAT,
     MANIFEST,
@@ -32,12 +32,12 @@ from packvit.corpus.folder import (
     read_manifest,
     write_whole,
 )
-from packvit.corpus.inputs import list_inputs
-from packvit.corpus.listing import Listing
-from packvit.corpus.parts import DtypeOut
-from packvit.corpus.preparing import Decode
+from packvit.corpus.folder.parts import DtypeOut
+from packvit.corpus.folder.resume import Found, check_usable, read_rows, take_up
+from packvit.corpus.inputs.addresses import check_local
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.progress import Summary, Tally, Tell
-from packvit.corpus.resume import Found, check_usable, read_rows, take_up
 from packvit.corpus.runners import choose_runner
 from packvit.corpus.runners.embedder import Job
 from packvit.corpus.runners.order import Runner, Work
@@ -51,10 +51,10 @@ from packvit.corpus.settings import (
     load_encoder,
 )
 from packvit.encoder import Encoder, GridPolicy
+from packvit.fast.graphs import free_memory
 from packvit.gpu.nvjpeg import ask_for_queues
-from packvit.graphs import free_memory
-from packvit.images import MAX_PIXELS
-from packvit.sizes import Resize
+from packvit.images.decode import MAX_PIXELS
+from packvit.images.resize import Resize
 from packvit.verification.job import vouch
 
 TRIAL_MODEL = "tiny"

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from packvit.corpus.rows import Row
+from packvit.corpus.folder.rows import Row
 
 
 @dataclass(slots=True)

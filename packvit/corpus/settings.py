@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from packvit import hub
-from packvit.checkpoints import CheckpointError
+from packvit.checkpoints.files import CheckpointError
 from packvit.config import MostPatches, Table
 from packvit.corpus import WrongUse
-from packvit.corpus.decoding import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
-from packvit.corpus.parts import DtypeOut, Outputs
-from packvit.corpus.preparing import Decode
+from packvit.corpus.decode.prepare import Decode
+from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
+from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder, GridPolicy
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
-from packvit.images import MAX_PIXELS
-from packvit.memory import peak
-from packvit.packing import PLAN_VERSION
-from packvit.sizes import NATIVE_MOST_PATCHES, Resize, resize_plan
+from packvit.images.decode import MAX_PIXELS
+from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
+from packvit.model.memory import peak
+from packvit.packs.planning import PLAN_VERSION
 from packvit.version import version_of
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}

@@ -8,11 +8,12 @@ Source: "AIMv2", arXiv:2411.14402; transformers 5.17, models/aimv2.
 from collections.abc import Collection
 from typing import Any
 
-from packvit import family
+from packvit.checkpoints import layouts as family
+from packvit.checkpoints.rules import convolution, gated, layers, rename, reshape
 from packvit.config import EncoderConfig, SinCos, Table
 from packvit.encoder import Encoder
-from packvit.layers import Attention, Block, Blocks, PatchEmbeddings
-from packvit.weights import convolution, gated, layers, rename, reshape
+from packvit.model.embeddings import PatchEmbeddings
+from packvit.model.layers import Attention, Block, Blocks
 
 VARIANTS = ("native", "224-distilled", "336-distilled", "224-lit")  # of the large size alone
 APPLE_TYPE = {"model_type": "aimv2"}

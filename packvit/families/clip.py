@@ -9,9 +9,7 @@ transformers 5.17, models/clip (`pre_layrnorm` is spelt so in every checkpoint).
 from collections.abc import Collection
 from typing import Any
 
-from packvit.config import EncoderConfig, Table
-from packvit.encoder import Encoder
-from packvit.family import (
+from packvit.checkpoints.layouts import (
     CLIP_BLOCK,
     Family,
     Json,
@@ -27,7 +25,9 @@ from packvit.family import (
     tower,
     write_sizes,
 )
-from packvit.weights import convolution, layers, rename
+from packvit.checkpoints.rules import convolution, layers, rename
+from packvit.config import EncoderConfig, Table
+from packvit.encoder import Encoder
 
 RULES = (
     *convolution("embeddings.patches", "embeddings.patch_embedding"),

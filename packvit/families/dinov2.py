@@ -9,15 +9,7 @@ transformers 5.17, models/dinov2 and models/dinov2_with_registers.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.config import (
-    IMAGENET_STATISTICS,
-    EncoderConfig,
-    ImageConfig,
-    ShortestEdge,
-    Table,
-)
-from packvit.encoder import Encoder
-from packvit.family import (
+from packvit.checkpoints.layouts import (
     Family,
     Json,
     Layout,
@@ -29,7 +21,15 @@ from packvit.family import (
     square,
     write_sizes,
 )
-from packvit.weights import Rule, convolution, gated, layers, rename, reshape
+from packvit.checkpoints.rules import Rule, convolution, gated, layers, rename, reshape
+from packvit.config import (
+    IMAGENET_STATISTICS,
+    EncoderConfig,
+    ImageConfig,
+    ShortestEdge,
+    Table,
+)
+from packvit.encoder import Encoder
 
 RULES = (
     *convolution("embeddings.patches", "embeddings.patch_embeddings.projection"),

@@ -9,10 +9,8 @@ Source: "DINOv3", arXiv:2508.10104; transformers 5.17, models/dinov3_vit.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints import CheckpointError
-from packvit.config import IMAGENET_STATISTICS, EncoderConfig, Exact, ImageConfig, Rotary
-from packvit.encoder import Encoder
-from packvit.family import (
+from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.layouts import (
     Family,
     Json,
     Layout,
@@ -24,7 +22,9 @@ from packvit.family import (
     square,
     write_sizes,
 )
-from packvit.weights import Rule, convolution, fuse, gated, layers, rename, reshape
+from packvit.checkpoints.rules import Rule, convolution, fuse, gated, layers, rename, reshape
+from packvit.config import IMAGENET_STATISTICS, EncoderConfig, Exact, ImageConfig, Rotary
+from packvit.encoder import Encoder
 
 
 def rules(block: str) -> tuple[Rule, ...]:
@@ -48,7 +48,7 @@ def rules(block: str) -> tuple[Rule, ...]:
         ),
         *gated(f"{ours}mlp.gate_up", f"{block}mlp.", "gate_proj up_proj"),
         fuse(
-            f"{ours}attention.qv_bias",
+            f"{ours}attention.qkv.qv_bias",
             f"{block}attention.q_proj.bias",
             f"{block}attention.v_proj.bias",
         ),

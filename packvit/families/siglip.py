@@ -7,9 +7,7 @@ models/siglip.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.config import HALF_STATISTICS, EncoderConfig, Exact, ImageConfig, Table
-from packvit.encoder import Encoder
-from packvit.family import (
+from packvit.checkpoints.layouts import (
     CLIP_BLOCK,
     PROBE_HEAD,
     Family,
@@ -25,7 +23,9 @@ from packvit.family import (
     tower,
     write_sizes,
 )
-from packvit.weights import convolution, layers, rename
+from packvit.checkpoints.rules import convolution, layers, rename
+from packvit.config import HALF_STATISTICS, EncoderConfig, Exact, ImageConfig, Table
+from packvit.encoder import Encoder
 
 RULES = (
     *convolution("embeddings.patches", "embeddings.patch_embedding"),

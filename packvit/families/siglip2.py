@@ -10,9 +10,7 @@ from collections.abc import Collection
 from math import isqrt
 from typing import Any
 
-from packvit.config import HALF_STATISTICS, EncoderConfig, ImageConfig, MostPatches, Table
-from packvit.encoder import Encoder
-from packvit.family import (
+from packvit.checkpoints.layouts import (
     CLIP_BLOCK,
     PROBE_HEAD,
     Family,
@@ -28,8 +26,11 @@ from packvit.family import (
     tower,
     write_sizes,
 )
-from packvit.layers import Attention, Block, Blocks, PatchEmbeddings
-from packvit.weights import layers, rename
+from packvit.checkpoints.rules import layers, rename
+from packvit.config import HALF_STATISTICS, EncoderConfig, ImageConfig, MostPatches, Table
+from packvit.encoder import Encoder
+from packvit.model.embeddings import PatchEmbeddings
+from packvit.model.layers import Attention, Block, Blocks
 
 RULES = (
     *layers("embeddings.", "embeddings.", {"patches": "patch_embedding"}),

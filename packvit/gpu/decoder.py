@@ -23,7 +23,7 @@ from packvit.gpu.jpeg import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, JpegPlan
 from packvit.gpu.nvjpeg import NO_MEMORY, NvJpeg, NvJpegError, Plane
 from packvit.gpu.resampling import rows_first, windows
 from packvit.gpu.twins import resize
-from packvit.sizes import SizePlan
+from packvit.images.resize import SizePlan
 
 PIXELS_AT_ONCE = 128 << 20  # decoded between two launches
 # For each of them, where nothing is enlarged: planes (1.5, or 3 of 4:4:4), RGB and half-resized.

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from packvit.config import ImageConfig
-from packvit.images import MAX_PIXELS, ImageError, open_image, read_turn
-from packvit.sizes import Resize, SizePlan, resize_plan
+from packvit.images.decode import MAX_PIXELS, ImageError, open_image, read_turn
+from packvit.images.resize import Resize, SizePlan, resize_plan
 
 Reason = Literal[
     "not a JPEG",

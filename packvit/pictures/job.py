@@ -12,13 +12,14 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from packvit.corpus import WriteError, WrongUse
-from packvit.corpus.addresses import check_local
-from packvit.corpus.inputs import Input, list_inputs
+from packvit.corpus.folder.rows import Row
+from packvit.corpus.inputs.addresses import check_local
+from packvit.corpus.inputs.find import Input, list_inputs
 from packvit.corpus.job import MOST_WORKERS, TRIAL_MODEL, count_cpus
 from packvit.corpus.progress import Tally, Tell
-from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options, load_encoder
 from packvit.encoder import GridPolicy
+from packvit.images.resize import Resize
 from packvit.pictures.maps import Background, pca_sheet, similarity_sheet
 from packvit.pictures.neighbours import (
     COUNT,
@@ -29,7 +30,6 @@ from packvit.pictures.neighbours import (
 )
 from packvit.pictures.sheet import WIDTH
 from packvit.pictures.tokens import NothingToDraw, read_photographs
-from packvit.sizes import Resize
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 QUALITY = 90  # of a JPEG or WebP, with colour at full resolution: patches keep their edges

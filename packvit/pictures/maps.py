@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw
 from packvit.corpus import WrongUse
 from packvit.corpus.settings import Options
 from packvit.encoder import Encoder, Source
+from packvit.images.resize import Resize
 from packvit.pictures.colours import BLANK, find_range, ramp, rescale, to_bytes
 from packvit.pictures.components import Basis, find_foreground, fit
 from packvit.pictures.sheet import WIDTH, Panel, draw_sheet, to_map
 from packvit.pictures.tokens import Photographs, take_photographs
-from packvit.sizes import Resize
 
 Background = Literal["keep", "remove"]
 OVERLAY = 0.6  # of a map, over its photograph in grey

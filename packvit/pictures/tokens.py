@@ -13,17 +13,17 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from packvit.corpus import WrongUse
-from packvit.corpus.decoding import Decoders
-from packvit.corpus.encoding import encode_halved
-from packvit.corpus.equipment import recipe
-from packvit.corpus.inputs import Input
-from packvit.corpus.preparing import Prepared
-from packvit.corpus.rows import Row
+from packvit.corpus.decode.prepare import Prepared
+from packvit.corpus.decode.queue import Decoders
+from packvit.corpus.encode.context import recipe
+from packvit.corpus.encode.packs import encode_halved
+from packvit.corpus.folder.rows import Row
+from packvit.corpus.inputs.find import Input
 from packvit.corpus.settings import Options, check_options, fit_options
 from packvit.encoder import Encoder, Source
-from packvit.images import ImageError, load_image
-from packvit.packing import plan_packs
-from packvit.preprocessing import to_patches
+from packvit.images.decode import ImageError, load_image
+from packvit.images.patches import to_patches
+from packvit.packs.planning import plan_packs
 
 KEPT = 65536  # tokens: 256 MiB at a width of 1024
 MOST = 140  # photographs of a sheet: at their tallest 62,000 pixels, and JPEG ends at 65,535

@@ -28,9 +28,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from packvit import pretrained
+from packvit.checkpoints import pretrained
 from packvit.encoder import Encoder
-from packvit.layers import Block
+from packvit.model.layers import Block
 
 
 def start() -> torch.device:

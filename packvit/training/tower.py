@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from packvit.encoder import Encoder
-from packvit.merging import Merging
-from packvit.packed import Segments
+from packvit.model.merging import Merging
+from packvit.packs.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from packvit.checkpoints import Checkpoint
-from packvit.support import machine
+from packvit.checkpoints.files import Checkpoint
 from packvit.verification import LIMIT, LOWER_LIMIT, OWN_LIMIT, Findings, Row
+from packvit.verification.machine import machine
 from packvit.version import version_of
 
 FORMAT = "packvit certificate 1"

@@ -10,10 +10,10 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from packvit.attention import BACKENDS
 from packvit.config import Table
 from packvit.encoder import Encoder
-from packvit.packed import Grid
+from packvit.model.attention import BACKENDS
+from packvit.packs.segments import Grid
 from packvit.verification import LIMIT, LOWER_LIMIT, OWN_LIMIT, Plan, Row
 from packvit.verification.references import Answers, Reference, run
 
@@ -85,7 +85,9 @@ def compare_outputs(encoder: Encoder, reference: Reference, plan: Plan) -> Itera
 
 def backends(encoder: Encoder) -> list[str]:
     """Return the names of the attention backends that can run this encoder."""
-    return [backend.name for backend in BACKENDS if backend.obstacle(encoder.workload) is None]
+    return [
+        backend.name for backend in BACKENDS if backend.obstacle(encoder.attention_inputs) is None
+    ]
 
 
 @contextmanager

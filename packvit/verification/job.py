@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from packvit import hub
+from packvit.checkpoints.layouts import Variant
 from packvit.config import Table
 from packvit.encoder import Encoder, Options
 from packvit.families import FAMILIES
-from packvit.family import Variant
 from packvit.verification import LIMIT, Findings, Plan, Row, VerificationError, certificate
 from packvit.verification.comparison import compare_outputs
 from packvit.verification.files import (

@@ -21,9 +21,9 @@ from packvit.cli.convert import convert
 from packvit.cli.embed import embed
 from packvit.cli.pca import pca
 from packvit.corpus import WrongUse
-from packvit.corpus.addresses import ALLOWED, protocols, spell
-from packvit.corpus.folder import read_commits
-from packvit.corpus.inputs import list_inputs
+from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.inputs.addresses import ALLOWED, protocols, spell
+from packvit.corpus.inputs.find import list_inputs
 
 REFERENCE = '{"version": 1, "refs": {"x.jpg": ["file:///etc/hostname"]}}'
 

@@ -22,9 +22,9 @@ from served import outcome
 
 from packvit.cli.embed import embed
 from packvit.corpus import WrongUse
-from packvit.corpus.folder import read_commits
-from packvit.corpus.inputs import list_inputs
-from packvit.corpus.sources import Cell, Input, read
+from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import Cell, Input, read
 
 
 def photo(number: int) -> bytes:
@@ -315,8 +315,8 @@ def test_an_archive_that_is_not_there_is_refused(tmp_path: Path):
 
 MEASURE = """
 import sys
-from packvit.corpus.sources import Cell, Input, read
-from packvit.images import ImageError
+from packvit.corpus.inputs.sources import Cell, Input, read
+from packvit.images.decode import ImageError
 for row in range(40):
     try:
         said = len(read(Input("x", sys.argv[1], None, Cell(0, row, "image"))))

@@ -19,8 +19,8 @@ from small_checkpoint import write_checkpoint
 import packvit
 from packvit.cli.check import check
 from packvit.corpus import WrongUse
-from packvit.corpus.checking import Check, check_folder
-from packvit.corpus.folder import (
+from packvit.corpus.folder.checking import Check, check_folder
+from packvit.corpus.folder.layout import (
     commit,
     encode_certificate,
     read_commits,

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import pytest
 from rotten import write_good
 
-from packvit.corpus.checking import check_folder
-from packvit.corpus.folder import read_commits
+from packvit.corpus.folder.checking import check_folder
+from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.folder.resume import find_fault
 from packvit.corpus.job import embed
-from packvit.corpus.resume import find_fault
 from packvit.encoder import Encoder
 
 pytestmark = pytest.mark.soak

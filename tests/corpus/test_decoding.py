@@ -22,13 +22,13 @@ from rotten import encode, exif, pixels, png, write_good, write_rotten
 import packvit
 from packvit.config import ImageConfig
 from packvit.corpus import DecoderError
-from packvit.corpus.checking import check_folder
-from packvit.corpus.decoding import TOGETHER, Decoders, Line, Stopped
-from packvit.corpus.folder import read_commits
-from packvit.corpus.inputs import Input, list_inputs
-from packvit.corpus.preparing import Recipe, prepare
-from packvit.corpus.processes import Worker
-from packvit.corpus.worker import MOST_BYTES
+from packvit.corpus.decode.prepare import Recipe, prepare
+from packvit.corpus.decode.processes import Worker
+from packvit.corpus.decode.queue import TOGETHER, Decoders, Line, Stopped
+from packvit.corpus.decode.worker import MOST_BYTES
+from packvit.corpus.folder.checking import check_folder
+from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.inputs.find import Input, list_inputs
 from packvit.encoder import Encoder
 
 HALF = (0.5, 0.5, 0.5)
@@ -75,7 +75,7 @@ def children(pid: int) -> list[int]:
             parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
             if (
                 parent == pid
-                and b"packvit.corpus.worker" in Path(f"/proc/{name}/cmdline").read_bytes()
+                and b"packvit.corpus.decode.worker" in Path(f"/proc/{name}/cmdline").read_bytes()
             ):
                 found.append(int(name))
         except OSError:  # it has ended
@@ -99,7 +99,7 @@ class Modules(Input):
 
     def __reduce__(self):
         modules = "','.join(sorted(__import__('sys').modules))"
-        inputs = "__import__('packvit.corpus.inputs', fromlist=['Input'])"
+        inputs = "__import__('packvit.corpus.inputs.find', fromlist=['Input'])"
         return eval, (f"{inputs}.Input({modules}, '/nowhere')",)
 
 
@@ -372,7 +372,7 @@ def test_workers_heed_no_signal_that_asks_the_job_to_end(tmp_path: Path, worker:
 
 def test_no_worker_outlives_a_job_that_is_killed_whatever_it_does():
     code = (
-        "import os, signal; from packvit.corpus.processes import Worker\n"
+        "import os, signal; from packvit.corpus.decode.processes import Worker\n"
         "workers = [Worker(), Worker()]\n"
         "for worker in workers: worker.await_ready()\n"
         "os.kill(workers[0].process.pid, signal.SIGSTOP)\n"  # as one that hangs

@@ -12,10 +12,10 @@ import torch
 from rotten import write_good
 
 import packvit
-from packvit.corpus.checking import check_folder
-from packvit.corpus.folder import Commit, decode_commit, encode_commit, read_commits
+from packvit.corpus.folder.checking import check_folder
+from packvit.corpus.folder.layout import Commit, decode_commit, encode_commit, read_commits
 from packvit.families.aimv2 import AIMv2Packing
-from packvit.features import Features
+from packvit.packs.features import Features
 
 
 class Narrow(AIMv2Packing):

@@ -18,8 +18,8 @@ from small_checkpoint import WIDTH
 
 from packvit.cli import main
 from packvit.corpus import WriteError, WrongUse
-from packvit.corpus.exports import check_format
-from packvit.corpus.folder import read_manifest
+from packvit.corpus.folder.exports import check_format
+from packvit.corpus.folder.layout import read_manifest
 from packvit.corpus.job import embed
 from packvit.encoder import Encoder
 

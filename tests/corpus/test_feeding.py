@@ -16,23 +16,23 @@ from small_checkpoint import write_checkpoint
 import packvit
 from packvit.config import ImageConfig
 from packvit.corpus import WrongUse
-from packvit.corpus.decoding import Decoders
-from packvit.corpus.encoding import OnDevice, encode_halved, land, launch, lay
-from packvit.corpus.equipment import DecodeJpegs, Tools, equip
-from packvit.corpus.feeding import Feeder
-from packvit.corpus.filling import Pack, Part, Shard
-from packvit.corpus.folder import fingerprint, read_commits
-from packvit.corpus.inputs import Input, list_inputs
-from packvit.corpus.parts import Outputs
-from packvit.corpus.preparing import JpegFile, Prepared, Recipe
-from packvit.corpus.resume import differences
-from packvit.corpus.rows import Row
+from packvit.corpus.decode.prepare import JpegFile, Prepared, Recipe
+from packvit.corpus.decode.queue import Decoders
+from packvit.corpus.encode.context import DecodeJpegs, Tools, equip
+from packvit.corpus.encode.filling import Pack, Part, Shard
+from packvit.corpus.encode.jpegs import Feeder
+from packvit.corpus.encode.packs import OnDevice, encode_halved, land, launch, lay
+from packvit.corpus.folder.layout import fingerprint, read_commits
+from packvit.corpus.folder.parts import Outputs
+from packvit.corpus.folder.resume import differences
+from packvit.corpus.folder.rows import Row
+from packvit.corpus.inputs.find import Input, list_inputs
 from packvit.corpus.settings import Options, describe
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
-from packvit.images import decode
-from packvit.preprocessing import cut_patches
+from packvit.images.decode import decode
+from packvit.images.patches import cut_patches
 
 HALF = (0.5, 0.5, 0.5)
 IMAGES = ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic", sizing=None)

@@ -16,19 +16,19 @@ from small_checkpoint import write_checkpoint
 import packvit
 from demo.photographs import photographs
 from packvit.corpus import WrongUse
-from packvit.corpus.filling import Shard
-from packvit.corpus.inputs import list_inputs
+from packvit.corpus.encode.filling import Shard
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import read
 from packvit.corpus.progress import Effort
 from packvit.corpus.runners.embedder import Job
 from packvit.corpus.runners.host import run_processes
 from packvit.corpus.runners.order import Work
 from packvit.corpus.settings import Options, describe
-from packvit.corpus.sources import read
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded, JpegDecoder
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
-from packvit.images import ImageError, decode
-from packvit.preprocessing import to_patches
+from packvit.images.decode import ImageError, decode
+from packvit.images.patches import to_patches
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ import pytest
 from full_disk import no_file_over, small_disk
 
 from packvit.corpus import WriteError, WrongUse
-from packvit.corpus.folder import (
+from packvit.corpus.folder.layout import (
     claim,
     commit,
     fingerprint,
@@ -24,9 +24,9 @@ from packvit.corpus.folder import (
     write_commits,
     write_manifest,
 )
-from packvit.corpus.parts import Outputs, build_table, encode_parquet
-from packvit.corpus.resume import check_usable
-from packvit.corpus.rows import Row
+from packvit.corpus.folder.parts import Outputs, build_table, encode_parquet
+from packvit.corpus.folder.resume import check_usable
+from packvit.corpus.folder.rows import Row
 
 OUTPUTS = Outputs(width=8, lists=("tokens", "tap_3"))
 ROWS = [
@@ -223,7 +223,8 @@ def test_a_part_that_is_mended_is_entered_where_it_belongs(tmp_path: Path):
 
 def test_a_killed_job_holds_no_folder(tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from packvit.corpus.folder import claim\n"
+        "import sys, time; from pathlib import Path\n"
+        "from packvit.corpus.folder.layout import claim\n"
         "with claim(Path(sys.argv[1])):\n    print('mine', flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
@@ -297,5 +298,5 @@ def test_the_log_is_json_lines_without_a_clock(tmp_path: Path):
 
 
 def test_the_format_does_not_load_torch():
-    code = "import sys, packvit.corpus.folder; sys.exit('torch' in sys.modules)"
+    code = "import sys, packvit.corpus.folder.layout; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,12 +15,12 @@ import pytest
 from served import outcome_of, write_served
 
 from packvit.corpus import WrongUse
-from packvit.corpus.checking import check_folder
-from packvit.corpus.inputs import list_inputs
+from packvit.corpus.folder.checking import check_folder
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import read
 from packvit.corpus.job import embed
-from packvit.corpus.sources import read
 from packvit.encoder import Encoder
-from packvit.images import ImageError
+from packvit.images.decode import ImageError
 
 SECONDS = 60  # that the server hangs for: longer than any test waits
 
@@ -185,8 +185,8 @@ def test_a_page_that_links_to_itself_is_read_once(server: str):
 
 MEASURE = """
 import sys
-from packvit.corpus.sources import Input, Member, read
-from packvit.images import ImageError
+from packvit.corpus.inputs.sources import Input, Member, read
+from packvit.images.decode import ImageError
 member = Member(512, 100) if sys.argv[2] == "member" else None
 try:
     read(Input("x", sys.argv[1], None, member))

@@ -16,12 +16,12 @@ from rotten import write_good
 from served import outcome_of, write_served
 
 from packvit.corpus import WrongUse
-from packvit.corpus.checking import check_folder
-from packvit.corpus.folder import read_commits
-from packvit.corpus.inputs import list_inputs
+from packvit.corpus.folder.checking import check_folder
+from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import read
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress, Summary, Tell
-from packvit.corpus.sources import read
 from packvit.encoder import Encoder
 
 REPOSITORY = "datasets/owner/name"

@@ -9,7 +9,7 @@ from hub_server import Hub, Repository
 from PIL import Image
 from small_checkpoint import write_checkpoint
 
-from packvit.corpus.folder import read_commits
+from packvit.corpus.folder.layout import read_commits
 
 COMMIT = "c" * 40
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packvit.corpus import WrongUse
-from packvit.corpus.inputs import SUFFIXES, Listing, list_inputs
-from packvit.corpus.listing import readable
+from packvit.corpus.inputs.find import SUFFIXES, Listing, list_inputs
+from packvit.corpus.inputs.listing import readable
 
 
 def touch(*paths: Path) -> None:
@@ -291,5 +291,5 @@ def test_the_digest_tells_names_and_order_apart(tmp_path: Path):
 
 
 def test_listing_does_not_load_torch():
-    code = "import sys, packvit.corpus.inputs; sys.exit('torch' in sys.modules)"
+    code = "import sys, packvit.corpus.inputs.find; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

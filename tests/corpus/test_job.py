@@ -18,8 +18,8 @@ from small_checkpoint import LAYERS, WIDTH, write_checkpoint
 
 import packvit
 from packvit.corpus import WrongUse
-from packvit.corpus.encoding import image_means
-from packvit.corpus.folder import fingerprint, read_commits, read_manifest
+from packvit.corpus.encode.packs import image_means
+from packvit.corpus.folder.layout import fingerprint, read_commits, read_manifest
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress, Shares
 from packvit.encoder import Encoder

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packvit.corpus import WriteError
-from packvit.corpus.inputs import list_inputs
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.listing import Listing, spooling
 from packvit.corpus.job import shards
-from packvit.corpus.listing import Listing, spooling
 
 NAMES = st.binary(min_size=1, max_size=4).filter(
     lambda name: name not in (b".", b"..") and not set(name) & {0, ord("/")}
@@ -57,8 +57,8 @@ def test_shards_are_drawn_one_at_a_time_and_skip_what_is_kept():
 
 MEASURE = """
 import resource, sys
-from packvit.corpus.inputs import list_inputs
-from packvit.corpus.listing import Listing
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.listing import Listing
 def peak():
     return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])
 import pyarrow.parquet

@@ -20,10 +20,10 @@ from served import outcome
 
 from packvit.cli.embed import embed
 from packvit.corpus import WrongUse
-from packvit.corpus.folder import read_commits
-from packvit.corpus.inputs import list_inputs
-from packvit.corpus.listing import Listing
-from packvit.corpus.patterns import compile_pattern
+from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.listing import Listing
+from packvit.corpus.inputs.patterns import compile_pattern
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 from rotten import write_good
 
 from packvit.corpus import WrongUse
-from packvit.corpus.folder import CHECKSUM, claim, read_commits, read_manifest
+from packvit.corpus.folder.layout import CHECKSUM, claim, read_commits, read_manifest
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress
 from packvit.encoder import Encoder

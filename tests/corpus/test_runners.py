@@ -17,7 +17,7 @@ from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit.corpus import EmbedderError, WrongUse
-from packvit.corpus.folder import read_commits
+from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress, Shares
 from packvit.corpus.runners.embedder import Job, load_alike

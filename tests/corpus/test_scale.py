@@ -17,10 +17,10 @@ from rotten import encode, pixels, write_rotten
 from small_checkpoint import write_checkpoint
 
 from packvit.config import ImageConfig
-from packvit.corpus.checking import check_folder
-from packvit.corpus.inputs import Input
-from packvit.corpus.preparing import Recipe
-from packvit.corpus.processes import Worker
+from packvit.corpus.decode.prepare import Recipe
+from packvit.corpus.decode.processes import Worker
+from packvit.corpus.folder.checking import check_folder
+from packvit.corpus.inputs.find import Input
 
 pytestmark = pytest.mark.soak
 

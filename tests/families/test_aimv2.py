@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Aimv2Config, Aimv2Model, Aimv2VisionConfig, Aimv2VisionModel
 
 import packvit
-from packvit import weights
-from packvit.checkpoints import CheckpointError
+from packvit.checkpoints import rules as weights
+from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.pretrained import LayoutName
 from packvit.config import ShortestEdge, SinCos, Table
 from packvit.families.aimv2 import FAMILY, AIMv2Packing
-from packvit.pretrained import LayoutName
 
 LIMIT = 5e-6  # scaled difference in fp32; the reference's own two attention paths differ by as much
 

@@ -11,7 +11,7 @@ from small_checkpoint import write_checkpoint
 import packvit
 from packvit import pictures
 from packvit.corpus import WrongUse
-from packvit.corpus.folder import append_line, part_name, read_commits, read_log
+from packvit.corpus.folder.layout import append_line, part_name, read_commits, read_log
 from packvit.encoder import Encoder
 from packvit.pictures import neighbours
 from packvit.pictures.colours import BLANK

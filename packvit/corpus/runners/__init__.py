@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from packvit.corpus import WrongUse
-from packvit.corpus.equipment import Tools
+from packvit.corpus.encode.context import Tools
 from packvit.corpus.runners.embedder import Job
 from packvit.corpus.runners.here import run_here
 from packvit.corpus.runners.host import run_processes

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from packvit.corpus import EmbedderError, WrongUse
-from packvit.corpus.equipment import Tools, equip
-from packvit.corpus.folder import SPOOL, Commit, part_name, temporary_name, writing
-from packvit.corpus.resume import remove_left_over
+from packvit.corpus.encode.context import Tools, equip
+from packvit.corpus.encode.shard import embed_shards
+from packvit.corpus.folder.layout import SPOOL, Commit, part_name, temporary_name, writing
+from packvit.corpus.folder.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
-from packvit.corpus.shard import embed_shards
 from packvit.gpu.nvjpeg import ask_for_queues
 
 # Ray schedules by block, and looks after each. Up to so many shards, each is one: beyond, what a

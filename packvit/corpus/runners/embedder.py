@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from packvit.checkpoints import CheckpointError
+from packvit.checkpoints.files import CheckpointError
 from packvit.corpus import DecoderError, EmbedderError, WriteError, WrongUse
-from packvit.corpus.filling import Part
-from packvit.corpus.folder import Staged, stage
+from packvit.corpus.encode.filling import Part
+from packvit.corpus.folder.layout import Staged, stage
+from packvit.corpus.folder.resume import differences
+from packvit.corpus.folder.rows import Row
 from packvit.corpus.progress import Effort
-from packvit.corpus.resume import differences
-from packvit.corpus.rows import Row
 from packvit.corpus.settings import Options, describe, load_encoder
 from packvit.encoder import Encoder, GridPolicy
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Generator
 
-from packvit.corpus.equipment import Tools
-from packvit.corpus.folder import Commit
+from packvit.corpus.encode.context import Tools
+from packvit.corpus.encode.shard import run_shards
+from packvit.corpus.folder.layout import Commit
 from packvit.corpus.runners.order import Work
-from packvit.corpus.shard import run_shards
 
 
 def run_here(tools: Tools, work: Work) -> Generator[Commit, None, None]:

@@ -21,13 +21,13 @@ from queue import Empty, SimpleQueue
 import torch
 
 from packvit.corpus import EmbedderError
-from packvit.corpus.equipment import equip
-from packvit.corpus.filling import Part, Shard
-from packvit.corpus.folder import Commit, part_name
-from packvit.corpus.resume import remove_left_over
+from packvit.corpus.encode.context import equip
+from packvit.corpus.encode.filling import Part, Shard
+from packvit.corpus.encode.shard import embed_shards
+from packvit.corpus.folder.layout import Commit, part_name
+from packvit.corpus.folder.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
-from packvit.corpus.shard import embed_shards
 
 SERVE = "import sys; from packvit.corpus.runners.host import serve; serve(int(sys.argv[1]))"
 IN_HAND = 2  # shards at each embedder: one to embed, and one to decode meanwhile

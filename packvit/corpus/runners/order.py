@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from packvit.corpus.filling import Shard, Watch
-from packvit.corpus.folder import Commit, enter
+from packvit.corpus.encode.filling import Shard, Watch
+from packvit.corpus.folder.layout import Commit, enter
 from packvit.corpus.progress import Effort
 from packvit.corpus.runners.embedder import Finished
 

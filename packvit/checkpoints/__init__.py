@@ -1,0 +1,1 @@
+"""Files to configuration and tensors, and back: downloads, layouts, rules of names."""

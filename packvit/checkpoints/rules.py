@@ -1,0 +1,220 @@
+"""Checkpoint tensors to our parameters and back, by declarative rules.
+
+A family states in a table how each of our parameters is written in a checkpoint. Loading walks
+over our own parameters and is strict both ways: every parameter is filled, every checkpoint tensor
+is read, carried or skipped by name. Each rule knows its inverse, so storing gives the checkpoint
+back bit for bit.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import isqrt
+
+import torch
+from torch import Size, Tensor
+
+from packvit.checkpoints.files import CheckpointError
+from packvit.config import PatchOrder
+
+
+@cache
+def pattern(ours: str) -> re.Pattern[str]:
+    """Match the parameters that a rule's name of ours stands for."""
+    return re.compile(r"(?P<i>\d+)".join(re.escape(part) for part in ours.split("{i}")))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one of our parameters is written in a checkpoint.
+
+    `{i}` in a name stands for a layer's number. Names match whole or not at all.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    load: Callable[[Sequence[Tensor]], Tensor]
+    store: Callable[[Tensor], Sequence[Tensor]]  # the exact inverse of `load`
+
+    def names(self, ours: str) -> tuple[str, ...] | None:
+        """Return the checkpoint's names for our parameter `ours`, or None if it is another's."""
+        match = pattern(self.ours).fullmatch(ours)
+        return match and tuple(name.format(**match.groupdict()) for name in self.theirs)
+
+
+def rename(ours: str, theirs: str) -> Rule:
+    """The same tensor under another name."""
+    return Rule(ours, (theirs,), lambda tensors: tensors[0], lambda tensor: [tensor])
+
+
+def fuse(ours: str, *theirs: str) -> Rule:
+    """One tensor of ours that stacks several equal ones of theirs: thirds for q, k and v."""
+
+    def split(tensor: Tensor) -> list[Tensor]:
+        return [part.clone() for part in tensor.chunk(len(theirs))]  # files cannot share storage
+
+    return Rule(ours, theirs, lambda tensors: torch.cat(list(tensors)), split)
+
+
+def alternate(ours: str, *theirs: str) -> Rule:
+    """One tensor of ours that has the rows of two of theirs, or of one's two halves, in turns.
+
+    So gate and up projection stand side by side where their product is taken.
+    """
+
+    def load(tensors: Sequence[Tensor]) -> Tensor:
+        halves = tensors if len(tensors) > 1 else tensors[0].chunk(2)
+        return torch.stack(list(halves), 1).flatten(0, 1)
+
+    def store(tensor: Tensor) -> list[Tensor]:
+        halves = tensor.unflatten(0, (-1, 2)).unbind(1)
+        return [half.contiguous() for half in halves] if len(theirs) > 1 else [torch.cat(halves)]
+
+    return Rule(ours, theirs, load, store)
+
+
+def gated(ours: str, theirs: str, names: str) -> tuple[Rule, Rule]:
+    """The weight and the bias of a gate and its up projection, of one name or of two."""
+
+    def rule(part: str) -> Rule:
+        return alternate(f"{ours}.{part}", *(f"{theirs}{name}.{part}" for name in names.split()))
+
+    return rule("weight"), rule("bias")
+
+
+def layers(ours: str, theirs: str, names: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Weights and biases of layers, whose names below `ours` and `theirs` are given in pairs.
+
+    Several of their names, with spaces between, are stacked into one of ours. A rule for a bias
+    that a model does not have is never asked for.
+    """
+
+    def rule(our: str, their: str, part: str) -> Rule:
+        parts = [f"{theirs}{name}.{part}" for name in their.split()]
+        return (fuse if len(parts) > 1 else rename)(f"{ours}{our}.{part}", *parts)
+
+    return tuple(
+        rule(our, their, part) for our, their in names.items() for part in ("weight", "bias")
+    )
+
+
+def conv_to_linear(ours: str, theirs: str, *, channels: int = 3) -> Rule:
+    """A convolution whose stride is its kernel, as a linear layer over flattened patches.
+
+    Shapes: Conv2d [D, C, p, p] <-> Linear [D, P], P ordered (row, column, channel) as our patches.
+    """
+
+    def flatten(tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].permute(0, 2, 3, 1).flatten(1)
+
+    def unflatten(tensor: Tensor) -> list[Tensor]:
+        side = isqrt(tensor.shape[1] // channels)
+        return [tensor.unflatten(1, (side, side, channels)).permute(0, 3, 1, 2).contiguous()]
+
+    return Rule(ours, (theirs,), flatten, unflatten)
+
+
+def convolution(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    """The weight and the bias of a convolution that is a linear layer of ours."""
+    weight = conv_to_linear(f"{ours}.weight", f"{theirs}.weight")
+    return weight, rename(f"{ours}.bias", f"{theirs}.bias")
+
+
+def reshape(ours: str, theirs: str, *leading: int) -> Rule:
+    """A tensor that the checkpoint keeps with `leading` dimensions of 1."""
+    return Rule(
+        ours,
+        (theirs,),
+        lambda tensors: tensors[0].reshape(tensors[0].shape[len(leading) :]),
+        lambda tensor: [tensor.reshape(*leading, *tensor.shape)],
+    )
+
+
+def prefixed(rules: Sequence[Rule], prefix: str) -> tuple[Rule, ...]:
+    """The same rules for a checkpoint that writes `prefix` before every name."""
+    return tuple(replace(r, theirs=tuple(prefix + name for name in r.theirs)) for r in rules)
+
+
+def permute_patches(weight: Tensor, order: PatchOrder, *, back: bool = False) -> Tensor:
+    """Return an embedding weight for patches flattened in `order`, or one of those for ours.
+
+    Shapes: [D, P], P ordered (row, column, channel) <-> [D, P], P in `order`.
+    """
+    if order == "hwc":
+        return weight
+    inner = weight.unflatten(1, (3, -1) if back else (-1, 3))
+    return inner.transpose(1, 2).flatten(1)
+
+
+def find(ours: str, rules: Sequence[Rule]) -> tuple[Rule, tuple[str, ...]]:
+    """Return the one rule about our parameter `ours`, with the checkpoint's names for it."""
+    claims = [(rule, names) for rule in rules if (names := rule.names(ours))]
+    if len(claims) != 1:
+        raise ValueError(f"{len(claims)} rules claim our parameter {ours}; exactly one must.")
+    return claims[0]
+
+
+def load(
+    shapes: Mapping[str, Size],
+    checkpoint: Mapping[str, Tensor],
+    rules: Sequence[Rule],
+    *,
+    unread: Callable[[str], bool] = lambda name: False,
+    place: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return a tensor for every one of our parameters, read from `checkpoint`.
+
+    `unread` says which of the checkpoint's names may stay unread; `place` takes each tensor to its
+    device and dtype as soon as it is read, so that the host never holds the model twice. Without
+    `place` every number stays as it is, and so tensors that are stacked must be of one dtype.
+
+    Raises: CheckpointError listing everything that does not fit, so that one run shows it all.
+    """
+    state, read, problems = {}, set(), []
+    for ours, shape in shapes.items():
+        rule, names = find(ours, rules)
+        read.update(names)
+        if absent := [name for name in names if name not in checkpoint]:
+            problems.append(f"missing: {', '.join(absent)} (our {ours})")
+            continue
+        wanted = [
+            part.shape
+            for part in rule.store(torch.empty(shape, dtype=torch.float32, device="meta"))
+        ]
+        tensors = [checkpoint[name] for name in names]
+        problems += misfits(names, tensors, wanted)
+        if place is None and len({tensor.dtype for tensor in tensors}) > 1:
+            held = ", ".join(f"{n} {t.dtype}" for n, t in zip(names, tensors, strict=True))
+            problems.append(f"of different dtypes, but one tensor of ours: {held}")
+        elif all(tensor.shape == part for tensor, part in zip(tensors, wanted, strict=True)):
+            state[ours] = place(rule.load(tensors)) if place else rule.load(tensors)
+    problems += [
+        f"unexpected: {name}" for name in sorted(set(checkpoint) - read) if not unread(name)
+    ]
+    if problems:
+        raise CheckpointError(
+            "The checkpoint does not fit the model that its config.json describes:\n  "
+            + "\n  ".join(problems)
+        )
+    return state
+
+
+def misfits(names: Sequence[str], tensors: Sequence[Tensor], wanted: Sequence[Size]) -> list[str]:
+    """Return in words which tensors have another shape than wanted, or hold no real numbers."""
+    problems = []
+    for name, tensor, shape in zip(names, tensors, wanted, strict=True):
+        if tensor.shape != shape:
+            problems.append(f"misshapen: {name} is {list(tensor.shape)}, expected {list(shape)}")
+        elif not tensor.is_floating_point():
+            problems.append(f"not floating point: {name} holds {tensor.dtype}")
+    return problems
+
+
+def store(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """Write our parameters in the checkpoint's layout: the inverse of `load`."""
+    checkpoint = {}
+    for ours, tensor in state.items():
+        rule, names = find(ours, rules)
+        checkpoint.update(zip(names, rule.store(tensor), strict=True))
+    return checkpoint

@@ -1,0 +1,1 @@
+"""Inputs to prepared images, in worker processes that never import torch."""

@@ -1,0 +1,107 @@
+"""One input to its row and its patches, or to a JPEG for the device: a decode worker's work.
+
+No torch.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from packvit.config import ImageConfig, PatchOrder
+from packvit.corpus.folder.rows import Row
+from packvit.corpus.inputs.sources import Input, read
+from packvit.gpu.jpeg import JpegPlan, plan_jpeg
+from packvit.images.decode import ImageError, Stage, decode_opened, open_image
+from packvit.images.patches import to_patches
+from packvit.images.resize import Resize
+
+Decode = Literal["pil", "gpu"]  # who decodes the JPEGs that a GPU can; Pillow has all others
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that decides which patches an image becomes."""
+
+    images: ImageConfig
+    order: PatchOrder
+    resize: Resize | None
+    max_patches: int | None
+    max_pixels: int
+    decode: Decode = "pil"
+
+
+@dataclass(frozen=True, slots=True)
+class JpegFile:
+    """A JPEG for the device: its bytes, what they become, and its input, should it be refused."""
+
+    data: bytes | np.ndarray
+    plan: JpegPlan
+    source: Input
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """An input's row and, where that is no error, its patches or the JPEG that becomes them.
+
+    Shapes: patches uint8 [rows * columns, P].
+    """
+
+    row: Row
+    patches: np.ndarray | None = None
+    jpeg: JpegFile | None = None
+
+
+# Called with the pixels that a header announces; returns once they may be decoded.
+Admit = Callable[[int], None]
+
+
+def prepare(source: Input, recipe: Recipe, admit: Admit) -> Prepared:
+    """Read, decode, resize and cut one input; whatever is wrong with it ends in its row."""
+    row = Row(source.id)
+    if source.error:
+        code, found_in = source.error
+        return Prepared(replace(row, status=code, stage=found_in))
+    stage: Stage = "read"
+    try:
+        data = read(source)
+        row = replace(row, sha256=hashlib.sha256(data).hexdigest())
+        stage = "decode"
+        if recipe.decode == "gpu":
+            plan = plan_jpeg(
+                data,
+                recipe.images,
+                resize=recipe.resize,
+                max_patches=recipe.max_patches,
+                max_pixels=recipe.max_pixels,
+            )
+            if isinstance(plan, JpegPlan):
+                return Prepared(planned(row, plan), jpeg=JpegFile(data, plan, source))
+        opened = open_image(data, max_pixels=recipe.max_pixels)
+        del data  # `opened` holds the bytes, until they are decoded
+        admit(opened.pixels)
+        photo = decode_opened(opened)
+        del opened  # and its pixels, where `photo` has turned or converted ones
+        row = replace(row, note=photo.note, width=photo.width, height=photo.height)
+        stage = "resize"
+        cut = to_patches(
+            photo.image,
+            recipe.images,
+            resize=recipe.resize,
+            max_patches=recipe.max_patches,
+            patch_order=recipe.order,
+        )
+    except ImageError as error:
+        return Prepared(replace(row, status=error.code, stage=error.stage, note=error.note))
+    except MemoryError:
+        return Prepared(replace(row, status="out_of_memory", stage=stage, note=None))
+    return Prepared(replace(row, frames=1, rows=cut.rows, columns=cut.columns), cut.patches)
+
+
+def planned(row: Row, plan: JpegPlan) -> Row:
+    """Return the row of a JPEG as it will be once it is decoded."""
+    height, width = plan.jpeg.upright
+    size = plan.size
+    return replace(row, width=width, height=height, frames=1, rows=size.rows, columns=size.columns)

@@ -1,0 +1,180 @@
+"""Decode workers as the job sees them: processes that are started, asked, timed and replaced."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+
+from packvit.corpus import DecoderError
+from packvit.corpus.decode.prepare import Admit, JpegFile, Prepared, Recipe
+from packvit.corpus.decode.worker import receive, receive_into, send
+from packvit.corpus.folder.rows import Row
+from packvit.corpus.inputs.find import Input
+
+SECONDS_TO_START = 120.0  # 0.15 on an idle machine
+# A worker ends with its parent, not by a signal that was meant for both: its image would be lost.
+NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+)
+
+
+class Worker:
+    """A decode worker: one process, asked by one thread at a time."""
+
+    def __init__(self) -> None:
+        self.link, other = socket.socketpair()
+        paths = [os.path.abspath(path) for path in sys.path]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "packvit.corpus.decode.worker", str(other.fileno())],
+                stdin=subprocess.PIPE,  # closed when this process ends, and so ends the worker
+                stdout=subprocess.DEVNULL,
+                pass_fds=[other.fileno()],
+                env=os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(paths)},
+            )
+        except OSError as error:
+            self.link.close()
+            raise DecoderError(
+                f"A decode worker could not be started: {error.strerror}. Ask for fewer workers."
+            ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            other.close()
+        self.ready = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process can be asked; what has ended once never can be again."""
+        return self.process.poll() is None
+
+    def await_ready(self) -> None:
+        """Wait until the process can be asked.
+
+        Raises: DecoderError if it ends instead.
+        """
+        if self.ready:
+            return
+        try:
+            self.link.settimeout(SECONDS_TO_START)
+            self.ready = receive(self.link) == "ready"
+        except (EOFError, OSError) as error:
+            self.end()
+            raise DecoderError(
+                f"A decode worker ended before its first image (code {self.process.returncode}). "
+                f"See what this says: {sys.executable} -c 'import packvit.corpus.decode.prepare'"
+            ) from error
+
+    def prepare(
+        self, sources: Sequence[Input], recipe: Recipe, admit: Admit, seconds: float
+    ) -> tuple[list[Prepared], float]:
+        """Return what becomes of the first inputs, and the seconds it took, without `admit`'s.
+
+        A worker prepares as many together as it can, at least one. If it dies, or takes longer than
+        `seconds`, it is ended, and has cost the image that it was asked for alone or had admitted;
+        of several it is not known which it was, and none is returned.
+
+        Raises: DecoderError if the worker cannot start, or for a fault of its own.
+        """
+        self.await_ready()
+        stage, took, start = "read", 0.0, time.monotonic()
+
+        def wait() -> None:
+            self.link.settimeout(max(1e-3, start + seconds - took - time.monotonic()))
+
+        def lost(code: str, stage: str, note: str | None = None) -> list[Prepared]:
+            self.end()
+            known = stage == "decode" or len(sources) == 1
+            return [Prepared(Row(sources[0].id, code, stage, note))] if known else []
+
+        try:
+            wait()
+            send(self.link, (sources, recipe))
+            answer = receive(self.link)
+            if isinstance(answer, int):
+                took = time.monotonic() - start
+                admit(answer)
+                stage, start = "decode", time.monotonic()
+                wait()
+                send(self.link, None)
+                answer = receive(self.link)
+            if isinstance(answer, str):
+                raise DecoderError(f"A decode worker failed on {answer}")
+            wait()
+            prepared = []
+            for source, (row, shape, plan) in zip(sources, answer, strict=False):
+                content = None if shape is None else np.empty(shape, np.uint8)
+                if content is not None:
+                    receive_into(self.link, content.reshape(-1).data)
+                if plan is None or content is None:
+                    prepared.append(Prepared(row, content))
+                else:
+                    prepared.append(Prepared(row, jpeg=JpegFile(content, plan, source)))
+        except TimeoutError:
+            prepared = lost("timeout", stage, f"over {seconds:g} s")
+        except (EOFError, ConnectionError):
+            prepared = lost("decoder_crash", "header" if stage == "read" else stage)
+        return prepared, took + time.monotonic() - start
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.link.close()
+
+
+class Workers:
+    """Workers that are there to be borrowed; one is started where none is idle."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.idle: list[Worker] = []
+        self.busy: set[Worker] = set()
+
+    def start(self, count: int) -> None:
+        """Start `count` workers, and wait for none of them."""
+        for _ in range(count):
+            self.idle.append(Worker())
+
+    def borrow(self) -> Worker:
+        """Return a worker for the caller alone."""
+        with self.lock:
+            while self.idle:
+                worker = self.idle.pop()
+                if worker.alive:
+                    break
+                worker.end()  # killed while it had nothing to do: no image is lost by that
+            else:
+                worker = Worker()
+            self.busy.add(worker)
+        return worker
+
+    def give_back(self, worker: Worker) -> None:
+        """Take a worker back; one that has ended is forgotten."""
+        with self.lock:
+            self.busy.discard(worker)
+            if worker.alive:
+                self.idle.append(worker)
+            else:
+                worker.end()  # it may have been killed with its answer given: nobody has closed it
+
+    def stop_busy(self) -> None:
+        """Kill the workers that are borrowed, so that whoever waits for one need not."""
+        with self.lock:
+            for worker in self.busy:
+                worker.process.kill()
+
+    def end(self) -> None:
+        """End all workers that are idle."""
+        for worker in self.idle:
+            worker.end()
+        self.idle.clear()

@@ -1,0 +1,1 @@
+"""Prepared images to packs, packs to features, features to staged parts."""

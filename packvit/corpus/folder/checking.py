@@ -1,0 +1,267 @@
+"""Whether a feature folder is whole: what is wrong with it, and how to mend that. No torch.
+
+Every byte that packvit wrote is vouched for by another: the parts by the log, the log by the parts,
+the inputs' names and the certificate by the manifest, the manifest by its own checksum.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from packvit.corpus import WrongUse
+from packvit.corpus.folder.layout import (
+    CERTIFICATE,
+    COMMITS,
+    FORMAT,
+    IDS,
+    MANIFEST,
+    POOLED,
+    Commit,
+    decode_commit,
+    encode_manifest,
+    fingerprint,
+    part_name,
+    part_number,
+    read_log,
+    read_manifest,
+)
+from packvit.corpus.folder.parts import Outputs, read_part
+from packvit.corpus.folder.resume import find_damage, find_fault, is_ours, left_over
+from packvit.images.decode import CODES
+
+AGAIN = "Give the same embed command again: it goes on with what is whole."
+MANIFEST_MEND = (
+    "Give the same embed command again; if it is refused, put back a copy of the file, or start "
+    "over with --overwrite."
+)
+BUG = "The log vouches for these bytes, so they were written so: start over with --overwrite."
+BESIDE = ("format", "complete", "fingerprint", "model", "inputs", "ignored", "counts", "exports")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that is wrong: in which file, what, and how to mend it."""
+
+    file: str
+    found: str
+    mend: str
+
+
+@dataclass(slots=True)
+class Check:
+    """What was found in a folder so far."""
+
+    folder: str
+    parts: int = 0  # whole ones, and what they hold
+    rows: int = 0
+    tokens: int = 0
+    errors: dict[str, int] = field(default_factory=dict)  # rows by code
+    faults: list[Fault] = field(default_factory=list)
+
+    def add(self, file: str, found: str, mend: str = AGAIN) -> None:
+        """Take note of a fault."""
+        self.faults.append(Fault(file, found, mend))
+
+
+def check_folder(folder: Path) -> Check:
+    """Read all of a feature folder, and return what it holds and all that is wrong with it.
+
+    Raises: WrongUse if it is no feature folder; OSError if a file can't be read.
+    """
+    if not folder.is_dir() or not (is_ours(folder) or (folder / COMMITS).is_file()):
+        holds = f"it holds neither a {MANIFEST} of packvit's nor a {COMMITS}"
+        raise WrongUse(
+            f"{folder} is no feature folder: {holds if folder.exists() else 'it is not there'}. "
+            "Name the folder that was given to embed as --out."
+        )
+    check = Check(str(folder))
+    manifest = check_manifest(check, folder)
+    entries = check_log(check, folder)
+    names = hashlib.sha256()
+    for number, entry in sorted(entries.items()):
+        check_part(check, folder, number, entry, manifest, names)
+    if manifest:
+        check_whole(check, manifest, entries, names.hexdigest())
+    stray = {path.name for path in folder.iterdir() if part_number(path.name) is not None}
+    for name in sorted(stray - {entry.part for entry in entries.values()}):
+        check.add(name, f"is not in {COMMITS}, so no reader may trust it.")
+    for name in left_over(folder):
+        check.add(name, "is a temporary file that a killed job left.")
+    return check
+
+
+def check_manifest(check: Check, folder: Path) -> dict[str, Any] | None:
+    """Return the manifest if it is whole, having checked it and what it vouches for."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        state = "is damaged: it is no JSON." if (folder / MANIFEST).exists() else "is missing."
+        check.add(MANIFEST, state, MANIFEST_MEND)
+        return None
+    if (folder / MANIFEST).read_bytes() != encode_manifest(manifest):
+        check.add(MANIFEST, "is damaged: its checksum is not that of its entries.", MANIFEST_MEND)
+        return None
+    beside = (*BESIDE, "certificate_sha256")
+    settings = {name: value for name, value in manifest.items() if name not in beside}
+    if manifest["format"] != FORMAT or manifest["fingerprint"] != fingerprint(settings):
+        check.add(
+            MANIFEST, f'is not of "{FORMAT}" with the fingerprint of its settings.', MANIFEST_MEND
+        )
+        return None
+    certificate = folder / CERTIFICATE
+    digest = sha256(certificate.read_bytes()) if certificate.is_file() else None
+    if digest != manifest["certificate_sha256"]:
+        state = "is missing" if digest is None else "is not the one that the manifest vouches for"
+        check.add(CERTIFICATE, f"{state}.", "Give the same embed command again, with --verify.")
+    exports = manifest.get("exports", {})
+    for name, record in exports.items():
+        if fault := find_damage(folder / name, **record):
+            check.add(name, f"{fault}.", "Give the same embed command again, with --format npy.")
+    for name in (POOLED, IDS):
+        if name not in exports and (folder / name).exists():
+            check.add(name, f"is not in {MANIFEST}, so no reader may trust it.")
+    return manifest
+
+
+def check_log(check: Check, folder: Path) -> dict[int, Commit]:
+    """Return the lines of the log by number of part."""
+    entries: dict[int, Commit] = {}
+    for place, line in enumerate(read_log(folder)):
+        entry = decode_commit(line)
+        number = part_number(entry.part) if entry else None
+        if entry is None or number is None:
+            check.add(COMMITS, f"line {place + 1} is damaged or cut short.")
+        elif number in entries or number < max(entries, default=0):
+            check.add(COMMITS, f"line {place + 1} ({entry.part}) is out of order.")
+        else:
+            entries[number] = entry
+    return entries
+
+
+def check_part(
+    check: Check,
+    folder: Path,
+    number: int,
+    entry: Commit,
+    manifest: dict[str, Any] | None,
+    names: Any,  # a hash object, fed with the ids
+) -> None:
+    """Check a part against its line of the log and against what the manifest promises of it."""
+    fault = find_fault(folder, entry)
+    if fault:
+        check.add(entry.part, f"{fault}.")
+        return
+    try:
+        table = read_part(folder / entry.part)
+        plain = table.select(["id", "status", "stage", "frames", "rows", "columns"]).to_pydict()
+    except (OSError, pa.ArrowException, KeyError) as error:
+        check.add(entry.part, f"cannot be read as a part ({type(error).__name__}).", BUG)
+        return
+    check.parts += 1
+    check.rows += table.num_rows
+    for name in plain["id"]:
+        names.update(name.encode() + b"\0")
+    good = np.array([status == "ok" for status in plain["status"]], bool)
+    tokens = np.array(
+        [
+            f * r * c if ok and f and r and c else 0
+            for f, r, c, ok in zip(
+                plain["frames"], plain["rows"], plain["columns"], good, strict=True
+            )
+        ],
+        np.int64,
+    )
+    check.tokens += int(tokens.sum())
+    for status in plain["status"]:
+        if status != "ok":
+            check.errors[status] = check.errors.get(status, 0) + 1
+    counted = (table.num_rows, int((~good).sum()), int(tokens.sum()))
+    if counted != (entry.rows, entry.errors, entry.tokens):
+        check.add(
+            COMMITS,
+            f"says {entry.rows} rows, {entry.errors} errors and {entry.tokens} tokens of "
+            f"{entry.part}, which holds {counted[0]}, {counted[1]} and {counted[2]}.",
+            "Remove the line; then the same embed command embeds the part again.",
+        )
+    if len(set(plain["id"])) < table.num_rows:
+        check.add(entry.part, "names an input twice.", BUG)
+    if manifest:
+        size = manifest["rows_per_part"]
+        expected = min(size, manifest["inputs"] - number * size)
+        if table.num_rows != expected:
+            check.add(entry.part, f"holds {table.num_rows} rows, not {expected}.", BUG)
+        outputs = Outputs(
+            manifest["config"]["width"], tuple(manifest["lists"]), manifest["dtype_out"]
+        )
+        if not table.schema.equals(outputs.schema):
+            check.add(entry.part, "does not have the columns that the manifest promises.", BUG)
+            return
+    for found in features_faults(table, plain, good, tokens):
+        check.add(entry.part, found, BUG)
+
+
+def features_faults(
+    table: pa.Table, plain: dict[str, list[Any]], good: np.ndarray, tokens: np.ndarray
+) -> Iterator[str]:
+    """Yield what is wrong with the rows of a part and their features."""
+    if not set(plain["status"]) <= {"ok", *CODES}:
+        yield "holds a status that is neither ok nor a code."
+    if any((stage is None) != ok for stage, ok in zip(plain["stage"], good, strict=True)):
+        yield "holds a row whose stage does not fit its status."
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
+            continue
+        if not np.array_equal(column.is_valid().to_numpy(zero_copy_only=False), good):
+            yield f"holds {name} where a row is an error, or none where it is ok."
+        if pa.types.is_list(column.type):
+            lengths = column.value_lengths().fill_null(0)
+            if not np.array_equal(lengths.to_numpy(zero_copy_only=False), tokens):
+                yield f"holds {name} of other lengths than frames x rows x columns."
+        values = column.drop_null().flatten()
+        while pa.types.is_fixed_size_list(values.type):
+            values = values.flatten()
+        if not np.isfinite(values.to_numpy(zero_copy_only=False)).all():
+            yield f"holds {name} with NaN or infinity in a row that is ok."
+
+
+def check_whole(
+    check: Check, manifest: dict[str, Any], entries: dict[int, Commit], names: str
+) -> None:
+    """Check that the parts are all, and that their rows are the job's inputs."""
+    parts = -(-manifest["inputs"] // manifest["rows_per_part"])
+    absent = [number for number in range(parts) if number not in entries]
+    if absent:
+        check.add(
+            COMMITS,
+            f"lists {parts - len(absent)} of {parts} parts: {part_name(absent[0])} is the first "
+            "that is not there.",
+        )
+    if any(number >= parts for number in entries):
+        check.add(COMMITS, f"lists parts beyond the {parts} of this job.")
+    if not manifest["complete"]:
+        check.add(MANIFEST, "says that the job is not complete.")
+    # Ids are unique in the listing that the digest is of, so equal digests say so of the rows too.
+    if check.parts == parts == len(entries) and names != manifest["inputs_sha256"]:
+        check.add(MANIFEST, "is of other inputs, or in another order, than the rows.", BUG)
+    counts = {
+        "rows": check.rows,
+        "ok": check.rows - sum(check.errors.values()),
+        "errors": check.errors,
+        "tokens": check.tokens,
+        "parts": check.parts,
+    }
+    if manifest["complete"] and check.parts == parts and manifest["counts"] != counts:
+        check.add(
+            MANIFEST, f"counts {json.dumps(manifest['counts'])}, the parts hold {counts}.", AGAIN
+        )
+
+
+def sha256(data: bytes) -> str:
+    """Return the digest of `data`."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,97 @@
+"""What is made of a finished job's parts for readers that know no Parquet. No torch.
+
+    pooled.npy   float32 [rows, D]: a row for each input, in their order; NaN where it is an error
+    ids.jsonl    a line for each input, in the same order: its id and status
+
+Both are functions of the parts, which stay the truth: the manifest says their sha256, and what is
+missing or damaged is made again without reading an image. Tokens and taps are in the parts alone.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from packvit.corpus import WrongUse
+from packvit.corpus.folder.layout import IDS, POOLED, sync_names, temporary_name, writing
+from packvit.corpus.folder.parts import read_part
+from packvit.corpus.folder.resume import find_damage
+
+Format = Literal["parquet", "npy"]
+FORMATS: tuple[Format, ...] = ("parquet", "npy")
+
+Exports = dict[str, dict[str, Any]]  # bytes and sha256 by the file's name, as in the manifest
+
+
+def check_format(name: str) -> None:
+    """Refuse what is no format."""
+    if name not in FORMATS:
+        raise WrongUse(f'format is "{name}". Choose one of: {", ".join(FORMATS)}.')
+
+
+def export(
+    folder: Path, parts: Sequence[str], rows: int, width: int, recorded: Mapping[str, Any]
+) -> Exports:
+    """Write what is missing or is not as recorded, and return what the manifest says of it.
+
+    Shapes: `parts` hold `rows` rows of D = `width` together.
+    Raises: WriteError if the disk does not take it.
+    """
+    makers: dict[str, Callable[[BinaryIO], None]] = {
+        POOLED: lambda file: write_pooled(file, folder, parts, rows, width),
+        IDS: lambda file: write_ids(file, folder, parts),
+    }
+    return {
+        name: recorded[name]
+        if name in recorded and find_damage(folder / name, **recorded[name]) is None
+        else make(folder / name, write)
+        for name, write in makers.items()
+    }
+
+
+def make(path: Path, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
+    """Put what `write` writes at `path` in one step; return its size and digest."""
+    temporary = path.with_name(temporary_name(path.name))
+    with writing(path):
+        try:
+            with temporary.open("w+b") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_names(path.parent)
+    return {"bytes": size, "sha256": digest}
+
+
+def write_pooled(file: BinaryIO, folder: Path, parts: Sequence[str], rows: int, width: int) -> None:
+    """Write a NumPy file of all pooled vectors, part after part."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+    np.lib.format.write_array_header_1_0(file, header)
+    for (pooled,) in read(folder, parts, ["pooled"]):
+        valid = pooled.is_valid().to_numpy(zero_copy_only=False)
+        vectors = np.full((len(pooled), width), np.nan, "<f4")
+        vectors[valid] = pooled.drop_null().flatten().to_numpy().reshape(-1, width)
+        file.write(vectors.tobytes())
+
+
+def write_ids(file: BinaryIO, folder: Path, parts: Sequence[str]) -> None:
+    """Write a line of JSON for each input; names hold any character, line ends too."""
+    for ids, statuses in read(folder, parts, ["id", "status"]):
+        for name, status in zip(ids.to_pylist(), statuses.to_pylist(), strict=True):
+            file.write(json.dumps({"id": name, "status": status}).encode() + b"\n")
+
+
+def read(folder: Path, parts: Sequence[str], columns: list[str]) -> Iterator[list[Any]]:
+    """Yield these columns of one part after another, each as one array."""
+    for part in parts:
+        table = read_part(folder / part, columns)
+        yield [table[name].combine_chunks() for name in columns]

@@ -1,0 +1,244 @@
+"""What a job finds in the folder it is pointed at: nothing, itself, or another. No torch.
+
+A job goes on in a folder whose manifest describes it: what the log lists and the disk holds with
+the same bytes is kept, anything else is embedded again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packvit.corpus import WrongUse
+from packvit.corpus.folder.layout import (
+    CERTIFICATE,
+    COMMITS,
+    IDS,
+    LOCK,
+    MANIFEST,
+    POOLED,
+    SPOOL,
+    TEMPORARY,
+    Commit,
+    decode_commit,
+    encode_manifest,
+    part_number,
+    read_log,
+    read_manifest,
+    reading,
+    sync_names,
+    write_commits,
+    writing,
+)
+from packvit.corpus.folder.parts import read_part
+from packvit.corpus.folder.rows import Row
+
+# What a manifest says beside the job: of one job, they may differ.
+BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256", "exports")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a folder holds of the job: its manifest, the parts to keep by number, what to tell."""
+
+    manifest: dict[str, Any]
+    kept: dict[int, Commit]
+    notes: tuple[str, ...] = ()
+
+
+def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Found:
+    """Return what `folder`, which this process has claimed, holds of the job of `manifest`.
+
+    What a killed job left half written is removed, and the log holds the lines of the kept parts
+    alone. `overwrite` removes all that packvit wrote.
+
+    Raises: WrongUse if the folder holds another job, with the differences, or anything else;
+    WriteError.
+    """
+    check_usable(folder, overwrite=overwrite)
+    with writing(folder):
+        for name in own_files(folder) if overwrite else left_over(folder):
+            (folder / name).unlink()
+        sync_names(folder)
+    wanted: dict[str, Any] = json.loads(json.dumps(manifest))  # with lists for tuples, as if read
+    recorded = read_manifest(folder)
+    if recorded is None:
+        return Found(wanted, {})
+    differences = compare(recorded, wanted)
+    if differences:
+        lines = "\n".join(f"  {difference}" for difference in differences)
+        raise WrongUse(
+            f"{folder} holds the features of another job. What differs, its -> yours:\n{lines}\n"
+            "Ask for the same to go on with it, start over with overwrite, or choose another "
+            "folder."
+        )
+    with writing(folder / MANIFEST):
+        whole = (folder / MANIFEST).read_bytes() == encode_manifest(recorded)
+    kept, notes = keep(folder, wanted["inputs"], wanted["rows_per_part"])
+    if not whole:  # it describes this job, but something beside it is damaged
+        made = {name: recorded.get(name) for name in ("certificate_sha256", "exports")}
+        recorded = {**wanted, **made}
+    return Found(recorded, kept, tuple(notes))
+
+
+def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    """Return where two manifests describe different jobs, a line for each field."""
+    old, new = dict(flatten(recorded)), dict(flatten(manifest))
+    differ = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    if all(name.split(".")[0] in BESIDE for name in differ):
+        return []
+    told = [name for name in differ if name.split(".")[0] not in (*BESIDE, "fingerprint")]
+    if "model" in differ:
+        told.insert(0, "model")
+    return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in told or differ]
+
+
+def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Return where two settings differ, a line for each field."""
+    old, new = dict(flatten(recorded)), dict(flatten(found))
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in names]
+
+
+def flatten(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested mappings under its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{above}{name}.")
+        else:
+            yield above + name, value
+
+
+def show(values: Mapping[str, Any], name: str) -> str:
+    """Return a value as JSON, of a digest its beginning; "nothing" where there is none."""
+    if name not in values:
+        return "nothing"
+    text = json.dumps(values[name])
+    return f"{text[1:13]}..." if name.endswith("sha256") and len(text) == 66 else text
+
+
+def keep(folder: Path, inputs: int, rows_per_part: int) -> tuple[dict[int, Commit], list[str]]:
+    """Return the parts of the log that the disk holds whole, and notes on those that it does not.
+
+    The log is left with exactly the lines of these parts, in their order. A last line that was cut
+    short goes without a note: so a killed job leaves it.
+    """
+    kept: dict[int, Commit] = {}
+    notes = []
+    lines = read_log(folder)
+    for line in lines:
+        entry = decode_commit(line)
+        number = part_number(entry.part) if entry else None
+        rows = 0 if number is None else min(rows_per_part, inputs - number * rows_per_part)
+        if entry is None or number is None or number in kept or entry.rows != rows:
+            if line.endswith(b"\n"):
+                notes.append(f"A line of {COMMITS} is damaged; its part is embedded again.")
+            continue
+        with writing(folder / entry.part):
+            fault = find_fault(folder, entry)
+        if fault:
+            notes.append(f"{entry.part} {fault}; it is embedded again.")
+        else:
+            kept[number] = entry
+    if [decode_commit(line) for line in lines] != [kept[number] for number in sorted(kept)]:
+        write_commits(folder, list(kept.values()))
+    return kept, notes
+
+
+def find_fault(folder: Path, entry: Commit) -> str | None:
+    """Return how a part differs from its line of the log, as the end of a sentence, or None.
+
+    Raises: OSError if it is there and cannot be read.
+    """
+    return find_damage(folder / entry.part, entry.bytes, entry.sha256)
+
+
+def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
+    """Return how a file differs from what is on record of it, as `find_fault` does."""
+    if not path.exists():
+        return "is missing"
+    size = path.stat().st_size
+    if size != bytes:
+        return f"has {size:,} bytes, but {bytes:,} were committed"
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return None if digest == sha256 else "is damaged: its sha256 is not what was committed"
+
+
+def read_rows(folder: Path, entry: Commit) -> list[Row]:
+    """Return what a whole part says of its inputs, as far as a summary counts it."""
+    columns = ["id", "status", "rows", "columns"]
+    with reading(folder / entry.part):
+        table = read_part(folder / entry.part, columns)
+    return [Row(**values) for values in table.to_pylist()]
+
+
+def is_ours(folder: Path) -> bool:
+    """Tell whether the manifest in `folder` is one that packvit wrote, even if damaged since."""
+    try:
+        return b'"packvit features ' in (folder / MANIFEST).read_bytes()
+    except OSError:
+        return False
+
+
+def own_files(folder: Path) -> tuple[str, ...]:
+    """Return the files in `folder` that carry a name we give, but for the lock; manifest last."""
+    fixed = (POOLED, IDS, COMMITS, CERTIFICATE, MANIFEST)
+    with os.scandir(folder) as entries:
+        files = [e.name for e in entries if e.is_file(follow_symlinks=False)]
+    parts = sorted(n for n in files if part_number(n) is not None)
+    return (*left_over(folder), *parts, *(name for name in fixed if name in files))
+
+
+def left_over(folder: Path) -> tuple[str, ...]:
+    """Return the temporary files that a killed job left in `folder`."""
+    ours = (COMMITS, CERTIFICATE, MANIFEST, POOLED, IDS, SPOOL)
+    found = [(name, TEMPORARY.fullmatch(name)) for name in os.listdir(folder)]
+    return tuple(
+        sorted(
+            name
+            for name, parsed in found
+            if parsed and (parsed[1] in ours or part_number(parsed[1]) is not None)
+        )
+    )
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files that workers left which were stopped."""
+    for name in left_over(folder):
+        (folder / name).unlink(missing_ok=True)
+
+
+def check_usable(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that holds anything but a job's features or nothing.
+
+    Raises: WrongUse saying what it holds.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise WrongUse(f"{folder} is not a folder. Choose another one for the features.")
+    with writing(folder):
+        held = sorted(set(os.listdir(folder)) - {LOCK, *left_over(folder)})
+        foreign = sorted(set(held) - set(own_files(folder)))
+    if not held:
+        return
+    if not is_ours(folder):
+        raise WrongUse(
+            f"{folder} is not empty: it holds {held[0]} and {len(held) - 1} other files, and no "
+            f"{MANIFEST} of packvit's. Choose a new or an empty folder."
+        )
+    if overwrite and foreign:
+        raise WrongUse(
+            f"{folder} is not started over: it holds {foreign[0]} and {len(foreign) - 1} other "
+            "files that packvit did not write. Move them away, or choose another folder."
+        )
+    if not overwrite and read_manifest(folder) is None:
+        raise WrongUse(
+            f"{folder / MANIFEST} is damaged, so this job cannot be compared with the one that the "
+            "folder holds. Put back a copy of it, start over with overwrite, or choose another "
+            "folder."
+        )

@@ -1,0 +1,1 @@
+"""What there is to embed: folders, patterns, lists, archives, URLs. No torch."""

@@ -1,0 +1,97 @@
+"""What lies in a Parquet file: the rows of its column of images. No torch.
+
+Nothing is unpacked: a row is known by its place. What a damaged file still shows is listed,
+and whoever asks is told that it is damaged, since photographs may be missing.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from packvit.corpus import WrongUse
+from packvit.corpus.inputs.addresses import spell
+from packvit.corpus.inputs.sources import Cell, open_source, unreadable
+from packvit.corpus.inputs.tars import Found, find_length
+from packvit.images.decode import ImageError
+
+MOST_ROWS = 1000  # of a table, by its bytes: rows that are all alike take next to nothing
+
+
+def list_parquet(path: str, column: str) -> Iterator[Found | None]:
+    """Yield the rows of a Parquet file: their path, if there is one, their number, their place.
+
+    The number is written with zeros before it, so that its bytes are in the order of the rows. A
+    row without a path yields None as well: then paths can't name the rows.
+
+    Raises: WrongUse if no such column holds bytes; ImageError truncated if it is damaged, or what
+    opening it raises.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_source(path) as file, unreadable():
+        try:
+            table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+            schema = table.schema_arrow
+            kind = schema.field(column).type if schema.names.count(column) == 1 else None
+            fields = {}
+            if kind is not None and pa.types.is_struct(kind):
+                fields = {field.name: field.type for field in kind}
+            if not is_bytes(fields.get("bytes", kind)):
+                raise WrongUse(
+                    f'{spell(path)} has no column "{column}" that holds the bytes of images, alone '
+                    f"or beside their path. It has: {describe(schema)}. Name one with "
+                    "--image-column; for a list of paths, give the file with --list."
+                )
+            place = f"{column}.bytes" if fields else column
+            check_counts(table.metadata, find_length(file))
+            digits = len(str(table.metadata.num_rows - 1))
+            number = 0
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                names = list_names(table, group, column) if "path" in fields else None
+                for row in range(rows):
+                    text = f"{number:0{digits}}".encode()
+                    name = next(names) if names else None
+                    if not name:
+                        yield None
+                    yield name or text, text, Cell(group, row, place), None
+                    number += 1
+        except (pa.ArrowException, OSError, StopIteration) as error:
+            raise ImageError("truncated", "list") from error
+
+
+def check_counts(facts: Any, length: int) -> None:
+    """Refuse a table whose footer does not agree with itself, or claims what no file has room for.
+
+    Raises: ImageError truncated.
+    """
+    groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    agree = min(rows, default=0) >= 0 and sum(rows) == facts.num_rows <= length * MOST_ROWS
+    for group in groups if agree else ():
+        for number in range(group.num_columns):
+            once = facts.schema.column(number).max_repetition_level == 0
+            agree = agree and (not once or group.column(number).num_values == group.num_rows)
+    if not agree:
+        raise ImageError("truncated", "list")
+
+
+def list_names(table: Any, group: int, column: str) -> Iterator[bytes]:
+    """Yield the paths in a row group, empty where there is none."""
+    batches = table.iter_batches(4096, row_groups=[group], columns=[f"{column}.path"])
+    for batch in batches:
+        for name in batch.column(0).field(0).to_pylist():
+            yield os.fsencode(spell(name or ""))
+
+
+def is_bytes(kind: Any) -> bool:
+    """Tell whether a column's type is that of bytes."""
+    import pyarrow as pa
+
+    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def describe(schema: Any) -> str:
+    """Return the columns of a table as a message names them."""
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)

@@ -1,0 +1,161 @@
+"""A job's inputs, sorted on disk: a listing takes the same memory whatever its length. No torch.
+
+SQLite keeps them in a temporary file that goes with the listing. Where the file lies is for TMPDIR
+to say.
+"""
+
+import hashlib
+import os
+import re
+import sqlite3
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from packvit.corpus import WriteError, WrongUse
+from packvit.corpus.inputs.addresses import spell_bytes
+from packvit.corpus.inputs.sources import Cell, Input, Member
+
+
+class Listing:
+    """All inputs of a job, sorted by the bytes of their names, and how many files are not."""
+
+    def __init__(self) -> None:
+        self.ignored = 0
+        self.length = 0
+        # No name: a file of SQLite's own, which is unlinked from the start.
+        self.rows = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        weakref.finalize(self, self.rows.close)
+        self.rows.create_function("readable", 1, readable, deterministic=True)
+        self.rows.executescript("""
+            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
+            CREATE TABLE found(
+                name BLOB, whole BLOB, path BLOB, code TEXT,
+                first INT, second INT, column TEXT, secret INT);
+            CREATE TABLE pending(number INTEGER PRIMARY KEY, path BLOB, name BLOB);
+        """)
+        self.rows.execute("BEGIN")  # one for all: each insertion would else be one of its own
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Input]:
+        return self.between(0, self.length)
+
+    def between(self, start: int, stop: int) -> Iterator[Input]:
+        """Yield the inputs from `start` to before `stop`, counted in their order."""
+        rows = self.rows.execute(
+            "SELECT id, path, code, first, second, column FROM inputs "
+            "WHERE rowid > ? AND rowid <= ? ORDER BY rowid",
+            (start, stop),
+        )
+        for name, path, code, first, second, column in rows:
+            within = None
+            if column is not None:
+                within = Cell(first, second, column)
+            elif first is not None:
+                within = Member(first, second)
+            yield Input(name, os.fsdecode(path), (code, "list") if code else None, within)
+
+    def sha256(self) -> str:
+        """Return a digest of the inputs' names and order, which fix the parts and their packs."""
+        digest = hashlib.sha256()
+        for (name,) in self.rows.execute("SELECT id FROM inputs ORDER BY rowid"):
+            digest.update(name.encode() + b"\0")  # `readable` leaves no NUL in a name
+        return digest.hexdigest()
+
+    def add(
+        self,
+        name: bytes,
+        path: bytes,
+        code: str | None,
+        within: Member | Cell | None = None,
+        *,
+        whole: bytes | None = None,
+    ) -> None:
+        """Add an input; `code` says why it can't be read, if that is known.
+
+        An archive's is called `whole` if names there are not all distinct: see `settle`.
+        """
+        place: tuple[int | None, int | None, str | None] = (None, None, None)
+        if isinstance(within, Member):
+            place = (within.offset, within.size, None)
+        elif isinstance(within, Cell):
+            place = (within.group, within.row, within.column)
+        self.length += 1
+        row = (name, whole, path, code, *place, spell_bytes(path) != path)
+        self.rows.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def settle(self, before: int, *, distinct: bool = True) -> None:
+        """Give an archive's inputs their whole names, unless their short ones tell them apart.
+
+        They are those added since the listing was `before` long; `distinct` says if they may be.
+        """
+        repeated = "SELECT 1 FROM found WHERE rowid > ? GROUP BY name HAVING count(*) > 1 LIMIT 1"
+        if not distinct or self.rows.execute(repeated, (before,)).fetchone():
+            self.rows.execute("UPDATE found SET name = whole WHERE rowid > ?", (before,))
+
+    def push(self, path: bytes, name: bytes) -> None:
+        """Remember a folder that is to be read."""
+        self.rows.execute("INSERT INTO pending(path, name) VALUES (?, ?)", (path, name))
+
+    def pop(self) -> tuple[bytes, bytes] | None:
+        """Return the path and name of the folder remembered last, and forget it; or None."""
+        last = "SELECT number, path, name FROM pending ORDER BY number DESC LIMIT 1"
+        found = self.rows.execute(last).fetchone()
+        if found is None:
+            return None
+        self.rows.execute("DELETE FROM pending WHERE number = ?", found[:1])
+        return found[1:]
+
+    def sort(self) -> None:
+        """Put all inputs in their order.
+
+        Raises: WrongUse, naming one, if two inputs would be rows of the same id.
+        """
+        self.rows.executescript("""  -- which commits first
+            -- URLs that differ in their credentials alone are told apart by their order: #2, #3 ...
+            UPDATE found SET name = CAST(CAST(name AS TEXT) || '#' || place AS BLOB) FROM (
+                SELECT rowid AS which, row_number() OVER (PARTITION BY name ORDER BY rowid) AS place
+                FROM found WHERE secret AND name IN (
+                    SELECT name FROM found WHERE secret GROUP BY name
+                    HAVING count(*) > 1 AND count(*) = count(DISTINCT path))
+            ) WHERE found.rowid = which AND place > 1;
+            CREATE TABLE inputs AS
+                SELECT readable(name) AS id, path, code, first, second, column
+                FROM found ORDER BY name;
+            DROP TABLE found; DROP TABLE pending;
+        """)
+        repeated = "SELECT id FROM inputs GROUP BY id HAVING count(*) > 1 ORDER BY id LIMIT 1"
+        for (name,) in self.rows.execute(repeated):
+            raise WrongUse(
+                f'Two inputs are called "{name}". Name each path once, and no file that lies in a '
+                "folder you name too; an archive may hold a name once."
+            )
+
+
+# Where a name itself has what reads like one of our escapes, its backslash is written as one: else
+# two names could be spelled alike.
+LIKE_AN_ESCAPE = re.compile(rb"\\(?=x(?:00|5c|[89a-f][0-9a-f]))")
+
+
+def readable(name: bytes) -> str:
+    r"""Return `name` as text, no two names alike: bytes that are not UTF-8 are written \xNN.
+
+    Arrow takes UTF-8 alone. So is NUL written, which lists and archives may hold, and which parts
+    one name from another elsewhere.
+    """
+    plain = LIKE_AN_ESCAPE.sub(rb"\\x5c", name)
+    return plain.decode("utf-8", "backslashreplace").replace("\0", r"\x00")
+
+
+@contextmanager
+def spooling() -> Iterator[None]:
+    """Turn what SQLite can't write into a WriteError that says it in a sentence."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise WriteError(
+            f"The list of inputs could not be written to a temporary file: {error}. Make room "
+            "there, or set TMPDIR to a folder that has some."
+        ) from error

@@ -1,0 +1,110 @@
+"""The blocks of `model/layers.py` in fewer passes over memory, with the same numbers to rounding.
+
+Each residual is added by the norm that comes next. `choose_blocks` says once a forward whether that
+applies; deleting this file would change nothing but the speed.
+"""
+
+from collections.abc import Callable, Collection
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from packvit.fast.attention import attend
+from packvit.fast.hooks import is_hooked
+from packvit.fast.steps import Delta, add_norm, first_linear, mlp_hidden, project
+from packvit.model.attention import Backend
+from packvit.model.embeddings import CosSin
+from packvit.model.layers import Block, Blocks
+from packvit.model.linear import Linear
+from packvit.model.norms import RMSNorm, Tokens
+from packvit.packs.segments import Segments
+
+HAS_TRITON = find_spec("triton") is not None
+
+RunBlocks = Callable[..., tuple[Tokens, dict[int, Tokens]]]  # what Blocks.forward takes and returns
+
+
+def choose_blocks(blocks: Blocks, x: Tokens) -> RunBlocks:
+    """Return what runs the blocks on tokens such as `x`: `run_blocks`, or the blocks themselves."""
+    return partial(run_blocks, blocks) if can_run(blocks, x) else blocks
+
+
+def can_run(blocks: Blocks, x: Tokens) -> bool:
+    """Return whether `run_blocks` applies: on CUDA, in 16 bits throughout, unwatched, uncompiled.
+
+    Matrices may be anything, since what is no plain `Linear` is called; norms must be ours.
+    """
+    if not (HAS_TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)):
+        return False
+    # What is compiled is fused by the compiler. A subclass of Tensor cannot be given to a kernel.
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not is_hooked(blocks) and all(fits(block, x.dtype) for block in blocks.layers)
+
+
+def fits(block: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether a block is of ours, and its parts of `dtype` and unwatched."""
+    if type(block) is not Block or block._compiled_call_impl is not None:
+        return False
+    for norm in (block.attention_norm, block.mlp_norm):
+        if type(norm) not in (RMSNorm, nn.LayerNorm) or norm.weight.dtype != dtype:
+            return False
+    for module in block.modules():
+        if is_hooked(module) or (isinstance(module, Linear) and module.weight.dtype != dtype):
+            return False
+    return True
+
+
+def run_blocks(
+    blocks: Blocks,
+    x: Tokens,
+    segments: Segments,
+    rotary: CosSin | None,
+    backend: Backend,
+    taps: Collection[int] = (),
+) -> tuple[Tokens, dict[int, Tokens]]:
+    """Return what `blocks` do: the residual stream after the last block, and after each in `taps`.
+
+    In inference matmuls write to the stream, so the caller's is copied first.
+    """
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad or any(parameter.requires_grad for parameter in blocks.parameters())
+    )
+    if not needs_grad:
+        x = x.clone(memory_format=torch.contiguous_format)
+    tapped, delta = {}, None
+    for layer, block in enumerate(blocks.blocks()):
+        step = partial(run_block, block, segments=segments, rotary=rotary, backend=backend)
+        if block.recomputed and needs_grad:
+            x, delta = checkpoint(step, x, delta, needs_grad=needs_grad, use_reentrant=False)
+        else:
+            x, delta = step(x, delta, needs_grad=needs_grad)
+        if layer in taps:
+            tapped[layer] = x.clone() if delta is None else add(x, delta)
+    return x if delta is None else add(x, delta), tapped
+
+
+def run_block(
+    block: Block,
+    x: Tokens,
+    delta: Delta | None,
+    segments: Segments,
+    rotary: CosSin | None,
+    backend: Backend,
+    needs_grad: bool,
+) -> tuple[Tokens, Delta | None]:
+    """Return (x, delta): the residual stream after the block is x + delta."""
+    attention, mlp = block.attention, block.mlp
+    x, h = add_norm(x, delta, block.attention_norm, attention.qkv, needs_grad)
+    h = attend(attention.qkv(h), attention.heads, segments, rotary, backend, needs_grad)
+    x, delta = project(x, h, attention.out, block.attention_scale, needs_grad)
+    x, h = add_norm(x, delta, block.mlp_norm, first_linear(mlp), needs_grad)
+    return project(x, mlp_hidden(h, mlp, needs_grad), mlp.down, block.mlp_scale, needs_grad)
+
+
+def add(x: Tokens, delta: Delta) -> Tokens:
+    """Return x + delta, where no norm comes next."""
+    return x + (delta.tokens if delta.factor is None else delta.tokens * delta.factor)

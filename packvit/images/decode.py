@@ -1,0 +1,327 @@
+"""Photographs to RGB pixels. A bad one ends as an ImageError that says why, and as nothing else.
+
+Pillow refuses damaged files with a dozen kinds of exception, drops alpha, clips 16-bit greys to
+white and ignores orientation, all in silence. This module is the one place that deals with it. It
+never imports torch, so that decode workers stay small.
+"""
+
+import errno
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from io import BytesIO
+from threading import Lock
+from typing import Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from packvit.images.colour import MODES, rescale_colour_key, to_rgb
+from packvit.images.signatures import describe
+
+Stage = Literal["list", "read", "header", "decode", "resize", "encode", "write"]
+Source = str | os.PathLike[str] | Image.Image | np.ndarray
+
+CODES = {
+    "missing": "there is no file at this path",
+    "unreadable": "the file is there but cannot be read; look at its permissions and its disk",
+    "not_a_file": "this is a folder, pipe, socket or device; name a regular file",
+    "unidentified": "these bytes are no image that can be recognised",
+    "truncated": "the file is cut short or damaged; fetch it again from where it came",
+    "unsupported_format": "images of this format are not read; convert it to JPEG or PNG",
+    "unsupported_mode": "the range of these pixel values is unknown; convert them to 8 or 16 bits",
+    "too_many_pixels": "it has more pixels than the limit; make it smaller, or raise max_pixels",
+    "aspect_ratio": "its sides are too short or too unequal for the model's patches; "
+    'crop it, or ask for resize="native"',
+    "decoder_crash": "the process that decoded it died",
+    "timeout": "decoding it took longer than allowed",
+    "out_of_memory": "there was not enough memory for it; make it smaller, or run fewer workers",
+    "overflow": "its features are too large for the output type; write them as float32",
+    "non_finite": "its features hold NaN or infinity; encode it in float32",
+}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MAX_PIXELS = 100_000_000
+# Pillow takes some 16 bytes a pixel to decode these, and up to 8 for others. Their decoders give a
+# frame as bytes, to be copied; WebP's keeps two canvases too, and two copies of the file.
+HEAVY = frozenset({"AVIF", "WEBP"})
+MAX_BYTES = 2**31  # a sparse file of a terabyte costs nothing to make and all memory to read
+
+
+# What turns stored pixels upright. Source: EXIF 2.32, tag 0x0112.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """One image that cannot be used: `code` (a key of CODES), the `stage` it failed in, a `note`.
+
+    `note` holds words of ours alone: a library's message holds addresses and paths, and changes
+    from run to run. `index` says which image of a list, and may be set by whoever knows.
+    """
+
+    def __init__(self, code: str, stage: Stage, note: str | None = None, index: int | None = None):
+        assert code in CODES, code
+        super().__init__(code, stage, note, index)  # what pickle hands to a new process
+        self.code = code
+        self.stage: Stage = stage
+        self.note = note
+        self.index = index
+
+    def __str__(self) -> str:
+        who = "The image" if self.index is None else f"Image {self.index}"
+        where = self.stage if self.note is None else f"{self.stage}: {self.note}"
+        return f"{who} cannot be used: {CODES[self.code]} ({where})."
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """An upright RGB image of 8 bits; `note` says in fixed words what was done to make it one."""
+
+    image: Image.Image
+    width: int
+    height: int
+    note: str | None
+
+
+def find_file(path: str | os.PathLike[str], stage: Stage = "read") -> os.stat_result:
+    """Return what the system says of a regular file; links are followed, and nothing is opened.
+
+    Raises: ImageError missing, not_a_file or unreadable.
+    """
+    try:
+        found = os.stat(path)  # before opening: opening a pipe would wait for its other end
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in it
+        raise ImageError("missing", stage) from error
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ImageError("missing", stage, "links in a circle") from error
+        raise ImageError("unreadable", stage) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise ImageError("not_a_file", stage)
+    return found
+
+
+def read_file(path: str | os.PathLike[str], start: int = 0, size: int | None = None) -> bytes:
+    """Return the bytes of a regular file, or `size` of them from `start` on, or what there is.
+
+    Raises: ImageError missing, not_a_file or unreadable.
+    """
+    whole = find_file(path).st_size
+    if (whole if size is None else size) > MAX_BYTES:
+        raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read() if size is None else file.read(size)
+    except MemoryError as error:
+        raise ImageError("out_of_memory", "read") from error
+    except OSError as error:
+        raise ImageError("unreadable", "read") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An image whose header was read and found usable; none of its pixels is decoded yet."""
+
+    image: ImageFile.ImageFile
+    file: BytesIO
+    pixels: int  # as a budget of memory counts them: those of HEAVY twice
+    warns: bool  # decoding may make Pillow warn
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
+    """Return the first frame of an image file, upright, on white where it is transparent.
+
+    A file that is cut short never passes for whole; a flipped bit may, as most formats carry no
+    checksum. The pixel limit is checked on the header, before memory is taken.
+
+    Raises: ImageError.
+    """
+    return decode_opened(open_image(data, max_pixels=max_pixels))
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
+    """Return the image file with its header read: what comes before memory is taken for pixels.
+
+    Raises: ImageError.
+    """
+    file = BytesIO(data)
+    image = _open(data, file)
+    _check(image, max_pixels)
+    warns = image.format == "TIFF" or (image.format == "PNG" and b"acTL" in data)
+    pixels = image.width * image.height * (2 if image.format in HEAVY else 1)
+    return Opened(image, file, pixels, warns)
+
+
+def decode_opened(opened: Opened) -> Photo:
+    """Return the first frame of an opened image, as `decode` does.
+
+    Raises: ImageError.
+    """
+    image = opened.image
+    notes = []
+    with _boundary("header", "truncated"):
+        rescale_colour_key(image)
+        if _has_frames(image):
+            notes.append("first frame of several")
+    with _boundary("decode", "truncated"), _quiet() if opened.warns else nullcontext():
+        image.load()
+    return _photo(image, image, notes, opened.file)
+
+
+def load_image(source: object, *, max_pixels: int = MAX_PIXELS) -> Photo:
+    """Return the photo in a path, a PIL image or a uint8 array [height, width, 3].
+
+    `source` is a Source; anything else is answered here, in words. Of several frames, a PIL image
+    gives the one that it stands on. The caller's image or array is neither changed nor shared.
+
+    Raises: ImageError for an image that cannot be used; TypeError or ValueError for an argument
+    that is no image.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            return decode(read_file(source), max_pixels=max_pixels)
+        except ImageError as error:
+            error.add_note(f"Path: {os.fspath(source)!r}")  # for a traceback; never part of a row
+            raise
+    if isinstance(source, np.ndarray):
+        image = _from_array(source)
+        _check(image, max_pixels)
+        return _photo(image, image, [])
+    if not isinstance(source, Image.Image):
+        raise TypeError(
+            f"An image is a path, a PIL image or a uint8 array [height, width, 3], but this is "
+            f"a {type(source).__module__}.{type(source).__qualname__}. "
+            "Give a tensor as tensor.numpy()."
+        )
+    _check(source, max_pixels)
+    with _boundary("decode", "truncated"):
+        # Until it is loaded, a caller's image is a file of whatever format, warnings and all.
+        with _quiet() if getattr(source, "tile", None) else nullcontext():
+            source.load()
+        copy = source.copy()  # converting a palette with alpha writes into the image it reads
+    return _photo(source, copy, [])
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise TypeError(
+            f"An image array must be uint8 with values from 0 to 255, but this is {array.dtype}. "
+            "Scale it and convert it with .astype(numpy.uint8)."
+        )
+    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise ValueError(
+            f"An image array must be [height, width, 3] with at least 1 pixel, but this is "
+            f"{list(array.shape)}. Repeat a grey channel three times; drop alpha."
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+@contextmanager
+def _boundary(stage: Stage, code: str) -> Iterator[None]:
+    """Turn whatever a library raises into `code`: the only place that catches every Exception.
+
+    OSError alone is not enough: a damaged AVIF is a RuntimeError or a SyntaxError, a damaged TIFF
+    a KeyError, a tRNS chunk a struct.error.
+    """
+    try:
+        yield
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError("out_of_memory", stage) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", stage) from error
+    except Exception as error:
+        raise ImageError(code, stage) from error
+
+
+_one_at_a_time = Lock()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Pillow's warnings from surfacing, and from becoming errors where the user asks for that.
+
+    What becomes of an image must not depend on the warning filters. They are one list for all
+    threads, and two overlapping changes could leave it changed for good: hence the lock. It is
+    held while a header or EXIF is read, which is quick, and while a TIFF or APNG is decoded.
+    """
+    with _one_at_a_time, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _open(data: bytes, file: BytesIO) -> ImageFile.ImageFile:
+    """Read the header with the parsers of FORMATS alone; no other parser ever sees the bytes."""
+    with _boundary("header", "truncated"), _quiet():
+        try:
+            return Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            code, note = describe(data, FORMATS)
+            raise ImageError(code, "header", note) from error
+
+
+def _check(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if min(width, height) < 1:
+        raise ImageError("unidentified", "header", "no pixels")
+    if width * height > max_pixels:
+        raise ImageError("too_many_pixels", "header", f"height {height}, width {width}")
+    if image.mode not in MODES:
+        raise ImageError("unsupported_mode", "header", f"mode {image.mode}")
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:  # damage behind the first frame, which is all that we read
+        return False
+
+
+def _photo(
+    source: Image.Image, image: Image.Image, notes: list[str], file: BytesIO | None = None
+) -> Photo:
+    """Make a photo of `image`, which is ours to use up: `source` itself, or a copy of it.
+
+    `file`, which `image` was loaded from, is closed.
+    """
+    with _boundary("decode", "truncated"):
+        turn, readable = read_turn(source)
+    if not readable:
+        notes.append("EXIF unreadable")
+    if file:
+        file.close()  # its bytes may be as many as the pixels'
+    with _boundary("decode", "unsupported_mode"):
+        rgb, done = to_rgb(image, getattr(source, "tag_v2", {}))
+        image.close()  # lets go of the file, and of pixels that `rgb` does not share
+        if turn is not None:
+            rgb = rgb.transpose(turn)
+    rgb.info = {}  # no EXIF: whoever turns it by that again would turn it twice
+    return Photo(rgb, rgb.width, rgb.height, "; ".join(notes + done) or None)
+
+
+def read_turn(image: Image.Image) -> tuple[Image.Transpose | None, bool]:
+    """Return what turns an image upright, and whether its EXIF could be read.
+
+    A TIFF's is None: Pillow turns those while it loads them.
+    """
+    try:
+        with _quiet():
+            if "exif" in image.info:  # getexif gives a damaged block as an empty one the 2nd time
+                Image.Exif().load(image.info["exif"])
+            return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1)), True
+    except MemoryError:
+        raise
+    except Exception:
+        return None, False

@@ -1,0 +1,72 @@
+"""RGB images to patches, pixel for pixel as the references' processors have them.
+
+`to_patches` resizes and cuts; what a checkpoint asks for is read in `processors.py`. No torch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from packvit.config import ImageConfig, PatchOrder
+from packvit.images.decode import ImageError
+from packvit.images.resize import Resize, resize_plan
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """One image as flattened raw patches in raster order.
+
+    Shapes: patches uint8 [rows * columns, P], contiguous, P = side * side * 3.
+    """
+
+    patches: np.ndarray  # without jaxtyping, which takes a decode worker 12 MB and 0.1 s
+    rows: int
+    columns: int
+
+
+def to_patches(
+    image: Image.Image,
+    config: ImageConfig,
+    *,
+    resize: Resize | None = None,
+    max_patches: int | None = None,
+    patch_order: PatchOrder = "hwc",
+) -> Patches:
+    """Resize an RGB image as planned by `resize_plan`, with Pillow, and cut it into patches.
+
+    Raises: ImageError aspect_ratio or out_of_memory; ValueError as `resize_plan`.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"The image has mode {image.mode}, not RGB. Pass it through load_image.")
+    plan = resize_plan(image.height, image.width, config, resize=resize, max_patches=max_patches)
+    try:
+        if image.size != (plan.width, plan.height):
+            resample = Image.Resampling[config.resample.upper()]
+            image = image.resize((plan.width, plan.height), resample)
+        pixels = np.asarray(image)
+        if plan.crop is not None:
+            top, left, height, width = plan.crop
+            pixels = pixels[top : top + height, left : left + width]
+        patches = cut_patches(pixels, config.patch, patch_order)
+    except MemoryError as error:
+        raise ImageError("out_of_memory", "resize") from error
+    return Patches(patches, plan.rows, plan.columns)
+
+
+def cut_patches(pixels: np.ndarray, patch: int, order: PatchOrder = "hwc") -> np.ndarray:
+    """Cut raw pixels into flattened patches; what is left over right and below is dropped.
+
+    Shapes: uint8 [height, width, 3] -> uint8 [rows * columns, patch * patch * 3], raster order. A
+    patch reads (row, column, channel), or (channel, row, column) where `order` is "chw".
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(
+            f"pixels are {pixels.dtype} {list(pixels.shape)}, but must be uint8 [height, width, 3]."
+        )
+    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+    whole = pixels[: rows * patch, : columns * patch]
+    cut = whole.reshape(rows, patch, columns, patch, 3)
+    axes = (0, 2, 1, 3, 4) if order == "hwc" else (0, 2, 4, 1, 3)
+    # Always a copy: Pillow's pixels are read-only, and tensors must not share them.
+    return np.array(cut.transpose(axes), order="C").reshape(rows * columns, patch * patch * 3)

@@ -1,0 +1,108 @@
+"""How much memory a forward takes at its peak, worked out from sizes alone; and how much is free.
+
+Counted are the rows of the token stream, N, and what an eager forward without gradients holds for
+each, in numbers of the encoder's dtype, at its three widest moments. What is compiled or captured
+holds less.
+
+- Embedding: patches in fp32 and in the dtype, 2 P; tokens, normed, positions twice, sum, 5 D.
+- Attention: the residual, what the last block adds and their sum, 3 D; normed, D; q, k,
+  v, 3 D; attended and projected, 2 D; the copies that `sdpa` makes of q, k, v and the result, 4 D;
+  rotary turns of q and k, 4 D.
+- MLP: the residual before and after attention, what both halves added, normed, 5 D; up and
+  activated, 2 M, or if gated gate, up, act(gate) and the product, 4 M; the output, D, when one M is
+  gone.
+
+Each moment frees what it made, so the largest bounds them all. On top come the weights, the patches
+that the caller holds, one D for each tap, lists on their way to a file in fp32, tables of learned
+positions resized before, and the workspaces of the libraries.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from packvit.config import EncoderConfig, Rotary, Table
+
+WORKSPACE = 128 * 2**20  # of cuBLAS and cuBLASLt: 32 MiB each on Hopper, and rounding
+RESIZED_ROWS = 2**16  # the most that `positions.ResizedTables` keeps
+
+
+class Peak(NamedTuple):
+    """Bytes at the peak of a forward."""
+
+    weights: int
+    per_token: int  # bytes for each row of the stream
+    fixed: int  # whatever the pack
+
+    def bytes(self, tokens: int) -> int:
+        """Return them for a pack of so many rows."""
+        return self.weights + self.activations(tokens)
+
+    def activations(self, tokens: int) -> int:
+        """Return what comes on top of the weights."""
+        return self.fixed + tokens * self.per_token
+
+    def most_tokens(self, free: int) -> int:
+        """Return the rows of the largest pack whose activations fit in so many bytes."""
+        return max(0, (free - self.fixed) // self.per_token)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a forward could still take on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def peak(config: EncoderConfig, dtype_bytes: int, *, taps: int = 0, lists: int = 0) -> Peak:
+    """Return what bounds the memory of a forward for inference.
+
+    `taps` counts tapped layers, `lists` columns of tokens that are written to a file.
+    """
+    width, mlp, patch = config.width, config.mlp_width, config.patch_dim
+    rotary = 4 * width if isinstance(config.positions, Rotary) else 0
+    embedding = 5 * width * dtype_bytes + patch * (4 + dtype_bytes)
+    attention = (13 * width + rotary) * dtype_bytes
+    gated = max(5 * width + 4 * mlp, 6 * width + 3 * mlp)
+    transform = (gated if config.gated else 6 * width + 2 * mlp) * dtype_bytes
+    held = patch * dtype_bytes + taps * width * dtype_bytes + lists * width * 4
+    fixed = WORKSPACE
+    if isinstance(config.positions, Table):
+        fixed += RESIZED_ROWS * width * dtype_bytes
+        held += width * dtype_bytes  # the tables of a pack, end to end
+    return Peak(
+        parameter_count(config) * dtype_bytes,
+        max(embedding, attention, transform) + held,
+        fixed,
+    )
+
+
+def peak_bytes(
+    config: EncoderConfig, tokens: int, dtype_bytes: int, *, taps: int = 0, lists: int = 0
+) -> int:
+    """Return a bound on the memory of a forward for inference, weights included."""
+    return peak(config, dtype_bytes, taps=taps, lists=lists).bytes(tokens)
+
+
+def parameter_count(config: EncoderConfig) -> int:
+    """Return how many numbers the weights are."""
+    width, table = config.width, config.positions
+    norm = width * (2 if config.norm == "layer" else 1)
+    places = table.rows * table.columns + table.class_row if isinstance(table, Table) else 0
+    embedding = (config.patch_dim + config.patch_bias + places + config.prefix) * width
+    embedding += norm if config.embedding_norm else 0
+    block = 2 * norm + 4 * width**2 + mlp_count(config)
+    block += (len(config.qkv_bias) + config.bias + 2 * config.layer_scale) * width
+    head = 0
+    if config.pool == "query":  # kv, out with a bias, and the query itself
+        head = 3 * width**2 + (2 + 2 * bool(config.qkv_bias)) * width
+    elif config.pool == "probe":  # qkv and out with biases, the probe, and an MLP behind a norm
+        head = 4 * width**2 + 5 * width + norm + mlp_count(config)
+    return embedding + config.layers * block + norm + head + (config.projection or 0) * width
+
+
+def mlp_count(config: EncoderConfig) -> int:
+    """Return how many numbers an MLP's weights are."""
+    width, mlp, inputs = config.width, config.mlp_width, 1 + config.gated
+    return (inputs + 1) * width * mlp + config.bias * (inputs * mlp + width)

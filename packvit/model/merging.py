@@ -1,0 +1,69 @@
+"""Neighbouring patches of one image merged into one token, with the grid and seams that follow."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from packvit.packs.segments import (
+    Grid,
+    PatchPlaces,
+    Segments,
+    read_grid,
+    sequence_lengths,
+    to_device,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Merging:
+    """Which patches each of M merged tokens is made of, and where merged tokens stand.
+
+    A side that `side` does not divide is filled by repeating its last row or column, so a merged
+    token holds patches of one frame of one image and nothing else.
+    """
+
+    members: Int64[Tensor, "M members"]  # raster order within the square, on the tokens' device
+    grid_thw: Int64[Tensor, "N 3"]  # of the merged tokens, on the host
+    segments: Segments  # the seams of the merged tokens: every frame is one sequence
+
+    @classmethod
+    def from_grid(
+        cls,
+        grid_thw: Tensor,
+        *,
+        patches: int,
+        side: int = 2,
+        device: torch.device | str = "cpu",
+    ) -> "Merging":
+        """Plan squares of `side` x `side` patches, without a loop over images.
+
+        Shapes: grid_thw [N, 3], best on the host -> M = sum of frames * ceil(rows / side) *
+        ceil(columns / side).
+        Raises: ValueError if grid_thw is malformed or does not describe `patches` patches, or for a
+        side below 1.
+        """
+        if side < 1:
+            raise ValueError(f"side is {side}, but a merged token holds at least 1 x 1 patches.")
+        grid = read_grid(grid_thw, patches=patches)
+        merged: Grid = tuple(
+            (t, -(-rows // side), -(-columns // side)) for t, rows, columns in grid
+        )
+        places, lengths = PatchPlaces.from_grid(merged, device=device), sequence_lengths(merged)
+        frames = np.repeat(np.asarray(grid), [t for t, _, _ in grid], axis=0)  # [S, 3]
+        sizes = frames[:, 1] * frames[:, 2]
+        table = to_device(np.stack([sizes.cumsum() - sizes, frames[:, 1], frames[:, 2]]), device)
+        first, rows, columns = table.index_select(1, places.sequence)[:, :, None]  # each [M, 1]
+        corner = torch.arange(side * side, dtype=torch.int64, device=device)
+        down, right = corner.div(side, rounding_mode="floor"), corner % side
+        row = torch.minimum(places.row[:, None] * side + down, rows - 1)
+        column = torch.minimum(places.column[:, None] * side + right, columns - 1)
+        members = first + row * columns + column
+        segments = Segments.from_lengths(lengths, device=device)
+        return cls(members, torch.tensor(merged, dtype=torch.int64, device="cpu"), segments)
+
+    def merge(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "M square"]:
+        """Lay the tokens of every square side by side: top left, top right, ..., bottom right."""
+        return tokens.index_select(0, self.members.flatten()).view(len(self.members), -1)

@@ -1,0 +1,40 @@
+"""The two norms: torch's own layer norm, and RMS norm."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from packvit.config import EncoderConfig
+
+Tokens = Float[Tensor, "T D"]
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, in fp32 within, and scale.
+
+    The reference rounds to the input's dtype before it scales; we round once, after.
+    """
+
+    bias = None
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tokens) -> Tokens:
+        """Normalise each token by itself."""
+        # Under autocast patches come in bf16 to fp32 weights, for which torch has no fused kernel.
+        values = hidden_states.to(self.weight.dtype)
+        return F.rms_norm(values, self.weight.shape, self.weight, self.eps)
+
+
+Norm = RMSNorm | nn.LayerNorm
+
+
+def norm(config: EncoderConfig) -> Norm:
+    """Return the norm that `config` names, over the encoder's width."""
+    if config.norm == "rms":
+        return RMSNorm(config.width, config.norm_eps)
+    return nn.LayerNorm(config.width, config.norm_eps)

@@ -1,0 +1,74 @@
+"""What makes one vector of a sequence: the heads that checkpoints come with."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from packvit.config import EncoderConfig
+from packvit.model.attention import Backend
+from packvit.model.layers import MLP
+from packvit.model.linear import Linear, affine
+from packvit.model.norms import Tokens, norm
+from packvit.packs.segments import Segments
+
+Pooled = Float[Tensor, "S D"]
+
+
+class QueryPool(nn.Module):
+    """One learned query attends to the tokens of each sequence: AIMv2's pooling head."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.query = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        self.kv = Linear(config.width, 2 * config.width, bias=bool(config.qkv_bias))
+        self.out = Linear(config.width, config.width)
+
+    def forward(self, tokens: Tokens, segments: Segments, backend: Backend) -> Pooled:
+        """Return one vector for each sequence."""
+        pooled = attend_once(self.query, self.kv(tokens), self.heads, segments, backend)
+        return self.out(pooled)
+
+
+class ProbePool(nn.Module):
+    """A projected probe attends to the tokens of each sequence, then an MLP: SigLIP's head."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.probe = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
+        self.norm = norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, tokens: Tokens, segments: Segments, backend: Backend) -> Pooled:
+        """Return one vector for each sequence."""
+        width = len(self.probe)
+        weights, biases = (x.split([width, 2 * width]) for x in (self.qkv.weight, self.qkv.bias))
+        query = affine(self.probe, weights[0], biases[0], False)
+        held = affine(tokens, weights[1], biases[1], self.qkv.invariant)
+        pooled = self.out(attend_once(query, held, self.heads, segments, backend))
+        return pooled + self.mlp(self.norm(pooled))
+
+
+def attend_once(
+    query: Float[Tensor, " D"],
+    held: Float[Tensor, "T 2*D"],
+    heads: int,
+    segments: Segments,
+    backend: Backend,
+) -> Pooled:
+    """Let one query attend to each sequence's keys and values, held side by side."""
+    sequences = len(segments.lengths)
+    key, value = held.unflatten(-1, (2, heads, -1)).unbind(-3)
+    queries = Segments.from_lengths((1,) * sequences, device=held.device)
+    asked = query.unflatten(0, (heads, -1)).repeat(sequences, 1, 1)
+    return backend.run(asked, key, value, queries, segments).flatten(-2)
+
+
+def pooling_head(config: EncoderConfig) -> QueryPool | ProbePool | None:
+    """Return the head that attends to the tokens, or None where none does."""
+    if config.pool == "query":
+        return QueryPool(config)
+    return ProbePool(config) if config.pool == "probe" else None

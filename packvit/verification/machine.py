@@ -1,0 +1,90 @@
+"""What runs here and what is known: the facts behind `packvit info` and the table in the docs."""
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from packvit.checkpoints.files import EMBEDDED
+from packvit.families import FAMILIES
+from packvit.model.attention import BACKENDS, AttentionInputs, resolve
+from packvit.version import version_of
+
+PACKAGES = ("torch", "safetensors", "numpy", "pillow", "pyarrow", "transformers", "flash-attn-4")
+
+
+def survey() -> dict[str, Any]:
+    """Return machine, backends, families and embedded models, as plain values."""
+    on_gpu = torch.cuda.is_available()
+    work = AttentionInputs(
+        torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32, 128
+    )
+    return {
+        "machine": machine(),
+        "asked": f"{work.dtype} on {work.device.type} at head_dim {work.head_dim}".removeprefix(
+            "torch."
+        ),
+        "auto": resolve("auto", work).name,
+        "backends": [
+            {
+                "name": backend.name,
+                "title": backend.title,
+                "obstacle": backend.obstacle(work),
+                "measured": backend.measured,
+            }
+            for backend in BACKENDS
+        ],
+        "families": [
+            {
+                "name": encoder.family.name,
+                "class": encoder.__name__,
+                "layouts": list(dict.fromkeys(layout.name for layout in encoder.family.layouts)),
+                "checkpoints": list(encoder.family.checkpoints),
+            }
+            for encoder in FAMILIES
+        ],
+        "embedded": {name: str(folder) for name, folder in EMBEDDED.items()},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Return what the machine is, with the versions of what computes on it."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "packvit": version_of("packvit"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "gpus": ", ".join(gpus) or "none",
+        "cuda": torch.version.cuda or "none",
+    } | {name: version_of(name) for name in PACKAGES}
+
+
+def backends_page() -> str:
+    """Return the table of attention backends for the docs, which no machine changes."""
+    lines = ["| name | what it calls | run and measured by us |", "|---|---|---|"]
+    lines += [f"| `{b.name}` | {b.title} | {'yes' if b.measured else 'no'} |" for b in BACKENDS]
+    return "\n".join(lines) + "\n"
+
+
+def families_page() -> str:
+    """Return the table of families for README."""
+    lines = ["| family | class | layouts | published checkpoints |", "|---|---|---|---|"]
+    for encoder in FAMILIES:
+        family = encoder.family
+        layouts = ", ".join(dict.fromkeys(layout.name for layout in family.layouts))
+        some = f"{len(family.checkpoints)}, such as `{family.checkpoints[0]}`"
+        lines.append(f"| {family.name} | `{encoder.__name__}` | {layouts} | {some} |")
+    return "\n".join(lines) + "\n"
+
+
+def checkpoints_page() -> str:
+    """Return docs/checkpoints.md: every published checkpoint that we know by name."""
+    page = ["# Checkpoints\n", "Written by `docs/generate.py` from the families' files.\n"]
+    for encoder in FAMILIES:
+        page.append(f"## {encoder.family.name}: `{encoder.__name__}`\n")
+        page += [f"- `{name}`" for name in encoder.family.checkpoints]
+        page.append("")
+    page.append("## Attention backends\n")
+    return "\n".join([*page, backends_page()])
