@@ -33,17 +33,16 @@ from packvit.model.pooling import pooling_head
 from packvit.model.positions import sine_cosine
 from packvit.options import GridPolicy, Options
 from packvit.packs.features import Features, Pack, make_pack
-from packvit.packs.segments import (
+from packvit.packs.grid import (
     Grid,
-    PatchPlaces,
-    PrefixPlaces,
-    Segments,
     frame_table,
     read_grid,
     segment_images,
     sequence_lengths,
     to_device,
 )
+from packvit.packs.places import PatchPlaces, PrefixPlaces
+from packvit.packs.segments import Segments
 
 
 class Ran(NamedTuple):

@@ -8,8 +8,9 @@ import torch
 
 from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints import pretrained
-from packvit.checkpoints.downloads import WEIGHTS, listing
-from packvit.checkpoints.files import Checkpoint, CheckpointError
+from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.folders import WEIGHTS, listing
 from packvit.checkpoints.pretrained import LayoutName
 from packvit.config import PatchOrder
 from packvit.encoder import Encoder

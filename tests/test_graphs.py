@@ -33,7 +33,9 @@ from packvit.fast.graphs import (
 )
 from packvit.model.attention import BACKENDS
 from packvit.model.memory import Peak
-from packvit.packs.segments import PatchPlaces, Segments, frame_table, sequence_lengths
+from packvit.packs.grid import frame_table, sequence_lengths
+from packvit.packs.places import PatchPlaces
+from packvit.packs.segments import Segments
 
 STATISTICS = ImageConfig(14, *HALF_STATISTICS, "bilinear", None)
 

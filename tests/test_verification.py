@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import packvit
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 from packvit.config import Rotary, SinCos, Table
 from packvit.encoder import Encoder
 from packvit.model import positions
-from packvit.packs.segments import PatchPlaces
+from packvit.packs.places import PatchPlaces
 from packvit.verification import Plan, Row, VerificationError, certificate, comparison
 from packvit.verification.comparison import compare_outputs
 from packvit.verification.files import compare_photographs, compare_saved

@@ -23,7 +23,7 @@ from packvit.images.patches import cut_patches
 from packvit.loading import take
 from packvit.model.layers import Block
 from packvit.options import Options
-from packvit.packs.segments import Grid
+from packvit.packs.grid import Grid
 
 IMAGES = 8
 OUTLIERS, FACTOR = 3, 100  # channels of every norm

@@ -20,13 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from packvit.checkpoints.downloads import (
+from packvit.checkpoints.downloads import download
+from packvit.checkpoints.errors import CheckpointError as CheckpointError
+from packvit.checkpoints.folders import (
     CONFIG,
     INDEX,
     PREPROCESSOR,
     PROCESSOR,
     WEIGHTS,
-    download,
     find_file,
     find_folder,
     listing,
@@ -35,10 +36,6 @@ from packvit.checkpoints.downloads import (
     read_json,
     read_weight_map,
 )
-from packvit.checkpoints.downloads import (
-    EMBEDDED as EMBEDDED,  # users and other modules find them here
-)
-from packvit.checkpoints.downloads import CheckpointError as CheckpointError
 
 METADATA = {"format": "pt"}  # transformers asks for it; a second key would not be reproducible
 FINITE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints import rules as weights
-from packvit.checkpoints.files import Checkpoint, CheckpointError
+from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.layouts import Family, Layout
 from packvit.checkpoints.processors import image_config_from
 from packvit.checkpoints.rules import permute_patches

@@ -92,7 +92,7 @@ def bench(
         raise click.UsageError(f"{target.parent} is not a folder. Choose another file for --json.")
     plan = Plan(model, chosen, train, rounds, device, dtype, layers, clock, compiled)
     from packvit.bench.job import measure  # torch is imported here
-    from packvit.checkpoints.files import CheckpointError
+    from packvit.checkpoints.errors import CheckpointError
 
     try:
         report = measure(plan, lambda words: click.echo(words, err=True))

@@ -206,7 +206,7 @@ def embed(
         logging.getLogger(name).addHandler(logging.NullHandler())
     with stopping(context, out, overwrite) as meter, redirect_stdout(sys.stderr):
         # torch is imported here, and Ctrl-C is heeded while it is.
-        from packvit.checkpoints.files import CheckpointError
+        from packvit.checkpoints.errors import CheckpointError
         from packvit.corpus.job import embed as run
         from packvit.verification import VerificationError
 

@@ -91,7 +91,7 @@ def pca(
         click.echo('No --model was given, so "tiny" runs, which packvit brings.', err=True)
     with show_progress() as meter:
         # torch is imported here, and Ctrl-C is heeded while it is.
-        from packvit.checkpoints.files import CheckpointError
+        from packvit.checkpoints.errors import CheckpointError
         from packvit.pictures.job import draw
 
         try:

@@ -91,7 +91,7 @@ def verify(
 
 def folder_of(model: str | None) -> Path | None:
     """Return the user's folder that `model` names, if it names one."""
-    from packvit.checkpoints.files import EMBEDDED
+    from packvit.checkpoints.folders import EMBEDDED
 
     return Path(model) if model and model not in EMBEDDED and Path(model).is_dir() else None
 
@@ -103,7 +103,7 @@ def search(
 
     Raises: click's UsageError for what is not there, ClickException for what cannot be read.
     """
-    from packvit.checkpoints.files import CheckpointError
+    from packvit.checkpoints.errors import CheckpointError
     from packvit.hub import check_device
     from packvit.verification.job import family_names, verify_checkpoint, verify_family
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from packvit import hub
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 from packvit.config import MostPatches, Table
 from packvit.corpus import WrongUse
 from packvit.corpus.decode.prepare import Decode

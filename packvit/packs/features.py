@@ -13,7 +13,7 @@ from packvit.config import ImageConfig, PatchOrder
 from packvit.images.decode import ImageError, Source, load_image
 from packvit.images.patches import to_patches
 from packvit.images.resize import Resize
-from packvit.packs.segments import Grid
+from packvit.packs.grid import Grid
 
 
 @dataclass(frozen=True, slots=True)

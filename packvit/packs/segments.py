@@ -1,8 +1,8 @@
-"""Where each sequence of a pack begins and ends, and where each patch stands in its image.
+"""Where each sequence of a pack begins and ends.
 
-Both are worked out once per pack, on the host, at the encoder's door, and handed down as
-arguments: kernels read tensors on the device, Python plans with the host's numbers, and no forward
-pass ever waits for the device to answer.
+Worked out once per pack, on the host, at the public API, and handed down as an argument: kernels
+read tensors on the device, Python plans with the host's numbers, and no forward pass ever waits for
+the device to answer.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,10 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 from torch import Tensor
 
-Grid = tuple[tuple[int, int, int], ...]  # (frames, rows, columns) of each image, in patches
-
-ROW_MEANING = "Each row of grid_thw is (frames, rows, columns) counted in patches, not pixels."
-
-
-def to_device(numbers: np.ndarray, device: torch.device | str) -> Tensor:
-    """Copy host numbers to `device` without waiting for it.
-
-    Meant for a few: out of memory that is not pinned, as this, CUDA copies more than 64 KiB only
-    when everything launched before has run, and to pin it takes longer than to copy it.
-    """
-    return torch.from_numpy(numbers).to(device, non_blocking=True)
+from packvit.packs.grid import read_grid, sequence_lengths, to_device
 
 
 @dataclass(eq=False)
@@ -86,107 +75,3 @@ def seams_of(lengths: Sequence[int]) -> Int32[np.ndarray, " seams"]:
     seams = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=seams[1:])
     return seams
-
-
-def read_grid(grid_thw: Tensor, *, patches: int) -> Grid:
-    """Check `grid_thw` against the number of patches and return its rows as host ints.
-
-    Kept on the host it costs nothing; on a device it is copied once, and the host waits for that.
-
-    Shapes: grid_thw [N, 3], any integer dtype, N >= 1.
-    Raises: ValueError naming the first row that cannot be an image, or both sums of patches.
-    """
-    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or len(grid_thw) == 0:
-        raise ValueError(
-            f"grid_thw must be [num_images, 3] with at least one image, "
-            f"not {list(grid_thw.shape)}. {ROW_MEANING}"
-        )
-    if grid_thw.is_floating_point() or grid_thw.is_complex() or grid_thw.dtype == torch.bool:
-        raise ValueError(f"grid_thw must hold integers, not {grid_thw.dtype}. {ROW_MEANING}")
-    grid = tuple((frames, rows, columns) for frames, rows, columns in grid_thw.tolist())
-    for image, row in enumerate(grid):
-        if min(row) < 1:
-            raise ValueError(f"grid_thw[{image}] is {row}; every count is 1 or more. {ROW_MEANING}")
-    described = sum(frames * rows * columns for frames, rows, columns in grid)
-    if described != patches:
-        raise ValueError(
-            f"hidden_states holds {patches} patches, but grid_thw describes {described} "
-            f"({len(grid)} images). {ROW_MEANING}"
-        )
-    return grid
-
-
-def sequence_lengths(grid: Grid, prefix: int = 0) -> tuple[int, ...]:
-    """Return the tokens of each frame of each image: S host ints."""
-    return tuple(prefix + rows * columns for frames, rows, columns in grid for _ in range(frames))
-
-
-def segment_images(grid: Grid) -> Int64[np.ndarray, " S"]:
-    """Return which image each sequence is a frame of, on the host."""
-    return np.repeat(np.arange(len(grid)), [frames for frames, _, _ in grid])
-
-
-def frame_table(grid: Grid) -> Int64[np.ndarray, "3 S"]:
-    """Return the rows and columns of each frame, and its first patch, on the host."""
-    sides = np.asarray(grid, dtype=np.int64)
-    rows, columns = np.repeat(sides[:, 1:], sides[:, 0], axis=0).T
-    sizes = rows * columns
-    return np.array([rows, columns, sizes.cumsum() - sizes])
-
-
-@dataclass(frozen=True, eq=False)
-class PatchPlaces:
-    """Where each of T patches stands in its own frame: one number a patch, on the device."""
-
-    row: Int64[Tensor, " T"]
-    column: Int64[Tensor, " T"]
-    rows: Int64[Tensor, " T"]  # of the patch's frame
-    columns: Int64[Tensor, " T"]
-    sequence: Int64[Tensor, " T"]  # which frame of the pack that is
-
-    @classmethod
-    def from_grid(cls, grid: Grid, *, device: torch.device | str = "cpu") -> "PatchPlaces":
-        """Lay the patches of every frame out in raster order, without a loop over images."""
-        table = frame_table(grid)
-        patches = int((table[0] * table[1]).sum())
-        return cls.from_table(to_device(table, device), patches)
-
-    @classmethod
-    def from_table(cls, table: Int64[Tensor, "3 S"], patches: int) -> "PatchPlaces":
-        """Work them out on the device, which is told how many there are and need not be asked."""
-        tall, wide, _ = table.unbind()
-        sequence = torch.repeat_interleave(tall * wide, output_size=patches)
-        rows, columns, start = table.index_select(1, sequence).unbind()
-        within = torch.arange(patches, dtype=torch.int64, device=table.device) - start
-        row = within.div(columns, rounding_mode="floor")
-        return cls(row, within - row * columns, rows, columns, sequence)
-
-
-@dataclass(frozen=True, eq=False)
-class PrefixPlaces:
-    """Where prefix tokens and patches stand in a pack whose every sequence opens with R of them.
-
-    `gather` builds the token stream from the R prefix tokens followed by all T patches; `prefix`
-    and `patches` take it apart again.
-    """
-
-    gather: Int64[Tensor, " tokens"]
-    prefix: Int64[Tensor, " prefixes"]  # S * R
-    patches: Int64[Tensor, " T"]
-
-    @classmethod
-    def from_grid(cls, grid: Grid, prefix: int, *, device: torch.device | str) -> "PrefixPlaces":
-        """Work all three out on the device, without a loop over images."""
-        host = frame_table(grid)
-        sizes, frames = host[0] * host[1], host.shape[1]
-        total, offsets = int(sizes.sum()), np.arange(frames) * prefix
-        sent = np.array([sizes, offsets + prefix, host[2] + offsets])
-        counts, shifts, heads = to_device(sent, device).unbind()
-        patch = torch.arange(total, dtype=torch.int64, device=device)
-        patches = patch + torch.repeat_interleave(shifts, counts, output_size=total)
-        each = torch.arange(prefix, dtype=torch.int64, device=device)
-        prefixes = (heads[:, None] + each).flatten()
-        gather = patch.new_empty(total + frames * prefix)
-        gather.index_copy_(0, patches, patch + prefix)
-        gather.index_copy_(0, prefixes, each.repeat(frames))
-        return cls(gather, prefixes, patches)

@@ -13,7 +13,7 @@ from torch import Tensor
 from packvit.config import Table
 from packvit.encoder import Encoder
 from packvit.model.attention import BACKENDS
-from packvit.packs.segments import Grid
+from packvit.packs.grid import Grid
 from packvit.verification import LIMIT, LOWER_LIMIT, OWN_LIMIT, Plan, Row
 from packvit.verification.references import Answers, Reference, run
 

@@ -18,7 +18,7 @@ from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.settings import Options
 from packvit.encoder import Encoder
-from packvit.packs.segments import to_device
+from packvit.packs.grid import to_device
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 from packvit.corpus import DecoderError, EmbedderError, WriteError, WrongUse
 from packvit.corpus.encode.filling import Part
 from packvit.corpus.folder.layout import Staged, stage
