@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from packvit.atomic import write_whole
 from packvit.corpus import WrongUse
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
@@ -30,7 +31,7 @@ from packvit.corpus.folder.layout import (
     fingerprint,
     part_name,
     read_manifest,
-    write_whole,
+    writing,
 )
 from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.resume import Found, check_usable, read_rows, take_up
@@ -313,7 +314,8 @@ def run(
 def put(path: Path, data: bytes) -> None:
     """Write a file unless it already holds these bytes: what is resumed in vain stays untouched."""
     if not (path.is_file() and path.read_bytes() == data):
-        write_whole(path, data)
+        with writing(path):
+            write_whole(path, data)
 
 
 def shards(listing: Listing, size: int, kept: Container[int]) -> Iterator[Shard]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from packvit.atomic import write_whole
 from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.addresses import check_local
@@ -191,12 +192,7 @@ def write_picture(sheet: Image.Image, target: Path) -> None:
         sheet.save(data, kind, quality=QUALITY)
     else:
         sheet.save(data, kind)
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        try:
-            temporary.write_bytes(data.getvalue())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(target, data.getvalue())
     except OSError as error:
         raise WriteError(f"{target} could not be written: {error.strerror}.") from error

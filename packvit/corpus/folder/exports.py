@@ -9,15 +9,15 @@ missing or damaged is made again without reading an image. Tokens and taps are i
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from packvit.atomic import replacing
 from packvit.corpus import WrongUse
-from packvit.corpus.folder.layout import IDS, POOLED, sync_names, temporary_name, writing
+from packvit.corpus.folder.layout import IDS, POOLED, writing
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.resume import find_damage
 
@@ -55,20 +55,11 @@ def export(
 
 def make(path: Path, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
     """Put what `write` writes at `path` in one step; return its size and digest."""
-    temporary = path.with_name(temporary_name(path.name))
-    with writing(path):
-        try:
-            with temporary.open("w+b") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                size = file.tell()
-                file.seek(0)
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_names(path.parent)
+    with writing(path), replacing(path) as (temporary,), temporary.open("w+b") as file:
+        write(file)
+        size = file.tell()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": size, "sha256": digest}
 
 

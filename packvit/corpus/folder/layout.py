@@ -25,6 +25,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from packvit.atomic import rename_flushed, sync, temporary_name, write_flushed, write_whole
 from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.folder.parts import encode_parquet
 
@@ -120,8 +121,7 @@ def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
     part = folder / staged.entry.part
     try:
         with writing(part):
-            os.replace(folder / staged.file, part)
-            sync_names(folder)
+            rename_flushed(folder / staged.file, part)
         if mends:
             write_commits(folder, [*read_commits(folder), staged.entry])
         else:
@@ -178,7 +178,8 @@ def write_commits(folder: Path, entries: Sequence[Commit]) -> None:
     """Put a log of `entries`, in the order of their parts, in the place of the one before."""
     ordered = sorted(entries, key=lambda entry: part_number(entry.part) or 0)
     text = "".join(encode_commit(entry) + "\n" for entry in ordered)
-    write_whole(folder / COMMITS, text.encode())
+    with writing(folder / COMMITS):
+        write_whole(folder / COMMITS, text.encode())
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
@@ -189,7 +190,8 @@ def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Put `manifest` in the place of the one before, if any, in one step."""
-    write_whole(folder / MANIFEST, encode_manifest(manifest))
+    with writing(folder / MANIFEST):
+        write_whole(folder / MANIFEST, encode_manifest(manifest))
 
 
 def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
@@ -266,38 +268,6 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def temporary_name(name: str, attempt: str = "") -> str:
-    """Return what the file called `name` is called while it is written, at one of many attempts."""
-    return f".{name}.{attempt}.tmp" if attempt else f".{name}.tmp"
-
-
-def write_whole(path: Path, data: bytes | pa.Buffer) -> None:
-    """Put `data` at `path` so that at no moment less than all of it stands under that name."""
-    temporary = path.with_name(temporary_name(path.name))
-    with writing(path):
-        try:
-            write_flushed(temporary, data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_names(path.parent)
-
-
-def write_flushed(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write a file and wait until the disk has it; leave nothing where the disk does not take it.
-
-    Raises: OSError.
-    """
-    try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-
-
 def append_line(path: Path, line: str) -> None:
     """Add a line to the end of `path` and flush it; on failure take back what was added."""
     data = line.encode() + b"\n"
@@ -307,16 +277,7 @@ def append_line(path: Path, line: str) -> None:
             if file.write(data) < len(data):  # a disk that fills up takes a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
-            sync_names(path.parent)
+            sync(path.parent)
         except OSError:
             file.truncate(before)
             raise
-
-
-def sync_names(folder: Path) -> None:
-    """Wait until the disk knows the names in `folder`."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

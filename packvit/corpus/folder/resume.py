@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packvit.atomic import sync
 from packvit.corpus import WrongUse
 from packvit.corpus.folder.layout import (
     CERTIFICATE,
@@ -29,7 +30,6 @@ from packvit.corpus.folder.layout import (
     read_log,
     read_manifest,
     reading,
-    sync_names,
     write_commits,
     writing,
 )
@@ -62,7 +62,7 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Fo
     with writing(folder):
         for name in own_files(folder) if overwrite else left_over(folder):
             (folder / name).unlink()
-        sync_names(folder)
+        sync(folder)
     wanted: dict[str, Any] = json.loads(json.dumps(manifest))  # with lists for tuples, as if read
     recorded = read_manifest(folder)
     if recorded is None:

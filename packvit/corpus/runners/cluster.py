@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from packvit.atomic import temporary_name
 from packvit.corpus import EmbedderError, WrongUse
 from packvit.corpus.encode.context import Tools, equip
 from packvit.corpus.encode.shard import embed_shards
-from packvit.corpus.folder.layout import SPOOL, Commit, part_name, temporary_name, writing
+from packvit.corpus.folder.layout import SPOOL, Commit, part_name, writing
 from packvit.corpus.folder.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
