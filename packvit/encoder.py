@@ -1,29 +1,40 @@
 """The encoder: one forward for all images of a pack.
 
-This is the door. It checks what comes in and speaks to the user; the rooms behind it trust what
-they are handed. Seams and places are worked out here, once, on the host.
+This is the public API: it checks what comes in and speaks to the user; what it calls trusts its
+arguments. Segments and places are worked out here, once, on the host.
 """
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from packvit.checkpoints import files as checkpoints
-from packvit.checkpoints import pretrained
+from packvit.checkpoints import saving
+from packvit.checkpoints.description import describe
 from packvit.checkpoints.files import Checkpoint
-from packvit.checkpoints.layouts import Family
-from packvit.config import EncoderConfig, ImageConfig, PatchOrder, SinCos
+from packvit.checkpoints.in_memory import read_model
+from packvit.checkpoints.layouts import Family, LayoutName
+from packvit.checkpoints.parameters import fill_parameters
+from packvit.config import (
+    EncoderConfig,
+    GridPolicy,
+    ImageConfig,
+    LoadKeywords,
+    LoadOptions,
+    PatchOrder,
+    SinCos,
+)
+from packvit.fast import modes
 from packvit.fast.blocks import choose_blocks
 from packvit.fast.graphs import Graphs
 from packvit.images.decode import Source
 from packvit.images.patches import Resize
-from packvit.loading import AnyEncoder, fill
 from packvit.model.attention import AttentionInputs, Backend, opaque, resolve
+from packvit.model.device import current, find_device, find_dtype
 from packvit.model.embeddings import PatchEmbeddings, normalize, rotary_cos_sin
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear
@@ -31,7 +42,7 @@ from packvit.model.memory import peak
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
 from packvit.model.positions import sine_cosine
-from packvit.options import GridPolicy, Options
+from packvit.packs.checks import check_patches, count_from_front
 from packvit.packs.features import Features, Pack, make_pack
 from packvit.packs.grid import (
     Grid,
@@ -44,6 +55,8 @@ from packvit.packs.grid import (
 from packvit.packs.places import PatchPlaces, PrefixPlaces
 from packvit.packs.segments import Segments
 
+AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
+
 
 class Ran(NamedTuple):
     """What a run through the blocks leaves behind for pooling and bookkeeping."""
@@ -54,12 +67,6 @@ class Ran(NamedTuple):
     grid: Grid
     lengths: tuple[int, ...]  # tokens of each sequence
     backend: Backend
-
-
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one, which is where kernels that are no operators of torch launch."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    return torch.cuda.device(device) if on_gpu else nullcontext()
 
 
 class Encoder(nn.Module):
@@ -178,7 +185,7 @@ class Encoder(nn.Module):
 
     def run(self, hidden_states: Tensor, grid_thw: Tensor, taps: Collection[int] = ()) -> Ran:
         """Check what came in, embed it, run the blocks, norm, and part prefixes from patches."""
-        self.check_patches(hidden_states)
+        check_patches(hidden_states, self.config, self.device)
         config, device = self.config, self.device
         grid = read_grid(grid_thw, patches=len(hidden_states))
         lengths = sequence_lengths(grid, config.prefix)
@@ -255,21 +262,11 @@ class Encoder(nn.Module):
             self.graphs.forget()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
         """Load weights, also of a model that this is part of; graphs read them where they were."""
         if self.graphs is not None:
             self.graphs.forget()
-        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(*args, **named)
 
     def pool(self, ran: Ran) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
@@ -305,34 +302,12 @@ class Encoder(nn.Module):
             device=self.device,
         )
 
-    def check_layer(self, layer: int) -> int:
-        """Return the number of a tapped layer, counted from the front."""
-        if not -self.config.layers <= layer < self.config.layers:
-            raise ValueError(
-                f"taps asks for layer {layer}, but this encoder has {self.config.layers}: "
-                f"0 to {self.config.layers - 1}, or -1 to {-self.config.layers} from the end."
-            )
-        return layer % self.config.layers
+    def check_layer(self, layer: object) -> int:
+        """Return the number of a tapped layer, counted from the front.
 
-    def check_patches(self, hidden_states: Tensor) -> None:
-        """Refuse what cannot be a pack's patches."""
-        side = self.config.patch
-        if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.patch_dim:
-            raise ValueError(
-                f"hidden_states is {list(hidden_states.shape)}, but must be "
-                f"[total_patches, {self.config.patch_dim}]: flattened patches of {side} x {side} "
-                "pixels and 3 channels. `encoder.pack(images)` makes them."
-            )
-        if hidden_states.dtype != torch.uint8 and not hidden_states.is_floating_point():
-            raise TypeError(
-                f"hidden_states holds {hidden_states.dtype}, but must be uint8 (raw pixels) or "
-                "floating point (already normalised)."
-            )
-        if hidden_states.device != self.device:
-            raise ValueError(
-                f"hidden_states is on {hidden_states.device}, but the encoder is on {self.device}. "
-                f'Move it: hidden_states.to("{self.device}").'
-            )
+        Raises: ValueError for a layer that is not there; TypeError.
+        """
+        return count_from_front(layer, self.config.layers)
 
     def to_values(self, hidden_states: Tensor) -> Tensor:
         """Return patches in the encoder's dtype, raw pixels normalised."""
@@ -350,66 +325,84 @@ class Encoder(nn.Module):
         cls: type[AnyEncoder],
         name_or_folder: str | os.PathLike[str],
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        attention: str = "auto",
         revision: str | None = None,
-        patch_order: PatchOrder = "hwc",
-        positions: GridPolicy = "checkpoint",
-        invariant: bool = False,
-        compile: bool = False,
-        fp8: bool = False,
+        **options: Unpack[LoadKeywords],
     ) -> AnyEncoder:
         """Load a checkpoint of this family by its name on the hub, or from a folder.
 
         Takes what `packvit.load` takes, and refuses other families' checkpoints.
 
-        Raises: CheckpointError saying what is wrong with the checkpoint.
+        Raises: as `packvit.load`; TypeError on `Encoder` itself, which is of no family.
         """
-        checkpoint = checkpoints.read(name_or_folder, revision=revision)
-        options = Options(device, dtype, attention, patch_order, positions, invariant, compile, fp8)
-        return cls.from_checkpoint(checkpoint, options)
+        chosen = LoadOptions(**options)
+        cls.check_family()
+        return cls.from_checkpoint(checkpoints.read(name_or_folder, revision=revision), chosen)
 
     @classmethod
     def from_transformers(
-        cls: type[AnyEncoder],
-        model: nn.Module,
-        *,
-        attention: str = "auto",
-        patch_order: PatchOrder = "hwc",
-        positions: GridPolicy = "checkpoint",
-        invariant: bool = False,
-        compile: bool = False,
-        fp8: bool = False,
+        cls: type[AnyEncoder], model: nn.Module, **options: Unpack[LoadKeywords]
     ) -> AnyEncoder:
-        """Copy the weights of a transformers model in memory, to its device, in its dtype.
+        """Copy the weights of a transformers model in memory.
+
+        Takes the options of `packvit.load`; device and dtype are by default the model's own.
 
         Raises: CheckpointError if it is not a vision model of this family.
         """
-        checkpoint = pretrained.in_memory(model)
+        cls.check_family()
+        checkpoint = read_model(model)
         first = next(model.parameters())
-        options = Options(
-            first.device,
-            first.dtype,
-            attention,
-            patch_order,
-            positions,
-            invariant,
-            compile,
-            fp8,
-        )
-        return cls.from_checkpoint(checkpoint, options)
+        options = {"device": first.device, "dtype": first.dtype, **options}
+        return cls.from_checkpoint(checkpoint, LoadOptions(**options))
+
+    @classmethod
+    def check_family(cls) -> None:
+        """Refuse to load by the class that all families share."""
+        if not hasattr(cls, "family"):
+            raise TypeError(
+                f"{cls.__name__} is what all families share, and is of none itself. Use "
+                "packvit.load, which finds a checkpoint's family, or a family's own class."
+            )
 
     @classmethod
     def from_checkpoint(
-        cls: type[AnyEncoder], checkpoint: Checkpoint, options: "Options"
+        cls: type[AnyEncoder], checkpoint: Checkpoint, options: LoadOptions
     ) -> AnyEncoder:
-        """Build the encoder that a checkpoint describes and fill in every one of its weights."""
+        """Build the encoder that a checkpoint describes and fill in every one of its weights.
+
+        Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option
+        that cannot be taken here.
+        """
+        device = find_device(options.device)
+        dtype = find_dtype(options.dtype, device)
+        described = describe(cls.family, checkpoint)
         with torch.inference_mode(False):  # so that it can be trained, wherever it is loaded
-            return fill(cls, checkpoint, options)
+            with torch.device("meta"):
+                encoder = cls(
+                    described.config,
+                    described.images,
+                    attention=options.attention,
+                    patch_order=options.patch_order,
+                    positions=options.positions,
+                )
+            encoder.carried, encoder.skipped = fill_parameters(
+                encoder, checkpoint, described.layout, options.patch_order, device, dtype
+            )
+        # A model in memory is copied, and must not be kept alive by its copy.
+        encoder.checkpoint = checkpoint if checkpoint.files else None
+        resolve(options.attention, encoder.attention_inputs)  # refused here, not in a forward
+        encoder.eval().switch_on(options)
+        return encoder
+
+    def switch_on(self, options: LoadOptions) -> None:
+        """Run from now on in 8 bits, invariant or compiled, as `options` ask.
+
+        Raises: ValueError for 8 bits that cannot run here.
+        """
+        modes.switch_on(self, self.encoder, options)
+        self.fp8, self.invariant, self.compiled = options.fp8, options.invariant, options.compile
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], layout: pretrained.LayoutName = "transformers"
+        self, folder: str | os.PathLike[str], layout: LayoutName = "transformers"
     ) -> None:
         """Write config.json and model.safetensors in a published layout, in the encoder's dtype.
 
@@ -422,7 +415,7 @@ class Encoder(nn.Module):
                 "This encoder was loaded with fp8=True, and its rounded weights are no checkpoint. "
                 "Load it without fp8 to save it."
             )
-        pretrained.write(
+        saving.write(
             folder,
             self.family,
             layout,

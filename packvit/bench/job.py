@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from packvit import hub
 from packvit.bench import DTYPES, SEED, WORKLOADS, BenchError, Plan, models
 from packvit.bench.accuracy import fp8_accuracy
 from packvit.bench.contenders import (
@@ -37,6 +36,7 @@ from packvit.bench.ours import OURS, Ours
 from packvit.bench.peers import BASELINE, PEERS, Peer
 from packvit.bench.workloads import encoder_flops, workload
 from packvit.encoder import Encoder
+from packvit.model.device import find_device
 from packvit.version import version_of
 
 Say = Callable[[str], object]
@@ -124,7 +124,7 @@ def choose(plan: Plan) -> tuple[torch.device, torch.dtype]:
     Raises: BenchError for a device, dtype, workload or number of rounds that cannot be.
     """
     try:
-        hub.check_device(plan.device)
+        find_device(plan.device)
     except ValueError as error:
         raise BenchError(str(error)) from error
     device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -6,12 +6,16 @@ told by a tensor that only it has, and what no layout explains is an error that 
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from packvit.checkpoints.config_json import Json
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.rules import Rule, prefixed, rename
 from packvit.config import EncoderConfig, ImageConfig
+
+LayoutName = Literal["transformers", "original"]
+
+EMBEDDING = "embeddings.patches.weight"  # ours: the one weight that depends on a patch's order
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,11 +104,11 @@ def search(
     Raises: click's UsageError for what is not there, ClickException for what cannot be read.
     """
     from packvit.checkpoints.errors import CheckpointError
-    from packvit.hub import check_device
+    from packvit.model.device import find_device
     from packvit.verification.job import family_names, verify_checkpoint, verify_family
 
     try:
-        check_device(device)
+        find_device(device)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     known = family_names()

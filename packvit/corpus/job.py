@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from packvit.atomic import write_whole
+from packvit.config import GridPolicy
 from packvit.corpus import WrongUse
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
@@ -51,7 +52,7 @@ from packvit.corpus.settings import (
     fit_options,
     load_encoder,
 )
-from packvit.encoder import Encoder, GridPolicy
+from packvit.encoder import Encoder
 from packvit.fast.graphs import free_memory
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import MAX_PIXELS

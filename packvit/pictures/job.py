@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from packvit.atomic import write_whole
+from packvit.config import GridPolicy
 from packvit.corpus import WriteError, WrongUse
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.addresses import check_local
@@ -19,7 +20,6 @@ from packvit.corpus.inputs.find import Input, list_inputs
 from packvit.corpus.job import MOST_WORKERS, TRIAL_MODEL, count_cpus
 from packvit.corpus.progress import Tally, Tell
 from packvit.corpus.settings import Options, load_encoder
-from packvit.encoder import GridPolicy
 from packvit.images.resize import Resize
 from packvit.pictures.maps import Background, pca_sheet, similarity_sheet
 from packvit.pictures.neighbours import (

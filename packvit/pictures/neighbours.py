@@ -14,8 +14,8 @@ from PIL import Image
 from packvit.corpus import WrongUse
 from packvit.corpus.folder.layout import FORMAT, read_commits, read_manifest
 from packvit.corpus.settings import Options, digest_weights
-from packvit.encoder import Encoder, Source
-from packvit.images.decode import ImageError, load_image
+from packvit.encoder import Encoder
+from packvit.images.decode import ImageError, Source, load_image
 from packvit.pictures.colours import BLANK
 from packvit.pictures.maps import count, short, unit
 from packvit.pictures.sheet import APART, WIDTH, Panel, draw_sheet

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (
 )
 
 from packvit.atomic import rename_flushed
-from packvit.checkpoints import pretrained
+from packvit.checkpoints import saving
 from packvit.encoder import Encoder
 from packvit.model.layers import Block
 
@@ -151,7 +151,7 @@ def export(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
     state = get_model_state_dict(encoder, options=options)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if is_first():
-        pretrained.write(
+        saving.write(
             folder,
             encoder.family,
             "transformers",

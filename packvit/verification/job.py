@@ -13,8 +13,8 @@ from torch import nn
 
 from packvit import hub
 from packvit.checkpoints.layouts import Variant
-from packvit.config import Table
-from packvit.encoder import Encoder, Options
+from packvit.config import LoadOptions, Table
+from packvit.encoder import Encoder
 from packvit.families import FAMILIES
 from packvit.verification import LIMIT, Findings, Plan, Row, VerificationError, certificate
 from packvit.verification.comparison import compare_outputs
@@ -96,9 +96,7 @@ def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
     ):
         return found
     import_transformers()
-    exact = type(encoder).from_checkpoint(
-        checkpoint, Options(encoder.device, torch.float32, "auto", "hwc", "checkpoint")
-    )
+    exact = type(encoder).from_checkpoint(checkpoint, LoadOptions(encoder.device, torch.float32))
     lower = tuple({"bfloat16", dtype} - {"float32"})
     findings = verify(exact, Plan(quick=True, lower=lower))
     if findings.missed:

@@ -13,7 +13,7 @@ from transformers import Aimv2Config, Aimv2Model, Aimv2VisionConfig, Aimv2Vision
 import packvit
 from packvit.checkpoints import rules as weights
 from packvit.checkpoints.errors import CheckpointError
-from packvit.checkpoints.pretrained import LayoutName
+from packvit.checkpoints.layouts import LayoutName
 from packvit.config import ShortestEdge, SinCos, Table
 from packvit.families.aimv2 import FAMILY, AIMv2Packing
 

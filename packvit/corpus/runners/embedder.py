@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from packvit.checkpoints.errors import CheckpointError
+from packvit.config import GridPolicy
 from packvit.corpus import DecoderError, EmbedderError, WriteError, WrongUse
 from packvit.corpus.encode.filling import Part
 from packvit.corpus.folder.layout import Staged, stage
@@ -19,7 +20,7 @@ from packvit.corpus.folder.resume import differences
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.progress import Effort
 from packvit.corpus.settings import Options, describe, load_encoder
-from packvit.encoder import Encoder, GridPolicy
+from packvit.encoder import Encoder
 
 # Sentences for users.
 TOLD = (WrongUse, WriteError, EmbedderError, DecoderError, CheckpointError, ImportError)
