@@ -7,8 +7,10 @@ arguments. Segments and places are worked out here, once, on the host.
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar, Unpack
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Unpack
+from warnings import warn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ from packvit.config import (
     LoadOptions,
     PatchOrder,
     SinCos,
+    check_choice,
 )
 from packvit.fast import modes
 from packvit.fast.blocks import choose_blocks
@@ -43,9 +46,11 @@ from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
 from packvit.model.positions import sine_cosine
 from packvit.packs.checks import check_patches, count_from_front
-from packvit.packs.features import Features, Pack, make_pack
+from packvit.packs.embedding import embed_images
+from packvit.packs.features import Features, Pack, as_pack, make_pack
 from packvit.packs.grid import (
     Grid,
+    GridLike,
     frame_table,
     read_grid,
     segment_images,
@@ -132,7 +137,11 @@ class Encoder(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if cast else self.dtype
         return AttentionInputs(self.device, dtype, self.config.head_dim)
 
-    def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Tensor:
+    def __call__(self, hidden_states: Tensor | Pack, grid_thw: GridLike | None = None) -> Tensor:
+        """Return what `forward` returns of two tensors, or of one pack; hooks see the tensors."""
+        return super().__call__(*as_pack(hidden_states, grid_thw))
+
+    def forward(self, hidden_states: Tensor, grid_thw: GridLike) -> Tensor:
         """Return the tokens of every patch of the pack: the reference's `last_hidden_state`.
 
         Patches stand image after image, in raster order, each flattened in the order (row, column,
@@ -149,41 +158,45 @@ class Encoder(nn.Module):
 
     def encode(
         self,
-        hidden_states: Tensor,
-        grid_thw: Tensor,
+        hidden_states: Tensor | Pack,
+        grid_thw: GridLike | None = None,
         *,
         taps: Sequence[int] = (),
-        projection: bool = False,
+        pooled: bool = True,
+        projected: bool = False,
+        projection: bool | None = None,
     ) -> Features:
-        """Return everything the encoder says about the pack; see `forward` for what it takes.
+        """Return everything the encoder says about a pack, or about what `forward` takes.
 
         `taps` names layers, negative ones from the end, whose patch tokens are wanted as they
-        leave the block, before any final norm. `projection` asks for the pooled vectors in the
-        space shared with text. Nothing unasked is kept.
+        leave the block, before any final norm. `projected` asks for the pooled vectors in the
+        space shared with text; `projection` is its old name. `pooled` False leaves out the pooling
+        head. Nothing unasked is kept.
 
         Raises: as `forward`; ValueError for a layer that is not there, or a projection that the
         checkpoint does not have.
         """
-        if projection and self.projection is None:
-            raise ValueError(
-                f"projection=True asks for a space shared with text, but this {self.family.name} "
-                "checkpoint has no projection. Use `pooled`."
-            )
+        hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
+        if projection is not None:
+            warn("projection= is now called projected=.", DeprecationWarning, stacklevel=2)
+            projected = projection
+        self.check_projection(projected, pooled)
         asked = [self.check_layer(layer) for layer in taps]
         with current(self.device):
             ran = self.run(hidden_states, grid_thw, asked)
-            pooled = self.pool(ran)
+            vectors = self.pool(ran) if pooled else None
+            shared = self.projection(vectors) if projected and self.projection else None
         return Features(
             tokens=ran.tokens,
             prefix=ran.prefix,
-            pooled=pooled,
-            projected=self.projection(pooled) if projection and self.projection else None,
+            pooled=vectors,
+            projected=shared,
             taps=ran.taps,
             segment_image=to_device(segment_images(ran.grid), self.device),
             grid=ran.grid,
         )
 
-    def run(self, hidden_states: Tensor, grid_thw: Tensor, taps: Collection[int] = ()) -> Ran:
+    def run(self, hidden_states: Tensor, grid_thw: GridLike, taps: Collection[int] = ()) -> Ran:
         """Check what came in, embed it, run the blocks, norm, and part prefixes from patches."""
         check_patches(hidden_states, self.config, self.device)
         config, device = self.config, self.device
@@ -285,7 +298,7 @@ class Encoder(nn.Module):
         resize: Resize | None = None,
         max_patches: int | None = None,
     ) -> Pack:
-        """Make one pack of paths, PIL images or uint8 arrays [height, width, 3].
+        """Make one pack of paths, bytes of files, PIL images or uint8 arrays [height, width, 3].
 
         `resize` "checkpoint" does as the checkpoint's own preprocessing; "native" keeps the aspect
         ratio, rounds each side to the nearest patch, never enlarges beyond that, and shrinks to
@@ -301,6 +314,52 @@ class Encoder(nn.Module):
             patch_order=self.patch_order,
             device=self.device,
         )
+
+    def embed(
+        self,
+        images: Sequence[Source],
+        *,
+        token_budget: int = 16384,
+        projected: bool = False,
+        resize: Resize | None = None,
+        max_patches: int | None = None,
+        errors: Literal["raise", "nan"] = "raise",
+    ) -> np.ndarray:
+        """Return one vector for each image: pooled, or the mean of its tokens without a head.
+
+        Takes images as `pack` does, of any number, and makes packs of at most `token_budget`
+        patches. `projected` gives vectors in the space shared with text. Runs in inference mode.
+
+        Shapes: N images -> float32 [N, D].
+        Raises: ImageError with the index of the first image that cannot be used, which is a row of
+        NaN instead where `errors` is "nan"; ValueError for an image larger than a pack.
+        """
+        check_choice("errors", errors, ("raise", "nan"))
+        self.check_projection(projected)
+        with torch.inference_mode():
+            return embed_images(
+                images,
+                lambda pack: self.encode(pack, projected=projected).vectors(),
+                self.images,
+                width=(projected and self.config.projection) or self.config.width,
+                token_budget=token_budget,
+                resize=resize,
+                max_patches=max_patches,
+                skip_errors=errors == "nan",
+                patch_order=self.patch_order,
+                device=self.device,
+            )
+
+    def check_projection(self, projected: bool, pooled: bool = True) -> None:
+        """Refuse to project where there is nothing to project by, or nothing to project."""
+        if projected and (self.projection is None or not pooled):
+            reason = (
+                "needs pooled=True"
+                if self.projection
+                else f"asks for a space shared with text, but this {self.family.name} checkpoint "
+                "has no projection"
+            )
+            raise ValueError(f"projected=True {reason}. Use `pooled`.")
 
     def check_layer(self, layer: object) -> int:
         """Return the number of a tapped layer, counted from the front.

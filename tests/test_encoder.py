@@ -9,7 +9,7 @@ import pickle
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,7 +164,7 @@ def test_a_layer_that_is_not_there_is_refused(encoder, layer: int):
 
 def test_a_projection_that_is_not_there_is_refused(encoder):
     with pytest.raises(ValueError, match="this AIMv2 checkpoint has no projection"):
-        encoder.encode(*packed(), projection=True)
+        encoder.encode(*packed(), projected=True)
 
 
 def test_options_are_checked_when_loading():
@@ -184,7 +184,7 @@ def test_options_are_checked_when_loading():
 
 def test_load_options_are_the_same_wherever_they_are_taken():
     fields = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
-    assert get_type_hints(LoadKeywords, {"torch": torch}).keys() == fields.keys()
+    assert LoadKeywords.__annotations__.keys() == fields.keys()
     taken = {
         name: one.default
         for name, one in inspect.signature(packvit.load).parameters.items()

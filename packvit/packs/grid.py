@@ -1,5 +1,7 @@
 """The grid of a pack, checked once and read to the host: the rows and columns of every image."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Int64
@@ -7,17 +9,22 @@ from torch import Tensor
 
 Grid = tuple[tuple[int, int, int], ...]  # (frames, rows, columns) of each image, in patches
 
+# On the host, best as a tensor: int64 [N, 3].
+GridLike = Tensor | np.ndarray | Sequence[Sequence[int]]
+
 ROW_MEANING = "Each row of grid_thw is (frames, rows, columns) counted in patches, not pixels."
 
 
-def read_grid(grid_thw: Tensor, *, patches: int) -> Grid:
+def read_grid(grid_thw: GridLike, *, patches: int) -> Grid:
     """Check `grid_thw` against the number of patches and return its rows as host ints.
 
     Kept on the host it costs nothing; on a device it is copied once, and the host waits for that.
 
     Shapes: grid_thw [N, 3], any integer dtype, N >= 1.
-    Raises: ValueError naming the first row that cannot be an image, or both sums of patches.
+    Raises: ValueError naming the first row that cannot be an image, or both sums of patches;
+    TypeError for what holds no numbers.
     """
+    grid_thw = as_tensor(grid_thw)
     if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or len(grid_thw) == 0:
         raise ValueError(
             f"grid_thw must be [num_images, 3] with at least one image, "
@@ -36,6 +43,22 @@ def read_grid(grid_thw: Tensor, *, patches: int) -> Grid:
             f"({len(grid)} images). {ROW_MEANING}"
         )
     return grid
+
+
+def as_tensor(grid_thw: GridLike) -> Tensor:
+    """Return a grid given as a list or an array as a tensor on the host.
+
+    Raises: TypeError for what holds no numbers.
+    """
+    if isinstance(grid_thw, Tensor):
+        return grid_thw
+    try:
+        return torch.from_numpy(np.array(grid_thw))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"grid_thw is {grid_thw!r}, but must be a tensor, an array or a list of rows of three "
+            f"whole numbers. {ROW_MEANING}"
+        ) from error
 
 
 def sequence_lengths(grid: Grid, prefix: int = 0) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-from packvit.packs.grid import read_grid, sequence_lengths, to_device
+from packvit.packs.grid import GridLike, read_grid, sequence_lengths, to_device
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ class Segments:
     @classmethod
     def from_grid(
         cls,
-        grid_thw: Tensor,
+        grid_thw: GridLike,
         *,
         patches: int,
         prefix: int = 0,

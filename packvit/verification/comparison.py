@@ -128,7 +128,7 @@ def ask(encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
         torch.cat(list(patches)),
         torch.tensor(grid, dtype=torch.int64, device="cpu"),
         taps=range(encoder.config.layers),
-        projection=encoder.projection is not None,
+        projected=encoder.projection is not None,
     )
     lengths = [frames * rows * columns for frames, rows, columns in grid]
     taps = torch.stack(list(found.taps.values()))

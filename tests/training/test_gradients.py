@@ -43,7 +43,7 @@ def test_every_gradient_equals_the_references(tmp_path: Path, case: str, dtype: 
 
     expected = reference.forward(model, patches, grid, **options)
     found = encoder.encode(
-        patches, torch.tensor(grid), taps=[1], projection=expected.projected is not None
+        patches, torch.tensor(grid), taps=[1], projected=expected.projected is not None
     )
     pairs = (
         (found.tokens, expected.tokens),

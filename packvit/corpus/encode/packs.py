@@ -18,7 +18,7 @@ from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.settings import Options
 from packvit.encoder import Encoder
-from packvit.packs.grid import to_device
+from packvit.packs.features import image_means
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
@@ -230,17 +230,6 @@ def encode_whole(
         if fed is not None:
             return land(launch(encoder, fed, options), options.dtype_out)
     return None
-
-
-def image_means(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the mean of each image's tokens in fp32, in one call that adds in a fixed order.
-
-    `index_add` would add in whatever order a GPU's threads arrive.
-
-    Shapes: tokens [T, D], lengths N host ints that sum to T -> [N, D].
-    """
-    counts = to_device(np.array(lengths), tokens.device)
-    return torch.segment_reduce(tokens.float(), "mean", lengths=counts, unsafe=True)
 
 
 def settle(row: Row, finite: bool, fits: bool, dtype_out: DtypeOut) -> Row:
