@@ -29,7 +29,7 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
             f"{family.name} is {' or '.join(family.model_types)}. "
             "packvit.load finds the right family by itself."
         )
-    layout = family.layout(checkpoint.tensors)
+    layout = family.layout(checkpoint.tensors, checkpoint.config)
     config = layout.read(checkpoint.config, checkpoint.tensors)
     check_sizes(config, checkpoint)
     file = checkpoint.settings_file

@@ -19,7 +19,9 @@ def read_model(model: nn.Module) -> Checkpoint:
             f"from_transformers takes a model of transformers, not a {type(model).__name__}."
         )
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return Checkpoint(type(model).__name__, None, config.to_dict(), None, as_saved(model, tensors))
+    name = type(model).__name__
+    described = config.to_dict() | {"architectures": [name]}  # as `save_pretrained` would write it
+    return Checkpoint(name, None, described, None, as_saved(model, tensors))
 
 
 def as_saved(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

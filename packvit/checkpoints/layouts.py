@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from packvit.checkpoints.config_json import Json
 from packvit.checkpoints.errors import CheckpointError
-from packvit.checkpoints.rules import Rule, prefixed, rename
+from packvit.checkpoints.rules import Rule, find, prefixed, rename
 from packvit.config import EncoderConfig, ImageConfig
 
 LayoutName = Literal["transformers", "original"]
@@ -29,7 +29,7 @@ class Layout:
     write: Callable[[EncoderConfig], dict[str, Any]]  # config.json
     # Tensors kept for `save_pretrained` and used by nothing: our label to the layout's name.
     carried: Mapping[str, str] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()  # first parts of names that belong to another tower
+    skipped: tuple[str, ...] = ()  # what names of another tower's or head's tensors begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +71,49 @@ class Family:
         """Return whether a checkpoint with this config.json is one of ours."""
         return config.get("model_type") in self.model_types
 
-    def layout(self, names: Collection[str]) -> Layout:
-        """Return the layout whose marker is among the tensors' names.
+    def layout(self, names: Collection[str], config: Json) -> Layout:
+        """Return the layout whose marker is among the tensors' names, or behind one prefix.
 
-        Raises: CheckpointError if none is, or more than one.
+        A prefix is what a wrapper (`module.`, `_orig_mod.`) or a larger model (`vision_tower.`,
+        `dinov2.`) writes before every name. A classifier's matrix is skipped where config.json says
+        that it is one's.
+
+        Raises: CheckpointError if no layout's is, or more than one.
         """
-        found = [layout for layout in self.layouts if layout.marker in names]
+        found = [(layout, "") for layout in self.layouts if layout.marker in names]
+        found = found or self.prefixed_layouts(names)
         if len(found) != 1:
             markers = ", ".join(f"{layout.marker} ({layout.name})" for layout in self.layouts)
+            held = ", ".join(f'one behind "{prefix}"' for _, prefix in found if prefix)
             raise CheckpointError(
                 f"This is no {self.name} vision checkpoint: of the tensors that tell its layouts "
-                f"apart it must hold exactly one, and it holds {len(found)}: {markers}."
+                f"apart it must hold exactly one, and it holds {held or len(found)}: {markers}."
             )
-        return found[0]
+        [(layout, prefix)] = found
+        skipped = tuple(prefix + name for name in layout.skipped)
+        if classifies(config):
+            skipped += tuple(f"{outer}classifier" for outer in outer_prefixes(prefix))
+        if not prefix:
+            return replace(layout, skipped=skipped)
+
+        def read(config: Json, names: Collection[str]) -> EncoderConfig:
+            return layout.read(config, {name.removeprefix(prefix) for name in names})
+
+        return replace(beside_text(layout, skipped, prefix=prefix), read=read)
+
+    def prefixed_layouts(self, names: Collection[str]) -> list[tuple[Layout, str]]:
+        """Return the layouts that stand behind a prefix, with their patch embedding, and it.
+
+        Of two layouts that the same tensor would tell, the longer marker does.
+        """
+        found: dict[str, tuple[Layout, str]] = {}
+        for layout in sorted(self.layouts, key=lambda layout: len(layout.marker)):
+            _, embedding = find(EMBEDDING, layout.rules)
+            for name in names:
+                prefix = name.removesuffix("." + layout.marker) + "."
+                if name == prefix + layout.marker and prefix + embedding[0] in names:
+                    found[name] = (layout, prefix)
+        return list(found.values())
 
     def writable(self, name: str, parameters: Collection[str]) -> Layout:
         """Return the layout called `name` that has a word for every one of our `parameters`.
@@ -97,6 +127,20 @@ class Family:
                 return layout
         known = ", ".join(dict.fromkeys(f'"{layout.name}"' for layout in self.layouts))
         raise ValueError(f'{self.name} has no layout "{name}". Choose one of: {known}.')
+
+
+def outer_prefixes(prefix: str) -> list[str]:
+    """Return what a prefix of whole parts begins with: of "a.b." that is "", "a." and "a.b."."""
+    parts = prefix.split(".")[:-1]
+    return ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)]
+
+
+def classifies(config: Json) -> bool:
+    """Return whether config.json is that of a transformers model that names one of many classes."""
+    named = config.get("architectures")
+    return isinstance(named, list) and any(
+        isinstance(name, str) and name.endswith("ForImageClassification") for name in named
+    )
 
 
 def beside_text(

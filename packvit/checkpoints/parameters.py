@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from packvit.checkpoints import rules as weights
 from packvit.checkpoints.files import Checkpoint
-from packvit.checkpoints.layouts import EMBEDDING, Layout
+from packvit.checkpoints.layouts import EMBEDDING, Layout, outer_prefixes
 from packvit.checkpoints.rules import permute_patches
 from packvit.config import PatchOrder
 
@@ -52,7 +52,7 @@ def take(
     tensors, carried = checkpoint.tensors, layout.carried
 
     def skipped(name: str) -> bool:
-        return name.split(".")[0] in layout.skipped
+        return any(outer[:-1] in layout.skipped for outer in outer_prefixes(f"{name}."))
 
     state = weights.load(
         {name: tensor.shape for name, tensor in parameters.items()},

@@ -175,7 +175,7 @@ def readable_by_transformers(encoder: Encoder) -> bool:
     """Return whether a class of transformers reads the very files of this checkpoint."""
     checkpoint = encoder.checkpoint
     assert checkpoint is not None
-    layout = encoder.family.layout(checkpoint.tensors).name
+    layout = encoder.family.layout(checkpoint.tensors, checkpoint.config).name
     without_text = encoder.projection is not None and not checkpoint.config.get("architectures")
     return layout == "transformers" and not without_text
 

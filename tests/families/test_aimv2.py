@@ -145,7 +145,7 @@ def test_every_published_size_has_a_place_for_every_tensor(name: str):
     )
     with torch.device("meta"):
         theirs = Aimv2VisionModel(config).state_dict()
-        layout = FAMILY.layout(theirs)
+        layout = FAMILY.layout(theirs, {})
         ours = layout.read(config.to_dict(), theirs)
         encoder = AIMv2Packing(ours, FAMILY.images(ours))
     found = weights.store(encoder.state_dict(), layout.rules)
