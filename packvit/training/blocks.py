@@ -41,8 +41,7 @@ def freeze(encoder: Encoder, blocks: int | None = None) -> None:
 def block_linears(encoder: Encoder) -> list[str]:
     """Name every linear layer of every block: the `target_modules` of a peft LoraConfig.
 
-    Whole names, so that nothing outside the blocks is meant: a pooling head reads its weights in
-    slices, past an adapter.
+    Whole names, so that nothing outside the blocks is meant, such as a pooling head.
     """
     layers = encoder.encoder.layers
     return [
