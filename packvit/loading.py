@@ -1,4 +1,4 @@
-"""A checkpoint to an encoder that runs as its caller chose; behind the doors of `Encoder`."""
+"""A checkpoint to an encoder that runs as its caller chose; called by `Encoder`."""
 
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +11,7 @@ from packvit.model.attention import resolve
 from packvit.model.linear import make_invariant
 from packvit.options import Options
 
-if TYPE_CHECKING:  # the door to these functions, which imports them
+if TYPE_CHECKING:  # it imports this module
     import packvit.encoder
 
 AnyEncoder = TypeVar("AnyEncoder", bound="packvit.encoder.Encoder")
@@ -23,7 +23,7 @@ def fill(kind: type[AnyEncoder], checkpoint: Checkpoint, options: Options) -> An
     Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option that
     cannot be taken here.
     """
-    described = pretrained.describe(kind.family, checkpoint)
+    described = pretrained.describe_checkpoint(kind.family, checkpoint)
     with torch.device("meta"):
         encoder = kind(
             described.config,

@@ -11,13 +11,13 @@ from small_checkpoint import write_checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from packvit.bench import MODELS, WORKLOADS, BenchError, Plan, job, models
+from packvit.bench import MODELS, WORKLOADS, BenchError, BenchOptions, models, run
 from packvit.bench.accuracy import pictures, plant
 from packvit.bench.contenders import Subject, collect, forward_backward
-from packvit.bench.job import BASELINE, measure
 from packvit.bench.measuring import interleave, times_faster
 from packvit.bench.ours import OURS, Ours
 from packvit.bench.peers import PEERS, grouped, one_by_one, padded
+from packvit.bench.run import BASELINE, measure
 from packvit.bench.table import as_markdown
 from packvit.bench.workloads import Workload, encoder_flops, workload
 from packvit.cli.bench import bench
@@ -94,7 +94,7 @@ def test_operations_are_those_that_torch_counts(encoder: Any, kind: str, changes
 @pytest.mark.parametrize("name", ["aimv2", "siglip2"])
 def test_all_contenders_compute_the_same(name: str, aimv2: Path, siglip2: Path):
     model = {"aimv2": aimv2, "siglip2": siglip2}[name]
-    report = measure(Plan(str(model), ("mixed", "equal"), rounds=2, device="cpu"), silent)
+    report = measure(BenchOptions(str(model), ("mixed", "equal"), rounds=2, device="cpu"), silent)
     mixed, equal = report["workloads"]
     for work in (mixed, equal):
         assert work["wrong"] == {}
@@ -112,7 +112,7 @@ def test_what_computes_something_else_is_called_wrong_and_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ):
     swapped = Ours("packvit, channels first", {"patch_order": "chw"})
-    monkeypatch.setattr(job, "OURS", (OURS[4], swapped))
+    monkeypatch.setattr(run, "OURS", (OURS[4], swapped))
     result = invoke("--model", "tiny", "--workload", "small", "--rounds", 2, "--device", "cpu")
     assert result.exit_code == 1
     assert "WRONG, so not timed: packvit, channels first" in result.stdout
@@ -158,7 +158,7 @@ def test_gradients_are_those_of_the_same_sum_however_tokens_are_laid_out(
 
 
 def test_forward_and_backward_are_timed_too(aimv2: Path):
-    plan = Plan(str(aimv2), ("small",), train=True, rounds=2, device="cpu", clock="cpu")
+    plan = BenchOptions(str(aimv2), ("small",), train=True, rounds=2, device="cpu", clock="cpu")
     report = measure(plan, silent)
     assert "forward and backward, float32, on CPU" in as_markdown(report)
     assert ", in CPU time;" in as_markdown(report)
@@ -224,7 +224,12 @@ def test_wrong_use_is_answered_in_a_sentence(argv: list[str], code: int, said: s
 
 
 def test_plans_that_cannot_be_are_refused():
-    plans = Plan(workloads=("vast",)), Plan(rounds=1), Plan(dtype="int8"), Plan(clock="sun")
+    plans = (
+        BenchOptions(workloads=("vast",)),
+        BenchOptions(rounds=1),
+        BenchOptions(dtype="int8"),
+        BenchOptions(clock="sun"),
+    )
     for plan in plans:
         with pytest.raises(BenchError):
             measure(plan, silent)

@@ -18,8 +18,8 @@ from packvit.cli.verify import verify
 from packvit.corpus.folder.layout import read_manifest
 from packvit.families import AIMv2Packing
 from packvit.verification import certificate, comparison
-from packvit.verification.job import family_names
 from packvit.verification.references import write_random
+from packvit.verification.verify import family_names
 
 NAME = certificate.NAME
 

@@ -162,7 +162,7 @@ def test_a_layer_that_is_not_there_is_refused(encoder, layer: int):
 
 def test_a_projection_that_is_not_there_is_refused(encoder):
     with pytest.raises(ValueError, match="this AIMv2 checkpoint has no projection"):
-        encoder.encode(*packed(), projection=True)
+        encoder.encode(*packed(), projected=True)
 
 
 def test_options_are_checked_when_loading():

@@ -23,7 +23,7 @@ class BenchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchOptions:
     """What is measured, and how; None is chosen by the machine."""
 
     model: str = "aimv2-large"

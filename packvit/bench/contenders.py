@@ -84,9 +84,9 @@ def forward(contender: Contender) -> Callable[[], None]:
 def forward_backward(contender: Contender, cotangent: Tensor) -> Callable[[], None]:
     """Return a forward, and the gradients of sum(tokens * cotangent), as something to time.
 
-    Images that are forwarded apart are taught apart too, which takes the least memory.
+    Images that are run one by one also run their backward one by one, which takes the least memory.
 
-    Raises: Unavailable if the tokens know no derivative.
+    Raises: Unavailable if the tokens have no gradient function.
     """
     weights = [  # zero where a token is none
         cotangent[rows.clamp(min=0)] * (rows >= 0)[..., None] for _, rows in contender.calls
@@ -97,7 +97,7 @@ def forward_backward(contender: Contender, cotangent: Tensor) -> Callable[[], No
         for call, weight in zip(contender.calls, weights, strict=True):
             out = call.run()
             if not out.requires_grad:
-                raise Unavailable("it is for inference alone: its tokens know no derivative")
+                raise Unavailable("it is for inference only: its tokens have no gradient function")
             out.backward(weight)
 
     return run

@@ -12,8 +12,8 @@ from packvit.bench import MODELS, BenchError
 from packvit.config import EncoderConfig, Table
 from packvit.encoder import Encoder
 from packvit.families import AIMv2Packing, Siglip2NaflexPacking
-from packvit.verification.job import without_projection
-from packvit.verification.references import Reference, import_transformers, quiet, randomise
+from packvit.verification.references import ReferenceModel, import_transformers, quiet, randomise
+from packvit.verification.verify import without_projection
 
 # Without pooling heads, whose work is not counted: tokens are what is compared.
 SIZES: dict[str, tuple[type[Encoder], str, dict[str, Any]]] = {
@@ -98,5 +98,5 @@ def checkpoint_model(name: str, device: torch.device, dtype: torch.dtype) -> Mod
         encoder = without_projection(encoder)
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
-        reference = Reference(encoder.family, Path(folder)).load(dtype, device)
+        reference = ReferenceModel(encoder.family, Path(folder)).load(dtype, device)
     return Model(name, "the checkpoint's", type(encoder), encoder.config, reference)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from packvit.bench import DTYPES, MODELS, WORKLOADS, BenchError, Plan
+from packvit.bench import DTYPES, MODELS, WORKLOADS, BenchError, BenchOptions
 from packvit.bench.table import as_markdown
 
 WRONG = 1
@@ -90,12 +90,12 @@ def bench(
     chosen = tuple(WORKLOADS) if workload == "all" else (workload,)
     if target is not None and str(target) != "-" and not target.parent.is_dir():
         raise click.UsageError(f"{target.parent} is not a folder. Choose another file for --json.")
-    plan = Plan(model, chosen, train, rounds, device, dtype, layers, clock, compiled)
-    from packvit.bench.job import measure  # torch is imported here
+    options = BenchOptions(model, chosen, train, rounds, device, dtype, layers, clock, compiled)
+    from packvit.bench.run import measure  # torch is imported here
     from packvit.checkpoints.files import CheckpointError
 
     try:
-        report = measure(plan, lambda words: click.echo(words, err=True))
+        report = measure(options, lambda words: click.echo(words, err=True))
     except BenchError as error:
         raise click.UsageError(str(error)) from error
     except (CheckpointError, ImportError) as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 
 
 @click.command
@@ -29,7 +29,7 @@ def check(context: click.Context, folder: str, as_json: bool) -> None:
 
     try:
         found = check_folder(Path(folder))
-    except WrongUse as error:
+    except UsageError as error:
         raise click.UsageError(str(error)) from error
     except WriteError as error:
         raise click.ClickException(str(error)) from error

@@ -13,7 +13,7 @@ import click
 
 from packvit.cli import exit_code
 from packvit.cli.progress import Meter, duration, show_progress
-from packvit.corpus import DecoderError, EmbedderError, WriteError, WrongUse
+from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
 from packvit.corpus.progress import Summary
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
@@ -241,7 +241,7 @@ def embed(
                 overwrite=overwrite,
                 progress=meter.tell,
             )
-        except WrongUse as error:
+        except UsageError as error:
             raise click.UsageError(str(error)) from error
         except (
             CheckpointError,

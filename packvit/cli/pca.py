@@ -6,7 +6,7 @@ import click
 
 from packvit.cli.embed import COUNT, DONE_WITH_ERRORS, printable
 from packvit.cli.progress import show_progress
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 from packvit.images.decode import CODES
 
 
@@ -92,7 +92,7 @@ def pca(
     with show_progress() as meter:
         # torch is imported here, and Ctrl-C is heeded while it is.
         from packvit.checkpoints.files import CheckpointError
-        from packvit.pictures.job import draw
+        from packvit.pictures.draw import draw
 
         try:
             drawn = draw(
@@ -115,7 +115,7 @@ def pca(
                 width=width,
                 progress=meter.tell,
             )
-        except WrongUse as error:
+        except UsageError as error:
             raise click.UsageError(str(error)) from error
         except (CheckpointError, ImportError, WriteError) as error:
             raise click.ClickException(str(error)) from error

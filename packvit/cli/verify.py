@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from packvit.verification import Findings, Plan, Row
+from packvit.verification import Comparison, Findings, VerifyOptions
 
 MISSED = 1
 
@@ -68,7 +68,7 @@ def verify(
     from packvit.verification import certificate as certificates  # torch is imported here
 
     findings = []
-    for found in search(model, family, revision, device, Plan(quick=quick, seed=seed)):
+    for found in search(model, family, revision, device, VerifyOptions(quick=quick, seed=seed)):
         findings.append(found)
         click.echo(f"{title(found)}: {len(found.rows)} comparisons", err=True)
         if not as_json:
@@ -97,7 +97,11 @@ def folder_of(model: str | None) -> Path | None:
 
 
 def search(
-    model: str | None, family: str | None, revision: str | None, device: str | None, plan: Plan
+    model: str | None,
+    family: str | None,
+    revision: str | None,
+    device: str | None,
+    options: VerifyOptions,
 ) -> Iterator[Findings]:
     """Verify what was asked for, one encoder after another.
 
@@ -105,7 +109,7 @@ def search(
     """
     from packvit.checkpoints.files import CheckpointError
     from packvit.hub import check_device
-    from packvit.verification.job import family_names, verify_checkpoint, verify_family
+    from packvit.verification.verify import family_names, verify_checkpoint, verify_family
 
     try:
         check_device(device)
@@ -118,10 +122,10 @@ def search(
         )
     try:
         if model is not None:
-            yield verify_checkpoint(model, plan, revision=revision, device=device)
+            yield verify_checkpoint(model, options, revision=revision, device=device)
         for name, encoder in known.items():
             if family in ("all", name):
-                yield from verify_family(encoder, plan, device=device)
+                yield from verify_family(encoder, options, device=device)
     except (CheckpointError, ImportError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
@@ -134,7 +138,7 @@ def title(found: Findings) -> str:
 def as_table(found: Findings) -> str:
     """Return the worst of each kind of comparison, beside its limit."""
     lines = [title(found)]
-    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    groups: dict[tuple[str, str], dict[str, list[Comparison]]] = {}
     for row in found.rows:
         group = (row.dtype, row.backend) if row.backend != "none" else ("files", "")
         groups.setdefault(group, {}).setdefault(row.what, []).append(row)
@@ -151,7 +155,7 @@ def as_table(found: Findings) -> str:
     return "\n".join(lines)
 
 
-def worst(rows: Sequence[Row]) -> str:
+def worst(rows: Sequence[Comparison]) -> str:
     """Say the worst of several comparisons, by its limit."""
     row = max(rows, key=lambda row: (not row.passed, row.worst / row.limit if row.limit else 0.0))
     said = "exact" if row.passed and row.limit == 0 else f"{row.worst:.1e}  limit {row.limit:.1e}"

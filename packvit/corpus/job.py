@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
-from packvit.corpus.encode.context import equip
+from packvit.corpus.encode.context import make_context
 from packvit.corpus.encode.filling import Shard
 from packvit.corpus.folder.exports import Format, check_format, export
 from packvit.corpus.folder.layout import (
@@ -33,7 +33,7 @@ from packvit.corpus.folder.layout import (
     write_whole,
 )
 from packvit.corpus.folder.parts import DtypeOut
-from packvit.corpus.folder.resume import Found, check_usable, read_rows, take_up
+from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing
@@ -42,10 +42,10 @@ from packvit.corpus.runners import choose_runner
 from packvit.corpus.runners.embedder import Job
 from packvit.corpus.runners.order import Runner, Work
 from packvit.corpus.settings import (
-    Options,
+    EmbedOptions,
     check_memory,
     check_options,
-    describe,
+    describe_job,
     digest_weights,
     fit_options,
     load_encoder,
@@ -55,7 +55,7 @@ from packvit.fast.graphs import free_memory
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import Resize
-from packvit.verification.job import vouch
+from packvit.verification.verify import vouch
 
 TRIAL_MODEL = "tiny"
 MOST_WORKERS = 16  # that one process starts without being asked for
@@ -120,12 +120,12 @@ def embed(
 
     Units: `max_patches` and `token_budget` count patches, of an image and of a pack;
     `image_timeout` seconds.
-    Raises: WrongUse for what cannot be done as asked; CheckpointError; WriteError if the disk does
+    Raises: UsageError for what cannot be done as asked; CheckpointError; WriteError if the disk does
     not take it; DecoderError if no worker can be started; VerificationError if the encoder is not
     what its reference is. An image that cannot be used is none of these: it is a row.
     """
     named = [photos] if isinstance(photos, (str, os.PathLike)) else photos
-    options = Options(
+    options = EmbedOptions(
         resize=resize,
         max_patches=max_patches,
         tokens=tokens,
@@ -142,10 +142,10 @@ def embed(
     if decode == "gpu":
         ask_for_queues()
     if processes is not None and processes < 1:
-        raise WrongUse(f"processes is {processes}, but must be 1 or more.")
+        raise UsageError(f"processes is {processes}, but must be 1 or more.")
     here = ray is None and processes in (None, 1)
     if isinstance(model, Encoder) and not here:
-        raise WrongUse(
+        raise UsageError(
             "model is a loaded encoder, which lives in this process alone, so that no other "
             "can embed with it. Give the model's name, or leave processes and ray out."
         )
@@ -161,7 +161,7 @@ def embed(
         known=recorded.get("inputs_sha256"),
     )
     if model is None and len(listing) > TRIAL_INPUTS:
-        raise WrongUse(
+        raise UsageError(
             f"{len(listing)} inputs were found, but without a chosen model at most "
             f"{TRIAL_INPUTS} are embedded: the one that packvit brings is small. "
             'Choose one, for example model "apple/aimv2-large-patch14-native".'
@@ -173,15 +173,15 @@ def embed(
             model, device, dtype, attention, revision, positions, verify
         )
         options = fit_options(encoder, options, taps)
-        tools = equip(encoder, options, decoders)
+        context = make_context(encoder, options, decoders)
         check_memory(encoder, options, free_memory(encoder.device))
         certificate = vouch(encoder, weights) if verify else None
-        described = describe(encoder, weights, options)
+        described = describe_job(encoder, weights, options)
         manifest = draft(encoder, described, listing)
         name = encoder.checkpoint.name if encoder.checkpoint else ""
         job = Job(str(folder), options, described, positions, name)
-        runner = choose_runner(tools, job, processes, ray)
-        del encoder, tools  # a runner that embeds here holds them; the others need the memory
+        runner = choose_runner(context, job, processes, ray)
+        del encoder, context  # a runner that embeds here holds them; the others need the memory
         tally = Tally(len(listing), progress, options.token_budget)
         with claim(folder):
             found = take_up(folder, manifest, overwrite=overwrite)
@@ -199,18 +199,18 @@ def choose_encoder(
 ) -> tuple[Encoder, str]:
     """Return the encoder that was asked for, loaded, and the digest of its weights.
 
-    Raises: WrongUse for what cannot be asked of it; CheckpointError.
+    Raises: UsageError for what cannot be asked of it; CheckpointError.
     """
     if isinstance(model, Encoder):
         if (device, dtype, attention, revision, positions) != (
             (None, None, "auto", None, "checkpoint")
         ):
-            raise WrongUse(
+            raise UsageError(
                 "model is a loaded encoder, whose device, dtype, attention, revision and positions "
                 "were chosen when it was loaded. Leave them out, or give the model's name."
             )
         if verify:
-            raise WrongUse(
+            raise UsageError(
                 "model is a loaded encoder, whose weights may have been trained since, so there is "
                 "no reference to verify it by. Leave verify out, or give the model's name."
             )
@@ -222,7 +222,7 @@ def choose_encoder(
         assert encoder.checkpoint
         weights = encoder.checkpoint.sha256()
     if verify and positions == "interpolate" and not encoder.family.reference.interpolates:
-        raise WrongUse(
+        raise UsageError(
             'verify cannot vouch for positions="interpolate": no reference defines it for '
             f"{encoder.family.name}. Leave one of the two out."
         )
@@ -250,7 +250,7 @@ def run(
     runner: Runner,
     listing: Listing,
     folder: Path,
-    found: Found,
+    found: Resumed,
     certificate: Mapping[str, Any] | None,
     format: Format,
     tally: Tally,

@@ -21,8 +21,8 @@ from torch import Tensor
 from packvit.config import ImageConfig, PatchOrder
 from packvit.gpu.jpeg import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, JpegPlan
 from packvit.gpu.nvjpeg import NO_MEMORY, NvJpeg, NvJpegError, Plane
+from packvit.gpu.reference import resize
 from packvit.gpu.resampling import rows_first, windows
-from packvit.gpu.twins import resize
 from packvit.images.resize import SizePlan
 
 PIXELS_AT_ONCE = 128 << 20  # decoded between two launches

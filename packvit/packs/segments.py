@@ -1,8 +1,8 @@
 """Where each sequence of a pack begins and ends, and where each patch stands in its image.
 
-Both are worked out once per pack, on the host, at the encoder's door, and handed down as
-arguments: kernels read tensors on the device, Python plans with the host's numbers, and no forward
-pass ever waits for the device to answer.
+Both are computed once per pack, on the host, by the encoder's public methods, and passed down as
+arguments. Kernels read the tensors on the device, Python reads the host's numbers, and no forward
+pass waits for the device.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ def to_device(numbers: np.ndarray, device: torch.device | str) -> Tensor:
 
 @dataclass(eq=False)
 class Segments:
-    """The seams of T packed tokens that form S sequences; never changed once made.
+    """The varlen arguments of T packed tokens that form S sequences; never changed once built.
 
     Not a frozen dataclass: of such a one torch 2.11 compiles every field into its guards, and would
     compile anew for each number of sequences.
     """
 
     lengths: tuple[int, ...]  # S host ints: tokens per sequence
-    cu_seqlens: Int32[Tensor, " seams"]  # [S + 1] on the tokens' device, from 0 up to T
+    cu_seqlens: Int32[Tensor, " boundaries"]  # [S + 1] on the tokens' device, from 0 up to T
     max_seqlen: int  # host int: tokens of the longest sequence
 
     @property
@@ -55,8 +55,8 @@ class Segments:
     def from_lengths(
         cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu"
     ) -> "Segments":
-        """Build the seams of S >= 1 sequences that hold `lengths` tokens each."""
-        return cls(lengths, to_device(seams_of(lengths), device), max(lengths))
+        """Build the segments of S >= 1 sequences that hold `lengths` tokens each."""
+        return cls(lengths, to_device(make_cu_seqlens(lengths), device), max(lengths))
 
     @classmethod
     def from_grid(
@@ -67,7 +67,7 @@ class Segments:
         prefix: int = 0,
         device: torch.device | str = "cpu",
     ) -> "Segments":
-        """Build the seams of N images, each frame of which is a sequence of its own.
+        """Build the segments of N images; each frame is one sequence.
 
         `prefix` counts the tokens that stand before every frame's patches (class and register
         tokens), which is why a sequence can be longer than its patches.
@@ -81,11 +81,11 @@ class Segments:
         )
 
 
-def seams_of(lengths: Sequence[int]) -> Int32[np.ndarray, " seams"]:
+def make_cu_seqlens(lengths: Sequence[int]) -> Int32[np.ndarray, " boundaries"]:
     """Return where each of S sequences begins, and where the last one ends: [S + 1]."""
-    seams = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=seams[1:])
-    return seams
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    return cu_seqlens
 
 
 def read_grid(grid_thw: Tensor, *, patches: int) -> Grid:
@@ -153,7 +153,7 @@ class PatchPlaces:
 
     @classmethod
     def from_table(cls, table: Int64[Tensor, "3 S"], patches: int) -> "PatchPlaces":
-        """Work them out on the device, which is told how many there are and need not be asked."""
+        """Compute the places on the device; `patches` is given, so no sync is needed."""
         tall, wide, _ = table.unbind()
         sequence = torch.repeat_interleave(tall * wide, output_size=patches)
         rows, columns, start = table.index_select(1, sequence).unbind()
@@ -176,7 +176,7 @@ class PrefixPlaces:
 
     @classmethod
     def from_grid(cls, grid: Grid, prefix: int, *, device: torch.device | str) -> "PrefixPlaces":
-        """Work all three out on the device, without a loop over images."""
+        """Compute all three on the device, without a loop over images."""
         host = frame_table(grid)
         sizes, frames = host[0] * host[1], host.shape[1]
         total, offsets = int(sizes.sum()), np.arange(frames) * prefix

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from packvit.corpus import WrongUse
-from packvit.corpus.settings import Options
+from packvit.corpus import UsageError
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder, Source
 from packvit.images.resize import Resize
 from packvit.pictures.colours import BLANK, find_range, ramp, rescale, to_bytes
@@ -54,7 +54,7 @@ def draw_pca(
     Raises: ImageError with the index and the code of the first image that cannot be used;
     ValueError for a layer that is not there.
     """
-    options = Options(resize=resize, max_patches=max_patches)
+    options = EmbedOptions(resize=resize, max_patches=max_patches)
     photographs = take_photographs(encoder, images, options, layer=layer)
     sheet = pca_sheet(photographs, per_image=per_image, background=background, overlay=overlay)
     photographs.refuse_errors()
@@ -77,10 +77,10 @@ def draw_similarity(
 
     Raises: as `draw_pca`; ValueError for a patch that is not there.
     """
-    options = Options(resize=resize, max_patches=max_patches)
+    options = EmbedOptions(resize=resize, max_patches=max_patches)
     photographs = take_photographs(encoder, images, options, layer=layer)
     if not 0 <= patch[0] < len(images):
-        raise WrongUse(f"patch names image {patch[0]}, but there are {len(images)}, from 0 on.")
+        raise UsageError(f"patch names image {patch[0]}, but there are {len(images)}, from 0 on.")
     sheet = similarity_sheet(photographs, patch, overlay=overlay)
     photographs.refuse_errors()
     return sheet
@@ -198,18 +198,18 @@ def similarity_sheet(
 def likenesses(photographs: Photographs, patch: tuple[int, int, int]) -> dict[int, np.ndarray]:
     """Return the cosine of one patch to all patches of all photographs, each [rows, columns].
 
-    Raises: WrongUse if the photograph has no such patch.
+    Raises: UsageError if the photograph has no such patch.
     """
     place, row, column = patch
     rows, columns = photographs.grid(place)
     if not (0 <= row < rows and 0 <= column < columns):
-        raise WrongUse(
+        raise UsageError(
             f"{photographs.prepared[place].row.id} has {rows} x {columns} patches, but row {row}, "
             f"column {column} was asked for. Rows are 0 to {rows - 1}, columns 0 to {columns - 1}."
         )
     wanted = next((one.tokens for i, one in photographs.encode() if i == place), None)
     if wanted is None:
-        raise WrongUse(f"The features of {photographs.prepared[place].row.id} are not finite.")
+        raise UsageError(f"The features of {photographs.prepared[place].row.id} are not finite.")
     chosen = unit(wanted[row * columns + column])
     return photographs.maps(lambda tokens: unit(tokens) @ chosen)
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import FORMAT, read_commits, read_manifest
-from packvit.corpus.settings import Options, digest_weights
+from packvit.corpus.settings import EmbedOptions, digest_weights
 from packvit.encoder import Encoder, Source
 from packvit.images.decode import ImageError, load_image
 from packvit.pictures.colours import BLANK
@@ -47,7 +47,7 @@ def draw_neighbours(
     Near is a large cosine of `pooled`. The images are resized as the folder's were. The folder
     holds names; photographs are looked for under `root`, and are blank where they are not found.
 
-    Raises: ImageError as `draw_pca`; WrongUse if `features` is no feature folder, or one of another
+    Raises: ImageError as `draw_pca`; UsageError if `features` is no feature folder, or one of another
     model.
     """
     folder = Path(features)
@@ -62,21 +62,21 @@ def draw_neighbours(
 def open_folder(folder: Path) -> dict[str, Any]:
     """Return the manifest of a feature folder.
 
-    Raises: WrongUse if it is none.
+    Raises: UsageError if it is none.
     """
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("format") != FORMAT:
-        raise WrongUse(
+        raise UsageError(
             f"{folder} is no feature folder: it has no manifest.json of packvit's. "
             "Name one that `packvit embed` wrote."
         )
     return manifest
 
 
-def options_of(manifest: dict[str, Any]) -> Options:
+def options_of(manifest: dict[str, Any]) -> EmbedOptions:
     """Return the options by which the folder's photographs were prepared."""
     asked = manifest["preprocessing"]
-    return Options(
+    return EmbedOptions(
         resize=asked["resize"],
         max_patches=asked["max_patches"],
         max_pixels=asked["max_pixels"],
@@ -85,13 +85,13 @@ def options_of(manifest: dict[str, Any]) -> Options:
 
 
 def check_model(encoder: Encoder, manifest: dict[str, Any], folder: Path) -> None:
-    """Raise WrongUse unless the folder's features are of the encoder's weights."""
+    """Raise UsageError unless the folder's features are of the encoder's weights."""
     known = {digest_weights(encoder)}
     if encoder.checkpoint:
         known.add(encoder.checkpoint.sha256())
     if manifest["weights_sha256"] not in known:
         mine = encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__
-        raise WrongUse(
+        raise UsageError(
             f'The features in {folder} are of the model "{manifest["model"]}", and the weights of '
             f'"{mine}" are others. Cosines between the two mean nothing: leave the model out, or '
             "embed the folder's photographs again."
@@ -133,13 +133,13 @@ def nearest(
     """Return the nearest rows of a feature folder for each query, and how many rows there are.
 
     Shapes: queries [N, D] -> N lists, the nearest first; of equals the earlier row.
-    Raises: WrongUse if no row has features, or if they are of another width.
+    Raises: UsageError if no row has features, or if they are of another width.
     """
     wanted, rows = unit(queries), 0
     best: list[list[Neighbour]] = [[] for _ in queries]
     for ids, vectors in read_vectors(folder):
         if vectors.shape[1] != queries.shape[1]:
-            raise WrongUse(
+            raise UsageError(
                 f"The vectors in {folder} have {vectors.shape[1]} numbers, and those of the "
                 f"photographs {queries.shape[1]}. Take the model that wrote the folder."
             )
@@ -149,7 +149,7 @@ def nearest(
             merged = best[place] + [Neighbour(ids[i], float(scores[i])) for i in top]
             best[place] = sorted(merged, key=lambda one: -one.score)[:neighbours]
     if not rows:
-        raise WrongUse(f"{folder} holds no row with features. Is its job still at its beginning?")
+        raise UsageError(f"{folder} holds no row with features. Is its job still at its beginning?")
     return best, rows
 
 
@@ -171,7 +171,7 @@ def read_vectors(folder: Path) -> Iterator[tuple[list[str], np.ndarray]]:
                         vectors = good["pooled"].flatten().to_numpy()
                         yield good["id"].to_pylist(), vectors.reshape(len(good), -1)
         except (OSError, pa.ArrowInvalid) as error:
-            raise WrongUse(
+            raise UsageError(
                 f"{folder / entry.part} is missing or damaged. `packvit check {folder}` says how "
                 "to mend it."
             ) from error

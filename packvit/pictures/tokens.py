@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Prepared
 from packvit.corpus.decode.queue import Decoders
-from packvit.corpus.encode.context import recipe
+from packvit.corpus.encode.context import make_preprocessing
 from packvit.corpus.encode.packs import encode_halved
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.find import Input
-from packvit.corpus.settings import Options, check_options, fit_options
+from packvit.corpus.settings import EmbedOptions, check_options, fit_options
 from packvit.encoder import Encoder, Source
 from packvit.images.decode import ImageError, load_image
 from packvit.images.patches import to_patches
@@ -51,7 +51,7 @@ class Photographs:
     """
 
     encoder: Encoder
-    options: Options
+    options: EmbedOptions
     prepared: list[Prepared]
     watch: Watch
     kept: dict[int, Tokens] = field(default_factory=dict)  # by place in `prepared`
@@ -142,13 +142,13 @@ class Photographs:
         }
 
 
-def ask(encoder: Encoder, images: int, options: Options, layer: int | None) -> Options:
+def ask(encoder: Encoder, images: int, options: EmbedOptions, layer: int | None) -> EmbedOptions:
     """Return options that ask for the tokens, or the tap of `layer`, and fit the encoder.
 
-    Raises: WrongUse if they do not fit, or if there are more images than a sheet takes, or none.
+    Raises: UsageError if they do not fit, or if there are more images than a sheet takes, or none.
     """
     if not 1 <= images <= MOST:
-        raise WrongUse(
+        raise UsageError(
             f"{images:,} photographs were given, but a picture takes 1 to {MOST}. "
             "Name fewer at a time."
         )
@@ -160,30 +160,30 @@ def ask(encoder: Encoder, images: int, options: Options, layer: int | None) -> O
 def read_photographs(
     encoder: Encoder,
     inputs: Sequence[Input],
-    options: Options,
+    options: EmbedOptions,
     watch: Watch,
     *,
     layer: int | None = None,
 ) -> Photographs:
     """Read photographs as `packvit embed` does; one that cannot be used becomes an error.
 
-    Raises: WrongUse if the options do not fit the encoder.
+    Raises: UsageError if the options do not fit the encoder.
     """
     options = ask(encoder, len(inputs), options, layer)
     with Decoders(min(options.workers, len(inputs))) as decoders:
         ahead = options.max_pixels  # none is left waiting: all are kept
-        prepared = list(decoders.prepare_all(inputs, recipe(encoder, options), ahead))
+        prepared = list(decoders.prepare_all(inputs, make_preprocessing(encoder, options), ahead))
     if bad := [one.row for one in prepared if one.patches is None]:
         watch(bad)
     return Photographs(encoder, options, prepared, watch)
 
 
 def take_photographs(
-    encoder: Encoder, images: Sequence[Source], options: Options, *, layer: int | None = None
+    encoder: Encoder, images: Sequence[Source], options: EmbedOptions, *, layer: int | None = None
 ) -> Photographs:
     """Cut images that a caller of the library holds: paths, PIL images or uint8 arrays.
 
-    Raises: ImageError with the index of the first that cannot be used; WrongUse as above.
+    Raises: ImageError with the index of the first that cannot be used; UsageError as above.
     """
     options = ask(encoder, len(images), options, layer)
     prepared = []

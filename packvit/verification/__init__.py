@@ -16,7 +16,7 @@ class VerificationError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Comparison:
     """One comparison: the worst difference of what was compared, and the most that it may be.
 
     Units: in float32, of outputs, max|ours - reference| / max(1, max|reference| / 4), and where
@@ -64,18 +64,18 @@ class Findings:
     settings: str  # sha256 of config.json and the image settings
     reference: str  # the class in transformers
     device: str
-    rows: tuple[Row, ...]
+    rows: tuple[Comparison, ...]
     not_compared: tuple[str, ...]  # what, and why not
     remarks: tuple[str, ...]  # how the reference was run, and what its own error allowed
 
     @property
-    def missed(self) -> tuple[Row, ...]:
+    def missed(self) -> tuple[Comparison, ...]:
         """The rows beyond their limit."""
         return tuple(row for row in self.rows if not row.passed)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class VerifyOptions:
     """How much is compared; float32 always, on every backend that runs here."""
 
     quick: bool = False

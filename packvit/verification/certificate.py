@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from packvit.checkpoints.files import Checkpoint
-from packvit.verification import LIMIT, LOWER_LIMIT, OWN_LIMIT, Findings, Row
+from packvit.verification import LIMIT, LOWER_LIMIT, OWN_LIMIT, Comparison, Findings
 from packvit.verification.machine import machine
 from packvit.version import version_of
 
@@ -40,7 +40,7 @@ def as_object(found: Findings) -> dict[str, Any]:
     return asdict(found) | {"rows": [row_object(row) for row in found.rows]}
 
 
-def row_object(row: Row) -> dict[str, Any]:
+def row_object(row: Comparison) -> dict[str, Any]:
     """Return one row."""
     numbers = {name: getattr(row, name) for name in ("worst", "limit", "own")}
     said = {name: x if x is not None and isfinite(x) else None for name, x in numbers.items()}

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from packvit.checkpoints.downloads import PREPROCESSOR, PROCESSOR
 from packvit.checkpoints.files import Checkpoint
 from packvit.encoder import Encoder
-from packvit.verification import LIMIT, Plan, Row
+from packvit.verification import LIMIT, Comparison, VerifyOptions
 from packvit.verification.comparison import draw, scaled_difference
 from packvit.verification.references import (
-    Reference,
+    ReferenceModel,
     image_processor,
     load_model,
     processor_class,
@@ -32,7 +32,7 @@ PHOTOGRAPHS = ((300, 421), (640, 97), (97, 640), (61, 50), (1024, 683), (224, 22
 ROUNDING = 1 / 255
 
 
-def compare_saved(encoder: Encoder, reference: Reference) -> Iterator[Row]:
+def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Comparison]:
     """Save with our `save_pretrained`, load with transformers, and compare weights and outputs."""
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
@@ -53,7 +53,7 @@ def compare_saved(encoder: Encoder, reference: Reference) -> Iterator[Row]:
         if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
     }
     where = f"saved by us, loaded as {name}"
-    yield Row("weights", where, "none", "float32", "none", float(len(wrong)), 0.0)
+    yield Comparison("weights", where, "none", "float32", "none", float(len(wrong)), 0.0)
     # The settings that were saved beside the weights show in what the model says. Not to the bit:
     # kernels round by where in memory a file's weights happen to start.
     table = encoder.config.positions
@@ -61,20 +61,22 @@ def compare_saved(encoder: Encoder, reference: Reference) -> Iterator[Row]:
     patches = draw(((1, rows, columns),), encoder, seed=0)
     before_us, after_us = (run(model, patches, ((1, rows, columns),)) for model in (before, after))
     apart = max(scaled_difference(after_us[kind][0], before_us[kind][0]) for kind in before_us)
-    yield Row("tokens", where, "alone", "float32", "none", apart, LIMIT)
+    yield Comparison("tokens", where, "alone", "float32", "none", apart, LIMIT)
 
 
-def compare_taken_over(encoder: Encoder, model: nn.Module) -> Row:
+def compare_taken_over(encoder: Encoder, model: nn.Module) -> Comparison:
     """Compare a model's weights as we read them from its files with those taken from memory."""
     ours, theirs = encoder.state_dict(), type(encoder).from_transformers(model).state_dict()
     wrong = sum(
         name not in ours or name not in theirs or not torch.equal(ours[name].cpu(), theirs[name])
         for name in ours.keys() | theirs.keys()
     )
-    return Row("weights", "taken over from memory", "none", "float32", "none", float(wrong), 0.0)
+    return Comparison(
+        "weights", "taken over from memory", "none", "float32", "none", float(wrong), 0.0
+    )
 
 
-def obstacle_to_photographs(reference: Reference, checkpoint: Checkpoint) -> str | None:
+def obstacle_to_photographs(reference: ReferenceModel, checkpoint: Checkpoint) -> str | None:
     """Return why preprocessing cannot be compared here, or None if it can."""
     name = processor_class(reference.family, checkpoint.preprocessor)
     if image_processor(name) is None:
@@ -84,7 +86,9 @@ def obstacle_to_photographs(reference: Reference, checkpoint: Checkpoint) -> str
     return None
 
 
-def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[Row]:
+def compare_photographs(
+    encoder: Encoder, folder: Path, options: VerifyOptions
+) -> Iterator[Comparison]:
     """Send the same files through our preprocessing and the reference's, and compare pixels.
 
     `folder` is the checkpoint's. Processors on Pillow must agree to the last bit.
@@ -96,9 +100,9 @@ def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[
     limit = 0.0
     if not kind.__name__.endswith("Pil"):
         limit = ROUNDING / min(encoder.images.std)
-    draw = np.random.default_rng(plan.seed)
+    draw = np.random.default_rng(options.seed)
     with TemporaryDirectory() as temporary:
-        for height, width in PHOTOGRAPHS[:2] if plan.quick else PHOTOGRAPHS:
+        for height, width in PHOTOGRAPHS[:2] if options.quick else PHOTOGRAPHS:
             for suffix in ("png", "jpg"):
                 path = Path(temporary) / f"{height}x{width}.{suffix}"
                 draw_photograph(draw, height, width).save(path)
@@ -110,7 +114,7 @@ def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[
                 if sides == tuple(pack.grid_thw[0, 1:].tolist()):
                     worst = (ours.double() - theirs.double()).abs().max().item()
                 where = f"{suffix}, {height} x {width} pixels"
-                yield Row("pixels", where, "none", "float32", "none", worst, limit)
+                yield Comparison("pixels", where, "none", "float32", "none", worst, limit)
 
 
 def draw_photograph(draw: np.random.Generator, height: int, width: int) -> Image.Image:

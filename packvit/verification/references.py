@@ -79,7 +79,7 @@ def quiet() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class ReferenceModel:
     """A checkpoint as transformers reads it, whole, from `folder`."""
 
     family: Family

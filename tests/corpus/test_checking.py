@@ -18,7 +18,7 @@ from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit.cli.check import check
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.checking import Check, check_folder
 from packvit.corpus.folder.layout import (
     commit,
@@ -220,7 +220,7 @@ def test_faults_are_printed_with_how_to_mend_them_and_as_json(out: Path):
 def test_what_is_no_feature_folder_is_wrong_use(tmp_path: Path):
     (tmp_path / "manifest.json").write_text('{"manifest_version": 3}')
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(WrongUse, match="is no feature folder"):
+        with pytest.raises(UsageError, match="is no feature folder"):
             check_folder(folder)
         result = invoke(folder)
         assert result.exit_code == 2

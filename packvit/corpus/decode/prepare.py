@@ -22,7 +22,7 @@ Decode = Literal["pil", "gpu"]  # who decodes the JPEGs that a GPU can; Pillow h
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Preprocessing:
     """All that decides which patches an image becomes."""
 
     images: ImageConfig
@@ -58,7 +58,7 @@ class Prepared:
 Admit = Callable[[int], None]
 
 
-def prepare(source: Input, recipe: Recipe, admit: Admit) -> Prepared:
+def prepare(source: Input, preprocessing: Preprocessing, admit: Admit) -> Prepared:
     """Read, decode, resize and cut one input; whatever is wrong with it ends in its row."""
     row = Row(source.id)
     if source.error:
@@ -69,17 +69,17 @@ def prepare(source: Input, recipe: Recipe, admit: Admit) -> Prepared:
         data = read(source)
         row = replace(row, sha256=hashlib.sha256(data).hexdigest())
         stage = "decode"
-        if recipe.decode == "gpu":
+        if preprocessing.decode == "gpu":
             plan = plan_jpeg(
                 data,
-                recipe.images,
-                resize=recipe.resize,
-                max_patches=recipe.max_patches,
-                max_pixels=recipe.max_pixels,
+                preprocessing.images,
+                resize=preprocessing.resize,
+                max_patches=preprocessing.max_patches,
+                max_pixels=preprocessing.max_pixels,
             )
             if isinstance(plan, JpegPlan):
                 return Prepared(planned(row, plan), jpeg=JpegFile(data, plan, source))
-        opened = open_image(data, max_pixels=recipe.max_pixels)
+        opened = open_image(data, max_pixels=preprocessing.max_pixels)
         del data  # `opened` holds the bytes, until they are decoded
         admit(opened.pixels)
         photo = decode_opened(opened)
@@ -88,10 +88,10 @@ def prepare(source: Input, recipe: Recipe, admit: Admit) -> Prepared:
         stage = "resize"
         cut = to_patches(
             photo.image,
-            recipe.images,
-            resize=recipe.resize,
-            max_patches=recipe.max_patches,
-            patch_order=recipe.order,
+            preprocessing.images,
+            resize=preprocessing.resize,
+            max_patches=preprocessing.max_patches,
+            patch_order=preprocessing.order,
         )
     except ImageError as error:
         return Prepared(replace(row, status=error.code, stage=error.stage, note=error.note))

@@ -12,7 +12,7 @@ from threading import Lock
 import numpy as np
 
 from packvit.corpus import DecoderError
-from packvit.corpus.decode.prepare import Admit, JpegFile, Prepared, Recipe
+from packvit.corpus.decode.prepare import Admit, JpegFile, Prepared, Preprocessing
 from packvit.corpus.decode.worker import receive, receive_into, send
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.find import Input
@@ -73,7 +73,7 @@ class Worker:
             ) from error
 
     def prepare(
-        self, sources: Sequence[Input], recipe: Recipe, admit: Admit, seconds: float
+        self, sources: Sequence[Input], preprocessing: Preprocessing, admit: Admit, seconds: float
     ) -> tuple[list[Prepared], float]:
         """Return what becomes of the first inputs, and the seconds it took, without `admit`'s.
 
@@ -96,7 +96,7 @@ class Worker:
 
         try:
             wait()
-            send(self.link, (sources, recipe))
+            send(self.link, (sources, preprocessing))
             answer = receive(self.link)
             if isinstance(answer, int):
                 took = time.monotonic() - start

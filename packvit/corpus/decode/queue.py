@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from threading import Condition, Lock, Thread
 
-from packvit.corpus.decode.prepare import Prepared, Recipe
+from packvit.corpus.decode.prepare import Prepared, Preprocessing
 from packvit.corpus.decode.processes import Worker, Workers
 from packvit.corpus.inputs.find import Input
 
@@ -38,7 +38,7 @@ class Decoders:
         self.seconds = image_timeout
         self.workers = Workers()
         self.busy = 0.0  # seconds, of all workers together
-        self.feeding = 0.0  # seconds, of the device's decoder
+        self.device_seconds = 0.0  # seconds, of the device's decoder
         self.on_gpu = 0  # images that it decoded
 
     def __enter__(self) -> "Decoders":
@@ -50,7 +50,7 @@ class Decoders:
     @property
     def spent(self) -> float:
         """Seconds that decoding took: the workers' mean, or the device's if they are more."""
-        return max(self.busy / self.count, self.feeding)
+        return max(self.busy / self.count, self.device_seconds)
 
     def start(self, images: int) -> None:
         """Start the workers that so many images will need, and wait for none of them.
@@ -60,43 +60,45 @@ class Decoders:
         self.workers.start(min(self.count, images))
 
     def prepare_all(
-        self, inputs: Iterable[Input], recipe: Recipe, ahead: int
+        self, inputs: Iterable[Input], preprocessing: Preprocessing, ahead: int
     ) -> Generator[Prepared, None, None]:
         """Yield all inputs prepared, in their order; `ahead` pixels of patches may wait.
 
         Raises: DecoderError if workers cannot work; whatever `inputs` raises.
         """
-        with self.line(inputs, recipe, ahead) as line:
-            yield from line.take()
+        with self.queue(inputs, preprocessing, ahead) as queue:
+            yield from queue.take()
 
     @contextmanager
-    def line(self, inputs: Iterable[Input], recipe: Recipe, ahead: int) -> Iterator["Line"]:
-        """Have inputs prepared for whoever takes them from the line, as `prepare_all` says."""
-        line = Line(self, inputs, recipe, ahead)
+    def queue(
+        self, inputs: Iterable[Input], preprocessing: Preprocessing, ahead: int
+    ) -> Iterator["DecodeQueue"]:
+        """Have inputs prepared for whoever takes them from the queue, as `prepare_all` says."""
+        queue = DecodeQueue(self, inputs, preprocessing, ahead)
         threads = [
-            Thread(target=line.work, name=f"packvit-decode-{number}", daemon=True)
+            Thread(target=queue.work, name=f"packvit-decode-{number}", daemon=True)
             for number in range(self.count)
         ]
         try:
             for thread in threads:
                 thread.start()
-            yield line
+            yield queue
         finally:
-            if not line.all_taken:
-                line.stop()
+            if not queue.all_taken:
+                queue.stop()
                 self.workers.stop_busy()
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
 
-    def prepare(self, source: Input, recipe: Recipe) -> Prepared:
+    def prepare(self, source: Input, preprocessing: Preprocessing) -> Prepared:
         """Prepare one input, whatever else is prepared meanwhile.
 
         Raises: DecoderError if no worker can work.
         """
         worker = self.workers.borrow()
         try:
-            return worker.prepare([source], recipe, lambda pixels: None, self.seconds)[0][0]
+            return worker.prepare([source], preprocessing, lambda pixels: None, self.seconds)[0][0]
         except BaseException:
             worker.end()
             raise
@@ -104,7 +106,7 @@ class Decoders:
             self.workers.give_back(worker)
 
 
-class Line:
+class DecodeQueue:
     """The images between the inputs and whoever takes them, in their order.
 
     `pixels` counts those of headers while their images are decoded, `waiting` those of the patches
@@ -115,14 +117,14 @@ class Line:
     """
 
     def __init__(
-        self, decoders: Decoders, inputs: Iterable[Input], recipe: Recipe, ahead: int
+        self, decoders: Decoders, inputs: Iterable[Input], preprocessing: Preprocessing, ahead: int
     ) -> None:
         self.decoders = decoders
         self.inputs = iter(inputs)
-        self.recipe = recipe
+        self.preprocessing = preprocessing
         self.ahead = min(ahead, decoders.pixels)
         self.most = (
-            TOGETHER if recipe.decode == "gpu" else 1
+            TOGETHER if preprocessing.decode == "gpu" else 1
         )  # inputs that are begun, or taken, at once
         self.lock = Lock()
         self.room = Condition(self.lock)  # for another image to wait
@@ -158,7 +160,7 @@ class Line:
                 self.admitted.notify_all()
             yield from taken
 
-    def let_go(self, images: Sequence[Prepared]) -> None:
+    def release(self, images: Sequence[Prepared]) -> None:
         """Take note that images which were taken are decoded, if they were not before."""
         with self.lock:
             self.held -= sum(size(image) for image in images if image.jpeg)
@@ -209,10 +211,10 @@ class Line:
             admitted = pixels
 
         try:
-            return worker.prepare(sources, self.recipe, admit, self.decoders.seconds)
+            return worker.prepare(sources, self.preprocessing, admit, self.decoders.seconds)
         finally:
             if admitted:
-                self.release(admitted)
+                self.release_pixels(admitted)
 
     def begin(self) -> tuple[int, list[Input]] | None:
         """Return the next inputs and the first one's number once there is room, None at the end."""
@@ -272,7 +274,7 @@ class Line:
         """The pixels of the budget that are in memory."""
         return self.pixels + self.waiting + self.held
 
-    def release(self, pixels: int) -> None:
+    def release_pixels(self, pixels: int) -> None:
         """Take note that so many pixels are decoded, or never will be."""
         with self.lock:
             self.decoding -= 1

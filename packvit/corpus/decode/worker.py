@@ -73,7 +73,7 @@ def main() -> None:
     import numpy as np
     from PIL import AvifImagePlugin
 
-    from packvit.corpus.decode.prepare import Recipe, prepare
+    from packvit.corpus.decode.prepare import Preprocessing, prepare
     from packvit.corpus.folder.rows import Row
 
     # Slow: by now this process cannot be orphaned.
@@ -85,7 +85,7 @@ def main() -> None:
     link = socket.socket(fileno=int(sys.argv[1]))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of bad images
 
-    def serve(sources: Sequence[Input], recipe: Recipe) -> None:
+    def serve(sources: Sequence[Input], preprocessing: Preprocessing) -> None:
         results: list[tuple[Row, tuple[int, ...] | None, JpegPlan | None]] = []
         contents: list[np.ndarray] = []
         admitted, end = False, time.monotonic() + MOST_SECONDS
@@ -100,7 +100,7 @@ def main() -> None:
 
         for source in sources:
             try:
-                prepared = prepare(source, recipe, admit)
+                prepared = prepare(source, preprocessing, admit)
             except Left:
                 break
             except (EOFError, ConnectionError):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import (
     CERTIFICATE,
     COMMITS,
@@ -72,11 +72,11 @@ class Check:
 def check_folder(folder: Path) -> Check:
     """Read all of a feature folder, and return what it holds and all that is wrong with it.
 
-    Raises: WrongUse if it is no feature folder; OSError if a file can't be read.
+    Raises: UsageError if it is no feature folder; OSError if a file can't be read.
     """
     if not folder.is_dir() or not (is_ours(folder) or (folder / COMMITS).is_file()):
         holds = f"it holds neither a {MANIFEST} of packvit's nor a {COMMITS}"
-        raise WrongUse(
+        raise UsageError(
             f"{folder} is no feature folder: {holds if folder.exists() else 'it is not there'}. "
             "Name the folder that was given to embed as --out."
         )

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import IDS, POOLED, sync_names, temporary_name, writing
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.resume import find_damage
@@ -30,7 +30,7 @@ Exports = dict[str, dict[str, Any]]  # bytes and sha256 by the file's name, as i
 def check_format(name: str) -> None:
     """Refuse what is no format."""
     if name not in FORMATS:
-        raise WrongUse(f'format is "{name}". Choose one of: {", ".join(FORMATS)}.')
+        raise UsageError(f'format is "{name}". Choose one of: {", ".join(FORMATS)}.')
 
 
 def export(

@@ -25,7 +25,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.parts import encode_parquet
 
 MANIFEST, COMMITS, LOCK = "manifest.json", "commits.jsonl", ".lock"
@@ -220,7 +220,7 @@ def claim(folder: Path) -> Iterator[None]:
     The system lets go of the lock however the process ends. The file stays: were it removed, one
     job could hold the old one while another holds the new.
 
-    Raises: WrongUse if another job holds it; WriteError if it cannot be made.
+    Raises: UsageError if another job holds it; WriteError if it cannot be made.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def claim(folder: Path) -> Iterator[None]:
         except WriteError as error:
             if not isinstance(error.__cause__, BlockingIOError):
                 raise
-            raise WrongUse(
+            raise UsageError(
                 f"Another job is writing to {folder}. Wait for it, or choose another folder."
             ) from error
         yield

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import (
     CERTIFICATE,
     COMMITS,
@@ -41,7 +41,7 @@ BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256", "expor
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Resumed:
     """What a folder holds of the job: its manifest, the parts to keep by number, what to tell."""
 
     manifest: dict[str, Any]
@@ -49,13 +49,13 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Found:
+def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Resumed:
     """Return what `folder`, which this process has claimed, holds of the job of `manifest`.
 
     What a killed job left half written is removed, and the log holds the lines of the kept parts
     alone. `overwrite` removes all that packvit wrote.
 
-    Raises: WrongUse if the folder holds another job, with the differences, or anything else;
+    Raises: UsageError if the folder holds another job, with the differences, or anything else;
     WriteError.
     """
     check_usable(folder, overwrite=overwrite)
@@ -66,11 +66,11 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Fo
     wanted: dict[str, Any] = json.loads(json.dumps(manifest))  # with lists for tuples, as if read
     recorded = read_manifest(folder)
     if recorded is None:
-        return Found(wanted, {})
+        return Resumed(wanted, {})
     differences = compare(recorded, wanted)
     if differences:
         lines = "\n".join(f"  {difference}" for difference in differences)
-        raise WrongUse(
+        raise UsageError(
             f"{folder} holds the features of another job. What differs, its -> yours:\n{lines}\n"
             "Ask for the same to go on with it, start over with overwrite, or choose another "
             "folder."
@@ -81,7 +81,7 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Fo
     if not whole:  # it describes this job, but something beside it is damaged
         made = {name: recorded.get(name) for name in ("certificate_sha256", "exports")}
         recorded = {**wanted, **made}
-    return Found(recorded, kept, tuple(notes))
+    return Resumed(recorded, kept, tuple(notes))
 
 
 def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
@@ -215,29 +215,29 @@ def remove_left_over(folder: Path) -> None:
 def check_usable(folder: Path, *, overwrite: bool = False) -> None:
     """Refuse a folder that holds anything but a job's features or nothing.
 
-    Raises: WrongUse saying what it holds.
+    Raises: UsageError saying what it holds.
     """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise WrongUse(f"{folder} is not a folder. Choose another one for the features.")
+        raise UsageError(f"{folder} is not a folder. Choose another one for the features.")
     with writing(folder):
         held = sorted(set(os.listdir(folder)) - {LOCK, *left_over(folder)})
         foreign = sorted(set(held) - set(own_files(folder)))
     if not held:
         return
     if not is_ours(folder):
-        raise WrongUse(
+        raise UsageError(
             f"{folder} is not empty: it holds {held[0]} and {len(held) - 1} other files, and no "
             f"{MANIFEST} of packvit's. Choose a new or an empty folder."
         )
     if overwrite and foreign:
-        raise WrongUse(
+        raise UsageError(
             f"{folder} is not started over: it holds {foreign[0]} and {len(foreign) - 1} other "
             "files that packvit did not write. Move them away, or choose another folder."
         )
     if not overwrite and read_manifest(folder) is None:
-        raise WrongUse(
+        raise UsageError(
             f"{folder / MANIFEST} is damaged, so this job cannot be compared with the one that the "
             "folder holds. Put back a copy of it, start over with overwrite, or choose another "
             "folder."

@@ -7,7 +7,7 @@ turn; so protocols are allowed by name, each link of a chain.
 import os
 import re
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 
 ALLOWED = ("http", "https", "s3", "gs", "az", "hf", "file", "zip")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://", re.ASCII)
@@ -56,11 +56,11 @@ def protocols(url: str) -> list[str]:
 def check_protocols(url: str) -> None:
     """Refuse a URL that reaches for anything but what photographs are read from.
 
-    Raises: WrongUse naming the protocol.
+    Raises: UsageError naming the protocol.
     """
     for protocol in protocols(url):
         if protocol not in ALLOWED:
-            raise WrongUse(
+            raise UsageError(
                 f"{spell(url)} is not read: {protocol}:// is none of the protocols that are, which "
                 f"are {', '.join(ALLOWED)}. For a file or folder of that name put ./ before it."
             )
@@ -119,11 +119,11 @@ def bare(path: str) -> str:
 def check_local(out: str | os.PathLike[str], *, name: str = "out") -> None:
     """Refuse an output that is spelled as a URL: it would be made as a local folder of that name.
 
-    Raises: WrongUse.
+    Raises: UsageError.
     """
     path = os.fspath(out)
     if is_url(path) or SCHEME_LIKE.match(path):
-        raise WrongUse(
+        raise UsageError(
             f"{name} is {spell(path)}, but results are written to local folders alone. Name a "
             "local path; for one that really is spelled so put ./ before it."
         )

@@ -8,22 +8,22 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.inputs.addresses import spell
 from packvit.corpus.inputs.sources import Cell, open_source, unreadable
-from packvit.corpus.inputs.tars import Found, find_length
+from packvit.corpus.inputs.tars import ArchiveEntry, find_length
 from packvit.images.decode import ImageError
 
 MOST_ROWS = 1000  # of a table, by its bytes: rows that are all alike take next to nothing
 
 
-def list_parquet(path: str, column: str) -> Iterator[Found | None]:
+def list_parquet(path: str, column: str) -> Iterator[ArchiveEntry | None]:
     """Yield the rows of a Parquet file: their path, if there is one, their number, their place.
 
     The number is written with zeros before it, so that its bytes are in the order of the rows. A
     row without a path yields None as well: then paths can't name the rows.
 
-    Raises: WrongUse if no such column holds bytes; ImageError truncated if it is damaged, or what
+    Raises: UsageError if no such column holds bytes; ImageError truncated if it is damaged, or what
     opening it raises.
     """
     import pyarrow as pa
@@ -38,9 +38,9 @@ def list_parquet(path: str, column: str) -> Iterator[Found | None]:
             if kind is not None and pa.types.is_struct(kind):
                 fields = {field.name: field.type for field in kind}
             if not is_bytes(fields.get("bytes", kind)):
-                raise WrongUse(
+                raise UsageError(
                     f'{spell(path)} has no column "{column}" that holds the bytes of images, alone '
-                    f"or beside their path. It has: {describe(schema)}. Name one with "
+                    f"or beside their path. It has: {describe_columns(schema)}. Name one with "
                     "--image-column; for a list of paths, give the file with --list."
                 )
             place = f"{column}.bytes" if fields else column
@@ -92,6 +92,6 @@ def is_bytes(kind: Any) -> bool:
     return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def describe(schema: Any) -> str:
+def describe_columns(schema: Any) -> str:
     """Return the columns of a table as a message names them."""
     return ", ".join(f"{field.name} ({field.type})" for field in schema)

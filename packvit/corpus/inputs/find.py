@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.inputs import patterns as globs
 from packvit.corpus.inputs.addresses import (
     bare,
@@ -63,7 +63,7 @@ def list_inputs(
     paths, of one file each; `column` holds them in a table, and `image_column` the bytes of images.
     `known` is the digest of a job's inputs that goes on: what has gone since then is a row of it.
 
-    Raises: WrongUse if there are no inputs, of which none of all that was named being there is a
+    Raises: UsageError if there are no inputs, of which none of all that was named being there is a
     case, if a pattern matches nothing, if two inputs have the same name, or if a server breaks off
     its listing; WriteError if there is no room to sort them.
     """
@@ -79,7 +79,7 @@ def list_inputs(
         if not len(listing):
             if finder.empty:
                 raise no_photographs(finder.empty)
-            raise WrongUse(
+            raise UsageError(
                 "No photographs were found in "
                 f"{', '.join(map(spell, [*paths, *lists])) or 'nothing'}; {listing.ignored} other "
                 "files were passed over. Photographs in a folder end in "
@@ -126,7 +126,7 @@ class Finder:
                 if error.code != "missing":
                     raise no_answer(typed, error) from error
             if len(self.listing) == before and len(self.empty) == empty:
-                raise WrongUse(
+                raise UsageError(
                     f"Nothing matches {shown(typed)}. ** stands for any number of folders, * "
                     "and ? stay within one; quote a pattern, so that the shell leaves it alone."
                 )
@@ -161,7 +161,7 @@ class Finder:
         else:
             self.silent.append((typed, error))
 
-    def find_mistake(self) -> WrongUse | None:
+    def find_mistake(self) -> UsageError | None:
         """Return the answer to paths of which none leads anywhere: they were mistyped.
 
         One that leads nowhere beside others that do may have vanished just now, and is a row.
@@ -272,7 +272,7 @@ class Finder:
         """
         name = os.fsencode(bare(os.fsdecode(path)))
         if COMPRESSED.search(name):
-            raise WrongUse(
+            raise UsageError(
                 f"{shown(path)} is compressed, so that its members cannot be read where they "
                 "lie. Unpack it to a .tar, which takes no more room: photographs do not shrink."
             )
@@ -335,7 +335,7 @@ class Finder:
         """Add a path of a list; one that may not be reached is a row, which says so when read."""
         try:
             self.add_file(path)
-        except WrongUse:
+        except UsageError:
             self.listing.add(spell_bytes(path), path, None)
 
 
@@ -344,35 +344,35 @@ def shown(path: bytes) -> str:
     return readable(spell_bytes(path))
 
 
-def not_there(paths: list[bytes]) -> WrongUse:
+def not_there(paths: list[bytes]) -> UsageError:
     """Return the answer to paths that lead nowhere."""
     named = ", ".join(f'"{shown(path)}"' for path in paths[:3])
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return WrongUse(
+    return UsageError(
         f"{named}{more} {'is' if len(paths) == 1 else 'are'} not there. Check the spelling; "
         "nothing was written."
     )
 
 
-def no_photographs(empty: list[tuple[bytes, int]]) -> WrongUse:
+def no_photographs(empty: list[tuple[bytes, int]]) -> UsageError:
     """Return the answer to archives that hold no photographs, and nothing beside them does."""
     named = ", ".join(shown(path) for path, _ in empty[:3])
     more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-    return WrongUse(
+    return UsageError(
         f"{named}{more} {'holds' if len(empty) == 1 else 'hold'} no photographs, but "
         f"{sum(others for _, others in empty)} other files. Photographs in an archive end in "
         f"{b' '.join(SUFFIXES).decode()}."
     )
 
 
-def no_answer(path: bytes, error: ImageError) -> WrongUse:
+def no_answer(path: bytes, error: ImageError) -> UsageError:
     """Return the answer to a URL of which nobody says what it names; `error` has the causes."""
     cause: BaseException = error
     while cause.__cause__ and find_status(cause) is None:
         cause = cause.__cause__
     status = find_status(cause)
     what = type(cause).__name__ + (f" {status}" if status else "")
-    return WrongUse(
+    return UsageError(
         f'"{shown(path)}" cannot be read ({what}). Check the address, '
         "the credentials that its server asks for, and whether the server answers; nothing was "
         "written."

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs.addresses import spell_bytes
 from packvit.corpus.inputs.sources import Cell, Input, Member
 
@@ -111,7 +111,7 @@ class Listing:
     def sort(self) -> None:
         """Put all inputs in their order.
 
-        Raises: WrongUse, naming one, if two inputs would be rows of the same id.
+        Raises: UsageError, naming one, if two inputs would be rows of the same id.
         """
         self.rows.executescript("""  -- which commits first
             -- URLs that differ in their credentials alone are told apart by their order: #2, #3 ...
@@ -128,7 +128,7 @@ class Listing:
         """)
         repeated = "SELECT id FROM inputs GROUP BY id HAVING count(*) > 1 ORDER BY id LIMIT 1"
         for (name,) in self.rows.execute(repeated):
-            raise WrongUse(
+            raise UsageError(
                 f'Two inputs are called "{name}". Name each path once, and no file that lies in a '
                 "folder you name too; an archive may hold a name once."
             )

@@ -2,7 +2,7 @@
 
 import re
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 
 MAGIC = re.compile(rb"[*?]|\[[^\]]+\]")
 MAGIC_URL = re.compile(rb"\*|\[[^\]]+\]")  # a question mark begins a URL's query
@@ -38,7 +38,7 @@ def compile_pattern(pattern: bytes) -> re.Pattern[bytes]:
         return re.compile(b"".join(words), re.DOTALL)
     except re.error as error:
         shown = pattern.decode("utf-8", "backslashreplace")
-        raise WrongUse(f"{shown} is no pattern: a range in [...] runs backwards.") from error
+        raise UsageError(f"{shown} is no pattern: a range in [...] runs backwards.") from error
 
 
 def translate(part: bytes) -> bytes:

@@ -14,7 +14,7 @@ from io import BytesIO
 from threading import Lock
 from typing import Any, Literal
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.inputs.addresses import ALLOWED, check_protocols, is_url, protocols, spell
 from packvit.images.decode import MAX_BYTES, ImageError, find_file, read_file
 
@@ -70,7 +70,7 @@ def read(source: Input) -> bytes:
     if is_url(source.path):
         try:
             data = read_url(source.path, member)
-        except WrongUse as error:
+        except UsageError as error:
             note = f"its protocol is none of {', '.join(ALLOWED)}"
             raise ImageError("unreadable", "read", note) from error
         except ImportError as error:  # in a list it is said before the job begins
@@ -88,7 +88,7 @@ def read(source: Input) -> bytes:
 def find_url(url: str) -> tuple[Any, str]:
     """Return the fsspec file system that a URL names, and its path there.
 
-    Raises: WrongUse for a protocol that is not read; ImportError with what to install for it.
+    Raises: UsageError for a protocol that is not read; ImportError with what to install for it.
     """
     check_protocols(url)
     from fsspec.core import url_to_fs
@@ -241,7 +241,7 @@ def unreadable() -> Iterator[None]:
     """
     try:
         yield
-    except (ImageError, WrongUse, ImportError):
+    except (ImageError, UsageError, ImportError):
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError("missing" if is_gone(error) else "unreadable", "read") from error

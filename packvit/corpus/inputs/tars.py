@@ -17,7 +17,7 @@ from packvit.images.decode import ImageError
 KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.[^/]*", re.DOTALL)
 BLOCK = 512  # of a tar
 MOST_HEADER = 8 << 20  # bytes of a long name or of pax records, which are read whole
-MOST_ZEROS = 64 << 20  # bytes between joined archives: tar pads to 10 KiB, some tools to 1 MiB
+MOST_ZEROS = 64 << 20  # bytes between joined archives: tar pads to 10 KiB, some context to 1 MiB
 MOST_BYTES = 2**62  # of an archive whose length nobody tells
 
 # Headers whose data say more of the member behind them; tarfile reads such data whole.
@@ -30,7 +30,7 @@ EXTENDED = (
 )
 
 # An archive's photograph: its key or short name, its whole name, where it lies, or why nowhere.
-Found = tuple[bytes, bytes, Member | Cell | None, str | None]
+ArchiveEntry = tuple[bytes, bytes, Member | Cell | None, str | None]
 
 
 class Header(tarfile.TarInfo):
@@ -48,7 +48,7 @@ class Header(tarfile.TarInfo):
         return header
 
 
-def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
+def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[ArchiveEntry | None]:
     """Yield the photographs of a tar, and None for every other file in it.
 
     Folders and links that are called like photographs, and files stored with holes, are errors.
@@ -77,7 +77,7 @@ def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
 
 def list_archive(
     file: Any, start: int, length: int, suffixes: frozenset[bytes]
-) -> Generator[Found | None, None, int | None]:
+) -> Generator[ArchiveEntry | None, None, int | None]:
     """Yield what `list_tar` does, of the archive at `start`; return where another begins, or None.
 
     Raises: ImageError truncated; tarfile's errors.
@@ -92,7 +92,7 @@ def list_archive(
         if member.size < 0 or tar.offset <= before:  # a pax record may have set another size
             raise ImageError("truncated", "list")
         before = tar.offset
-        yield from describe(member, length, suffixes)
+        yield from describe_member(member, length, suffixes)
         if before > length + BLOCK:  # which a seek may refuse
             raise ImageError("truncated", "list")
     # tarfile takes a header that it can't read for the end.
@@ -102,7 +102,9 @@ def list_archive(
     return find_next(file, tar.offset + BLOCK)
 
 
-def describe(member: Any, length: int, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
+def describe_member(
+    member: Any, length: int, suffixes: frozenset[bytes]
+) -> Iterator[ArchiveEntry | None]:
     """Yield what a member is, unless it is a folder."""
     name = member.name.encode("utf-8", "surrogateescape")
     if os.path.splitext(name)[1].lower() not in suffixes:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from packvit import hub
-from packvit.bench import DTYPES, SEED, WORKLOADS, BenchError, Plan, models
+from packvit.bench import DTYPES, SEED, WORKLOADS, BenchError, BenchOptions, models
 from packvit.bench.accuracy import fp8_accuracy
 from packvit.bench.contenders import (
     Contender,
@@ -63,20 +63,20 @@ class Entrant(NamedTuple):
     first: float  # seconds of a call, once it has run
 
 
-def measure(plan: Plan, say: Say) -> dict[str, Any]:
+def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
     """Return the report of all workloads; `say` is told what is going on.
 
     Raises: BenchError, CheckpointError, ImportError for what cannot be measured at all.
     """
-    device, dtype = choose(plan)
+    device, dtype = choose(options)
     on_gpu = device.type == "cuda"
     if device.index is not None and on_gpu:
         torch.cuda.set_device(device)  # the one that clocks and peaks are asked of
-    layers = plan.layers
-    if not on_gpu and layers is None and plan.model in models.SIZES:
+    layers = options.layers
+    if not on_gpu and layers is None and options.model in models.SIZES:
         layers = 2
-    compiled = on_gpu if plan.compiled is None else plan.compiled
-    model = models.build(plan.model, layers, device, dtype)
+    compiled = on_gpu if options.compiled is None else options.compiled
+    model = models.build(options.model, layers, device, dtype)
     report = where() | {
         "timm": version_of("timm"),
         "gpu_state_before": gpu_state(),
@@ -84,17 +84,17 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
         "weights": model.weights,
         "layers": model.config.layers,
         "width": model.config.width,
-        "pass": "forward and backward" if plan.train else "forward",
+        "pass": "forward and backward" if options.train else "forward",
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
         "threads": torch.get_num_threads(),
         "seed": SEED,
-        "clock": plan.clock,
-        "rounds": plan.rounds,
+        "clock": options.clock,
+        "rounds": options.rounds,
         "baseline": BASELINE,
         "workloads": [],
     }
-    for name in plan.workloads:
+    for name in options.workloads:
         torch.compiler.reset()  # shapes of one workload must not make another's code general
         work = workload(name, small=not on_gpu)
         draw = torch.Generator().manual_seed(SEED)
@@ -105,42 +105,42 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
             dtype=torch.float32,
             device="cpu",
         )
-        subject = Subject(model, work, patches.to(device, dtype), compiled, plan.train)
+        subject = Subject(model, work, patches.to(device, dtype), compiled, options.train)
         say(f"{work.title}: {len(work.grid)} images, {len(patches):,} patches")
-        with torch.set_grad_enabled(plan.train), torch.inference_mode(not plan.train):
-            report["workloads"].append(measure_workload(subject, plan, say))
+        with torch.set_grad_enabled(options.train), torch.inference_mode(not options.train):
+            report["workloads"].append(measure_workload(subject, options, say))
     report["gpu_state_after"] = gpu_state()
     report["fp8_accuracy"] = []
-    if on_gpu and dtype == torch.bfloat16 and not plan.train:
+    if on_gpu and dtype == torch.bfloat16 and not options.train:
         say("accuracy of fp8")
         with suppress(ValueError):  # why it cannot run stands beside its contenders
             report["fp8_accuracy"] = fp8_accuracy(model, device)
     return report
 
 
-def choose(plan: Plan) -> tuple[torch.device, torch.dtype]:
+def choose(options: BenchOptions) -> tuple[torch.device, torch.dtype]:
     """Return where and in what to measure.
 
     Raises: BenchError for a device, dtype, workload or number of rounds that cannot be.
     """
     try:
-        hub.check_device(plan.device)
+        hub.check_device(options.device)
     except ValueError as error:
         raise BenchError(str(error)) from error
-    device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if unknown := [name for name in plan.workloads if name not in WORKLOADS]:
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if unknown := [name for name in options.workloads if name not in WORKLOADS]:
         raise BenchError(f"No workload is called {unknown[0]}. Choose of: {', '.join(WORKLOADS)}.")
-    if plan.clock not in CLOCKS or (plan.clock == "cpu" and device.type != "cpu"):
-        raise BenchError(f'clock is "{plan.clock}", but must be "wall", or on a CPU "cpu".')
-    if plan.rounds < 2:
-        raise BenchError(f"rounds is {plan.rounds}, but quartiles want at least 2.")
-    chosen = plan.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if options.clock not in CLOCKS or (options.clock == "cpu" and device.type != "cpu"):
+        raise BenchError(f'clock is "{options.clock}", but must be "wall", or on a CPU "cpu".')
+    if options.rounds < 2:
+        raise BenchError(f"rounds is {options.rounds}, but quartiles want at least 2.")
+    chosen = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if chosen not in DTYPES:
         raise BenchError(f'dtype is "{chosen}". Choose one of: {", ".join(DTYPES)}.')
     return device, getattr(torch, chosen)
 
 
-def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
+def measure_workload(subject: Subject, options: BenchOptions, say: Say) -> dict[str, Any]:
     """Check every contender's tokens, then time those that are right, turn by turn."""
     draw = torch.Generator().manual_seed(0)
     shape = (len(subject.patches), subject.model.config.width)
@@ -171,7 +171,7 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
                 exact=getattr(candidate, "limit", None) is None,
                 weights=weight_bytes(contender.module),
                 off=off,
-                first=seconds(run, plan.clock),
+                first=seconds(run, options.clock),
             )
             say(f"  {candidate.title}: {entrants[candidate.title].first * 1e3:.1f} ms")
     if BASELINE not in entrants:
@@ -179,9 +179,9 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
     top, top_flops = ceiling(subject.patches.device, subject.patches.dtype)
     taken = interleave(
         {CEILING: top, **{title: entrant.run for title, entrant in entrants.items()}},
-        rounds=plan.rounds,
+        rounds=options.rounds,
         warmup=WARMUP,
-        clock=plan.clock,
+        clock=options.clock,
         fewer={title: SLOW_ROUNDS for title, entrant in entrants.items() if entrant.first > SLOW},
     )
     flops = encoder_flops(subject.model.config, subject.workload.grid)

@@ -16,7 +16,14 @@ from packvit.checkpoints.layouts import Variant
 from packvit.config import Table
 from packvit.encoder import Encoder, Options
 from packvit.families import FAMILIES
-from packvit.verification import LIMIT, Findings, Plan, Row, VerificationError, certificate
+from packvit.verification import (
+    LIMIT,
+    Comparison,
+    Findings,
+    VerificationError,
+    VerifyOptions,
+    certificate,
+)
 from packvit.verification.comparison import compare_outputs
 from packvit.verification.files import (
     compare_photographs,
@@ -25,7 +32,7 @@ from packvit.verification.files import (
     obstacle_to_photographs,
 )
 from packvit.verification.references import (
-    Reference,
+    ReferenceModel,
     import_transformers,
     interpolation_error,
     write_random,
@@ -40,7 +47,7 @@ CONVERTED = (
 
 def verify_checkpoint(
     name_or_folder: str | Path,
-    plan: Plan,
+    options: VerifyOptions,
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
@@ -51,28 +58,31 @@ def verify_checkpoint(
     """
     import_transformers()
     encoder = hub.load(name_or_folder, revision=revision, device=device, dtype=torch.float32)
-    return verify(encoder, plan)
+    return verify(encoder, options)
 
 
 def verify_family(
-    encoder: type[Encoder], plan: Plan, *, device: str | torch.device | None = None
+    encoder: type[Encoder], options: VerifyOptions, *, device: str | torch.device | None = None
 ) -> Iterator[Findings]:
     """Yield what became of each variant of a family, on small random weights drawn from a seed.
 
     Raises: ImportError without transformers.
     """
     for variant in encoder.family.reference.variants:
-        yield verify_variant(encoder, variant, plan, device)
+        yield verify_variant(encoder, variant, options, device)
 
 
 def verify_variant(
-    encoder: type[Encoder], variant: Variant, plan: Plan, device: str | torch.device | None
+    encoder: type[Encoder],
+    variant: Variant,
+    options: VerifyOptions,
+    device: str | torch.device | None,
 ) -> Findings:
     """Compare one small random model."""
     with TemporaryDirectory() as folder:
-        model = write_random(variant, encoder.family, Path(folder), plan.seed)
+        model = write_random(variant, encoder.family, Path(folder), options.seed)
         loaded = encoder.from_pretrained(Path(folder), device=device, dtype=torch.float32)
-        return verify(loaded, plan, variant.name, model)
+        return verify(loaded, options, variant.name, model)
 
 
 def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
@@ -100,7 +110,7 @@ def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
         checkpoint, Options(encoder.device, torch.float32, "auto", "hwc", "checkpoint")
     )
     lower = tuple({"bfloat16", dtype} - {"float32"})
-    findings = verify(exact, Plan(quick=True, lower=lower))
+    findings = verify(exact, VerifyOptions(quick=True, lower=lower))
     if findings.missed:
         raise VerificationError(
             f"{checkpoint.name} is not verified: {len(findings.missed)} of {len(findings.rows)} "
@@ -111,7 +121,10 @@ def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
 
 
 def verify(
-    encoder: Encoder, plan: Plan, variant: str | None = None, memory: nn.Module | None = None
+    encoder: Encoder,
+    options: VerifyOptions,
+    variant: str | None = None,
+    memory: nn.Module | None = None,
 ) -> Findings:
     """Compare an encoder in float32 with the model that transformers makes of its checkpoint.
 
@@ -131,15 +144,15 @@ def verify(
                 remarks.append(f"not compared: the projection to {encoder.config.projection}")
                 encoder = without_projection(encoder)
             encoder.save_pretrained(converted)
-            reference = Reference(encoder.family, converted)
+            reference = ReferenceModel(encoder.family, converted)
         else:
-            reference = Reference(encoder.family, folder)
+            reference = ReferenceModel(encoder.family, folder)
         if antialiases(encoder) and (error := interpolation_error(encoder.device)) > 1e-3:
             remarks.append(
                 "torch antialiases wrongly here when it interpolates an image to one column (by "
                 f"{error:.1f}); the reference was kept from it"
             )
-        rows: list[Row] = list(compare_outputs(encoder, reference, plan))
+        rows: list[Comparison] = list(compare_outputs(encoder, reference, options))
         if widened := [row for row in rows if row.widened]:
             remarks.append(describe_widened(widened))
         if memory is not None:
@@ -147,10 +160,10 @@ def verify(
         rows += compare_saved(encoder, reference)
         obstacle = obstacle_to_photographs(reference, checkpoint)
         if obstacle is None:
-            rows += compare_photographs(encoder, folder, plan)
+            rows += compare_photographs(encoder, folder, options)
         return Findings(
             family=encoder.family.name,
-            model=f"random weights, seed {plan.seed}" if variant else checkpoint.name,
+            model=f"random weights, seed {options.seed}" if variant else checkpoint.name,
             variant=variant or "published",
             revision=checkpoint.revision,
             weights=checkpoint.sha256(),
@@ -163,7 +176,7 @@ def verify(
         )
 
 
-def describe_widened(rows: list[Row]) -> str:
+def describe_widened(rows: list[Comparison]) -> str:
     """Say how many comparisons passed by the reference's own error, and the worst of them."""
     row = max(rows, key=lambda row: row.worst)
     return (
