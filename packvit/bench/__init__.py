@@ -1,7 +1,7 @@
-"""Our figures beside our peers' and the machine's own limits, in one run. No torch here.
+"""Benchmark our encoders against their peers and the machine's limits. No torch here.
 
 `models.py` has the weights, `workloads.py` the packs, `ours.py` and `peers.py` the contenders,
-`measuring.py` the clock, `job.py` runs them all, and `table.py` prints what came of it.
+`measuring.py` the clock, `run.py` runs them all, and `table.py` prints the report.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ WORKLOADS = {
     "small": "a small pack (latency)",
 }
 DTYPES = ("bfloat16", "float16", "float32")
-SEED = 455  # what the fixed mix has been drawn from in all records
+SEED = 455  # of the fixed workloads in all records
 
 
 class BenchError(Exception):
-    """What was asked for cannot be measured."""
+    """The benchmark cannot run as asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """What is measured, and how; None is chosen by the machine."""
+    """What to measure, and how; None is chosen for the machine."""
 
     model: str = "aimv2-large"
     workloads: tuple[str, ...] = ("mixed",)
@@ -32,6 +32,6 @@ class BenchOptions:
     rounds: int = 11
     device: str | None = None
     dtype: str | None = None
-    layers: int | None = None  # cut a random model to so many
-    clock: str = "wall"  # or "cpu": the time that all threads were at work, on a CPU
-    compiled: bool | None = None  # whether to wait for torch.compile; on a GPU, unless told
+    layers: int | None = None  # of a random model, instead of all
+    clock: str = "wall"  # or "cpu": CPU time of all threads
+    compiled: bool | None = None  # include torch.compile; by default on a GPU

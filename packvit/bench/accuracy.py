@@ -59,21 +59,21 @@ def said(cosines: Tensor) -> dict[str, float]:
 
 
 def kinds(model: Model, device: torch.device) -> Iterator[tuple[str, Encoder]]:
-    """Yield encoders in bf16, of random weights with and without outliers, and the embedded one."""
+    """Yield encoders in bf16: random weights with and without outliers, and the tiny model."""
     random = model.encoder.from_transformers(model.reference)
     yield f"{model.name}, {model.weights}", random
     title = f"the same, {OUTLIERS} channels of every norm x {FACTOR}"
     yield title, plant(copy.deepcopy(random), undo=False)
     yield f"{title}, undone by the matrices that read them", plant(random, undo=True)
-    yield "tiny, which packvit brings", hub.load("tiny", device=device, dtype=torch.bfloat16)
+    yield "tiny, which comes with packvit", hub.load("tiny", device=device, dtype=torch.bfloat16)
 
 
 @torch.no_grad()
 def plant(encoder: Encoder, *, undo: bool) -> Encoder:
-    """Make a few channels of all that is read by a block's matrices FACTOR times as large.
+    """Scale a few input channels of every block's matrices by FACTOR, to make outliers.
 
-    `undo` divides the columns that read them, as in trained models, whose outputs outliers do not
-    drown: then it is the same function.
+    `undo` divides the matrices' columns by FACTOR, so that the function stays the same, as in
+    trained models with outliers.
     """
     draw = torch.Generator().manual_seed(SEED)
     for block in encoder.encoder.layers:
@@ -94,7 +94,7 @@ def plant(encoder: Encoder, *, undo: bool) -> Encoder:
 
 
 def pictures(grid: Grid, patch: int) -> np.ndarray:
-    """Return patches of noise whose amplitudes fall as those of photographs do: as 1 / frequency.
+    """Return patches of 1/f noise, the spectrum of photographs.
 
     Shapes: -> uint8 [T, P].
     """

@@ -1,4 +1,4 @@
-"""Run every contender that can, on every workload asked for, and write down what came of it."""
+"""Run all available contenders on all chosen workloads, and return the report."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,37 +41,37 @@ from packvit.version import version_of
 
 Say = Callable[[str], object]
 
-# The most that ‖tokens - the baseline's‖ / ‖the baseline's‖ may be. Through the 24 layers of
-# AIMv2-large in bf16 two right answers are 0.012 apart (on a CPU); swapped axes, or channels, move
+# The most that ‖tokens - the baseline's‖ / ‖the baseline's‖ may be. After the 24 layers of
+# AIMv2-large in bf16 two correct results differ by 0.012 (on a CPU); swapped axes or channels change
 # tokens by tenths.
 LIMITS = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.04}
-SLOW = 2.0  # seconds: what takes longer takes part in three rounds alone
+SLOW = 2.0  # seconds: slower contenders run in three rounds only
 SLOW_ROUNDS = 3
 WARMUP = 2
 OBSTACLES = (Unavailable, ImportError, ValueError, RuntimeError)  # torch's own are RuntimeErrors
 
 
 class Entrant(NamedTuple):
-    """A contender whose tokens are right, ready to be timed."""
+    """A contender whose tokens are correct, ready to be timed."""
 
     run: Run
-    plain: Run  # the same without CUDA graphs, whose memory cannot be told from the encoder's
+    plain: Run  # the same without CUDA graphs, to measure memory: graphs hide the encoder's
     ours: bool
-    exact: bool  # in the dtype that was asked for throughout, which fp8 is not
+    exact: bool  # computes in the chosen dtype throughout, unlike fp8
     weights: int  # bytes
-    off: dict[str, float]  # from the baseline's tokens
-    first: float  # seconds of a call, once it has run
+    off: dict[str, float]  # difference from the baseline's tokens
+    first: float  # seconds of a call after warm-up
 
 
 def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
-    """Return the report of all workloads; `say` is told what is going on.
+    """Return the report of all workloads; `say` is called with progress messages.
 
-    Raises: BenchError, CheckpointError, ImportError for what cannot be measured at all.
+    Raises: BenchError, CheckpointError, ImportError if nothing can be measured.
     """
     device, dtype = choose(options)
     on_gpu = device.type == "cuda"
     if device.index is not None and on_gpu:
-        torch.cuda.set_device(device)  # the one that clocks and peaks are asked of
+        torch.cuda.set_device(device)  # clocks and peak memory are read from it
     layers = options.layers
     if not on_gpu and layers is None and options.model in models.SIZES:
         layers = 2
@@ -95,7 +95,7 @@ def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
         "workloads": [],
     }
     for name in options.workloads:
-        torch.compiler.reset()  # shapes of one workload must not make another's code general
+        torch.compiler.reset()  # or shapes of one workload would make another's compiled code dynamic
         work = workload(name, small=not on_gpu)
         draw = torch.Generator().manual_seed(SEED)
         patches = torch.randn(
@@ -113,15 +113,15 @@ def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
     report["fp8_accuracy"] = []
     if on_gpu and dtype == torch.bfloat16 and not options.train:
         say("accuracy of fp8")
-        with suppress(ValueError):  # why it cannot run stands beside its contenders
+        with suppress(ValueError):  # the reason is listed with its contenders
             report["fp8_accuracy"] = fp8_accuracy(model, device)
     return report
 
 
 def choose(options: BenchOptions) -> tuple[torch.device, torch.dtype]:
-    """Return where and in what to measure.
+    """Return the device and dtype to measure on.
 
-    Raises: BenchError for a device, dtype, workload or number of rounds that cannot be.
+    Raises: BenchError for an invalid device, dtype, workload or number of rounds.
     """
     try:
         hub.check_device(options.device)
@@ -129,11 +129,13 @@ def choose(options: BenchOptions) -> tuple[torch.device, torch.dtype]:
         raise BenchError(str(error)) from error
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if unknown := [name for name in options.workloads if name not in WORKLOADS]:
-        raise BenchError(f"No workload is called {unknown[0]}. Choose of: {', '.join(WORKLOADS)}.")
+        raise BenchError(
+            f"No workload is called {unknown[0]}. Choose one of: {', '.join(WORKLOADS)}."
+        )
     if options.clock not in CLOCKS or (options.clock == "cpu" and device.type != "cpu"):
         raise BenchError(f'clock is "{options.clock}", but must be "wall", or on a CPU "cpu".')
     if options.rounds < 2:
-        raise BenchError(f"rounds is {options.rounds}, but quartiles want at least 2.")
+        raise BenchError(f"rounds is {options.rounds}, but quartiles need at least 2.")
     chosen = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if chosen not in DTYPES:
         raise BenchError(f'dtype is "{chosen}". Choose one of: {", ".join(DTYPES)}.')
@@ -141,7 +143,7 @@ def choose(options: BenchOptions) -> tuple[torch.device, torch.dtype]:
 
 
 def measure_workload(subject: Subject, options: BenchOptions, say: Say) -> dict[str, Any]:
-    """Check every contender's tokens, then time those that are right, turn by turn."""
+    """Check every contender's tokens, then time the correct ones in turns."""
     draw = torch.Generator().manual_seed(0)
     shape = (len(subject.patches), subject.model.config.width)
     cotangent = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(
@@ -157,13 +159,13 @@ def measure_workload(subject: Subject, options: BenchOptions, say: Say) -> dict[
             tokens = collect(contender, len(subject.patches)).float()
             truth = tokens if truth is None else truth
             off = difference(tokens, truth)
-            if not off["relative_difference"] <= limit(candidate, subject):  # nor is NaN
+            if not off["relative_difference"] <= limit(candidate, subject):  # also true for NaN
                 wrong[candidate.title] = off
                 say(f"  {candidate.title}: WRONG, off by {off['relative_difference']:.1e}")
                 continue
             run = runner(contender, cotangent if subject.train else None)
             if subject.train:
-                run()  # its backward has not been compiled yet
+                run()  # compiles its backward
             entrants[candidate.title] = Entrant(
                 run=run,
                 plain=without_graphs(contender.module, run),
@@ -209,7 +211,7 @@ def measure_workload(subject: Subject, options: BenchOptions, say: Say) -> dict[
 
 @contextmanager
 def reasons(title: str, missing: dict[str, str], say: Say) -> Iterator[None]:
-    """Put on record why a contender cannot take part."""
+    """Record why a contender cannot run."""
     try:
         yield
     except OBSTACLES as error:
@@ -221,14 +223,14 @@ def reasons(title: str, missing: dict[str, str], say: Say) -> Iterator[None]:
 
 
 def runner(contender: Contender, cotangent: Tensor | None) -> Run:
-    """Return what is timed."""
+    """Return the function to time."""
     if cotangent is None:
         return forward(contender)
     return forward_backward(contender, cotangent)
 
 
 def without_graphs(module: nn.Module, run: Run) -> Run:
-    """Return a run during which an encoder of ours has no CUDA graphs, and makes none."""
+    """Return `run` with the CUDA graphs of our encoder turned off."""
 
     def plain() -> None:
         if not isinstance(module, Encoder):
@@ -244,13 +246,13 @@ def without_graphs(module: nn.Module, run: Run) -> Run:
 
 
 def limit(candidate: Peer | Ours, subject: Subject) -> float:
-    """Return the most that a contender's tokens may be off."""
+    """Return the limit on a contender's relative difference."""
     own = candidate.limit if isinstance(candidate, Ours) else None
     return own or LIMITS[subject.patches.dtype]
 
 
 def difference(tokens: Tensor, truth: Tensor) -> dict[str, float]:
-    """Return how far tokens are from the baseline's: at the worst, and as a whole."""
+    """Return the largest and the relative difference from the baseline's tokens."""
     off = tokens - truth
     return {
         "largest_scaled_difference": (off.abs().max() / max(1.0, truth.abs().max() / 4)).item(),
@@ -261,7 +263,7 @@ def difference(tokens: Tensor, truth: Tensor) -> dict[str, float]:
 def result(
     title: str, entrant: Entrant, taken: list[Times], floor: float, device: torch.device
 ) -> dict[str, Any]:
-    """Return a contender's figures; `floor` is the seconds that the work takes at the ceiling."""
+    """Return a contender's figures; `floor` is the time of the work at the matmul rate."""
     median, more = median_ms(taken, title), peak_bytes(entrant.plain, device)
     return {
         "ours": entrant.ours,
@@ -275,7 +277,7 @@ def result(
 
 
 def headline(entrants: dict[str, Entrant], taken: list[Times]) -> dict[str, Any] | None:
-    """Return our fastest exact contender beside the strongest peer; None if we have none."""
+    """Compare our fastest exact contender with the fastest peer; None if we have none."""
     ours = [title for title, entrant in entrants.items() if entrant.ours and entrant.exact]
     peers = [title for title, entrant in entrants.items() if not entrant.ours]
     if not ours:

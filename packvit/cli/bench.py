@@ -1,4 +1,4 @@
-"""`packvit bench`: our figures beside our peers' and the machine's own limits."""
+"""`packvit bench`: our encoder against its peers and the machine's limits."""
 
 import json
 from pathlib import Path
@@ -35,31 +35,31 @@ WRONG = 1
     "--rounds",
     type=click.IntRange(min=2),
     default=11,
-    help="How often each contender's turn comes.",
+    help="How many times each contender runs.",
 )
 @click.option(
     "--layers",
     type=click.IntRange(min=1),
-    help="Cut a model of random weights to so many layers; on a CPU to 2, unless told.",
+    help="Number of layers of a model with random weights; on a CPU 2 by default.",
 )
 @click.option(
     "--clock",
     type=click.Choice(["wall", "cpu"]),
     default="wall",
-    help="cpu: the time that all threads were at work, for a CPU shared with other programs.",
+    help="cpu: the CPU time of all threads, for a machine shared with other programs.",
 )
 @click.option(
     "--compiled/--no-compiled",
     default=None,
-    help="Whether contenders take part that torch.compile prepares, which takes minutes; on a GPU "
-    "they do.",
+    help="Whether to include contenders that use torch.compile, which takes minutes; by default "
+    "on a GPU only.",
 )
 @click.option(
     "--json",
     "target",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    help="Write the report there too; - prints it instead of the table.",
+    help="Also write the report to this file; - prints it instead of the table.",
 )
 @click.pass_context
 def bench(
@@ -75,11 +75,11 @@ def bench(
     compiled: bool | None,
     target: Path | None,
 ) -> None:
-    """Time our encoder beside transformers and timm, and beside a large matmul.
+    """Compare the speed of our encoder with transformers, timm and a large matmul.
 
-    All run in one process on the same weights and images, in turns, in shuffled order, and only
-    if their tokens agree. What cannot run on this machine is listed with its reason. The exit code
-    is 1 if a contender of ours computes something else.
+    All run in one process on the same weights and images, in turns, in shuffled order. A contender
+    is timed only if its tokens equal the reference's. What cannot run on this machine is listed
+    with the reason. The exit code is 1 if one of our contenders computes wrong tokens.
 
     \b
     Examples:

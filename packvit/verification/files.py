@@ -1,4 +1,4 @@
-"""What goes in and out of files: weights that transformers reads back, and photographs."""
+"""Compare what is written and read: saved weights that transformers loads, and preprocessing."""
 
 import json
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
         before = reference.load(torch.float32, "cpu")
-        # A tower that we do not write is left at random, in its own size rather than the default.
+        # A tower that we do not write gets random weights, in its own size rather than the default.
         two = hasattr(before.config, "text_config")
         written = json.loads((Path(folder) / "config.json").read_bytes())
         name = written.get("architectures", [reference.architecture])[0]
@@ -54,8 +54,8 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
     }
     where = f"saved by us, loaded as {name}"
     yield Comparison("weights", where, "none", "float32", "none", float(len(wrong)), 0.0)
-    # The settings that were saved beside the weights show in what the model says. Not to the bit:
-    # kernels round by where in memory a file's weights happen to start.
+    # The outputs depend on the saved settings too. They are not equal bit for bit, since kernels
+    # round differently by the alignment of the weights in memory.
     table = encoder.config.positions
     rows, columns = getattr(table, "rows", 5), getattr(table, "columns", 7)
     patches = draw(((1, rows, columns),), encoder, seed=0)
@@ -65,7 +65,7 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
 
 
 def compare_taken_over(encoder: Encoder, model: nn.Module) -> Comparison:
-    """Compare a model's weights as we read them from its files with those taken from memory."""
+    """Compare weights loaded from files with weights taken from the model in memory."""
     ours, theirs = encoder.state_dict(), type(encoder).from_transformers(model).state_dict()
     wrong = sum(
         name not in ours or name not in theirs or not torch.equal(ours[name].cpu(), theirs[name])
@@ -77,7 +77,7 @@ def compare_taken_over(encoder: Encoder, model: nn.Module) -> Comparison:
 
 
 def obstacle_to_photographs(reference: ReferenceModel, checkpoint: Checkpoint) -> str | None:
-    """Return why preprocessing cannot be compared here, or None if it can."""
+    """Return why preprocessing cannot be compared here, or None."""
     name = processor_class(reference.family, checkpoint.preprocessor)
     if image_processor(name) is None:
         return f"pixels: {name} needs torchvision, which is not installed"
@@ -89,9 +89,9 @@ def obstacle_to_photographs(reference: ReferenceModel, checkpoint: Checkpoint) -
 def compare_photographs(
     encoder: Encoder, folder: Path, options: VerifyOptions
 ) -> Iterator[Comparison]:
-    """Send the same files through our preprocessing and the reference's, and compare pixels.
+    """Preprocess the same files with ours and the reference's code, and compare pixels.
 
-    `folder` is the checkpoint's. Processors on Pillow must agree to the last bit.
+    `folder` is the checkpoint's. Processors on Pillow must be equal bit for bit.
     """
     assert encoder.checkpoint is not None
     kind = image_processor(processor_class(encoder.family, encoder.checkpoint.preprocessor))
@@ -118,7 +118,7 @@ def compare_photographs(
 
 
 def draw_photograph(draw: np.random.Generator, height: int, width: int) -> Image.Image:
-    """Return something like a photograph: large soft shapes, and grain."""
+    """Return a synthetic photograph: large soft shapes, and grain."""
     soft = Image.fromarray(draw.integers(0, 256, (7, 9, 3), np.uint8))
     large = np.asarray(soft.resize((width, height), Image.Resampling.BICUBIC), np.int16)
     grain = draw.integers(-20, 21, (height, width, 3), np.int16)

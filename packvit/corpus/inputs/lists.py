@@ -1,4 +1,4 @@
-"""Lists of paths: the lines of a text, a column of a CSV or Parquet file. No torch."""
+"""Read lists of paths: lines of a text file, or a column of a CSV or Parquet file. No torch."""
 
 import codecs
 import csv
@@ -14,7 +14,7 @@ from packvit.images.decode import CODES, ImageError
 
 
 def read_list(path: str, column: str) -> Iterator[bytes]:
-    """Yield the paths that a list holds, in its order; its suffix says what kind it is.
+    """Yield the paths of a list, in order; its suffix says which kind of file it is.
 
     Raises: UsageError if it cannot be read, has no such column, or has a row without a path.
     """
@@ -42,11 +42,11 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
 
 
 def unmarked(path: str, file: Any) -> Iterator[bytes]:
-    """Yield the lines of a text without the mark that Windows puts before UTF-8.
+    """Yield the lines of a text without a UTF-8 byte order mark.
 
-    Raises: UsageError for UTF-16, which Windows marks too.
+    Raises: UsageError for UTF-16, recognised by its byte order mark.
     """
-    for line in file:  # some servers' files can't be read from the start again
+    for line in file:  # files of some servers cannot seek back to the start
         if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UsageError(f"The list {spell(path)} is UTF-16. Save it as UTF-8.")
         yield line.removeprefix(codecs.BOM_UTF8)
@@ -67,7 +67,7 @@ def read_csv(path: str, file: Any, column: str) -> Iterator[bytes]:
                 name = row[place] if place < len(row) else ""
                 yield name.encode("utf-8", "surrogateescape")
     except csv.Error as error:
-        raise UsageError(f"{spell(path)} is no CSV file that can be read: {error}.") from error
+        raise UsageError(f"{spell(path)} cannot be read as a CSV file: {error}.") from error
 
 
 def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
@@ -88,12 +88,12 @@ def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
                 yield os.fsencode(name or "")
     except pa.ArrowException as error:
         raise UsageError(
-            f"The list {spell(path)} cannot be read: it is no whole Parquet file."
+            f"The list {spell(path)} cannot be read: it is not a whole Parquet file."
         ) from error
 
 
 def no_column(path: str, column: str, columns: str) -> UsageError:
-    """Return the answer to a list without the column that was asked for."""
+    """Return the error for a list without the named column."""
     return UsageError(
         f'{spell(path)} has no column "{column}" of paths. It has: {columns or "none"}. Name one '
         "with --column."
