@@ -310,7 +310,7 @@ def test_images_for_which_the_reference_says_nan_are_left_out_and_named(
     rows = judged()
     assert rows
     assert all(row.passed for row in rows)
-    assert all(row.where.endswith("for which the reference says NaN: 5 x 1") for row in rows)
+    assert all(row.where.endswith("for which the reference returns NaN: 5 x 1") for row in rows)
     broken |= set(comparison.QUICK_SHAPES) | {(1, 16, 16)}
     rows = judged()
     assert not any(row.passed for row in rows)

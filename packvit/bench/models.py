@@ -75,9 +75,7 @@ def build(name: str, layers: int | None, device: torch.device, dtype: torch.dtyp
     if name in SIZES:
         return random_model(name, layers, device, dtype)
     if layers is not None:
-        raise BenchError(
-            f"--layers is only for random models ({', '.join(MODELS)}), not for checkpoints. Leave it out."
-        )
+        raise BenchError(f"--layers is for random models only: {', '.join(MODELS)}. Leave it out.")
     return checkpoint_model(name, device, dtype)
 
 

@@ -42,8 +42,8 @@ from packvit.version import version_of
 Say = Callable[[str], object]
 
 # The most that ‖tokens - the baseline's‖ / ‖the baseline's‖ may be. After the 24 layers of
-# AIMv2-large in bf16 two correct results differ by 0.012 (on a CPU); swapped axes or channels change
-# tokens by tenths.
+# AIMv2-large in bf16 two correct results differ by 0.012 (on a CPU); swapped axes or channels
+# change tokens by tenths.
 LIMITS = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.04}
 SLOW = 2.0  # seconds: slower contenders run in three rounds only
 SLOW_ROUNDS = 3
@@ -95,7 +95,7 @@ def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
         "workloads": [],
     }
     for name in options.workloads:
-        torch.compiler.reset()  # or shapes of one workload would make another's compiled code dynamic
+        torch.compiler.reset()  # one workload's shapes must not make others dynamic
         work = workload(name, small=not on_gpu)
         draw = torch.Generator().manual_seed(SEED)
         patches = torch.randn(

@@ -187,9 +187,9 @@ def embed(
     image bytes, and URLs of any of these (s3://, gs://, hf://, https://). Paths in a file are
     given with --list.
 
-    Every photograph becomes one row of Parquet files. A photograph that cannot be read becomes a row
-    with the error; the exit code is then 3. A job that was stopped for any reason resumes when the
-    same command is run again.
+    Every photograph becomes one row, in Parquet files. A photograph that cannot be read becomes a
+    row with the error; the exit code is then 3. A job that was stopped for any reason resumes when
+    the same command is run again.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`packvit verify`: compare our encoder with its reference; print a table, write a certificate."""
+"""`packvit verify`: compare our encoder with its reference, and write a certificate."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -50,10 +50,10 @@ def verify(
 ) -> None:
     """Compare an encoder with transformers' model of the same weights.
 
-    This compares tokens, prefix, the output of every layer, pooled and projected vectors, for images
-    of many shapes, alone and packed, in float32 and bfloat16, with every attention backend that runs
-    here; the pixels that both preprocess from the same files; and the weights that transformers
-    loads from a checkpoint we save. The exit code is 1 if any difference exceeds its limit.
+    This compares tokens, prefix, the output of every layer, pooled and projected vectors, for
+    images of many shapes, alone and packed, in float32 and bfloat16, with every attention backend
+    that runs here; the pixels that both preprocess from the same files; and the weights that
+    transformers loads from a checkpoint we save. The exit code is 1 if any difference exceeds its limit.
 
     \b
     Examples:

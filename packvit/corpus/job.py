@@ -210,8 +210,8 @@ def choose_encoder(
             )
         if verify:
             raise UsageError(
-                "model is a loaded encoder, whose weights may have been trained since, so it has no "
-                "reference to be verified against. Leave verify out, or give the model's name."
+                "model is a loaded encoder, whose weights may have been trained since, so it has "
+                "no reference. Leave verify out, or give the model's name."
             )
         encoder, weights = model, digest_weights(model)
     else:

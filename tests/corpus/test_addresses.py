@@ -58,7 +58,7 @@ REFUSED = (
 def test_a_protocol_that_is_not_on_the_list_is_refused_or_a_row(url: str):  # cases S1 and V7
     photo = "photos/good-0000.jpg"
     with pytest.raises(
-        UsageError, match=r"is not read: .*:// is none of .*http, https, s3, gs, az"
+        UsageError, match=r"is not read: .*://.* Allowed are http, https, s3, gs, az"
     ):
         list_inputs([url, "photos"])
     Path("list.txt").write_text(f"{photo}\n{url}\n")

@@ -252,7 +252,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_said_in_a_sentence_and_leaves_only_what_is_whole(full_disk: Path):
     entry = commit(full_disk, 0, table())
     more = range(1, 1 + 32768 // entry.bytes)
-    with pytest.raises(WriteError, match=r"could not be written: No space left on device\. Mend"):
+    with pytest.raises(WriteError, match=r"could not be written: No space left on device\. Fix"):
         all(commit(full_disk, number, table()) for number in more)
     parts = [entry.part for entry in read_commits(full_disk)]
     assert sorted(os.listdir(full_disk)) == ["commits.jsonl", *parts]

@@ -120,7 +120,7 @@ def test_a_list_that_cannot_be_used_is_wrong_use_with_the_columns_there_are(phot
         ("twice.csv", 'twice.csv has no column "path" of paths. It has: path, path'),
         ("a.parquet", r"It has: name \(string\), path \(int64\)"),
         ("hole.csv", 'hole.csv has no "path" in row 2'),
-        ("text.parquet", "text.parquet cannot be read: it is no whole Parquet file"),
+        ("text.parquet", "text.parquet cannot be read: it is not a whole Parquet file"),
         ("empty.txt", "No photographs were found in empty.txt"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -210,7 +210,9 @@ def test_a_url_that_cannot_be_read_is_a_row_with_a_code(photos: list[str]):
 def test_an_unknown_protocol_is_wrong_use_and_a_missing_package_is_named(
     photos: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    with pytest.raises(UsageError, match=r"warp://x\.jpg is not read: warp:// is none of"):
+    with pytest.raises(
+        UsageError, match=r"warp://x\.jpg is not read: warp:// is not an allowed protocol"
+    ):
         list_inputs(["warp://x.jpg"])
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
     done = CliRunner().invoke(embed, ["s3://bucket/x.jpg", "--out", "out"])

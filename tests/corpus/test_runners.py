@@ -254,7 +254,7 @@ def test_a_disk_that_is_full_for_a_worker_ends_the_job_with_a_sentence(
     command += ["--out", str(tmp_path), "--model", str(checkpoint), "--device", "cpu", "--tokens"]
     done = subprocess.run([*command, "--gpus", "2"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "could not be written: File too large. Mend that" in done.stderr
+    assert "could not be written: File too large. Fix that" in done.stderr
     assert "Traceback" not in done.stderr
     assert set(contents(tmp_path)) == {".lock", "manifest.json"}
 
@@ -282,9 +282,9 @@ def test_what_other_processes_cannot_do_is_refused_before_anything_is_written(
     tmp_path: Path, photos: Path, checkpoint: Path
 ):
     encoder = packvit.load(checkpoint, device="cpu")
-    with pytest.raises(UsageError, match="lives in this process alone"):
+    with pytest.raises(UsageError, match="only this process can use"):
         embed(photos, out=tmp_path / "out", model=encoder, processes=2)
-    with pytest.raises(UsageError, match="lives in this process alone"):
+    with pytest.raises(UsageError, match="only this process can use"):
         embed(photos, out=tmp_path / "out", model=encoder, ray="local")
     with pytest.raises(UsageError, match="processes is 0, but must be 1 or more"):
         embed(photos, out=tmp_path / "out", model=checkpoint, processes=0)

@@ -17,7 +17,7 @@ from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.pictures import tokens as rooms
 from packvit.pictures.colours import BLANK
-from packvit.pictures.maps import likenesses, pca_maps
+from packvit.pictures.maps import pca_maps, similarities
 from packvit.pictures.sheet import MARGIN, TALLEST, WIDTH
 from packvit.pictures.tokens import Photographs, take_photographs
 
@@ -133,7 +133,7 @@ def test_the_background_is_left_out_and_the_rest_has_its_own_scale(
 
 def test_a_patch_is_as_like_itself_as_can_be_and_the_rest_is_its_cosine(encoder: Encoder):
     taken = photographs(encoder)
-    found = likenesses(taken, (1, 2, 4))
+    found = similarities(taken, (1, 2, 4))
     tokens = {place: one.tokens.astype(np.float64) for place, one in taken.encode()}
     chosen = tokens[1].reshape(*taken.grid(1), -1)[2, 4]
     for place, likeness in found.items():

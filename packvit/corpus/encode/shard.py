@@ -68,7 +68,7 @@ def run_shards(
         with closing(embed_shards(context, shards, watch, effort)) as parts:
             for part in parts:
                 if written:
-                    yield written.result()  # before the next write starts: parts are committed in order
+                    yield written.result()  # before the next write starts: parts go in order
                 written = writer.submit(write, part)
         if written:
             yield written.result()

@@ -153,8 +153,8 @@ def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
             yield from order.release()
     except RayError as error:
         raise EmbedderError(
-            f"Ray stopped with {type(error).__name__}; see its logs. The same command resumes after "
-            "what is written."
+            f"Ray stopped with {type(error).__name__}; see its logs. The same command "
+            "resumes after what is written."
         ) from error
 
 
