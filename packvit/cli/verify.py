@@ -16,8 +16,8 @@ MISSED = 1
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
 @click.option(
     "--family",
-    help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, siglip, clip, "
-    "or all.",
+    help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, "
+    "siglip, clip, or all.",
 )
 @click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
 @click.option("--quick", is_flag=True, help="Fewer and smaller images.")
@@ -53,7 +53,8 @@ def verify(
     This compares tokens, prefix, the output of every layer, pooled and projected vectors, for
     images of many shapes, alone and packed, in float32 and bfloat16, with every attention backend
     that runs here; the pixels that both preprocess from the same files; and the weights that
-    transformers loads from a checkpoint we save. The exit code is 1 if any difference exceeds its limit.
+    transformers loads from a checkpoint we save. The exit code is 1 if any difference exceeds its
+    limit.
 
     \b
     Examples:

@@ -23,8 +23,8 @@ ROW_MEANING = "Each row of grid_thw is (frames, rows, columns) counted in patche
 def to_device(numbers: np.ndarray, device: torch.device | str) -> Tensor:
     """Copy host numbers to `device` without waiting for it.
 
-    Meant for a few: out of memory that is not pinned, as this, CUDA copies more than 64 KiB only
-    when everything launched before has run, and to pin it takes longer than to copy it.
+    Only for small arrays: from memory that is not pinned, CUDA copies more than 64 KiB only after
+    all earlier work, and pinning takes longer than copying.
     """
     return torch.from_numpy(numbers).to(device, non_blocking=True)
 
@@ -33,8 +33,8 @@ def to_device(numbers: np.ndarray, device: torch.device | str) -> Tensor:
 class Segments:
     """The varlen arguments of T packed tokens that form S sequences; never changed once built.
 
-    Not a frozen dataclass: of such a one torch 2.11 compiles every field into its guards, and would
-    compile anew for each number of sequences.
+    Not a frozen dataclass: torch 2.11 guards on every field of one, and would recompile for each
+    number of sequences.
     """
 
     lengths: tuple[int, ...]  # S host ints: tokens per sequence
@@ -91,7 +91,7 @@ def make_cu_seqlens(lengths: Sequence[int]) -> Int32[np.ndarray, " boundaries"]:
 def read_grid(grid_thw: Tensor, *, patches: int) -> Grid:
     """Check `grid_thw` against the number of patches and return its rows as host ints.
 
-    Kept on the host it costs nothing; on a device it is copied once, and the host waits for that.
+    On the host this is free; a grid on a device is copied once, and the host waits for it.
 
     Shapes: grid_thw [N, 3], any integer dtype, N >= 1.
     Raises: ValueError naming the first row that cannot be an image, or both sums of patches.
@@ -122,7 +122,7 @@ def sequence_lengths(grid: Grid, prefix: int = 0) -> tuple[int, ...]:
 
 
 def segment_images(grid: Grid) -> Int64[np.ndarray, " S"]:
-    """Return which image each sequence is a frame of, on the host."""
+    """Return the image of each sequence, on the host."""
     return np.repeat(np.arange(len(grid)), [frames for frames, _, _ in grid])
 
 
@@ -136,17 +136,17 @@ def frame_table(grid: Grid) -> Int64[np.ndarray, "3 S"]:
 
 @dataclass(frozen=True, eq=False)
 class PatchPlaces:
-    """Where each of T patches stands in its own frame: one number a patch, on the device."""
+    """The place of each of T patches in its frame, on the device."""
 
     row: Int64[Tensor, " T"]
     column: Int64[Tensor, " T"]
     rows: Int64[Tensor, " T"]  # of the patch's frame
     columns: Int64[Tensor, " T"]
-    sequence: Int64[Tensor, " T"]  # which frame of the pack that is
+    sequence: Int64[Tensor, " T"]  # index of the patch's frame in the pack
 
     @classmethod
     def from_grid(cls, grid: Grid, *, device: torch.device | str = "cpu") -> "PatchPlaces":
-        """Lay the patches of every frame out in raster order, without a loop over images."""
+        """Return the places of all patches in raster order, without a loop over images."""
         table = frame_table(grid)
         patches = int((table[0] * table[1]).sum())
         return cls.from_table(to_device(table, device), patches)
@@ -164,10 +164,10 @@ class PatchPlaces:
 
 @dataclass(frozen=True, eq=False)
 class PrefixPlaces:
-    """Where prefix tokens and patches stand in a pack whose every sequence opens with R of them.
+    """The indices of prefix tokens and patches in a pack with R prefix tokens a sequence.
 
     `gather` builds the token stream from the R prefix tokens followed by all T patches; `prefix`
-    and `patches` take it apart again.
+    and `patches` split it again.
     """
 
     gather: Int64[Tensor, " tokens"]
