@@ -7,7 +7,7 @@ computed once where its code allows it.
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,124 +18,49 @@ from packvit.bench.peers import Mode, Peer, compile_it, reference_options
 from packvit.config import EncoderConfig, Table
 from packvit.verification.references import tower
 
-
-class Names(NamedTuple):
-    """Where transformers keeps what timm calls otherwise; several names are one matrix in timm."""
-
-    whole: Mapping[str, str]  # by the name of a tensor, or of a layer
-    layers: str  # what the names of a block's open with
-    block: Mapping[str, str]
-
-
-CLIP_BLOCK = {
-    "norm1": "layer_norm1",
-    "attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-    "attn.proj": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
+NAMES: Mapping[str, str] = {  # timm's to ours, of tensors, of layers, and of those in a block
+    "patch_embed.proj": "embeddings.patches",
+    "patch_embed.norm": "embeddings.norm",
+    "norm_pre": "embeddings.norm",
+    "cls_token": "embeddings.class_token",
+    "reg_token": "embeddings.registers",
+    "pos_embed": "embeddings.positions",
+    "norm": "norm",
+    "norm1": "attention_norm",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.out",
+    "ls1.gamma": "attention_scale.scale",
+    "gamma_1": "attention_scale.scale",
+    "norm2": "mlp_norm",
+    "mlp.fc1": "mlp.up",
+    "mlp.fc1_g": "mlp.gate_up",
+    "mlp.fc1_x": "mlp.gate_up",
+    "mlp.fc2": "mlp.down",
+    "ls2.gamma": "mlp_scale.scale",
+    "gamma_2": "mlp_scale.scale",
 }
-SIGLIP = Names(
-    {
-        "patch_embed.proj": "embeddings.patch_embedding",
-        "pos_embed": "embeddings.position_embedding.weight",
-        "norm": "post_layernorm",
-    },
-    "encoder.layers",
-    CLIP_BLOCK,
-)
-NAMES: Mapping[str, Names] = {
-    "CLIPVisionModel": Names(
-        {
-            "patch_embed.proj": "embeddings.patch_embedding",
-            "cls_token": "embeddings.class_embedding",
-            "pos_embed": "embeddings.position_embedding.weight",
-            "norm_pre": "pre_layrnorm",
-        },
-        "encoder.layers",
-        CLIP_BLOCK,
-    ),
-    "SiglipVisionModel": SIGLIP,
-    "Siglip2VisionModel": SIGLIP,
-    "Dinov2Model": Names(
-        {
-            "patch_embed.proj": "embeddings.patch_embeddings.projection",
-            "cls_token": "embeddings.cls_token",
-            "pos_embed": "embeddings.position_embeddings",
-            "norm": "layernorm",
-        },
-        "encoder.layer",
-        {
-            "norm1": "norm1",
-            "attn.qkv": "attention.attention.query attention.attention.key "
-            "attention.attention.value",
-            "attn.proj": "attention.output.dense",
-            "ls1.gamma": "layer_scale1.lambda1",
-            "norm2": "norm2",
-            "mlp.fc1": "mlp.fc1",
-            "mlp.fc2": "mlp.fc2",
-            "ls2.gamma": "layer_scale2.lambda1",
-        },
-    ),
-    "DINOv3ViTModel": Names(
-        {
-            "patch_embed.proj": "embeddings.patch_embeddings",
-            "cls_token": "embeddings.cls_token",
-            "reg_token": "embeddings.register_tokens",
-            "norm": "norm",
-        },
-        "model.layer",
-        {
-            "norm1": "norm1",
-            "attn.qkv": "attention.q_proj attention.k_proj attention.v_proj",
-            "attn.proj": "attention.o_proj",
-            "gamma_1": "layer_scale1.lambda1",
-            "norm2": "norm2",
-            "mlp.fc1": "mlp.up_proj",
-            "mlp.fc2": "mlp.down_proj",
-            "gamma_2": "layer_scale2.lambda1",
-        },
-    ),
-    "Aimv2VisionModel": Names(
-        {
-            "patch_embed.proj": "embeddings.patch_embed",
-            "patch_embed.norm": "embeddings.rms_norm",
-            "pos_embed": "embeddings.position_embedding.weight",
-            "norm": "rms_norm",
-        },
-        "encoder.layers",
-        {
-            "norm1": "rms_norm1",
-            "attn.qkv": "attention.q_proj attention.k_proj attention.v_proj",
-            "attn.proj": "attention.out_proj",
-            "norm2": "rms_norm2",
-            "mlp.fc1_g": "ffn.gate_proj",
-            "mlp.fc1_x": "ffn.up_proj",
-            "mlp.fc2": "ffn.down_proj",
-        },
-    ),
-}
+HALVES = {"mlp.fc1_g": 0, "mlp.fc1_x": 1}  # gate and up, whose rows alternate in ours
 
 
-def timm_weights(
-    wanted: Mapping[str, Tensor], theirs: Mapping[str, Tensor], names: Names
-) -> dict[str, Tensor]:
-    """Return transformers' weights under timm's names and in timm's shapes.
+def timm_weights(wanted: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return our weights under timm's names and in timm's shapes.
 
     Raises: KeyError for a tensor of timm's that has no counterpart.
     """
     found = {}
     for key, like in wanted.items():
-        table, opening, name = names.whole, "", key
+        name, opening = key, ""
         if key.startswith("blocks."):
             _, layer, name = key.split(".", 2)
-            table, opening = names.block, f"{names.layers}.{layer}."
+            opening = f"encoder.layers.{layer}."
         stem, _, kind = name.rpartition(".")
-        sources, ending = (table[name], "") if name in table else (table[stem], f".{kind}")
-        tensor = torch.cat([theirs[f"{opening}{one}{ending}"] for one in sources.split()])
-        if key == "patch_embed.proj.weight" and tensor.ndim == 2:  # of flattened patches
+        source = NAMES[name] if name in NAMES else f"{NAMES[stem]}.{kind}"
+        tensor = ours[opening + source]
+        if stem in HALVES:
+            tensor = tensor[HALVES[stem] :: 2]
+        if name == "patch_embed.proj.weight":  # of flattened patches, channels last
             tensor = tensor.unflatten(1, (*like.shape[2:], 3)).permute(0, 3, 1, 2)
-        if key == "pos_embed" and tensor.ndim == 2 and len(tensor) != like.shape[1]:
+        if name == "pos_embed" and len(tensor) != like.shape[1]:
             tensor = resized(tensor, like)
         found[key] = tensor.reshape(like.shape)
     return found
@@ -161,7 +86,7 @@ def timm_model(subject: Subject) -> nn.Module:
     import timm  # pyright: ignore[reportMissingImports] # needs torchvision
 
     assert subject.pixels is not None
-    config, looking = subject.model.config, tower(subject.model.reference)
+    config = subject.model.config
     with subject.pixels.device:
         model = timm.create_model(
             subject.timm,
@@ -172,8 +97,8 @@ def timm_model(subject: Subject) -> nn.Module:
         )
     if config.final_norm == "pooled":
         model.norm = nn.Identity()  # of the class token alone, whose pooling nobody is asked for
-    weights = timm_weights(model.state_dict(), looking.state_dict(), NAMES[type(looking).__name__])
-    model.load_state_dict(weights)
+    ours = subject.model.encoder.from_transformers(subject.model.reference).state_dict()
+    model.load_state_dict(timm_weights(model.state_dict(), ours))
     return model.eval().to(subject.patches)
 
 
