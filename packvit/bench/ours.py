@@ -23,7 +23,7 @@ class Ours(NamedTuple):
         patches, grid, pixels = subject.patches, subject.grid_thw, subject.pixels
         rows = subject.rows[0].new_tensor(range(len(patches)))
         if pixels is not None:  # [N, 3, H, W], of which the order "chw" is cut soonest
-            options = {"patch_order": "chw"} | self.options
+            options: dict[str, Any] = {"patch_order": "chw"} | self.options
             encoder = load(model.reference, positions=positions, **options)
             patch = encoder.config.patch
             return Contender(
