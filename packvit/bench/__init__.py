@@ -82,3 +82,4 @@ class Plan:
     layers: int | None = None  # cut a random model to so many
     clock: str = "wall"  # or "cpu": the time that all threads were at work, on a CPU
     compiled: bool | None = None  # whether to wait for torch.compile; on a GPU, unless told
+    commit: str | None = None  # what runs, where git cannot tell

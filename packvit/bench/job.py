@@ -27,6 +27,7 @@ from packvit.bench.measuring import (
     Times,
     at_most,
     ceiling,
+    commit,
     gpu_state,
     interleave,
     median_ms,
@@ -110,6 +111,7 @@ def describe(
 ) -> dict[str, Any]:
     """Return what is said of a run before it starts."""
     return where() | {
+        "commit": plan.commit or commit(),
         "timm": version_of("timm"),
         "gpu_state_before": gpu_state(),
         "model": model.name,

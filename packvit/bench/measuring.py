@@ -125,8 +125,8 @@ def gpu_state() -> str | None:
 
 
 def where() -> dict[str, Any]:
-    """Return the date, the commit, the machine and the versions."""
-    return {"date": datetime.now(UTC).date().isoformat(), "commit": commit()} | machine()
+    """Return the date, the machine and the versions."""
+    return {"date": datetime.now(UTC).date().isoformat()} | machine()
 
 
 def commit() -> str:
@@ -162,7 +162,7 @@ def at_most(allowed: float | None) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"it took longer than {allowed:.0f} s")
+        raise TimeoutError(f"it took longer than {allowed:.3g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, allowed, 5.0)  # again, should a callback swallow it

@@ -4,7 +4,7 @@ All contenders start from the same normalised pixels on the device, and the time
 patch embedding: a convolution for our peers, for us the cutting of patches too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from time import monotonic
 from typing import Any
@@ -16,7 +16,8 @@ from packvit.bench.contenders import Subject, cut
 from packvit.bench.job import Say, choose, describe, measure_workload
 from packvit.bench.measuring import gpu_state
 from packvit.bench.native_peers import AUTOTUNED, NATIVE_BASELINE, NATIVE_PEERS
-from packvit.bench.ours import OURS
+from packvit.bench.ours import OURS, Ours
+from packvit.bench.peers import Peer
 from packvit.bench.workloads import Workload
 
 FEW = 2  # images, where there is no GPU
@@ -29,11 +30,13 @@ def measure_native(
     *,
     seconds: float | None = None,
     autotuned: bool = True,
+    ways: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield a report for each row of `NATIVE` that is named, as soon as it is done.
 
     `seconds` is how long all may take: contenders and rows that time does not suffice for are
-    left out, from the end. `plan.model` and `plan.workloads` count for nothing.
+    left out, from the end. `ways` are the contenders to be timed beside the baseline, by their
+    titles; all, unless told. `plan.model` and `plan.workloads` count for nothing.
 
     Raises: BenchError, ImportError for what cannot be measured at all.
     """
@@ -47,7 +50,7 @@ def measure_native(
         torch.cuda.set_device(device)
     layers = plan.layers if on_gpu or plan.layers else 2
     compiled = on_gpu if plan.compiled is None else plan.compiled
-    candidates = (*NATIVE_PEERS, *OURS, *(AUTOTUNED if autotuned else ()))
+    candidates = choose_ways((*NATIVE_PEERS, *OURS, *(AUTOTUNED if autotuned else ())), ways)
     model: models.Model | None = None
     for name in names:
         if until is not None and monotonic() >= until:
@@ -69,6 +72,15 @@ def measure_native(
             "workloads": [work],
             "gpu_state_after": gpu_state(),
         }
+
+
+def choose_ways(candidates: Sequence[Peer | Ours], ways: Collection[str]) -> Sequence[Peer | Ours]:
+    """Return the baseline and those that are named, or all. Raises: BenchError for another name."""
+    titles = [candidate.title for candidate in candidates]
+    if unknown := [way for way in ways if way not in titles]:
+        raise BenchError(f'No contender is called "{unknown[0]}". Choose of: {"; ".join(titles)}.')
+    baseline, *others = candidates
+    return [baseline, *(one for one in others if not ways or one.title in ways)]
 
 
 def batch(

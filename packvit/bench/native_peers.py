@@ -87,7 +87,7 @@ def timm_model(subject: Subject) -> nn.Module:
 
     assert subject.pixels is not None
     config = subject.model.config
-    with subject.pixels.device:
+    with torch.inference_mode(False), subject.pixels.device:  # CUDA graphs want plain weights
         model = timm.create_model(
             subject.timm,
             img_size=subject.pixels.shape[-1],

@@ -52,6 +52,18 @@ ALL = "all"
     "no more than two minutes.",
 )
 @click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    metavar="TITLE",
+    help="With --workload native, a contender to be timed beside transformers, as the table calls "
+    "it; all unless told. May be given many times.",
+)
+@click.option(
+    "--commit",
+    help="What commit this is, for the report, where git cannot tell.",
+)
+@click.option(
     "--out",
     metavar="FOLDER",
     type=click.Path(path_type=Path, file_okay=False),
@@ -101,6 +113,8 @@ def bench(
     workload: str,
     seconds: float | None,
     autotuned: bool,
+    ways: tuple[str, ...],
+    commit: str | None,
     out: Path | None,
     train: bool,
     dtype: str | None,
@@ -134,16 +148,19 @@ def bench(
         layers=layers,
         clock=clock,
         compiled=compiled,
+        commit=commit,
     )
     if workload == NATIVE_WORKLOAD:
         if target is not None:
             raise click.UsageError("--workload native writes many reports: name a folder by --out.")
-        wrong = False
-        for report in native_reports(plan, models or tuple(NATIVE), seconds, autotuned, out):
-            wrong = ours_wrong(report) or wrong
-        context.exit(WRONG if wrong else 0)
-    if out is not None or seconds is not None:
-        raise click.UsageError("--out and --seconds are for --workload native. Leave them out.")
+        off = False
+        names = models or tuple(NATIVE)
+        for report in native_reports(plan, names, seconds, autotuned, ways, out):
+            off = ours_wrong(report) or off
+        context.exit(WRONG if off else 0)
+    if out is not None or seconds is not None or ways:
+        wrong = "--out, --seconds and --way are for --workload native. Leave them out."
+        raise click.UsageError(wrong)
     if len(models) > 1:
         raise click.UsageError("--model is given more than once, which --workload native takes.")
     chosen = tuple(WORKLOADS) if workload == ALL else (workload,)
@@ -167,7 +184,12 @@ def whole_report(plan: Plan) -> dict[str, Any]:
 
 
 def native_reports(
-    plan: Plan, names: Sequence[str], seconds: float | None, autotuned: bool, out: Path | None
+    plan: Plan,
+    names: Sequence[str],
+    seconds: float | None,
+    autotuned: bool,
+    ways: Sequence[str],
+    out: Path | None,
 ) -> Iterator[dict[str, Any]]:
     """Measure one batch after the other; print and write each as soon as it is done."""
     from packvit.bench.native import measure_native  # torch is imported here
@@ -179,7 +201,9 @@ def native_reports(
             reason = f"{out} cannot be a folder: {error.strerror}. Name another by --out."
             raise click.UsageError(reason) from error
     with answered():
-        for report in measure_native(plan, names, remark, seconds=seconds, autotuned=autotuned):
+        for report in measure_native(
+            plan, names, remark, seconds=seconds, autotuned=autotuned, ways=ways
+        ):
             click.echo(as_markdown(report))
             if out is not None:
                 target = out / f"{report['row']}-{place(report)}.json"
