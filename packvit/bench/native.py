@@ -98,7 +98,7 @@ def batch(
     side = row.side // patch
     draw = torch.Generator(device).manual_seed(SEED)
     shape = (images, 3, row.side, row.side)
-    pixels = torch.randn(shape, generator=draw, device=device).to(dtype)
+    pixels = torch.randn(shape, generator=draw, dtype=torch.float32, device=device).to(dtype)
     title = f"batch of {row.side} x {row.side} pixels"
     work = Workload(name, title, ((1, side, side),) * images, small)
     patches = cut(pixels, patch, "hwc")
