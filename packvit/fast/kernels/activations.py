@@ -13,7 +13,7 @@ CHUNK, ROWS, COLUMNS = 256, 16, 128  # rows of a program, and its tiles
 def half_erfc(x):
     """erfc(x / sqrt(2)) / 2 for x >= 0, within 1e-7: one exponential and a polynomial.
 
-    libdevice's erf took as long as the pass over memory that an epilogue spares (benchmarks/LOG.md).
+    libdevice's erf takes as long as the pass over memory that an epilogue spares.
     Source: Abramowitz and Stegun, formula 7.1.26.
     """
     t = 1.0 / (1.0 + 0.23164189 * x)  # 0.3275911 / sqrt(2)
