@@ -148,14 +148,15 @@ def test_adapters_run_on_the_fast_path_and_change_what_they_change(
 @pytest.mark.parametrize("kind", ["aimv2", "siglip2", "dinov3", "clip"])
 def test_gradients_of_adapters_reach_every_block(kind: str, monkeypatch: pytest.MonkeyPatch):
     encoder, patches, grid = on_gpu(kind)
-    made = peft.LoraConfig(r=2, target_modules=block_linears(encoder), init_lora_weights=False)
+    adapted = block_linears(encoder)
+    made = peft.LoraConfig(r=2, target_modules=adapted, init_lora_weights=False)
     model = peft.get_peft_model(encoder, made, autocast_adapter_dtype=False)
 
     def gradients(patches: Tensor) -> Tensor:
         model.zero_grad()
         model(patches, grid).float().square().mean().backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        assert len(found) == 2 * len(block_linears(encoder))
+        assert len(found) == 2 * len(adapted)
         assert all(grad is not None and grad.abs().max() > 0 for grad in found.values())
         return torch.cat([grad.float().flatten() for grad in found.values() if grad is not None])
 

@@ -47,7 +47,7 @@ def measure_native(
         raise BenchError("--train is not measured on native sizes. Leave one of them out.")
     device, dtype = choose(replace(plan, workloads=()))
     if on_gpu := device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     layers = plan.layers if on_gpu or plan.layers else 2
     compiled = on_gpu if plan.compiled is None else plan.compiled
     candidates = choose_ways((*NATIVE_PEERS, *OURS, *(AUTOTUNED if autotuned else ())), ways)
