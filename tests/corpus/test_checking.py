@@ -142,7 +142,7 @@ def cut(out: Path) -> None:
         (miscount, "manifest.json counts "),
         (
             forge,
-            'manifest.json is not in format "packvit features 1", or its fingerprint does not match',
+            'manifest.json is not in format "packvit features 1", or its fingerprint does',
         ),
         (lambda out: (out / "manifest.json").unlink(), "manifest.json is missing."),
         (lambda out: (out / "manifest.json").write_text("{"), "manifest.json is damaged: it is no"),
