@@ -178,7 +178,8 @@ class Encoder(nn.Module):
         """
         hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
         if projection is not None:
-            warn("projection= is now called projected=.", DeprecationWarning, stacklevel=2)
+            said = "encode(projection=...) was renamed: write projected=... instead."
+            warn(said, DeprecationWarning, stacklevel=2)
             projected = projection
         self.check_projection(projected, pooled)
         asked = [self.check_layer(layer) for layer in taps]

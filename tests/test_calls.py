@@ -139,7 +139,7 @@ def test_the_old_name_of_projected_still_works_and_says_so():
     model = CLIPVisionModelWithProjection(config)
     encoder = ClipPacking.from_transformers(model)
     pack = encoder.pack(photographs(2))
-    with pytest.warns(DeprecationWarning, match="projection= is now called projected="):
+    with pytest.warns(DeprecationWarning, match="write projected="):
         old = encoder.encode(pack, projection=True)
     new = encoder.encode(pack, projected=True)
     assert old.projected is not None

@@ -286,3 +286,11 @@ def test_nonsense_in_a_checkpoints_json_is_answered_in_words(
     path.write_text(json.dumps(whole | entry))
     with pytest.raises(packvit.CheckpointError, match=said):
         packvit.load(tmp_path)
+
+
+def test_the_old_name_of_projected_still_works_and_warns(encoder):
+    with (
+        pytest.warns(DeprecationWarning, match="write projected="),
+        pytest.raises(ValueError, match="projected=True asks for a space shared with text"),
+    ):
+        encoder.encode(*packed(), projection=True)

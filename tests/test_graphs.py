@@ -189,8 +189,8 @@ def test_what_graphs_were_recorded_of_is_told_from_what_is_now(change: str):
         block.mlp.down.weight.data = block.mlp.down.weight.data.clone()
     else:
         seen = []
-        encoder.forward = lambda *given: seen.append(look(modules))
-        functional_call(encoder, other, (1, 2))
+        encoder.forward = lambda *given: seen.append(look(modules)) or given[0]
+        functional_call(encoder, other, (torch.zeros(1, 588), [(1, 1, 1)]))
         assert seen != [before]
         return
     assert look(modules) != before
@@ -336,3 +336,12 @@ def test_graphs_of_one_stream_share_the_memory_of_the_largest():
     assert len(encoder.graphs.kept) == 4
     # What a graph of its own memory would hold: 23 KiB a token, where rows and results take 4.
     assert held[-1] - held[0] < 10 * 1024 * (16384 + 24576 + 20480)
+
+
+def test_a_batch_of_one_length_is_never_filled_up_and_has_a_size_of_its_own():
+    [fa4] = [b for b in BACKENDS if b.name == "fa4"]
+    batch = (257,) * 8
+    size = size_of(batch, [], fa4, 0, batched=True)
+    assert fill_up(batch, size) == batch
+    assert size != size_of(batch, [], fa4, 0)
+    assert size != size_of((257,) * 7 + (250,), [], fa4, 0)

@@ -1,4 +1,4 @@
-"""What goes into an encoder's forward, and what comes out of it."""
+"""The input of an encoder's forward, and the outputs of `encode`."""
 
 import os
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def as_pack(hidden_states: Tensor | Pack, grid_thw: GridLike | None) -> Pack:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Features:
-    """What an encoder says about a pack of N images whose frames are S sequences.
+    """The outputs of an encoder for a pack of N images whose frames are S sequences.
 
     Shapes: tokens [T, D]; prefix [S, R, D]; pooled [S, D] or None where the checkpoint has no
     head; projected [S, E] or None; taps {layer: [T, D]}; segment_image [S] int64.

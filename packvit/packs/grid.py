@@ -18,7 +18,7 @@ ROW_MEANING = "Each row of grid_thw is (frames, rows, columns) counted in patche
 def read_grid(grid_thw: GridLike, *, patches: int) -> Grid:
     """Check `grid_thw` against the number of patches and return its rows as host ints.
 
-    Kept on the host it costs nothing; on a device it is copied once, and the host waits for that.
+    On the host this is free; a grid on a device is copied once, and the host waits for it.
 
     Shapes: grid_thw [N, 3], any integer dtype, N >= 1.
     Raises: ValueError naming the first row that cannot be an image, or both sums of patches;
@@ -67,7 +67,7 @@ def sequence_lengths(grid: Grid, prefix: int = 0) -> tuple[int, ...]:
 
 
 def segment_images(grid: Grid) -> Int64[np.ndarray, " S"]:
-    """Return which image each sequence is a frame of, on the host."""
+    """Return the image of each sequence, on the host."""
     return np.repeat(np.arange(len(grid)), [frames for frames, _, _ in grid])
 
 
@@ -82,7 +82,7 @@ def frame_table(grid: Grid) -> Int64[np.ndarray, "3 S"]:
 def to_device(numbers: np.ndarray, device: torch.device | str) -> Tensor:
     """Copy host numbers to `device` without waiting for it.
 
-    Meant for a few: out of memory that is not pinned, as this, CUDA copies more than 64 KiB only
-    when everything launched before has run, and to pin it takes longer than to copy it.
+    Only for small arrays: from memory that is not pinned, CUDA copies more than 64 KiB only after
+    all earlier work, and pinning takes longer than copying.
     """
     return torch.from_numpy(numbers).to(device, non_blocking=True)

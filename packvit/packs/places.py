@@ -12,24 +12,24 @@ from packvit.packs.grid import Grid, frame_table, to_device
 
 @dataclass(frozen=True, eq=False)
 class PatchPlaces:
-    """Where each of T patches stands in its own frame: one number a patch, on the device."""
+    """The place of each of T patches in its frame, on the device."""
 
     row: Int64[Tensor, " T"]
     column: Int64[Tensor, " T"]
     rows: Int64[Tensor, " T"]  # of the patch's frame
     columns: Int64[Tensor, " T"]
-    sequence: Int64[Tensor, " T"]  # which frame of the pack that is
+    sequence: Int64[Tensor, " T"]  # index of the patch's frame in the pack
 
     @classmethod
     def from_grid(cls, grid: Grid, *, device: torch.device | str = "cpu") -> "PatchPlaces":
-        """Lay the patches of every frame out in raster order, without a loop over images."""
+        """Return the places of all patches in raster order, without a loop over images."""
         table = frame_table(grid)
         patches = int((table[0] * table[1]).sum())
         return cls.from_table(to_device(table, device), patches)
 
     @classmethod
     def from_table(cls, table: Int64[Tensor, "3 S"], patches: int) -> "PatchPlaces":
-        """Work them out on the device, which is told how many there are and need not be asked."""
+        """Compute the places on the device; `patches` is given, so no sync is needed."""
         tall, wide, _ = table.unbind()
         sequence = torch.repeat_interleave(tall * wide, output_size=patches)
         rows, columns, start = table.index_select(1, sequence).unbind()
@@ -40,10 +40,10 @@ class PatchPlaces:
 
 @dataclass(frozen=True, eq=False)
 class PrefixPlaces:
-    """Where prefix tokens and patches stand in a pack whose every sequence opens with R of them.
+    """The indices of prefix tokens and patches in a pack with R prefix tokens a sequence.
 
     `gather` builds the token stream from the R prefix tokens followed by all T patches; `prefix`
-    and `patches` take it apart again.
+    and `patches` split it again.
     """
 
     gather: Int64[Tensor, " tokens"]
@@ -52,7 +52,7 @@ class PrefixPlaces:
 
     @classmethod
     def from_grid(cls, grid: Grid, prefix: int, *, device: torch.device | str) -> "PrefixPlaces":
-        """Work all three out on the device, without a loop over images."""
+        """Compute all three on the device, without a loop over images."""
         host = frame_table(grid)
         sizes, frames = host[0] * host[1], host.shape[1]
         total, offsets = int(sizes.sum()), np.arange(frames) * prefix

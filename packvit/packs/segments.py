@@ -1,8 +1,8 @@
 """Where each sequence of a pack begins and ends.
 
-Worked out once per pack, on the host, at the public API, and handed down as an argument: kernels
-read tensors on the device, Python plans with the host's numbers, and no forward pass ever waits for
-the device to answer.
+Computed once per pack, on the host, by the encoder's public methods, and passed down as an
+argument. Kernels read the tensors on the device, Python reads the host's numbers, and no forward
+pass waits for the device.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from packvit.packs.grid import GridLike, read_grid, sequence_lengths, to_device
 
 @dataclass(eq=False)
 class Segments:
-    """The seams of T packed tokens that form S sequences; never changed once made.
+    """The varlen arguments of T packed tokens that form S sequences; never changed once built.
 
-    Not a frozen dataclass: of such a one torch 2.11 compiles every field into its guards, and would
-    compile anew for each number of sequences.
+    Not a frozen dataclass: torch 2.11 guards on every field of one, and would recompile for each
+    number of sequences.
     """
 
     lengths: tuple[int, ...]  # S host ints: tokens per sequence
-    cu_seqlens: Int32[Tensor, " seams"]  # [S + 1] on the tokens' device, from 0 up to T
+    cu_seqlens: Int32[Tensor, " boundaries"]  # [S + 1] on the tokens' device, from 0 up to T
     max_seqlen: int  # host int: tokens of the longest sequence
 
     @property
@@ -44,8 +44,8 @@ class Segments:
     def from_lengths(
         cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu"
     ) -> "Segments":
-        """Build the seams of S >= 1 sequences that hold `lengths` tokens each."""
-        return cls(lengths, to_device(seams_of(lengths), device), max(lengths))
+        """Build the segments of S >= 1 sequences that hold `lengths` tokens each."""
+        return cls(lengths, to_device(make_cu_seqlens(lengths), device), max(lengths))
 
     @classmethod
     def from_grid(
@@ -56,7 +56,7 @@ class Segments:
         prefix: int = 0,
         device: torch.device | str = "cpu",
     ) -> "Segments":
-        """Build the seams of N images, each frame of which is a sequence of its own.
+        """Build the segments of N images; each frame is one sequence.
 
         `prefix` counts the tokens that stand before every frame's patches (class and register
         tokens), which is why a sequence can be longer than its patches.
@@ -70,7 +70,7 @@ class Segments:
         )
 
 
-def seams_of(lengths: Sequence[int]) -> Int32[np.ndarray, " seams"]:
+def make_cu_seqlens(lengths: Sequence[int]) -> Int32[np.ndarray, " boundaries"]:
     """Return where each of S sequences begins, and where the last one ends: [S + 1]."""
     seams = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=seams[1:])

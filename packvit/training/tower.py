@@ -16,7 +16,7 @@ from packvit.packs.segments import Segments
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a tower hands to another model: M tokens, and which image each stands in."""
+    """The output of a tower: M tokens, and the grid of their images."""
 
     tokens: Float[Tensor, "M width"]
     grid_thw: Tensor  # [N, 3] on the host: frames, rows and columns of merged tokens
@@ -24,10 +24,10 @@ class Seen:
 
 
 class Tower(nn.Module):
-    """Tokens of several layers side by side, `side` x `side` patches to one, through a projector.
+    """Concatenates tokens of several layers, merges `side` x `side` patches, and projects them.
 
-    The last layer comes after the encoder's final norm, earlier ones as they leave their blocks, so
-    the projector opens with a norm. `width` is the other model's.
+    The last layer comes after the encoder's final norm, earlier ones directly from their blocks, so
+    the projector starts with a norm. `width` is the width of the language model.
     """
 
     def __init__(
