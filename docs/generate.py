@@ -150,6 +150,33 @@ def sizing_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+RATE, STEADY = "images_per_second", "steady_images_per_second"
+FEEDING = (  # results of benchmarks/feeding.py, in our words
+    ("encoder", RATE, "the encoder on the same packs, patches on the device"),
+    ("encoder from the host", RATE, "the same, patches on the host"),
+    ("job, gpu", RATE, "the job, `--decode gpu`, from its first input to its last part"),
+    ("job, gpu", STEADY, "the same, between a fifth and nine tenths of its rows"),
+    ("job, pil", RATE, "the job, `--decode pil`"),
+)
+
+
+def feeding_table() -> str:
+    """Return how fast whole jobs are beside their encoder's own speed."""
+    fed = newest("feeding")
+    assert fed
+    found, load = fed["results"], fed["workload"]
+    lines = [
+        f"{load['model']} in {load['dtype']}, {load['patches_each']:.0f} patches an image, "
+        f"{load['workers']} workers, {fed['gpus']}, {fed['date']}.\n",
+        "| what | images/s | of the encoder's own speed |",
+        "|---|---|---|",
+    ]
+    for name, field, words in FEEDING:
+        rate = found[name][field]
+        lines.append(f"| {words} | {rate:,.0f} | {rate / found['encoder'][RATE]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def fill(page: str, name: str, content: str) -> str:
     """Return a page with what stands between its two marks called `name` replaced."""
     marks = rf"(<!-- {name}: [^>]* -->\n).*?(<!-- /{name} -->)"
@@ -163,7 +190,7 @@ def pages() -> dict[Path, str]:
     readme, embedding = ROOT / "README.md", ROOT / "docs" / "embedding.md"
     sizing = ROOT / "docs" / "sizing.md"
     measured = ROOT / "docs" / "benchmarks.md"
-    models = ROOT / "docs" / "models.md"
+    models, decoding = ROOT / "docs" / "models.md", ROOT / "docs" / "gpu-decoding.md"
     front = fill(readme.read_text(), "families", families_table())
     front = fill(front, "speed", speed_sentence())
     figures = measured.read_text()
@@ -176,6 +203,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "reference.md": reference_page(),
         readme: front,
         models: fill(models.read_text(), "layouts", support.families_page()),
+        decoding: fill(decoding.read_text(), "feeding", feeding_table()),
         sizing: fill(sizing.read_text(), "sizing", sizing_table()),
         embedding: fill(embedding.read_text(), "codes", codes_table()),
     }
