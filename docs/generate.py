@@ -12,7 +12,8 @@ from typing import Any
 
 import packvit
 from docs.sizes import families_table
-from packvit.bench.table import as_markdown
+from packvit.bench import NATIVE
+from packvit.bench.table import as_markdown, native_table
 from packvit.cli import help_page
 from packvit.images.decode import CODES
 from packvit.verification import machine as support
@@ -93,8 +94,15 @@ def recorded(name: str) -> str:
     return as_markdown(report) if report else "No run is recorded yet.\n"
 
 
+def native_page() -> str:
+    """Return one line for the newest run of each batch at native size that is recorded."""
+    rows = (newest(f"native/{name}") for name in NATIVE)
+    reports = [report for report in rows if report]
+    return native_table(reports) if reports else "No run is recorded yet.\n"
+
+
 def speed_sentence() -> str:
-    """Return what README's chart shows, with the machine and the day."""
+    """Return what README's chart shows and what it does not, with machines and days."""
     ratios = []
     for name in ("bench-aimv2-large", "bench-siglip2-so400m"):
         for run in (name, f"{name}-train"):
@@ -103,12 +111,18 @@ def speed_sentence() -> str:
             [mixed] = (load for load in report["workloads"] if load["name"] == "mixed")
             ratios.append(f"{mixed['headline']['times_faster'][1]:.2f}")
     first = newest("bench-aimv2-large")
+    native = [report for name in NATIVE if (report := newest(f"native/{name}"))]
     assert first
+    assert native
+    equal = sorted(report["workloads"][0]["headline"]["times_faster"][1] for report in native)
     where = f"one {first['gpus']}, {first['date']}"
+    elsewhere = f"one {native[0]['gpus']}, {max(report['date'] for report in native)}"
     return (
         f"Inference on 52 images of mixed sizes (bf16, {where}) is {ratios[0]} times\n"
         f"as fast as the best peer's with AIMv2-large and {ratios[2]} times with SigLIP2-so400m;\n"
-        f"a training step is {ratios[1]} and {ratios[3]} times as fast.\n"
+        f"a training step is {ratios[1]} and {ratios[3]} times as fast. Batches of one size gain less:\n"
+        f"{equal[0]:.2f} to {equal[-1]:.2f} times as fast as the best compiled peer, in {len(native)} "
+        f"models ({elsewhere}).\n"
     )
 
 
@@ -194,6 +208,7 @@ def pages() -> dict[Path, str]:
     front = fill(readme.read_text(), "families", families_table())
     front = fill(front, "speed", speed_sentence())
     figures = measured.read_text()
+    figures = fill(figures, "native", native_page())
     for name in RECORDED:
         figures = fill(figures, name, recorded(name))
     return {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from packvit.bench.models import Model
 from packvit.bench.workloads import Workload
+from packvit.config import PatchOrder
 
 
 class Unavailable(Exception):
@@ -25,6 +26,9 @@ class Subject:
     patches: Tensor  # [T, P], normalised, on the device and in the dtype
     compiled: bool  # whether to wait for torch.compile
     train: bool
+    # What all start from, if not from patches, which are cut within the time. Shapes: [N, 3, H, W].
+    pixels: Tensor | None = None
+    timm: str = ""  # timm's name of the same architecture, where `pixels` are given
 
     @cached_property
     def images(self) -> Sequence[Tensor]:
@@ -41,6 +45,18 @@ class Subject:
         """Which rows of the pack each image is."""
         total = torch.arange(len(self.patches), dtype=torch.int64, device=self.patches.device)
         return total.split(self.workload.lengths)
+
+
+def cut(pixels: Tensor, patch: int, order: PatchOrder) -> Tensor:
+    """Return the flattened patches of images of one size, as convolutions leave out what is over.
+
+    Shapes: [N, 3, H, W] -> [T, P].
+    """
+    height, width = (side // patch * patch for side in pixels.shape[2:])
+    pixels = pixels[..., :height, :width]
+    tiles = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [N, 3, r, p, c, p]
+    inside = (3, 5, 1) if order == "hwc" else (1, 3, 5)
+    return tiles.permute(0, 2, 4, *inside).reshape(-1, 3 * patch * patch)
 
 
 class Call(NamedTuple):

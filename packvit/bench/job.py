@@ -1,7 +1,8 @@
 """Run every contender that can, on every workload asked for, and write down what came of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ from packvit.bench.measuring import (
     CLOCKS,
     Run,
     Times,
+    at_most,
     ceiling,
+    commit,
     gpu_state,
     interleave,
     median_ms,
@@ -48,7 +51,8 @@ LIMITS = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.04}
 SLOW = 2.0  # seconds: what takes longer takes part in three rounds alone
 SLOW_ROUNDS = 3
 WARMUP = 2
-OBSTACLES = (Unavailable, ImportError, ValueError, RuntimeError)  # torch's own are RuntimeErrors
+# torch's own are RuntimeErrors; what is stopped in the middle may say anything.
+OBSTACLES = (Unavailable, ImportError, ValueError, RuntimeError, TimeoutError)
 
 
 class Entrant(NamedTuple):
@@ -77,23 +81,7 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
         layers = 2
     compiled = on_gpu if plan.compiled is None else plan.compiled
     model = models.build(plan.model, layers, device, dtype)
-    report = where() | {
-        "timm": version_of("timm"),
-        "gpu_state_before": gpu_state(),
-        "model": model.name,
-        "weights": model.weights,
-        "layers": model.config.layers,
-        "width": model.config.width,
-        "pass": "forward and backward" if plan.train else "forward",
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "seed": SEED,
-        "clock": plan.clock,
-        "rounds": plan.rounds,
-        "baseline": BASELINE,
-        "workloads": [],
-    }
+    report = describe(plan, model, device, dtype) | {"baseline": BASELINE, "workloads": []}
     for name in plan.workloads:
         torch.compiler.reset()  # shapes of one workload must not make another's code general
         work = workload(name, small=not on_gpu)
@@ -108,7 +96,7 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
         subject = Subject(model, work, patches.to(device, dtype), compiled, plan.train)
         say(f"{work.title}: {len(work.grid)} images, {len(patches):,} patches")
         with torch.set_grad_enabled(plan.train), torch.inference_mode(not plan.train):
-            report["workloads"].append(measure_workload(subject, plan, say))
+            report["workloads"].append(measure_workload(subject, (*PEERS, *OURS), plan, say))
     report["gpu_state_after"] = gpu_state()
     report["fp8_accuracy"] = []
     if on_gpu and dtype == torch.bfloat16 and not plan.train:
@@ -116,6 +104,28 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
         with suppress(ValueError):  # why it cannot run stands beside its contenders
             report["fp8_accuracy"] = fp8_accuracy(model, device)
     return report
+
+
+def describe(
+    plan: Plan, model: models.Model, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return what is said of a run before it starts."""
+    return where() | {
+        "commit": plan.commit or commit(),
+        "timm": version_of("timm"),
+        "gpu_state_before": gpu_state(),
+        "model": model.name,
+        "weights": model.weights,
+        "layers": model.config.layers,
+        "width": model.config.width,
+        "pass": "forward and backward" if plan.train else "forward",
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "seed": SEED,
+        "clock": plan.clock,
+        "rounds": plan.rounds,
+    }
 
 
 def choose(plan: Plan) -> tuple[torch.device, torch.dtype]:
@@ -140,19 +150,34 @@ def choose(plan: Plan) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, chosen)
 
 
-def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
-    """Check every contender's tokens, then time those that are right, turn by turn."""
+def measure_workload(
+    subject: Subject,
+    candidates: Sequence[Peer | Ours],
+    plan: Plan,
+    say: Say,
+    until: float | None = None,
+) -> dict[str, Any]:
+    """Check every contender's tokens, then time those that are right, turn by turn.
+
+    The first candidate is the baseline. `until` is when, by `monotonic`, all must be done: those
+    that would not be are left out.
+    """
     draw = torch.Generator().manual_seed(0)
     shape = (len(subject.patches), subject.model.config.width)
-    cotangent = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(
-        subject.patches
-    )
+    cotangent = None
+    if subject.train:
+        drawn = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
+        cotangent = drawn.to(subject.patches)
     missing: dict[str, str] = {}
     wrong: dict[str, dict[str, float]] = {}
     entrants: dict[str, Entrant] = {}
     truth: Tensor | None = None
-    for candidate in (*PEERS, *OURS):  # the baseline first
-        with reasons(candidate.title, missing, say):
+    baseline = candidates[0].title
+    for candidate in candidates:
+        with (
+            reasons(candidate.title, missing, say),
+            at_most(left(candidate, entrants, plan, until)),
+        ):
             contender = candidate.build(subject)
             tokens = collect(contender, len(subject.patches)).float()
             truth = tokens if truth is None else truth
@@ -161,7 +186,7 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
                 wrong[candidate.title] = off
                 say(f"  {candidate.title}: WRONG, off by {off['relative_difference']:.1e}")
                 continue
-            run = runner(contender, cotangent if subject.train else None)
+            run = runner(contender, cotangent)
             if subject.train:
                 run()  # its backward has not been compiled yet
             entrants[candidate.title] = Entrant(
@@ -174,8 +199,8 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
                 first=seconds(run, plan.clock),
             )
             say(f"  {candidate.title}: {entrants[candidate.title].first * 1e3:.1f} ms")
-    if BASELINE not in entrants:
-        raise BenchError(f"{BASELINE} cannot run here: {missing[BASELINE]}.")
+    if baseline not in entrants:
+        raise BenchError(f"{baseline} cannot run here: {missing[baseline]}.")
     top, top_flops = ceiling(subject.patches.device, subject.patches.dtype)
     taken = interleave(
         {CEILING: top, **{title: entrant.run for title, entrant in entrants.items()}},
@@ -187,6 +212,7 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
     flops = encoder_flops(subject.model.config, subject.workload.grid)
     work = flops.forward + (flops.backward if subject.train else 0)
     rate = top_flops / median_ms(taken, CEILING) * 1e3
+    best = headline(entrants, taken)
     return {
         "name": subject.workload.name,
         "title": subject.workload.title,
@@ -197,14 +223,35 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
         "scaled_down": subject.workload.scaled_down,
         "tflop": work / 1e12,
         "ceiling_tflops": rate / 1e12,
-        "headline": headline(entrants, taken),
+        "headline": best,
         "results": {
             title: result(title, entrant, taken, work / rate, subject.patches.device)
+            | {
+                "times_faster_than_baseline": times_faster(taken, title, baseline),
+                "times_faster_than_strongest_peer": times_faster(taken, title, best["peer"]),
+                "images_per_second": 1e3 * len(subject.workload.grid) / median_ms(taken, title),
+            }
             for title, entrant in entrants.items()
         },
         "wrong": wrong,
         "missing": missing,
     }
+
+
+def left(
+    candidate: Peer | Ours, entrants: dict[str, Entrant], plan: Plan, until: float | None
+) -> float | None:
+    """Return how many seconds a contender may take until its turn is over; None is any number.
+
+    Raises: Unavailable if none are left besides those of the rounds to come.
+    """
+    if until is None or not entrants:
+        return candidate.longest if isinstance(candidate, Peer) else None
+    round_ = sum(min(entrant.first, SLOW) for entrant in entrants.values())
+    rest = until - monotonic() - 1.3 * (plan.rounds + WARMUP) * round_
+    if rest <= 0:
+        raise Unavailable("no time was left for it")
+    return min(rest, candidate.longest or rest) if isinstance(candidate, Peer) else rest
 
 
 @contextmanager
@@ -267,20 +314,21 @@ def result(
         "ours": entrant.ours,
         "median_ms": median,
         "rounds": sum(title in times for times in taken),
-        "times_faster_than_baseline": times_faster(taken, title, BASELINE),
         "fraction_of_ceiling": floor / median * 1e3,
         "peak_gib": None if more is None else (more + entrant.weights) / 2**30,
         **entrant.off,
     }
 
 
-def headline(entrants: dict[str, Entrant], taken: list[Times]) -> dict[str, Any] | None:
-    """Return our fastest exact contender beside the strongest peer; None if we have none."""
-    ours = [title for title, entrant in entrants.items() if entrant.ours and entrant.exact]
-    peers = [title for title, entrant in entrants.items() if not entrant.ours]
-    if not ours:
-        return None
-    best, strongest = (
-        min(titles, key=lambda title: median_ms(taken, title)) for titles in (ours, peers)
+def headline(entrants: dict[str, Entrant], taken: list[Times]) -> dict[str, Any]:
+    """Return the strongest peer and, if we have one, our fastest exact contender beside it."""
+
+    def fastest(*, ours: bool) -> str | None:
+        titles = [t for t, one in entrants.items() if one.ours == ours and (one.exact or not ours)]
+        return min(titles, key=lambda title: median_ms(taken, title), default=None)
+
+    peer, best = fastest(ours=False), fastest(ours=True)
+    assert peer is not None  # the baseline is one
+    return {"peer": peer} | (
+        {} if best is None else {"ours": best, "times_faster": times_faster(taken, best, peer)}
     )
-    return {"ours": best, "peer": strongest, "times_faster": times_faster(taken, best, strongest)}

@@ -6,11 +6,16 @@ of each round's ratio to another contender: far apart, they say the machine was 
 """
 
 import random
+import signal
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from time import perf_counter, process_time
+from types import FrameType
 from typing import Any
 
 import torch
@@ -122,3 +127,47 @@ def gpu_state() -> str | None:
 def where() -> dict[str, Any]:
     """Return the date, the machine and the versions."""
     return {"date": datetime.now(UTC).date().isoformat()} | machine()
+
+
+def commit() -> str:
+    """Return the commit that runs, with a "+" if the sources differ from it, or "unknown"."""
+    folder = Path(__file__).parents[2]
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", str(folder), *words],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=30,
+            ).stdout.strip()
+            for words in (
+                ("rev-parse", "--short=12", "HEAD"),
+                ("status", "--porcelain", "-uno", "--", "packvit"),
+            )
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return f"{head}+" if changes else head
+
+
+@contextmanager
+def at_most(allowed: float | None) -> Iterator[None]:
+    """Stop what takes longer than so many seconds, between two lines of Python.
+
+    Raises: TimeoutError.
+    """
+    if allowed is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it took longer than {allowed:.3g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, allowed, 5.0)  # again, should a callback swallow it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -11,36 +11,55 @@ from packvit import hub
 from packvit.bench import MODELS, BenchError
 from packvit.config import EncoderConfig, Table
 from packvit.encoder import Encoder
-from packvit.families import AIMv2Packing, Siglip2NaflexPacking
+from packvit.families import (
+    AIMv2Packing,
+    ClipPacking,
+    Dinov2Packing,
+    DINOv3ViTPacking,
+    Siglip2NaflexPacking,
+    SiglipPacking,
+)
 from packvit.verification.job import without_projection
 from packvit.verification.references import Reference, import_transformers, quiet, randomise
 
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+SO400M = {
+    "hidden_size": 1152,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "intermediate_size": 4304,
+    "vision_use_head": False,
+}
+CLIP_LARGE = LARGE | {"intermediate_size": 4096, "patch_size": 14, "image_size": 224}
+AIMV2_LARGE = LARGE | {"num_attention_heads": 8, "intermediate_size": 2816, "use_head": False}
+DINOV2 = {"patch_size": 14, "image_size": 518}
+DINOV3 = {"patch_size": 16, "num_register_tokens": 4}
+
 # Without pooling heads, whose work is not counted: tokens are what is compared.
 SIZES: dict[str, tuple[type[Encoder], str, dict[str, Any]]] = {
-    "aimv2-large": (
-        AIMv2Packing,
-        "Aimv2VisionModel",
-        {
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 8,
-            "intermediate_size": 2816,
-            "is_native": True,
-            "use_head": False,
-        },
+    "aimv2-large": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"is_native": True}),
+    "siglip2-so400m": (Siglip2NaflexPacking, "Siglip2VisionModel", SO400M),
+    "clip-l14-quickgelu": (ClipPacking, "CLIPVisionModel", CLIP_LARGE),
+    "clip-l14": (ClipPacking, "CLIPVisionModel", CLIP_LARGE | {"hidden_act": "gelu"}),
+    "siglip-so400m14-384": (
+        SiglipPacking,
+        "SiglipVisionModel",
+        SO400M | {"patch_size": 14, "image_size": 384},
     ),
-    "siglip2-so400m": (
-        Siglip2NaflexPacking,
-        "Siglip2VisionModel",
-        {
-            "hidden_size": 1152,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "intermediate_size": 4304,
-            "vision_use_head": False,
-        },
+    "dinov2-b14": (Dinov2Packing, "Dinov2Model", BASE | DINOV2),
+    "dinov2-l14": (Dinov2Packing, "Dinov2Model", LARGE | DINOV2),
+    "dinov3-b16": (DINOv3ViTPacking, "DINOv3ViTModel", BASE | DINOV3 | {"intermediate_size": 3072}),
+    "dinov3-l16": (
+        DINOv3ViTPacking,
+        "DINOv3ViTModel",
+        LARGE | DINOV3 | {"intermediate_size": 4096},
     ),
+    "aimv2-l14-224": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"image_size": 224}),
+    "aimv2-l14-448": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"image_size": 448}),
 }
+# Biases that are zero in every published checkpoint, so that timm leaves them out.
+ZERO = {"DINOv3ViTModel": ("q_proj.bias", "v_proj.bias")}
 
 
 def config_of(name: str) -> EncoderConfig:
@@ -85,8 +104,12 @@ def random_model(name: str, layers: int | None, device: torch.device, dtype: tor
     encoder, architecture, entries = SIZES[name]
     kind = getattr(import_transformers(), architecture)
     entries = entries | ({} if layers is None else {"num_hidden_layers": layers})
-    with quiet():
-        reference = randomise(kind(kind.config_class(**entries)), seed=0).to(device, dtype)
+    with quiet(), device:  # a GPU draws some hundred million numbers in no time
+        reference = randomise(kind(kind.config_class(**entries)), seed=0)
+    for key, weight in reference.named_parameters():
+        if key.endswith(ZERO.get(architecture, ())):
+            weight.data.zero_()
+    reference = reference.to(dtype)
     config = encoder.from_transformers(reference).config
     return Model(name, "random", encoder, config, reference)
 

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from packvit.bench.contenders import Call, Contender, Subject, Unavailable
+from packvit.bench.contenders import Call, Contender, Subject, Unavailable, cut
 from packvit.model.attention import BACKENDS
 
 
@@ -20,9 +20,16 @@ class Ours(NamedTuple):
         if self.options.get("compile") and not subject.compiled:
             raise Unavailable("compilation takes a while: ask for it with --compiled")
         positions = "interpolate" if model.resizes else "checkpoint"
-        encoder = load(model.reference, positions=positions, **self.options)
-        patches, grid = subject.patches, subject.grid_thw
+        patches, grid, pixels = subject.patches, subject.grid_thw, subject.pixels
         rows = subject.rows[0].new_tensor(range(len(patches)))
+        if pixels is not None:  # [N, 3, H, W], of which the order "chw" is cut soonest
+            options: dict[str, Any] = {"patch_order": "chw"} | self.options
+            encoder = load(model.reference, positions=positions, **options)
+            patch = encoder.config.patch
+            return Contender(
+                [Call(lambda: encoder(cut(pixels, patch, "chw"), grid), rows)], encoder
+            )
+        encoder = load(model.reference, positions=positions, **self.options)
         if encoder.head is None:
             return Contender([Call(lambda: encoder(patches, grid), rows)], encoder)
         # The reference's forward pools too.

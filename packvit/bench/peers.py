@@ -6,7 +6,7 @@ made before the clock starts.
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from packvit.model.positions import sine_cosine, sine_cosine_axis
 from packvit.packs.segments import PatchPlaces
 from packvit.verification.references import inputs, tower
 
+Mode = Literal["default", "max-autotune"]  # of torch.compile
 MULTIPLE = 8  # of padded lengths, so that masks are aligned and no kernel has to copy them
 
 
@@ -26,6 +27,7 @@ class Peer(NamedTuple):
 
     title: str
     build: Callable[[Subject], Contender]  # raises Unavailable
+    longest: float | None = None  # seconds that its first call may take
 
 
 def reference_options(subject: Subject) -> dict[str, Any]:
@@ -134,11 +136,13 @@ def padded(subject: Subject) -> Contender:
     return Contender([Call(run, rows)], subject.model.reference)
 
 
-def compile_it(subject: Subject, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def compile_it(
+    subject: Subject, run: Callable[[], Tensor], mode: Mode = "default"
+) -> Callable[[], Tensor]:
     """Compile a forward, if there is the time. Raises: Unavailable."""
     if not subject.compiled:
         raise Unavailable("compilation takes a while: ask for it with --compiled")
-    return torch.compile(run)
+    return torch.compile(run, mode=mode)
 
 
 def padded_compiled(subject: Subject) -> Contender:

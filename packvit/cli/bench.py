@@ -1,28 +1,73 @@
 """`packvit bench`: our figures beside our peers' and the machine's own limits."""
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
-from packvit.bench import DTYPES, MODELS, WORKLOADS, BenchError, Plan
+from packvit.bench import (
+    DTYPES,
+    MODELS,
+    NATIVE,
+    NATIVE_WORKLOAD,
+    WORKLOADS,
+    BenchError,
+    Plan,
+)
 from packvit.bench.table import as_markdown
 
 WRONG = 1
+ALL = "all"
 
 
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--model",
-    default="aimv2-large",
+    "models",
+    multiple=True,
     help=f"{', '.join(MODELS)} (random weights), tiny, a checkpoint's name on the hub, or its "
-    "folder.",
+    "folder; aimv2-large unless told. With --workload native, which of its batches, and it may be "
+    f"given many times: {', '.join(NATIVE)}; all unless told.",
 )
 @click.option(
     "--workload",
-    type=click.Choice([*WORKLOADS, "all"]),
+    type=click.Choice([*WORKLOADS, ALL, NATIVE_WORKLOAD]),
     default="mixed",
-    help="Which pack; on a CPU all are scaled down.",
+    help="Which pack; on a CPU all are scaled down. native: batches of the checkpoints' own size.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With --workload native, how long all may take: what time does not suffice for is left "
+    "out, from the end.",
+)
+@click.option(
+    "--autotuned/--no-autotuned",
+    default=True,
+    help="With --workload native, whether peers are compiled by max-autotune too, where that takes "
+    "no more than two minutes.",
+)
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    metavar="TITLE",
+    help="With --workload native, a contender to be timed beside transformers, as the table calls "
+    "it; all unless told. May be given many times.",
+)
+@click.option(
+    "--commit",
+    help="What commit this is, for the report, where git cannot tell.",
+)
+@click.option(
+    "--out",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="With --workload native, where each batch's report is written as soon as it is done.",
 )
 @click.option("--train", is_flag=True, help="Forward and backward, instead of forward alone.")
 @click.option(
@@ -64,8 +109,13 @@ WRONG = 1
 @click.pass_context
 def bench(
     context: click.Context,
-    model: str,
+    models: tuple[str, ...],
     workload: str,
+    seconds: float | None,
+    autotuned: bool,
+    ways: tuple[str, ...],
+    commit: str | None,
+    out: Path | None,
     train: bool,
     dtype: str | None,
     device: str | None,
@@ -86,30 +136,119 @@ def bench(
       packvit bench
       packvit bench --model siglip2-so400m --workload all --json so400m.json
       packvit bench --model tiny --workload small --rounds 3
+      packvit bench --workload native --model clip-l14-224 --seconds 300 --out rows
     """
-    chosen = tuple(WORKLOADS) if workload == "all" else (workload,)
     if target is not None and str(target) != "-" and not target.parent.is_dir():
         raise click.UsageError(f"{target.parent} is not a folder. Choose another file for --json.")
-    plan = Plan(model, chosen, train, rounds, device, dtype, layers, clock, compiled)
+    plan = Plan(
+        train=train,
+        rounds=rounds,
+        device=device,
+        dtype=dtype,
+        layers=layers,
+        clock=clock,
+        compiled=compiled,
+        commit=commit,
+    )
+    if workload == NATIVE_WORKLOAD:
+        if target is not None:
+            raise click.UsageError("--workload native writes many reports: name a folder by --out.")
+        off = False
+        names = models or tuple(NATIVE)
+        for report in native_reports(plan, names, seconds, autotuned, ways, out):
+            off = ours_wrong(report) or off
+        context.exit(WRONG if off else 0)
+    if out is not None or seconds is not None or ways:
+        wrong = "--out, --seconds and --way are for --workload native. Leave them out."
+        raise click.UsageError(wrong)
+    if len(models) > 1:
+        raise click.UsageError("--model is given more than once, which --workload native takes.")
+    chosen = tuple(WORKLOADS) if workload == ALL else (workload,)
+    report = whole_report(
+        replace(plan, model=models[0] if models else plan.model, workloads=chosen)
+    )
+    written = json.dumps(report, indent=1)
+    click.echo(written if str(target) == "-" else as_markdown(report))
+    if target is not None and str(target) != "-":
+        write(target, written)
+        click.echo(f"The report is {target}.", err=True)
+    context.exit(WRONG if ours_wrong(report) else 0)
+
+
+def whole_report(plan: Plan) -> dict[str, Any]:
+    """Measure what is asked for, and answer what the user got wrong."""
     from packvit.bench.job import measure  # torch is imported here
+
+    with answered():
+        return measure(plan, remark)
+
+
+def native_reports(
+    plan: Plan,
+    names: Sequence[str],
+    seconds: float | None,
+    autotuned: bool,
+    ways: Sequence[str],
+    out: Path | None,
+) -> Iterator[dict[str, Any]]:
+    """Measure one batch after the other; print and write each as soon as it is done."""
+    from packvit.bench.native import measure_native  # torch is imported here
+
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"{out} cannot be a folder: {error.strerror}. Name another by --out."
+            raise click.UsageError(reason) from error
+    with answered():
+        for report in measure_native(
+            plan, names, remark, seconds=seconds, autotuned=autotuned, ways=ways
+        ):
+            click.echo(as_markdown(report))
+            if out is not None:
+                target = out / f"{report['row']}-{place(report)}.json"
+                write(target, json.dumps(report, indent=1))
+                remark(f"The report is {target}.")
+            yield report
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Say in a sentence why something cannot be measured."""
     from packvit.checkpoints.files import CheckpointError
 
     try:
-        report = measure(plan, lambda words: click.echo(words, err=True))
+        yield
     except BenchError as error:
         raise click.UsageError(str(error)) from error
     except (CheckpointError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    written = json.dumps(report, indent=1)
-    click.echo(written if str(target) == "-" else as_markdown(report))
-    if target is not None and str(target) != "-":
-        try:
-            target.write_text(written + "\n")
-        except OSError as error:
-            reason = f"{target} could not be written: {error.strerror}. Name another file."
-            raise click.ClickException(reason) from error
-        click.echo(f"The report is {target}.", err=True)
-    ours_wrong = any(
+
+
+def remark(words: str) -> None:
+    """Say what is going on."""
+    click.echo(words, err=True)
+
+
+def place(report: dict[str, Any]) -> str:
+    """Return the machine's kind as a part of a file's name: h100, h200, cpu."""
+    if report["device"] != "cuda":
+        return "cpu"
+    words = report["gpus"].partition(",")[0].lower().split()
+    return next((word for word in words if any(letter.isdigit() for letter in word)), words[-1])
+
+
+def write(target: Path, words: str) -> None:
+    """Write a report."""
+    try:
+        target.write_text(words + "\n")
+    except OSError as error:
+        reason = f"{target} could not be written: {error.strerror}. Name another file."
+        raise click.ClickException(reason) from error
+
+
+def ours_wrong(report: dict[str, Any]) -> bool:
+    """Return whether a contender of ours computes something else."""
+    return any(
         title.startswith("packvit") for work in report["workloads"] for title in work["wrong"]
     )
-    context.exit(WRONG if ours_wrong else 0)

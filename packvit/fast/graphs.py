@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from packvit.fast.attention import is_batch
 from packvit.fast.hooks import is_hooked
 from packvit.model.attention import Backend
 from packvit.model.memory import Peak, free_memory
@@ -46,6 +47,7 @@ class Size(NamedTuple):
     longest: int
     taps: tuple[int, ...]
     backend: str
+    batched: bool  # sequences of one length, which are never filled up
     stream: int  # the CUDA stream, since two would write one memory at once
 
 
@@ -118,14 +120,23 @@ def is_graphable(module: nn.Module) -> bool:
     return type(module).__module__.split(".")[0] in ("packvit", "torch") and not is_hooked(module)
 
 
-def size_of(lengths: Sequence[int], taps: Collection[int], backend: Backend, stream: int) -> Size:
+def size_of(
+    lengths: Sequence[int],
+    taps: Collection[int],
+    backend: Backend,
+    stream: int,
+    *,
+    batched: bool = False,
+) -> Size:
     """Return the size whose graph serves a pack of sequences of so many tokens each."""
-    total = sum(lengths)
+    total, asked = sum(lengths), tuple(sorted(taps))
+    if batched:
+        return Size(total, len(lengths), lengths[0], asked, backend.name, True, stream)
     tokens = ladder(total)
     longest = 1 << (max(lengths) - 1).bit_length()
     filling = -(-(tokens - total) // longest)
     sequences = 1 << (len(lengths) + filling - 1).bit_length()
-    return Size(tokens, sequences, longest, tuple(sorted(taps)), backend.name, stream)
+    return Size(tokens, sequences, longest, asked, backend.name, False, stream)
 
 
 def fill_up(lengths: Sequence[int], size: Size) -> tuple[int, ...]:
@@ -193,7 +204,9 @@ class Graphs:
         bits.
         """
         tokens, device = len(rows[0]), rows[0].device
-        size = size_of(lengths, taps, backend, torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        batched = is_batch(lengths) and not getattr(owner, "invariant", False)
+        size = size_of(lengths, taps, backend, stream, batched=batched)
         filled = fill_up(lengths, size)
         frames = None if table is None else fill_table(table, filled)
         with self.lock:

@@ -167,11 +167,12 @@ def write_random(variant: Variant, family: Family, folder: Path, seed: int) -> n
 
 def randomise(model: nn.Module, seed: int) -> Any:
     """Draw every weight so that it matters: one that is ignored or misplaced must show."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(
-                parameter.shape, generator=generator, dtype=torch.float32, device="cpu"
+                parameter.shape, generator=generator, dtype=torch.float32, device=device
             )
             words = name.split(".")
             is_scale = words[-1] == "weight" and parameter.ndim == 1  # of a norm
