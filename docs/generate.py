@@ -120,9 +120,9 @@ def speed_sentence() -> str:
     return (
         f"Inference on 52 images of mixed sizes (bf16, {where}) is {ratios[0]} times\n"
         f"as fast as the best peer's with AIMv2-large and {ratios[2]} times with SigLIP2-so400m;\n"
-        f"a training step is {ratios[1]} and {ratios[3]} times as fast. Batches of one size gain less:\n"
-        f"{equal[0]:.2f} to {equal[-1]:.2f} times as fast as the best compiled peer, in {len(native)} "
-        f"models ({elsewhere}).\n"
+        f"a training step is {ratios[1]} and {ratios[3]} times as fast. Batches of one size gain\n"
+        f"less: {equal[0]:.2f} to {equal[-1]:.2f} times as fast as the best compiled peer, in "
+        f"{len(native)} models\n({elsewhere}).\n"
     )
 
 
