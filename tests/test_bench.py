@@ -19,19 +19,19 @@ from packvit.bench import (
     NATIVE,
     WORKLOADS,
     BenchError,
-    Plan,
-    Row,
-    job,
+    BenchOptions,
+    NativeBatch,
     models,
     native,
+    run,
 )
 from packvit.bench.accuracy import pictures, plant
 from packvit.bench.contenders import Subject, collect, forward_backward
-from packvit.bench.job import BASELINE, measure
 from packvit.bench.measuring import interleave, times_faster
 from packvit.bench.native import measure_native
 from packvit.bench.ours import OURS, Ours
 from packvit.bench.peers import PEERS, Peer, grouped, one_by_one, padded
+from packvit.bench.run import BASELINE, measure
 from packvit.bench.table import as_markdown, native_table
 from packvit.bench.workloads import Workload, encoder_flops, workload
 from packvit.cli.bench import bench
@@ -108,7 +108,7 @@ def test_operations_are_those_that_torch_counts(encoder: Any, kind: str, changes
 @pytest.mark.parametrize("name", ["aimv2", "siglip2"])
 def test_all_contenders_compute_the_same(name: str, aimv2: Path, siglip2: Path):
     model = {"aimv2": aimv2, "siglip2": siglip2}[name]
-    report = measure(Plan(str(model), ("mixed", "equal"), rounds=2, device="cpu"), silent)
+    report = measure(BenchOptions(str(model), ("mixed", "equal"), rounds=2, device="cpu"), silent)
     mixed, equal = report["workloads"]
     for work in (mixed, equal):
         assert work["wrong"] == {}
@@ -126,7 +126,7 @@ def test_what_computes_something_else_is_called_wrong_and_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ):
     swapped = Ours("packvit, channels first", {"patch_order": "chw"})
-    monkeypatch.setattr(job, "OURS", (OURS[4], swapped))
+    monkeypatch.setattr(run, "OURS", (OURS[4], swapped))
     result = invoke("--model", "tiny", "--workload", "small", "--rounds", 2, "--device", "cpu")
     assert result.exit_code == 1
     assert "WRONG, so not timed: packvit, channels first" in result.stdout
@@ -172,7 +172,7 @@ def test_gradients_are_those_of_the_same_sum_however_tokens_are_laid_out(
 
 
 def test_forward_and_backward_are_timed_too(aimv2: Path):
-    plan = Plan(str(aimv2), ("small",), train=True, rounds=2, device="cpu", clock="cpu")
+    plan = BenchOptions(str(aimv2), ("small",), train=True, rounds=2, device="cpu", clock="cpu")
     report = measure(plan, silent)
     assert "forward and backward, float32, on CPU" in as_markdown(report)
     assert ", in CPU time;" in as_markdown(report)
@@ -201,7 +201,7 @@ TINY = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every native batch small: narrow models, and few patches that some sides exceed."""
-    small: dict[str, Row] = {}
+    small: dict[str, NativeBatch] = {}
     for name, row in NATIVE.items():
         encoder, architecture, entries = models.SIZES[row.model]
         patch = entries.get("patch_size", 16 if "so400m" in name else 14)
@@ -221,7 +221,7 @@ def test_peers_and_we_compute_the_same_from_pixels_at_every_native_size(
     monkeypatch: pytest.MonkeyPatch,
 ):
     shrink(monkeypatch)
-    plan = Plan(rounds=2, device="cpu")
+    plan = BenchOptions(rounds=2, device="cpu")
     reports = list(measure_native(plan, tuple(NATIVE), silent))
     assert [report["row"] for report in reports] == list(NATIVE)
     for report in reports:
@@ -239,7 +239,7 @@ def test_peers_and_we_compute_the_same_from_pixels_at_every_native_size(
 )
 def test_every_family_is_measured_on_mixed_sizes(name: str, monkeypatch: pytest.MonkeyPatch):
     shrink(monkeypatch)
-    report = measure(Plan(name, ("mixed",), rounds=2, device="cpu"), silent)
+    report = measure(BenchOptions(name, ("mixed",), rounds=2, device="cpu"), silent)
     [work] = report["workloads"]
     assert work["wrong"] == {}
     assert {BASELINE, "packvit, sdpa"} <= work["results"].keys()
@@ -277,7 +277,7 @@ def test_what_takes_too_long_is_stopped_and_named(monkeypatch: pytest.MonkeyPatc
 
     slow = Peer("endless", endless, 0.05)
     monkeypatch.setattr(native, "AUTOTUNED", (slow,))
-    [report] = measure_native(Plan(rounds=2, device="cpu"), ("clip-l14-224",), silent)
+    [report] = measure_native(BenchOptions(rounds=2, device="cpu"), ("clip-l14-224",), silent)
     [work] = report["workloads"]
     assert work["missing"]["endless"] == "it took longer than 0.05 s"
     assert "packvit, sdpa" in work["results"]
@@ -303,7 +303,7 @@ def test_the_command_prints_a_table_and_writes_a_report(aimv2: Path, tmp_path: P
         low, middle, high = entry["times_faster_than_baseline"]
         assert 0 < low <= middle <= high
     assert "timm NaFlexVit, padded" in work["missing"]
-    assert "NaFlexVit cannot express this family" in done.stdout
+    assert "NaFlexVit has not the positions or MLP of this family" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_the_command_prints_a_table_and_writes_a_report(aimv2: Path, tmp_path: P
     [
         (["--rounds", "1"], 2, "--rounds"),
         (["--workload", "vast"], 2, "--workload"),
-        (["--model", "tiny", "--layers", "3"], 2, "--layers cuts random models"),
+        (["--model", "tiny", "--layers", "3"], 2, "--layers is for random models only"),
         (["--device", "gpu"], 2, 'device "gpu" cannot be used'),
         (["--json", "nowhere/report.json"], 2, "nowhere is not a folder"),
         (["--seconds", "9"], 2, "for --workload native"),
@@ -331,7 +331,12 @@ def test_wrong_use_is_answered_in_a_sentence(argv: list[str], code: int, said: s
 
 
 def test_plans_that_cannot_be_are_refused():
-    plans = Plan(workloads=("vast",)), Plan(rounds=1), Plan(dtype="int8"), Plan(clock="sun")
+    plans = (
+        BenchOptions(workloads=("vast",)),
+        BenchOptions(rounds=1),
+        BenchOptions(dtype="int8"),
+        BenchOptions(clock="sun"),
+    )
     for plan in plans:
         with pytest.raises(BenchError):
             measure(plan, silent)

@@ -19,8 +19,8 @@ from packvit.families import (
     Siglip2NaflexPacking,
     SiglipPacking,
 )
-from packvit.verification.job import without_projection
-from packvit.verification.references import Reference, import_transformers, quiet, randomise
+from packvit.verification.references import ReferenceModel, import_transformers, quiet, randomise
+from packvit.verification.verify import without_projection
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -36,7 +36,7 @@ AIMV2_LARGE = LARGE | {"num_attention_heads": 8, "intermediate_size": 2816, "use
 DINOV2 = {"patch_size": 14, "image_size": 518}
 DINOV3 = {"patch_size": 16, "num_register_tokens": 4}
 
-# Without pooling heads, whose work is not counted: tokens are what is compared.
+# Without pooling heads: only tokens are compared, and their work is not counted.
 SIZES: dict[str, tuple[type[Encoder], str, dict[str, Any]]] = {
     "aimv2-large": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"is_native": True}),
     "siglip2-so400m": (Siglip2NaflexPacking, "Siglip2VisionModel", SO400M),
@@ -63,7 +63,7 @@ ZERO = {"DINOv3ViTModel": ("q_proj.bias", "v_proj.bias")}
 
 
 def config_of(name: str) -> EncoderConfig:
-    """Return what describes our encoder of a size, of which no weight is made."""
+    """Return the configuration of our encoder of a size, without making weights."""
     encoder, architecture, entries = SIZES[name]
     kind = getattr(import_transformers(), architecture).config_class
     return encoder.family.layouts[0].read(kind(**entries).to_dict(), ())
@@ -77,30 +77,29 @@ class Model:
     weights: str  # "random", or where they come from
     encoder: type[Encoder]
     config: EncoderConfig
-    reference: Any  # transformers' model, on the device and in the dtype that are measured
+    reference: Any  # transformers' model, on the measured device and dtype
 
     @property
     def resizes(self) -> bool:
-        """Whether its positions are learned for one grid, and resized only when asked to."""
+        """Whether its positions are learned for one grid, and interpolated only on request."""
         positions = self.config.positions
         return isinstance(positions, Table) and not positions.any_grid
 
 
 def build(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> Model:
-    """Return a model by its size, or the checkpoint called `name`.
+    """Return the random model of a size, or the checkpoint `name`.
 
-    Raises: BenchError; CheckpointError for what is wrong with a checkpoint; ImportError without
-    transformers.
+    Raises: BenchError; CheckpointError; ImportError without transformers.
     """
     if name in SIZES:
         return random_model(name, layers, device, dtype)
     if layers is not None:
-        raise BenchError(f"--layers cuts random models ({', '.join(MODELS)}), not checkpoints.")
+        raise BenchError(f"--layers is for random models only: {', '.join(MODELS)}. Leave it out.")
     return checkpoint_model(name, device, dtype)
 
 
 def random_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> Model:
-    """Return weights drawn so that every one matters: speed does not depend on them."""
+    """Return a model with random weights; speed does not depend on them."""
     encoder, architecture, entries = SIZES[name]
     kind = getattr(import_transformers(), architecture)
     entries = entries | ({} if layers is None else {"num_hidden_layers": layers})
@@ -115,11 +114,11 @@ def random_model(name: str, layers: int | None, device: torch.device, dtype: tor
 
 
 def checkpoint_model(name: str, device: torch.device, dtype: torch.dtype) -> Model:
-    """Return a checkpoint's weights, which transformers reads as `save_pretrained` writes them."""
+    """Return a checkpoint's model, which transformers loads from what `save_pretrained` writes."""
     encoder = hub.load(name, device="cpu", dtype=torch.float32)
     if encoder.projection is not None:
         encoder = without_projection(encoder)
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
-        reference = Reference(encoder.family, Path(folder)).load(dtype, device)
+        reference = ReferenceModel(encoder.family, Path(folder)).load(dtype, device)
     return Model(name, "the checkpoint's", type(encoder), encoder.config, reference)

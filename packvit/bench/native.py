@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from packvit.bench import NATIVE, SEED, BenchError, Plan, Row, models
+from packvit.bench import NATIVE, SEED, BenchError, BenchOptions, NativeBatch, models
 from packvit.bench.contenders import Subject, cut
-from packvit.bench.job import Say, choose, describe, measure_workload
 from packvit.bench.measuring import gpu_state
 from packvit.bench.native_peers import AUTOTUNED, NATIVE_BASELINE, NATIVE_PEERS
 from packvit.bench.ours import OURS, Ours
 from packvit.bench.peers import Peer
+from packvit.bench.run import Say, choose, describe_run, measure_workload
 from packvit.bench.workloads import Workload
 
 FEW = 2  # images, where there is no GPU
 
 
 def measure_native(
-    plan: Plan,
+    options: BenchOptions,
     names: Sequence[str],
     say: Say,
     *,
@@ -36,20 +36,20 @@ def measure_native(
 
     `seconds` is how long all may take: contenders and rows that time does not suffice for are
     left out, from the end. `ways` are the contenders to be timed beside the baseline, by their
-    titles; all, unless told. `plan.model` and `plan.workloads` count for nothing.
+    titles; all, unless told. `options.model` and `options.workloads` count for nothing.
 
     Raises: BenchError, ImportError for what cannot be measured at all.
     """
     until = None if seconds is None else monotonic() + seconds
     if unknown := [name for name in names if name not in NATIVE]:
         raise BenchError(f"No batch is called {unknown[0]}. Choose of: {', '.join(NATIVE)}.")
-    if plan.train:
+    if options.train:
         raise BenchError("--train is not measured on native sizes. Leave one of them out.")
-    device, dtype = choose(replace(plan, workloads=()))
+    device, dtype = choose(replace(options, workloads=()))
     if on_gpu := device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    layers = plan.layers if on_gpu or plan.layers else 2
-    compiled = on_gpu if plan.compiled is None else plan.compiled
+    layers = options.layers if on_gpu or options.layers else 2
+    compiled = on_gpu if options.compiled is None else options.compiled
     candidates = choose_ways((*NATIVE_PEERS, *OURS, *(AUTOTUNED if autotuned else ())), ways)
     model: models.Model | None = None
     for name in names:
@@ -62,9 +62,9 @@ def measure_native(
         torch.compiler.reset()
         subject = batch(name, row, model, device, dtype, compiled=compiled, small=not on_gpu)
         say(f"{name}: {len(subject.images)} images, {len(subject.patches):,} patches")
-        report = describe(plan, model, device, dtype)
+        report = describe_run(options, model, device, dtype)
         with torch.inference_mode():
-            work = measure_workload(subject, candidates, plan, say, until)
+            work = measure_workload(subject, candidates, options, say, until)
         yield report | {
             "row": name,
             "side": row.side,
@@ -85,7 +85,7 @@ def choose_ways(candidates: Sequence[Peer | Ours], ways: Collection[str]) -> Seq
 
 def batch(
     name: str,
-    row: Row,
+    row: NativeBatch,
     model: models.Model,
     device: torch.device,
     dtype: torch.dtype,

@@ -1,4 +1,4 @@
-"""Our own contenders: a table of what they are called and which options they are loaded with."""
+"""Our own contenders: a table of titles and load options."""
 
 from typing import Any, NamedTuple
 
@@ -7,18 +7,18 @@ from packvit.model.attention import BACKENDS
 
 
 class Ours(NamedTuple):
-    """An encoder of ours, as a user would ask for it."""
+    """Our encoder, loaded with the options of a user."""
 
     title: str
     options: dict[str, Any]  # of `packvit.load`
-    limit: float | None = None  # on the relative difference, where it is not the dtype's
+    limit: float | None = None  # on the relative difference, if not the dtype's
 
     def build(self, subject: Subject) -> Contender:
-        """Load it. Raises: Unavailable; what loading raises when it cannot run here."""
+        """Load the encoder. Raises: Unavailable; whatever loading raises."""
         model = subject.model
         load = model.encoder.from_transformers
         if self.options.get("compile") and not subject.compiled:
-            raise Unavailable("compilation takes a while: ask for it with --compiled")
+            raise Unavailable("compilation takes minutes: add --compiled")
         positions = "interpolate" if model.resizes else "checkpoint"
         patches, grid, pixels = subject.patches, subject.grid_thw, subject.pixels
         rows = subject.rows[0].new_tensor(range(len(patches)))

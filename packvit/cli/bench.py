@@ -1,4 +1,4 @@
-"""`packvit bench`: our figures beside our peers' and the machine's own limits."""
+"""`packvit bench`: our encoder against its peers and the machine's limits."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from packvit.bench import (
     NATIVE_WORKLOAD,
     WORKLOADS,
     BenchError,
-    Plan,
+    BenchOptions,
 )
 from packvit.bench.table import as_markdown
 
@@ -80,31 +80,31 @@ ALL = "all"
     "--rounds",
     type=click.IntRange(min=2),
     default=11,
-    help="How often each contender's turn comes.",
+    help="How many times each contender runs.",
 )
 @click.option(
     "--layers",
     type=click.IntRange(min=1),
-    help="Cut a model of random weights to so many layers; on a CPU to 2, unless told.",
+    help="Number of layers of a model with random weights; on a CPU 2 by default.",
 )
 @click.option(
     "--clock",
     type=click.Choice(["wall", "cpu"]),
     default="wall",
-    help="cpu: the time that all threads were at work, for a CPU shared with other programs.",
+    help="cpu: the CPU time of all threads, for a machine shared with other programs.",
 )
 @click.option(
     "--compiled/--no-compiled",
     default=None,
-    help="Whether contenders take part that torch.compile prepares, which takes minutes; on a GPU "
-    "they do.",
+    help="Whether to include contenders that use torch.compile, which takes minutes; by default "
+    "on a GPU only.",
 )
 @click.option(
     "--json",
     "target",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    help="Write the report there too; - prints it instead of the table.",
+    help="Also write the report to this file; - prints it instead of the table.",
 )
 @click.pass_context
 def bench(
@@ -125,11 +125,11 @@ def bench(
     compiled: bool | None,
     target: Path | None,
 ) -> None:
-    """Time our encoder beside transformers and timm, and beside a large matmul.
+    """Compare the speed of our encoder with transformers, timm and a large matmul.
 
-    All run in one process on the same weights and images, in turns, in shuffled order, and only
-    if their tokens agree. What cannot run on this machine is listed with its reason. The exit code
-    is 1 if a contender of ours computes something else.
+    All run in one process on the same weights and images, in turns, in shuffled order. A contender
+    is timed only if its tokens equal the reference's. What cannot run on this machine is listed
+    with the reason. The exit code is 1 if one of our contenders computes wrong tokens.
 
     \b
     Examples:
@@ -140,7 +140,7 @@ def bench(
     """
     if target is not None and str(target) != "-" and not target.parent.is_dir():
         raise click.UsageError(f"{target.parent} is not a folder. Choose another file for --json.")
-    plan = Plan(
+    options = BenchOptions(
         train=train,
         rounds=rounds,
         device=device,
@@ -155,7 +155,7 @@ def bench(
             raise click.UsageError("--workload native writes many reports: name a folder by --out.")
         off = False
         names = models or tuple(NATIVE)
-        for report in native_reports(plan, names, seconds, autotuned, ways, out):
+        for report in native_reports(options, names, seconds, autotuned, ways, out):
             off = ours_wrong(report) or off
         context.exit(WRONG if off else 0)
     if out is not None or seconds is not None or ways:
@@ -165,7 +165,7 @@ def bench(
         raise click.UsageError("--model is given more than once, which --workload native takes.")
     chosen = tuple(WORKLOADS) if workload == ALL else (workload,)
     report = whole_report(
-        replace(plan, model=models[0] if models else plan.model, workloads=chosen)
+        replace(options, model=models[0] if models else options.model, workloads=chosen)
     )
     written = json.dumps(report, indent=1)
     click.echo(written if str(target) == "-" else as_markdown(report))
@@ -175,16 +175,16 @@ def bench(
     context.exit(WRONG if ours_wrong(report) else 0)
 
 
-def whole_report(plan: Plan) -> dict[str, Any]:
+def whole_report(options: BenchOptions) -> dict[str, Any]:
     """Measure what is asked for, and answer what the user got wrong."""
-    from packvit.bench.job import measure  # torch is imported here
+    from packvit.bench.run import measure  # torch is imported here
 
     with answered():
-        return measure(plan, remark)
+        return measure(options, remark)
 
 
 def native_reports(
-    plan: Plan,
+    options: BenchOptions,
     names: Sequence[str],
     seconds: float | None,
     autotuned: bool,
@@ -202,7 +202,7 @@ def native_reports(
             raise click.UsageError(reason) from error
     with answered():
         for report in measure_native(
-            plan, names, remark, seconds=seconds, autotuned=autotuned, ways=ways
+            options, names, remark, seconds=seconds, autotuned=autotuned, ways=ways
         ):
             click.echo(as_markdown(report))
             if out is not None:

@@ -1,4 +1,4 @@
-"""Run every contender that can, on every workload asked for, and write down what came of it."""
+"""Run all available contenders on all chosen workloads, and return the report."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from packvit import hub
-from packvit.bench import DTYPES, SEED, WORKLOADS, BenchError, Plan, models
+from packvit.bench import DTYPES, SEED, WORKLOADS, BenchError, BenchOptions, models
 from packvit.bench.accuracy import fp8_accuracy
 from packvit.bench.contenders import (
     Contender,
@@ -44,11 +44,11 @@ from packvit.version import version_of
 
 Say = Callable[[str], object]
 
-# The most that ‖tokens - the baseline's‖ / ‖the baseline's‖ may be. Through the 24 layers of
-# AIMv2-large in bf16 two right answers are 0.012 apart (on a CPU); swapped axes, or channels, move
-# tokens by tenths.
+# The most that ‖tokens - the baseline's‖ / ‖the baseline's‖ may be. After the 24 layers of
+# AIMv2-large in bf16 two correct results differ by 0.012 (on a CPU); swapped axes or channels
+# change tokens by tenths.
 LIMITS = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.04}
-SLOW = 2.0  # seconds: what takes longer takes part in three rounds alone
+SLOW = 2.0  # seconds: slower contenders run in three rounds only
 SLOW_ROUNDS = 3
 WARMUP = 2
 # torch's own are RuntimeErrors; what is stopped in the middle may say anything.
@@ -56,34 +56,34 @@ OBSTACLES = (Unavailable, ImportError, ValueError, RuntimeError, TimeoutError)
 
 
 class Entrant(NamedTuple):
-    """A contender whose tokens are right, ready to be timed."""
+    """A contender whose tokens are correct, ready to be timed."""
 
     run: Run
-    plain: Run  # the same without CUDA graphs, whose memory cannot be told from the encoder's
+    plain: Run  # the same without CUDA graphs, to measure memory: graphs hide the encoder's
     ours: bool
-    exact: bool  # in the dtype that was asked for throughout, which fp8 is not
+    exact: bool  # computes in the chosen dtype throughout, unlike fp8
     weights: int  # bytes
-    off: dict[str, float]  # from the baseline's tokens
-    first: float  # seconds of a call, once it has run
+    off: dict[str, float]  # difference from the baseline's tokens
+    first: float  # seconds of a call after warm-up
 
 
-def measure(plan: Plan, say: Say) -> dict[str, Any]:
-    """Return the report of all workloads; `say` is told what is going on.
+def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
+    """Return the report of all workloads; `say` is called with progress messages.
 
-    Raises: BenchError, CheckpointError, ImportError for what cannot be measured at all.
+    Raises: BenchError, CheckpointError, ImportError if nothing can be measured.
     """
-    device, dtype = choose(plan)
+    device, dtype = choose(options)
     on_gpu = device.type == "cuda"
     if device.index is not None and on_gpu:
-        torch.cuda.set_device(device)  # the one that clocks and peaks are asked of
-    layers = plan.layers
-    if not on_gpu and layers is None and plan.model in models.SIZES:
+        torch.cuda.set_device(device)  # clocks and peak memory are read from it
+    layers = options.layers
+    if not on_gpu and layers is None and options.model in models.SIZES:
         layers = 2
-    compiled = on_gpu if plan.compiled is None else plan.compiled
-    model = models.build(plan.model, layers, device, dtype)
-    report = describe(plan, model, device, dtype) | {"baseline": BASELINE, "workloads": []}
-    for name in plan.workloads:
-        torch.compiler.reset()  # shapes of one workload must not make another's code general
+    compiled = on_gpu if options.compiled is None else options.compiled
+    model = models.build(options.model, layers, device, dtype)
+    report = describe_run(options, model, device, dtype) | {"baseline": BASELINE, "workloads": []}
+    for name in options.workloads:
+        torch.compiler.reset()  # one workload's shapes must not make others dynamic
         work = workload(name, small=not on_gpu)
         draw = torch.Generator().manual_seed(SEED)
         patches = torch.randn(
@@ -93,58 +93,60 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
             dtype=torch.float32,
             device="cpu",
         )
-        subject = Subject(model, work, patches.to(device, dtype), compiled, plan.train)
+        subject = Subject(model, work, patches.to(device, dtype), compiled, options.train)
         say(f"{work.title}: {len(work.grid)} images, {len(patches):,} patches")
-        with torch.set_grad_enabled(plan.train), torch.inference_mode(not plan.train):
-            report["workloads"].append(measure_workload(subject, (*PEERS, *OURS), plan, say))
+        with torch.set_grad_enabled(options.train), torch.inference_mode(not options.train):
+            report["workloads"].append(measure_workload(subject, (*PEERS, *OURS), options, say))
     report["gpu_state_after"] = gpu_state()
     report["fp8_accuracy"] = []
-    if on_gpu and dtype == torch.bfloat16 and not plan.train:
+    if on_gpu and dtype == torch.bfloat16 and not options.train:
         say("accuracy of fp8")
-        with suppress(ValueError):  # why it cannot run stands beside its contenders
+        with suppress(ValueError):  # the reason is listed with its contenders
             report["fp8_accuracy"] = fp8_accuracy(model, device)
     return report
 
 
-def describe(
-    plan: Plan, model: models.Model, device: torch.device, dtype: torch.dtype
+def describe_run(
+    options: BenchOptions, model: models.Model, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return what is said of a run before it starts."""
     return where() | {
-        "commit": plan.commit or commit(),
+        "commit": options.commit or commit(),
         "timm": version_of("timm"),
         "gpu_state_before": gpu_state(),
         "model": model.name,
         "weights": model.weights,
         "layers": model.config.layers,
         "width": model.config.width,
-        "pass": "forward and backward" if plan.train else "forward",
+        "pass": "forward and backward" if options.train else "forward",
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
         "threads": torch.get_num_threads(),
         "seed": SEED,
-        "clock": plan.clock,
-        "rounds": plan.rounds,
+        "clock": options.clock,
+        "rounds": options.rounds,
     }
 
 
-def choose(plan: Plan) -> tuple[torch.device, torch.dtype]:
-    """Return where and in what to measure.
+def choose(options: BenchOptions) -> tuple[torch.device, torch.dtype]:
+    """Return the device and dtype to measure on.
 
-    Raises: BenchError for a device, dtype, workload or number of rounds that cannot be.
+    Raises: BenchError for an invalid device, dtype, workload or number of rounds.
     """
     try:
-        hub.check_device(plan.device)
+        hub.check_device(options.device)
     except ValueError as error:
         raise BenchError(str(error)) from error
-    device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if unknown := [name for name in plan.workloads if name not in WORKLOADS]:
-        raise BenchError(f"No workload is called {unknown[0]}. Choose of: {', '.join(WORKLOADS)}.")
-    if plan.clock not in CLOCKS or (plan.clock == "cpu" and device.type != "cpu"):
-        raise BenchError(f'clock is "{plan.clock}", but must be "wall", or on a CPU "cpu".')
-    if plan.rounds < 2:
-        raise BenchError(f"rounds is {plan.rounds}, but quartiles want at least 2.")
-    chosen = plan.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if unknown := [name for name in options.workloads if name not in WORKLOADS]:
+        raise BenchError(
+            f"No workload is called {unknown[0]}. Choose one of: {', '.join(WORKLOADS)}."
+        )
+    if options.clock not in CLOCKS or (options.clock == "cpu" and device.type != "cpu"):
+        raise BenchError(f'clock is "{options.clock}", but must be "wall", or on a CPU "cpu".')
+    if options.rounds < 2:
+        raise BenchError(f"rounds is {options.rounds}, but quartiles need at least 2.")
+    chosen = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if chosen not in DTYPES:
         raise BenchError(f'dtype is "{chosen}". Choose one of: {", ".join(DTYPES)}.')
     return device, getattr(torch, chosen)
@@ -153,7 +155,7 @@ def choose(plan: Plan) -> tuple[torch.device, torch.dtype]:
 def measure_workload(
     subject: Subject,
     candidates: Sequence[Peer | Ours],
-    plan: Plan,
+    options: BenchOptions,
     say: Say,
     until: float | None = None,
 ) -> dict[str, Any]:
@@ -176,19 +178,19 @@ def measure_workload(
     for candidate in candidates:
         with (
             reasons(candidate.title, missing, say),
-            at_most(left(candidate, entrants, plan, until)),
+            at_most(left(candidate, entrants, options, until)),
         ):
             contender = candidate.build(subject)
             tokens = collect(contender, len(subject.patches)).float()
             truth = tokens if truth is None else truth
             off = difference(tokens, truth)
-            if not off["relative_difference"] <= limit(candidate, subject):  # nor is NaN
+            if not off["relative_difference"] <= limit(candidate, subject):  # also true for NaN
                 wrong[candidate.title] = off
                 say(f"  {candidate.title}: WRONG, off by {off['relative_difference']:.1e}")
                 continue
             run = runner(contender, cotangent)
             if subject.train:
-                run()  # its backward has not been compiled yet
+                run()  # compiles its backward
             entrants[candidate.title] = Entrant(
                 run=run,
                 plain=without_graphs(contender.module, run),
@@ -196,7 +198,7 @@ def measure_workload(
                 exact=getattr(candidate, "limit", None) is None,
                 weights=weight_bytes(contender.module),
                 off=off,
-                first=seconds(run, plan.clock),
+                first=seconds(run, options.clock),
             )
             say(f"  {candidate.title}: {entrants[candidate.title].first * 1e3:.1f} ms")
     if baseline not in entrants:
@@ -204,9 +206,9 @@ def measure_workload(
     top, top_flops = ceiling(subject.patches.device, subject.patches.dtype)
     taken = interleave(
         {CEILING: top, **{title: entrant.run for title, entrant in entrants.items()}},
-        rounds=plan.rounds,
+        rounds=options.rounds,
         warmup=WARMUP,
-        clock=plan.clock,
+        clock=options.clock,
         fewer={title: SLOW_ROUNDS for title, entrant in entrants.items() if entrant.first > SLOW},
     )
     flops = encoder_flops(subject.model.config, subject.workload.grid)
@@ -239,7 +241,7 @@ def measure_workload(
 
 
 def left(
-    candidate: Peer | Ours, entrants: dict[str, Entrant], plan: Plan, until: float | None
+    candidate: Peer | Ours, entrants: dict[str, Entrant], options: BenchOptions, until: float | None
 ) -> float | None:
     """Return how many seconds a contender may take until its turn is over; None is any number.
 
@@ -248,7 +250,7 @@ def left(
     if until is None or not entrants:
         return candidate.longest if isinstance(candidate, Peer) else None
     round_ = sum(min(entrant.first, SLOW) for entrant in entrants.values())
-    rest = until - monotonic() - 1.3 * (plan.rounds + WARMUP) * round_
+    rest = until - monotonic() - 1.3 * (options.rounds + WARMUP) * round_
     if rest <= 0:
         raise Unavailable("no time was left for it")
     return min(rest, candidate.longest or rest) if isinstance(candidate, Peer) else rest
@@ -256,7 +258,7 @@ def left(
 
 @contextmanager
 def reasons(title: str, missing: dict[str, str], say: Say) -> Iterator[None]:
-    """Put on record why a contender cannot take part."""
+    """Record why a contender cannot run."""
     try:
         yield
     except OBSTACLES as error:
@@ -268,14 +270,14 @@ def reasons(title: str, missing: dict[str, str], say: Say) -> Iterator[None]:
 
 
 def runner(contender: Contender, cotangent: Tensor | None) -> Run:
-    """Return what is timed."""
+    """Return the function to time."""
     if cotangent is None:
         return forward(contender)
     return forward_backward(contender, cotangent)
 
 
 def without_graphs(module: nn.Module, run: Run) -> Run:
-    """Return a run during which an encoder of ours has no CUDA graphs, and makes none."""
+    """Return `run` with the CUDA graphs of our encoder turned off."""
 
     def plain() -> None:
         if not isinstance(module, Encoder):
@@ -291,13 +293,13 @@ def without_graphs(module: nn.Module, run: Run) -> Run:
 
 
 def limit(candidate: Peer | Ours, subject: Subject) -> float:
-    """Return the most that a contender's tokens may be off."""
+    """Return the limit on a contender's relative difference."""
     own = candidate.limit if isinstance(candidate, Ours) else None
     return own or LIMITS[subject.patches.dtype]
 
 
 def difference(tokens: Tensor, truth: Tensor) -> dict[str, float]:
-    """Return how far tokens are from the baseline's: at the worst, and as a whole."""
+    """Return the largest and the relative difference from the baseline's tokens."""
     off = tokens - truth
     return {
         "largest_scaled_difference": (off.abs().max() / max(1.0, truth.abs().max() / 4)).item(),
@@ -308,7 +310,7 @@ def difference(tokens: Tensor, truth: Tensor) -> dict[str, float]:
 def result(
     title: str, entrant: Entrant, taken: list[Times], floor: float, device: torch.device
 ) -> dict[str, Any]:
-    """Return a contender's figures; `floor` is the seconds that the work takes at the ceiling."""
+    """Return a contender's figures; `floor` is the time of the work at the matmul rate."""
     median, more = median_ms(taken, title), peak_bytes(entrant.plain, device)
     return {
         "ours": entrant.ours,
