@@ -140,7 +140,10 @@ def cut(out: Path) -> None:
         (swap_lines, "commits.jsonl line 2 (part-00000.parquet) is out of order."),
         (claim_incomplete, "manifest.json says that the job is not complete."),
         (miscount, "manifest.json counts "),
-        (forge, 'manifest.json is not of "packvit features 1" with the fingerprint of its'),
+        (
+            forge,
+            'manifest.json is not in format "packvit features 1", or its fingerprint does',
+        ),
         (lambda out: (out / "manifest.json").unlink(), "manifest.json is missing."),
         (lambda out: (out / "manifest.json").write_text("{"), "manifest.json is damaged: it is no"),
         (lambda out: (out / "certificate.json").unlink(), "certificate.json is missing."),

@@ -181,7 +181,7 @@ def test_a_folder_that_holds_anything_else_is_refused_with_what_it_holds(tmp_pat
         check_usable(tmp_path / "holiday.txt")
     (tmp_path / "manifest.json").write_text('{"manifest_version": 3}')  # of a browser's extension
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match=r"no manifest\.json of packvit's\. Choose a new"):
+        with pytest.raises(UsageError, match=r"no manifest\.json of packvit\. Choose a new"):
             check_usable(tmp_path, overwrite=overwrite)
 
 
