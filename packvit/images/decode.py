@@ -303,7 +303,7 @@ def _photo(
     if file:
         file.close()  # its bytes may be as many as the pixels'
     with _boundary("decode", "unsupported_mode"):
-        rgb, done = to_rgb(image, getattr(source, "tag_v2", {}))
+        rgb, done = to_rgb(image, getattr(source, "tag_v2", {}), source.format)
         image.close()  # lets go of the file, and of pixels that `rgb` does not share
         if turn is not None:
             rgb = rgb.transpose(turn)
