@@ -20,6 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from packvit.images.colour import MODES, rescale_colour_key, to_rgb
+from packvit.images.png import SIGNATURE, without_large_texts
 from packvit.images.signatures import describe
 
 Stage = Literal["list", "read", "header", "decode", "resize", "encode", "write"]
@@ -139,6 +140,7 @@ class Opened:
     warns: bool  # decoding may make Pillow warn
 
 
+    notes: tuple[str, ...] = ()
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
     """Return the first frame of an image file, upright, on white where it is transparent.
 
@@ -157,10 +159,15 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
     """
     file = BytesIO(data)
     image = _open(data, file)
+    notes = []
+    if data.startswith(SIGNATURE):
+        data, missed = without_large_texts(data)
+        if missed:
+            notes.append("EXIF unreadable")
     _check(image, max_pixels)
     warns = image.format == "TIFF" or (image.format == "PNG" and b"acTL" in data)
     pixels = image.width * image.height * (2 if image.format in HEAVY else 1)
-    return Opened(image, file, pixels, warns)
+    return Opened(image, file, pixels, warns, tuple(notes))
 
 
 def decode_opened(opened: Opened) -> Photo:
@@ -169,7 +176,7 @@ def decode_opened(opened: Opened) -> Photo:
     Raises: ImageError.
     """
     image = opened.image
-    notes = []
+    notes = [*opened.notes]
     with _boundary("header", "truncated"):
         rescale_colour_key(image)
         if _has_frames(image):
