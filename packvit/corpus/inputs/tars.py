@@ -48,8 +48,8 @@ class Header(tarfile.TarInfo):
         return header
 
 
-def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
-    """Yield the photographs of a tar, and None for every other file in it.
+def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | bytes]:
+    """Yield the photographs of a tar, and the name of every other file in it.
 
     Folders and links that are called like photographs, and files stored with holes, are errors.
 
@@ -77,7 +77,7 @@ def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
 
 def list_archive(
     file: Any, start: int, length: int, suffixes: frozenset[bytes]
-) -> Generator[Found | None, None, int | None]:
+) -> Generator[Found | bytes, None, int | None]:
     """Yield what `list_tar` does, of the archive at `start`; return where another begins, or None.
 
     Raises: ImageError truncated; tarfile's errors.
@@ -102,12 +102,12 @@ def list_archive(
     return find_next(file, tar.offset + BLOCK)
 
 
-def describe(member: Any, length: int, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
-    """Yield what a member is, unless it is a folder."""
+def describe(member: Any, length: int, suffixes: frozenset[bytes]) -> Iterator[Found | bytes]:
+    """Yield what a member is, unless it is a folder; of one to be passed over its name."""
     name = member.name.encode("utf-8", "surrogateescape")
     if os.path.splitext(name)[1].lower() not in suffixes:
         if not member.isdir():
-            yield None
+            yield name
         return
     key = KEY.fullmatch(name)
     code = None
