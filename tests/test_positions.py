@@ -150,3 +150,14 @@ def test_a_grid_is_resized_once_until_the_table_changes(monkeypatch: pytest.Monk
     assert made[3:] == [(9, 10), (3, 7)]
     assert tables.bank(table, [(3, 7)]).requires_grad  # taught now, and nothing is kept
     assert not tables.kept
+
+
+def test_torch_still_antialiases_wrongly_to_one_column_on_a_cpu():
+    """When this fails torch is mended: remove the way round it from model/positions.py.
+
+    Row by row the image is one colour, so that every row resized to one column keeps it.
+    """
+    image = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 1, 4, 6).contiguous()
+    options = {"size": (4, 1), "mode": "bilinear", "antialias": True, "align_corners": False}
+    found = torch.nn.functional.interpolate(image, **options).flatten()
+    assert not torch.allclose(found, torch.arange(4.0))
