@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import packvit
-from packvit.bench.table import as_markdown
+from packvit.bench import NATIVE
+from packvit.bench.table import as_markdown, native_table
 from packvit.cli import help_page
 from packvit.images.decode import CODES
 from packvit.verification import machine as support
@@ -92,6 +93,13 @@ def recorded(name: str) -> str:
     return as_markdown(report) if report else "No run is recorded yet.\n"
 
 
+def native_page() -> str:
+    """Return one line for the newest run of each batch at native size that is recorded."""
+    rows = (newest(f"native/{name}") for name in NATIVE)
+    reports = [report for report in rows if report]
+    return native_table(reports) if reports else "No run is recorded yet.\n"
+
+
 def sizing_table() -> str:
     """Return what the measured rates mean for a billion images.
 
@@ -145,6 +153,7 @@ def pages() -> dict[Path, str]:
     measured = ROOT / "docs" / "benchmarks.md"
     front = fill(readme.read_text(), "families", support.families_page())
     figures = measured.read_text()
+    figures = fill(figures, "native", native_page())
     for name in RECORDED:
         figures = fill(figures, name, recorded(name))
         if name in HEADLINES:

@@ -18,8 +18,8 @@ from packvit.cli.verify import verify
 from packvit.corpus.folder.layout import read_manifest
 from packvit.families import AIMv2Packing
 from packvit.verification import certificate, comparison
-from packvit.verification.job import family_names
 from packvit.verification.references import write_random
+from packvit.verification.verify import family_names
 
 NAME = certificate.NAME
 
@@ -119,7 +119,7 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2():
         ((), "Give either --model or --family"),
         (("--model", "tiny", "--family", "all"), "Give either --model or --family"),
         (("--family", "vgg"), 'No family is called "vgg". Choose all or one of: aimv2, siglip2,'),
-        (("--family", "clip", "--revision", "main"), "--revision is of a --model"),
+        (("--family", "clip", "--revision", "main"), "--revision needs --model"),
         (("--model", "tiny", "--device", "toaster"), 'device "toaster" cannot be used'),
     ):
         result = invoke(*argv)
@@ -218,7 +218,7 @@ def test_it_can_be_stopped(number: signal.Signals, code: int):
         job.send_signal(number)
         _, said = job.communicate(timeout=60)
     assert job.returncode == code
-    assert said.splitlines()[-1] == "Stopped. Give the same command again to start anew."
+    assert said.splitlines()[-1] == "Stopped. Run the same command again to start over."
     assert "Traceback" not in said
 
 

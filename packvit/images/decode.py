@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageFile
 from packvit.images.colour import MODES, rescale_colour_key, to_rgb
 from packvit.images.heif import INSTALL, is_heif, open_heif
 from packvit.images.png import SIGNATURE, without_large_texts
-from packvit.images.signatures import describe, explain
+from packvit.images.signatures import explain, identify
 from packvit.images.tiff import check_opened
 
 Stage = Literal["list", "read", "header", "decode", "resize", "encode", "write"]
@@ -292,7 +292,7 @@ def _open(data: bytes, file: BytesIO) -> ImageFile.ImageFile:
         except (MemoryError, Image.DecompressionBombError):
             raise
         except Exception as error:
-            code, note = describe(data, FORMATS)
+            code, note = identify(data, FORMATS)
             raise ImageError(code, "header", note) from error
         _check_opened(image, len(data))
         return image

@@ -52,7 +52,7 @@ _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
 _STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
 
 
-def describe(data: bytes, formats: Sequence[str]) -> Verdict:
+def identify(data: bytes, formats: Sequence[str]) -> Verdict:
     """Return the code and the note for bytes that Pillow's parsers of `formats` did not open.
 
     By Pillow's own checks of the first 16 bytes: a sound file of another format is told from noise

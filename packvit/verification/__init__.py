@@ -1,7 +1,7 @@
-"""Our encoders beside their references: what is compared, and what came of it. No torch here.
+"""Compare our encoders with their reference implementations. This module imports no torch.
 
-`job.py` verifies a checkpoint or a family, `comparison.py` compares outputs and `files.py` what
-goes in and out of files, `references.py` runs transformers, `certificate.py` writes it all down.
+`verify.py` verifies a checkpoint or a family, `comparison.py` compares outputs, `files.py` compares
+saved weights and preprocessing, `references.py` runs transformers, `certificate.py` records it.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ LOWER_LIMIT = 1.2  # our error in a lower precision, as a multiple of the refere
 
 
 class VerificationError(Exception):
-    """An encoder is not what its reference is."""
+    """An encoder differs from its reference."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One comparison: the worst difference of what was compared, and the most that it may be.
+class Comparison:
+    """One comparison: the worst difference found, and the limit on it.
 
     Units: in float32, of outputs, max|ours - reference| / max(1, max|reference| / 4), and where
     that exceeds `LIMIT` the reference's `own` distance to float64; in lower precision the distance
@@ -27,7 +27,7 @@ class Row:
 
     what: str  # an output, "neighbours of NaN", "pixels" or "weights"
     where: str  # the images, or the files
-    pack: str  # alone, among others, reordered; or none, where nothing is packed
+    pack: str  # alone, among others, reordered; or none if nothing is packed
     dtype: str
     backend: str
     worst: float
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether it is within its limit, which a NaN never is."""
+        """Whether it is within its limit; a NaN is not."""
         return self.worst <= self.limit
 
     @property
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def said(self) -> str:
-        """The comparison in words."""
+        """The comparison as a sentence."""
         how = (self.where, self.pack, self.dtype, self.backend)
         listed = ", ".join(part for part in how if part != "none")
         return f"{self.what} off by {self.worst:.1e}, where {self.limit:.1e} is allowed ({listed})"
@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All that was compared of one encoder."""
+    """All comparisons of one encoder."""
 
     family: str
     model: str  # a checkpoint's name, or the seed of random weights
@@ -64,19 +64,19 @@ class Findings:
     settings: str  # sha256 of config.json and the image settings
     reference: str  # the class in transformers
     device: str
-    rows: tuple[Row, ...]
-    not_compared: tuple[str, ...]  # what, and why not
-    remarks: tuple[str, ...]  # how the reference was run, and what its own error allowed
+    rows: tuple[Comparison, ...]
+    not_compared: tuple[str, ...]  # each with its reason
+    remarks: tuple[str, ...]  # how the reference was run, and limits widened by its own error
 
     @property
-    def missed(self) -> tuple[Row, ...]:
-        """The rows beyond their limit."""
+    def missed(self) -> tuple[Comparison, ...]:
+        """The comparisons beyond their limit."""
         return tuple(row for row in self.rows if not row.passed)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How much is compared; float32 always, on every backend that runs here."""
+class VerifyOptions:
+    """What to compare besides float32, which is compared on every backend that runs here."""
 
     quick: bool = False
     lower: tuple[str, ...] = ("bfloat16",)

@@ -1,4 +1,4 @@
-"""One encoder's outputs beside its reference's, over shapes, packs, precisions and backends."""
+"""Compare an encoder's outputs with its reference's, over shapes, packs, dtypes and backends."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ from packvit.config import Table
 from packvit.encoder import Encoder
 from packvit.model.attention import BACKENDS
 from packvit.packs.segments import Grid
-from packvit.verification import LIMIT, LOWER_LIMIT, OWN_LIMIT, Plan, Row
-from packvit.verification.references import Answers, Reference, run
+from packvit.verification import LIMIT, LOWER_LIMIT, OWN_LIMIT, Comparison, VerifyOptions
+from packvit.verification.references import Answers, ReferenceModel, run
 
 SHAPES: Grid = (  # (frames, rows, columns); square grids alone would hide swapped axes
     (1, 1, 1),
@@ -32,31 +32,33 @@ SQUARE = 16  # of encoders that know no size of their own
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The images of one round, and whether their positions are interpolated on request."""
+    """The grids of one round, and whether positions are interpolated for them."""
 
     grid: Grid
     interpolate: bool
 
 
-def plan_shapes(encoder: Encoder, plan: Plan, interpolates: bool) -> list[Shapes]:
-    """Return the rounds: any grid, or an encoder's one grid and, on request, any other."""
+def plan_shapes(encoder: Encoder, options: VerifyOptions, interpolates: bool) -> list[Shapes]:
+    """Return the rounds: all grids, or the encoder's own grid and then others, interpolated."""
     table = encoder.config.positions
     rows, columns = (table.rows, table.columns) if isinstance(table, Table) else (SQUARE, SQUARE)
-    others = QUICK_SHAPES if plan.quick else (*SHAPES, LARGEST)
+    others = QUICK_SHAPES if options.quick else (*SHAPES, LARGEST)
     if not isinstance(table, Table) or table.any_grid:
         return [Shapes((*others, (1, rows, columns)), interpolate=False)]
     own = Shapes(((1, rows, columns), (2, rows, columns), (1, rows, columns)), interpolate=False)
     return [own, Shapes(others, interpolate=True)] if interpolates else [own]
 
 
-def compare_outputs(encoder: Encoder, reference: Reference, plan: Plan) -> Iterator[Row]:
-    """Yield what became of each comparison. `encoder` computes in float32, and is left as it was.
+def compare_outputs(
+    encoder: Encoder, reference: ReferenceModel, options: VerifyOptions
+) -> Iterator[Comparison]:
+    """Yield all comparisons. `encoder` computes in float32, and is not changed.
 
     In float32 every image is compared, alone, among others and in reverse order. Lower precisions
-    are judged on all images at once, since a single vector's rounding is a matter of luck.
+    are compared over all images at once, since the rounding of a single vector is random.
     """
-    rounds = plan_shapes(encoder, plan, reference.family.reference.interpolates)
-    packs = [draw(shapes.grid, encoder, plan.seed) for shapes in rounds]
+    rounds = plan_shapes(encoder, options, reference.family.reference.interpolates)
+    packs = [draw(shapes.grid, encoder, options.seed) for shapes in rounds]
     # A GPU would round the convolutions of float32 to TF32.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact = reference.load(torch.float32, encoder.device)
@@ -71,7 +73,7 @@ def compare_outputs(encoder: Encoder, reference: Reference, plan: Plan) -> Itera
             with set_to(encoder, backend, shapes):
                 yield from compare_exactly(encoder, patches, shapes, truth, in_double)
                 yield from compare_neighbours(encoder, patches, shapes)
-    for name in plan.lower:
+    for name in options.lower:
         dtype = getattr(torch, name)
         lowered = lower(encoder, dtype)
         rival = reference.load(dtype, encoder.device)
@@ -92,7 +94,7 @@ def backends(encoder: Encoder) -> list[str]:
 
 @contextmanager
 def set_to(encoder: Encoder, backend: str, shapes: Shapes) -> Iterator[None]:
-    """Let an encoder attend by `backend`, and take the grids of `shapes`, for a while."""
+    """Set the attention backend and interpolation of an encoder while the context lasts."""
     before = encoder.backend, encoder.embeddings.interpolate
     encoder.backend, encoder.embeddings.interpolate = backend, shapes.interpolate
     try:
@@ -102,7 +104,7 @@ def set_to(encoder: Encoder, backend: str, shapes: Shapes) -> Iterator[None]:
 
 
 def lower(encoder: Encoder, dtype: torch.dtype) -> Encoder:
-    """Return a copy that computes in `dtype`; the files that it came from are not copied."""
+    """Return a copy in `dtype` that shares the checkpoint object."""
     return deepcopy(encoder, {id(encoder.checkpoint): encoder.checkpoint}).to(dtype)
 
 
@@ -123,12 +125,12 @@ def draw(grid: Grid, encoder: Encoder, seed: int) -> list[Tensor]:
 
 @torch.no_grad()
 def ask(encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
-    """Return everything that our encoder says about one pack, image by image."""
+    """Return all outputs of our encoder for one pack, image by image."""
     found = encoder.encode(
         torch.cat(list(patches)),
         torch.tensor(grid, dtype=torch.int64, device="cpu"),
         taps=range(encoder.config.layers),
-        projection=encoder.projection is not None,
+        projected=encoder.projection is not None,
     )
     lengths = [frames * rows * columns for frames, rows, columns in grid]
     taps = torch.stack(list(found.taps.values()))
@@ -143,9 +145,9 @@ def ask(encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
 
 
 def run_in_double(
-    reference: Reference, device: torch.device, patches: Sequence[Tensor], shapes: Shapes
+    reference: ReferenceModel, device: torch.device, patches: Sequence[Tensor], shapes: Shapes
 ) -> Answers:
-    """Return what the reference says in float64."""
+    """Return the reference's outputs in float64."""
     exact = reference.load(torch.float64, device)
     return run(exact, patches, shapes.grid, interpolate=shapes.interpolate)
 
@@ -156,11 +158,11 @@ def compare_exactly(
     shapes: Shapes,
     truth: Answers,
     in_double: Callable[[], Answers],
-) -> Iterator[Row]:
+) -> Iterator[Comparison]:
     """Compare every image in float32: alone, among others, and among them in reverse order.
 
-    `in_double` returns what the reference says in float64, and is asked only where the two are
-    further apart than `LIMIT`: its own distance to that then widens the limit, if it is so large.
+    `in_double` returns the reference's outputs in float64, and is called only if a difference
+    exceeds `LIMIT`: the reference's own distance to float64 may then widen the limit.
     """
     grid = shapes.grid
     alone = [ask(encoder, [one], (place,)) for one, place in zip(patches, grid, strict=True)]
@@ -174,18 +176,18 @@ def compare_exactly(
         for kind in dict.fromkeys((*truth, *answers)):
             for image, place in enumerate(grid):
                 ours, theirs = (x[kind][image] if kind in x else None for x in (answers, truth))
-                worst, where = scaled_difference(ours, theirs), describe((place,), shapes)
+                worst, where = scaled_difference(ours, theirs), describe_grid((place,), shapes)
                 own, limit = None, LIMIT
                 if worst > LIMIT and isfinite(worst):
                     own = scaled_difference(theirs, in_double()[kind][image])
                     limit = max(LIMIT, OWN_LIMIT * own)
-                yield Row(kind, where, pack, "float32", encoder.attention, worst, limit, own)
+                yield Comparison(kind, where, pack, "float32", encoder.attention, worst, limit, own)
 
 
 def compare_neighbours(
     encoder: Encoder, patches: Sequence[Tensor], shapes: Shapes
-) -> Iterator[Row]:
-    """See that images beside others full of NaN keep every bit."""
+) -> Iterator[Comparison]:
+    """Check that images packed with images of NaN keep every bit."""
     spoilt = {0, len(patches) - 2}
     dirty = [torch.full_like(x, torch.nan) if i in spoilt else x for i, x in enumerate(patches)]
     clean, beside = (ask(encoder, some, shapes.grid) for some in (patches, dirty))
@@ -195,24 +197,26 @@ def compare_neighbours(
             if image not in spoilt:
                 worst = max(worst, deviation(beside[kind][image], output))
     dtype = str(encoder.dtype).removeprefix("torch.")
-    where = describe(shapes.grid, shapes)
-    yield Row("neighbours of NaN", where, "among others", dtype, encoder.attention, worst, 0.0)
+    where = describe_grid(shapes.grid, shapes)
+    yield Comparison(
+        "neighbours of NaN", where, "among others", dtype, encoder.attention, worst, 0.0
+    )
 
 
 def compare_errors(
     encoder: Encoder, patches: Sequence[Tensor], shapes: Shapes, truth: Answers, theirs: Answers
-) -> Iterator[Row]:
-    """Compare how far we are from the float32 reference with how far the reference itself is.
+) -> Iterator[Comparison]:
+    """Compare our error in a lower precision with the reference's own, both against float32.
 
-    Where the reference says NaN there is nothing to compare with: in bfloat16 it did for an image
-    of 5 x 1 patches, with torch 2.11 on a CPU with AMX; its convolution is the suspect.
+    Images for which the reference returns NaN are left out: in bfloat16 this happened for 5 x 1
+    patches, with torch 2.11 on a CPU with AMX; the convolution is the suspect.
     """
     answers = ask(encoder, patches, shapes.grid)
-    dtype, where = str(encoder.dtype).removeprefix("torch."), describe(shapes.grid, shapes)
+    dtype, where = str(encoder.dtype).removeprefix("torch."), describe_grid(shapes.grid, shapes)
     kept = [i for i in range(len(patches)) if all(x[i].isfinite().all() for x in theirs.values())]
     if len(kept) < len(patches):
-        lost = [describe((p,), shapes) for i, p in enumerate(shapes.grid) if i not in kept]
-        where = f"{where}, without those for which the reference says NaN: {', '.join(lost)}"
+        lost = [describe_grid((p,), shapes) for i, p in enumerate(shapes.grid) if i not in kept]
+        where = f"{where}, without those for which the reference returns NaN: {', '.join(lost)}"
     for kind in dict.fromkeys((*truth, *answers)):
         worst, own = torch.inf, 0.0
         if kind in truth and kind in answers and kept:
@@ -222,11 +226,11 @@ def compare_errors(
                 relative_errors(ours, exact, layered), relative_errors(rival, exact, layered)
             )
         limit = LOWER_LIMIT * own
-        yield Row(kind, where, "among others", dtype, encoder.attention, worst, limit, own)
+        yield Comparison(kind, where, "among others", dtype, encoder.attention, worst, limit, own)
 
 
-def describe(grid: Grid, shapes: Shapes) -> str:
-    """Say which images were compared: 3 x 17, 2 frames of 4 x 6, 8 images."""
+def describe_grid(grid: Grid, shapes: Shapes) -> str:
+    """Return the images compared as text: 3 x 17, 2 frames of 4 x 6, 8 images."""
     frames, rows, columns = grid[0]
     sides = f"{rows} x {columns}" if frames == 1 else f"{frames} frames of {rows} x {columns}"
     said = sides if len(grid) == 1 else f"{len(grid)} images"
@@ -236,7 +240,7 @@ def describe(grid: Grid, shapes: Shapes) -> str:
 def scaled_difference(ours: Tensor | None, theirs: Tensor | None) -> float:
     """Return max|ours - theirs| / max(1, max|theirs| / 4); infinite where one is missing.
 
-    Absolute for small outputs and relative for large ones: some layers reach into the hundreds.
+    Absolute for small outputs and relative for large ones: some layers reach several hundred.
     """
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return torch.inf
@@ -264,6 +268,6 @@ def relative_errors(found: Sequence[Tensor], truth: Sequence[Tensor], layered: b
 
 
 def worst_pair(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Return the errors of the layer in which ours is largest beside theirs."""
+    """Return the errors of the layer in which ours is largest relative to theirs."""
     layer = (ours / theirs).nan_to_num(torch.inf).argmax()
     return ours[layer].item(), theirs[layer].item()

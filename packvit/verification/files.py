@@ -1,4 +1,4 @@
-"""What goes in and out of files: weights that transformers reads back, and photographs."""
+"""Compare what is written and read: saved weights that transformers loads, and preprocessing."""
 
 import json
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from packvit.checkpoints.downloads import PREPROCESSOR, PROCESSOR
 from packvit.checkpoints.files import Checkpoint
 from packvit.encoder import Encoder
-from packvit.verification import LIMIT, Plan, Row
+from packvit.verification import LIMIT, Comparison, VerifyOptions
 from packvit.verification.comparison import draw, scaled_difference
 from packvit.verification.references import (
-    Reference,
+    ReferenceModel,
     image_processor,
     load_model,
     processor_class,
@@ -32,12 +32,12 @@ PHOTOGRAPHS = ((300, 421), (640, 97), (97, 640), (61, 50), (1024, 683), (224, 22
 ROUNDING = 1 / 255
 
 
-def compare_saved(encoder: Encoder, reference: Reference) -> Iterator[Row]:
+def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Comparison]:
     """Save with our `save_pretrained`, load with transformers, and compare weights and outputs."""
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
         before = reference.load(torch.float32, "cpu")
-        # A tower that we do not write is left at random, in its own size rather than the default.
+        # A tower that we do not write gets random weights, in its own size rather than the default.
         two = hasattr(before.config, "text_config")
         written = json.loads((Path(folder) / "config.json").read_bytes())
         name = written.get("architectures", [reference.architecture])[0]
@@ -53,29 +53,31 @@ def compare_saved(encoder: Encoder, reference: Reference) -> Iterator[Row]:
         if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
     }
     where = f"saved by us, loaded as {name}"
-    yield Row("weights", where, "none", "float32", "none", float(len(wrong)), 0.0)
-    # The settings that were saved beside the weights show in what the model says. Not to the bit:
-    # kernels round by where in memory a file's weights happen to start.
+    yield Comparison("weights", where, "none", "float32", "none", float(len(wrong)), 0.0)
+    # The outputs depend on the saved settings too. They are not equal bit for bit, since kernels
+    # round differently by the alignment of the weights in memory.
     table = encoder.config.positions
     rows, columns = getattr(table, "rows", 5), getattr(table, "columns", 7)
     patches = draw(((1, rows, columns),), encoder, seed=0)
     before_us, after_us = (run(model, patches, ((1, rows, columns),)) for model in (before, after))
     apart = max(scaled_difference(after_us[kind][0], before_us[kind][0]) for kind in before_us)
-    yield Row("tokens", where, "alone", "float32", "none", apart, LIMIT)
+    yield Comparison("tokens", where, "alone", "float32", "none", apart, LIMIT)
 
 
-def compare_taken_over(encoder: Encoder, model: nn.Module) -> Row:
-    """Compare a model's weights as we read them from its files with those taken from memory."""
+def compare_taken_over(encoder: Encoder, model: nn.Module) -> Comparison:
+    """Compare weights loaded from files with weights taken from the model in memory."""
     ours, theirs = encoder.state_dict(), type(encoder).from_transformers(model).state_dict()
     wrong = sum(
         name not in ours or name not in theirs or not torch.equal(ours[name].cpu(), theirs[name])
         for name in ours.keys() | theirs.keys()
     )
-    return Row("weights", "taken over from memory", "none", "float32", "none", float(wrong), 0.0)
+    return Comparison(
+        "weights", "taken over from memory", "none", "float32", "none", float(wrong), 0.0
+    )
 
 
-def obstacle_to_photographs(reference: Reference, checkpoint: Checkpoint) -> str | None:
-    """Return why preprocessing cannot be compared here, or None if it can."""
+def obstacle_to_photographs(reference: ReferenceModel, checkpoint: Checkpoint) -> str | None:
+    """Return why preprocessing cannot be compared here, or None."""
     name = processor_class(reference.family, checkpoint.preprocessor)
     if image_processor(name) is None:
         return f"pixels: {name} needs torchvision, which is not installed"
@@ -84,10 +86,12 @@ def obstacle_to_photographs(reference: Reference, checkpoint: Checkpoint) -> str
     return None
 
 
-def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[Row]:
-    """Send the same files through our preprocessing and the reference's, and compare pixels.
+def compare_photographs(
+    encoder: Encoder, folder: Path, options: VerifyOptions
+) -> Iterator[Comparison]:
+    """Preprocess the same files with ours and the reference's code, and compare pixels.
 
-    `folder` is the checkpoint's. Processors on Pillow must agree to the last bit.
+    `folder` is the checkpoint's. Processors on Pillow must be equal bit for bit.
     """
     assert encoder.checkpoint is not None
     kind = image_processor(processor_class(encoder.family, encoder.checkpoint.preprocessor))
@@ -96,9 +100,9 @@ def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[
     limit = 0.0
     if not kind.__name__.endswith("Pil"):
         limit = ROUNDING / min(encoder.images.std)
-    draw = np.random.default_rng(plan.seed)
+    draw = np.random.default_rng(options.seed)
     with TemporaryDirectory() as temporary:
-        for height, width in PHOTOGRAPHS[:2] if plan.quick else PHOTOGRAPHS:
+        for height, width in PHOTOGRAPHS[:2] if options.quick else PHOTOGRAPHS:
             for suffix in ("png", "jpg"):
                 path = Path(temporary) / f"{height}x{width}.{suffix}"
                 draw_photograph(draw, height, width).save(path)
@@ -110,11 +114,11 @@ def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[
                 if sides == tuple(pack.grid_thw[0, 1:].tolist()):
                     worst = (ours.double() - theirs.double()).abs().max().item()
                 where = f"{suffix}, {height} x {width} pixels"
-                yield Row("pixels", where, "none", "float32", "none", worst, limit)
+                yield Comparison("pixels", where, "none", "float32", "none", worst, limit)
 
 
 def draw_photograph(draw: np.random.Generator, height: int, width: int) -> Image.Image:
-    """Return something like a photograph: large soft shapes, and grain."""
+    """Return a synthetic photograph: large soft shapes, and grain."""
     soft = Image.fromarray(draw.integers(0, 256, (7, 9, 3), np.uint8))
     large = np.asarray(soft.resize((width, height), Image.Resampling.BICUBIC), np.int16)
     grain = draw.integers(-20, 21, (height, width, 3), np.int16)

@@ -40,7 +40,7 @@ def compare(encoder: Encoder, model: Any, grid: list[tuple[int, int, int]], **op
     expected = reference.run(model, patches, grid, **options)
     projected = expected.projected is not None
     layers = range(encoder.config.layers)
-    found = encoder.encode(patches, torch.tensor(grid), taps=layers, projection=projected)
+    found = encoder.encode(patches, torch.tensor(grid), taps=layers, projected=projected)
     pairs: list[tuple[Any, Any]] = [(found.tokens, expected.tokens)]
     pairs += [(found.prefix, expected.prefix)]
     pairs += [(found.taps[layer], expected.hidden_states[layer]) for layer in layers]
