@@ -144,7 +144,7 @@ def test_without_a_model_one_line_says_which_one_runs_and_how_to_choose(tmp_path
 def test_the_embedded_model_tries_the_job_out(tmp_path: Path, photos: Path):
     result = invoke(photos, "--out", tmp_path / "out", "--device", "cpu")
     assert result.exit_code == 0
-    assert result.stderr.startswith('No --model was given, so "tiny" runs')
+    assert result.stderr.startswith('No --model was given, so the small "tiny" model runs')
     assert (read_manifest(tmp_path / "out") or {})["model"] == "tiny"
 
 
