@@ -146,7 +146,7 @@ DONE_WITH_ERRORS = 3
 @click.option(
     "--verify",
     is_flag=True,
-    help="Compare the encoder with its reference first, and write certificate.json; a passing "
+    help="Compare the encoder with its reference first, and write _certificate.json; a passing "
     "certificate beside the checkpoint is used instead.",
 )
 @click.option(
