@@ -1,14 +1,11 @@
 """Our encoders beside their references: what is compared, and what came of it. No torch here.
 
-`job.py` verifies a checkpoint or a family, `comparison.py` compares outputs and `files.py` what
-goes in and out of files, `references.py` runs transformers, `certificate.py` writes it all down.
+`job.py` verifies a checkpoint or a family, `comparison.py` compares outputs by the rule in
+`rule.py` and `files.py` what goes in and out of files, `references.py` runs transformers,
+`certificate.py` writes it all down.
 """
 
 from dataclasses import dataclass
-
-LIMIT = 5e-6  # scaled difference in fp32: the reference's own two attention paths differ by more
-OWN_LIMIT = 2.0  # as a multiple of the reference's own distance to float64, where LIMIT is exceeded
-LOWER_LIMIT = 1.2  # our error in a lower precision, as a multiple of the reference's own
 
 
 class VerificationError(Exception):
@@ -17,16 +14,17 @@ class VerificationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison: the worst difference of what was compared, and the most that it may be.
+    """One comparison: how far off we are, and the most that we may be.
 
-    Units: in float32, of outputs, max|ours - reference| / max(1, max|reference| / 4), and where
-    that exceeds `LIMIT` the reference's `own` distance to float64; in lower precision the distance
-    to the float32 reference, ‖ours - reference‖ / ‖reference‖, and the reference's `own` in that
-    precision; a count of tensors for weights; of normalised pixels max|ours - reference|.
+    Units: by `measure`. "rms" and "largest" are errors of outputs beside float64, as multiples of
+    the root mean square of what float64 says, with the reference's `own` error; "bits" the largest
+    difference where there may be none; "count" a number of tensors; "pixels" the largest
+    difference of normalised pixels.
     """
 
     what: str  # an output, "neighbours of NaN", "pixels" or "weights"
     where: str  # the images, or the files
+    measure: str  # rms, largest, bits, count or pixels
     pack: str  # alone, among others, reordered; or none, where nothing is packed
     dtype: str
     backend: str
@@ -40,16 +38,13 @@ class Row:
         return self.worst <= self.limit
 
     @property
-    def widened(self) -> bool:
-        """Whether it passed in float32 only because the reference itself is far from float64."""
-        return self.passed and self.dtype == "float32" and self.own is not None
-
-    @property
     def said(self) -> str:
         """The comparison in words."""
         how = (self.where, self.pack, self.dtype, self.backend)
         listed = ", ".join(part for part in how if part != "none")
-        return f"{self.what} off by {self.worst:.1e}, where {self.limit:.1e} is allowed ({listed})"
+        named = {"rms": " (root mean square)", "largest": " at most"}.get(self.measure, "")
+        off = f"{self.what} off by {self.worst:.1e}{named}"
+        return f"{off}, where {self.limit:.1e} is allowed ({listed})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +61,7 @@ class Findings:
     device: str
     rows: tuple[Row, ...]
     not_compared: tuple[str, ...]  # what, and why not
-    remarks: tuple[str, ...]  # how the reference was run, and what its own error allowed
+    remarks: tuple[str, ...]  # how the reference was run
 
     @property
     def missed(self) -> tuple[Row, ...]:
