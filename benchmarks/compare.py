@@ -150,12 +150,19 @@ def worker(folder: str, case: str) -> None:
     out = once()
     for _ in range(3):
         out = once()
+    gradient = 0.0
+    if "train" in mode:
+        model(patches, grid_thw).float().square().mean().backward()
+        wanted = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
+        gradient = torch.stack(wanted).norm().item() if wanted else 0.0
+        print(len(wanted), "gradients", file=sys.stderr)
+        model.zero_grad()
     torch.cuda.synchronize()
     start = time.perf_counter()
     once()
     torch.cuda.synchronize()
     count = max(1, round(TURN_SECONDS / (time.perf_counter() - start)))
-    said = {"norm": out.float().norm().item(), "attention": encoder.attention}
+    said = {"norm": out.float().norm().item(), "gradient": gradient, "attention": encoder.attention}
     print(json.dumps(said), flush=True)
     for _ in sys.stdin:
         torch.cuda.synchronize()

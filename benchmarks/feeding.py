@@ -41,15 +41,15 @@ from demo.photographs import photographs
 from packvit import config as configs
 from packvit.bench.measuring import gpu_state, synchronize, where
 from packvit.bench.models import config_of
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode, Prepared
-from packvit.corpus.encode.context import Tools, equip
-from packvit.corpus.encode.packs import Fed, Flight, OnDevice, land, launch
+from packvit.corpus.encode.context import EmbedContext, make_context
+from packvit.corpus.encode.packs import OnDevice, PendingPack, Ready, collect, submit
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.inputs.find import Input, list_inputs
 from packvit.corpus.job import fair_workers
 from packvit.corpus.progress import Progress
-from packvit.corpus.settings import Options, fit_options
+from packvit.corpus.settings import EmbedOptions, fit_options
 from packvit.encoder import Encoder
 from packvit.families import AIMv2Packing
 from packvit.gpu.nvjpeg import ask_for_queues
@@ -70,7 +70,7 @@ class Load:
     prepared: Sequence[Prepared]  # of the distinct ones, by Pillow
     packs: Sequence[Sequence[int]]  # places in `inputs`, which repeat the distinct ones in turn
 
-    def pack(self, images: Sequence[Fed], number: int) -> list[Fed]:
+    def pack(self, images: Sequence[Ready], number: int) -> list[Ready]:
         """Return a pack's images, given those of all distinct ones."""
         return [images[place % len(images)] for place in self.packs[number]]
 
@@ -97,18 +97,18 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     ask_for_queues()  # as a job does before it loads its encoder
     encoder = build(asked.model, torch.device(asked.device))
     options = fit_options(
-        encoder, Options(workers=asked.workers, max_patches=asked.max_patches), ()
+        encoder, EmbedOptions(workers=asked.workers, max_patches=asked.max_patches), ()
     )
     load = make_load(encoder, options, scratch / "photos", asked.images, asked.distinct)
     gpu, missing = replace(options, decode="gpu"), None
     with gpu.decoders() as decoders:
         try:
-            tools = equip(encoder, gpu, decoders)
-        except WrongUse as error:
-            missing, tools = str(error), None
-        kinds = KINDS[1:] if tools is None else KINDS
+            context = make_context(encoder, gpu, decoders)
+        except UsageError as error:
+            missing, context = str(error), None
+        kinds = KINDS[1:] if context is None else KINDS
         say("the workers by themselves, and the device's decoder")
-        stages = measure_stages(tools or Tools(encoder, gpu, decoders), load)
+        stages = measure_stages(context or EmbedContext(encoder, gpu, decoders), load)
     state = gpu_state()
     say("warming up")
     alone(encoder, options, load, load.prepared, 3)
@@ -119,7 +119,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     for kind in kinds:
         job(encoder, options, few, scratch / "out", kind)
     taken: dict[str, list[dict[str, Any]]] = {}
-    on_device: list[Fed] = [
+    on_device: list[Ready] = [
         OnDevice(image.row, torch.from_numpy(image.patches).to(encoder.device))
         for image in load.prepared
         if image.patches is not None
@@ -196,7 +196,9 @@ def build(name: str, device: torch.device) -> Encoder:
     return encoder.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 
-def make_load(encoder: Encoder, options: Options, folder: Path, images: int, distinct: int) -> Load:
+def make_load(
+    encoder: Encoder, options: EmbedOptions, folder: Path, images: int, distinct: int
+) -> Load:
     """Write the photographs, and prepare what the encoder alone is measured with."""
     distinct = min(distinct, images)
     say(f"writing {distinct} photographs")
@@ -211,8 +213,8 @@ def make_load(encoder: Encoder, options: Options, folder: Path, images: int, dis
     inputs = list(list_inputs([str(folder)]))
     say("preparing them by Pillow, for the encoder alone")
     with options.decoders() as decoders:
-        recipe = Tools(encoder, options, decoders).recipe
-        prepared = list(decoders.prepare_all(inputs[:distinct], recipe, 1 << 30))
+        preprocessing = EmbedContext(encoder, options, decoders).preprocessing
+        prepared = list(decoders.prepare_all(inputs[:distinct], preprocessing, 1 << 30))
     packs: list[list[int]] = []
     rows = options.outputs(encoder.config.width).rows_per_part
     for start in range(0, images, rows):
@@ -224,55 +226,55 @@ def make_load(encoder: Encoder, options: Options, folder: Path, images: int, dis
     return Load(folder, inputs, prepared, packs)
 
 
-def measure_stages(tools: Tools, load: Load) -> dict[str, Any]:
+def measure_stages(context: EmbedContext, load: Load) -> dict[str, Any]:
     """Return what the workers do by themselves, up to planned JPEGs, and the device's decoder."""
     inputs, few = load.inputs[:2000], [list(pack) for pack in load.packs[:40]]
-    list(tools.decoders.prepare_all(load.inputs[:100], tools.recipe, 1 << 24))
+    list(context.decoders.prepare_all(load.inputs[:100], context.preprocessing, 1 << 24))
     start, cpu = time.perf_counter(), time.process_time()
-    jpegs = list(tools.decoders.prepare_all(inputs, tools.recipe, 1 << 30))
+    jpegs = list(context.decoders.prepare_all(inputs, context.preprocessing, 1 << 30))
     taken, cpu = time.perf_counter() - start, time.process_time() - cpu
     stages = {
         "workers_images_per_second": len(inputs) / taken,
         "main_process_cpu_microseconds_an_image": cpu / len(inputs) * 1e6,
     }
-    if tools.decode_jpegs is None:
+    if context.decode_jpegs is None:
         return stages
     files = [image.jpeg for image in jpegs[: len(load.prepared)]]
     times = []
     for pack in few:
         ours = [file for place in pack if (file := files[place % len(files)])]
         start = time.perf_counter()
-        tools.decode_jpegs([file.data for file in ours], [file.plan for file in ours])
+        context.decode_jpegs([file.data for file in ours], [file.plan for file in ours])
         times.append((time.perf_counter() - start) / len(ours))
     return stages | {"decoder_images_per_second": 1 / median(times)}
 
 
 def alone(
     encoder: Encoder,
-    options: Options,
+    options: EmbedOptions,
     load: Load,
-    images: Sequence[Fed],
+    images: Sequence[Ready],
     packs: int | None = None,
 ) -> dict[str, Any]:
     """Return how fast the encoder is, its patches being there: the job's loop without the rest."""
-    behind: Flight | None = None
+    behind: PendingPack | None = None
     numbers = range(len(load.packs))[:packs]
     synchronize()
     start = time.perf_counter()
     for number in numbers:
-        flight = launch(encoder, load.pack(images, number), options)
+        pending = submit(encoder, load.pack(images, number), options)
         if behind:
-            land(behind, options.dtype_out)
-        behind = flight
+            collect(behind, options.dtype_out)
+        behind = pending
     assert behind
-    land(behind, options.dtype_out)
+    collect(behind, options.dtype_out)
     count = sum(len(load.packs[number]) for number in numbers)
     taken = time.perf_counter() - start
     return {"seconds": taken, "images_per_second": count / taken}
 
 
 def job(
-    encoder: Encoder, options: Options, folder: Path, out: Path, kind: Decode
+    encoder: Encoder, options: EmbedOptions, folder: Path, out: Path, kind: Decode
 ) -> dict[str, Any]:
     """Return what a job took."""
     told: list[tuple[float, int]] = []

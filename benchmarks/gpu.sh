@@ -19,6 +19,7 @@ for model in aimv2-large siglip2-so400m; do
     python3 -m packvit bench --model "$model" --json "$out/bench-$model.json"
     python3 -m packvit bench --model "$model" --train --json "$out/bench-$model-train.json"
 done
+python3 -m packvit bench --workload native --out "$out/native"
 python3 -m packvit bench --workload all --json "$out/bench-aimv2-large-workloads.json"
 python3 -m benchmarks.decoding > "$out/decoding-gpu.json"
 python3 -m benchmarks.feeding > "$out/feeding-gpu.json"

@@ -1,10 +1,11 @@
 """The encoder: one forward for all images of a pack.
 
-This is the door. It checks what comes in and speaks to the user; the rooms behind it trust what
-they are handed. Seams and places are worked out here, once, on the host.
+This is the public API: it checks its arguments and reports errors to the user; the modules it calls
+trust what they are given. cu_seqlens and patch places are computed here, once, on the host.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -147,20 +148,29 @@ class Encoder(nn.Module):
         grid_thw: Tensor,
         *,
         taps: Sequence[int] = (),
-        projection: bool = False,
+        projected: bool = False,
+        projection: bool | None = None,
     ) -> Features:
-        """Return everything the encoder says about the pack; see `forward` for what it takes.
+        """Return all outputs of the encoder for a pack; `forward` describes the arguments.
 
         `taps` names layers, negative ones from the end, whose patch tokens are wanted as they
-        leave the block, before any final norm. `projection` asks for the pooled vectors in the
-        space shared with text. Nothing unasked is kept.
+        leave the block, before any final norm. `projected` asks for the pooled vectors in the
+        space shared with text. Only outputs that were asked for are kept. `projection` is the
+        old name of `projected` and warns.
 
         Raises: as `forward`; ValueError for a layer that is not there, or a projection that the
         checkpoint does not have.
         """
-        if projection and self.projection is None:
+        if projection is not None:
+            warnings.warn(
+                "encode(projection=...) was renamed: write projected=... instead.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            projected = projection
+        if projected and self.projection is None:
             raise ValueError(
-                f"projection=True asks for a space shared with text, but this {self.family.name} "
+                f"projected=True asks for a space shared with text, but this {self.family.name} "
                 "checkpoint has no projection. Use `pooled`."
             )
         asked = [self.check_layer(layer) for layer in taps]
@@ -171,7 +181,7 @@ class Encoder(nn.Module):
             tokens=ran.tokens,
             prefix=ran.prefix,
             pooled=pooled,
-            projected=self.projection(pooled) if projection and self.projection else None,
+            projected=self.projection(pooled) if projected and self.projection else None,
             taps=ran.taps,
             segment_image=to_device(segment_images(ran.grid), self.device),
             grid=ran.grid,

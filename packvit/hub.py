@@ -108,7 +108,7 @@ def convert(
     check_free(folder)
     checkpoint = checkpoints.read(name_or_folder, revision=revision)
     encoder = family_of(checkpoint)
-    described = pretrained.describe(encoder.family, checkpoint)
+    described = pretrained.describe_checkpoint(encoder.family, checkpoint)
     with torch.device("meta"):
         parameters = encoder(described.config, described.images).state_dict()
     made = pretrained.convert(parameters, checkpoint, encoder.family, described, layout)

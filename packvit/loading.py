@@ -1,4 +1,4 @@
-"""A checkpoint to an encoder that runs as its caller chose; behind the doors of `Encoder`."""
+"""Load a checkpoint into an encoder that runs as its caller chose; called by `Encoder`."""
 
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,19 +11,19 @@ from packvit.model.attention import resolve
 from packvit.model.linear import make_invariant
 from packvit.options import Options
 
-if TYPE_CHECKING:  # the door to these functions, which imports them
+if TYPE_CHECKING:  # it imports this module
     import packvit.encoder
 
 AnyEncoder = TypeVar("AnyEncoder", bound="packvit.encoder.Encoder")
 
 
 def fill(kind: type[AnyEncoder], checkpoint: Checkpoint, options: Options) -> AnyEncoder:
-    """Build the encoder that a checkpoint describes, and fill in every one of its weights.
+    """Build the encoder that a checkpoint describes, and load all its weights.
 
     Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option that
-    cannot be taken here.
+    cannot run here.
     """
-    described = pretrained.describe(kind.family, checkpoint)
+    described = pretrained.describe_checkpoint(kind.family, checkpoint)
     with torch.device("meta"):
         encoder = kind(
             described.config,
@@ -47,9 +47,9 @@ def fill(kind: type[AnyEncoder], checkpoint: Checkpoint, options: Options) -> An
 
 
 def take(encoder: "packvit.encoder.Encoder", options: Options) -> None:
-    """Have an encoder run as `options` asks from now on: in 8 bits, invariant, compiled.
+    """Switch an encoder to fp8, batch-invariant or compiled, as `options` says.
 
-    Raises: ValueError for 8 bits that cannot run here.
+    Raises: ValueError if fp8 cannot run here.
     """
     if options.fp8:
         if obstacle := fp8_obstacle(encoder.encoder, encoder.device, encoder.dtype):

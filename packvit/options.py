@@ -28,16 +28,13 @@ class Options:
         check_choice("positions", self.positions, ("checkpoint", "interpolate"))
         if self.fp8 and self.invariant:
             raise ValueError(
-                "fp8=True and invariant=True exclude each other: matmuls in 8 bits give no such "
-                "promise. Leave one of them out."
+                "fp8=True and invariant=True exclude each other: matmuls in fp8 are not batch "
+                "invariant. Leave one of them out."
             )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a word that is not among an option's.
-
-    Raises: ValueError listing the option's words.
-    """
+    """Raise a ValueError listing the choices if `value` is not one of them."""
     if value not in choices:
         listed = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f'{name} is "{value}", but must be {listed}.')

@@ -8,13 +8,13 @@ from PIL import Image
 from rotten import encode, exif, pixels, write_good, write_rotten
 
 from packvit.corpus.decode.prepare import Decode
-from packvit.corpus.encode.context import DecodeJpegs, Tools
+from packvit.corpus.encode.context import DecodeJpegs, EmbedContext
 from packvit.corpus.encode.filling import Shard
 from packvit.corpus.encode.shard import run_shards
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.progress import Effort
-from packvit.corpus.settings import Options
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 
 
@@ -55,7 +55,7 @@ def embed_with(
 ) -> Effort:
     """Embed photographs in shards of 25, as the job does."""
     decode: Decode = "pil" if decode_jpegs is None else "gpu"
-    options = Options(
+    options = EmbedOptions(
         resize="native", max_patches=64, token_budget=token_budget, workers=2, decode=decode
     )
     out.mkdir()
@@ -66,8 +66,8 @@ def embed_with(
     ]
     effort, settled = Effort(), list[Row]()
     with options.decoders() as decoders:
-        tools = Tools(encoder, options, decoders, decode_jpegs)
-        entries = list(run_shards(tools, shards, out, settled.extend, effort=effort))
+        context = EmbedContext(encoder, options, decoders, decode_jpegs)
+        entries = list(run_shards(context, shards, out, settled.extend, effort=effort))
     assert [entry.rows for entry in entries] == [len(shard.inputs) for shard in shards]
     assert sorted(row.id for row in settled) == sorted(source.id for source in inputs)
     return effort

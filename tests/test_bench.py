@@ -1,6 +1,9 @@
 import copy
 import json
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -11,14 +14,25 @@ from small_checkpoint import write_checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from packvit.bench import MODELS, WORKLOADS, BenchError, Plan, job, models
+from packvit.bench import (
+    MODELS,
+    NATIVE,
+    WORKLOADS,
+    BenchError,
+    BenchOptions,
+    NativeBatch,
+    models,
+    native,
+    run,
+)
 from packvit.bench.accuracy import pictures, plant
 from packvit.bench.contenders import Subject, collect, forward_backward
-from packvit.bench.job import BASELINE, measure
 from packvit.bench.measuring import interleave, times_faster
+from packvit.bench.native import measure_native
 from packvit.bench.ours import OURS, Ours
-from packvit.bench.peers import PEERS, grouped, one_by_one, padded
-from packvit.bench.table import as_markdown
+from packvit.bench.peers import PEERS, Peer, grouped, one_by_one, padded
+from packvit.bench.run import BASELINE, measure
+from packvit.bench.table import as_markdown, native_table
 from packvit.bench.workloads import Workload, encoder_flops, workload
 from packvit.cli.bench import bench
 from packvit.families import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
@@ -94,7 +108,7 @@ def test_operations_are_those_that_torch_counts(encoder: Any, kind: str, changes
 @pytest.mark.parametrize("name", ["aimv2", "siglip2"])
 def test_all_contenders_compute_the_same(name: str, aimv2: Path, siglip2: Path):
     model = {"aimv2": aimv2, "siglip2": siglip2}[name]
-    report = measure(Plan(str(model), ("mixed", "equal"), rounds=2, device="cpu"), silent)
+    report = measure(BenchOptions(str(model), ("mixed", "equal"), rounds=2, device="cpu"), silent)
     mixed, equal = report["workloads"]
     for work in (mixed, equal):
         assert work["wrong"] == {}
@@ -112,7 +126,7 @@ def test_what_computes_something_else_is_called_wrong_and_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ):
     swapped = Ours("packvit, channels first", {"patch_order": "chw"})
-    monkeypatch.setattr(job, "OURS", (OURS[4], swapped))
+    monkeypatch.setattr(run, "OURS", (OURS[4], swapped))
     result = invoke("--model", "tiny", "--workload", "small", "--rounds", 2, "--device", "cpu")
     assert result.exit_code == 1
     assert "WRONG, so not timed: packvit, channels first" in result.stdout
@@ -158,7 +172,7 @@ def test_gradients_are_those_of_the_same_sum_however_tokens_are_laid_out(
 
 
 def test_forward_and_backward_are_timed_too(aimv2: Path):
-    plan = Plan(str(aimv2), ("small",), train=True, rounds=2, device="cpu", clock="cpu")
+    plan = BenchOptions(str(aimv2), ("small",), train=True, rounds=2, device="cpu", clock="cpu")
     report = measure(plan, silent)
     assert "forward and backward, float32, on CPU" in as_markdown(report)
     assert ", in CPU time;" in as_markdown(report)
@@ -182,6 +196,93 @@ def test_slow_contenders_take_fewer_turns_and_share_them_with_all():
     assert low <= middle <= high
 
 
+TINY = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every native batch small: narrow models, and few patches that some sides exceed."""
+    small: dict[str, NativeBatch] = {}
+    for name, row in NATIVE.items():
+        encoder, architecture, entries = models.SIZES[row.model]
+        patch = entries.get("patch_size", 16 if "so400m" in name else 14)
+        changed = entries | TINY
+        if architecture != "Dinov2Model":  # which tells a ratio instead
+            changed["intermediate_size"] = 100
+        side = 6 * patch
+        if "image_size" in entries:
+            changed["image_size"] = side + 2 if "384" in name else side
+        monkeypatch.setitem(models.SIZES, row.model, (encoder, architecture, changed))
+        side += 2 if row.model == "siglip-so400m14-384" else 0  # 384 is no multiple of 14
+        small[name] = replace(row, side=side)
+    monkeypatch.setattr(native, "NATIVE", small)
+
+
+def test_peers_and_we_compute_the_same_from_pixels_at_every_native_size(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    shrink(monkeypatch)
+    plan = BenchOptions(rounds=2, device="cpu")
+    reports = list(measure_native(plan, tuple(NATIVE), silent))
+    assert [report["row"] for report in reports] == list(NATIVE)
+    for report in reports:
+        [work] = report["workloads"]
+        assert work["wrong"] == {}, report["row"]
+        assert {"transformers", "packvit, sdpa", "packvit, invariant"} <= work["results"].keys()
+        assert ("timm" in work["results"]) == (find_spec("timm") is not None)
+        for entry in work["results"].values():
+            assert entry["relative_difference"] < 2e-6
+            assert entry["images_per_second"] == pytest.approx(2e3 / entry["median_ms"])
+
+
+@pytest.mark.parametrize(
+    "name", ["clip-l14-quickgelu", "siglip-so400m14-384", "dinov2-b14", "dinov3-b16"]
+)
+def test_every_family_is_measured_on_mixed_sizes(name: str, monkeypatch: pytest.MonkeyPatch):
+    shrink(monkeypatch)
+    report = measure(BenchOptions(name, ("mixed",), rounds=2, device="cpu"), silent)
+    [work] = report["workloads"]
+    assert work["wrong"] == {}
+    assert {BASELINE, "packvit, sdpa"} <= work["results"].keys()
+
+
+def test_native_batches_are_written_one_by_one_until_time_runs_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    shrink(monkeypatch)
+    words = ("--workload", "native", "--rounds", 2, "--device", "cpu", "--out", tmp_path / "rows")
+    two = ("--model", "clip-l14-224", "--model", "aimv2-l14-224")
+    done = invoke(*words, *two, "--way", "packvit, sdpa", "--commit", "abc")
+    assert done.exit_code == 0, done.stderr
+    written = sorted((tmp_path / "rows").iterdir())
+    assert [path.name for path in written] == ["aimv2-l14-224-cpu.json", "clip-l14-224-cpu.json"]
+    for path in written:
+        report = json.loads(path.read_text())
+        assert as_markdown(report) in done.stdout
+        assert report.keys() >= {"commit", "date", "gpus", "torch", "transformers", "timm"}
+        assert report["workloads"][0]["results"].keys() == {"transformers", "packvit, sdpa"}
+        assert f"{report['row']}, 2 images" in native_table([report])
+        assert ", abc, " in native_table([report])
+    late = invoke(*words, *two, "--seconds", 1e-6)
+    assert late.exit_code == 0
+    assert late.stdout == ""
+    assert late.stderr.count("no time was left for it") == 2
+
+
+def test_what_takes_too_long_is_stopped_and_named(monkeypatch: pytest.MonkeyPatch):
+    shrink(monkeypatch)
+
+    def endless(given: Subject) -> Any:
+        while True:
+            sleep(0.01)
+
+    slow = Peer("endless", endless, 0.05)
+    monkeypatch.setattr(native, "AUTOTUNED", (slow,))
+    [report] = measure_native(BenchOptions(rounds=2, device="cpu"), ("clip-l14-224",), silent)
+    [work] = report["workloads"]
+    assert work["missing"]["endless"] == "it took longer than 0.05 s"
+    assert "packvit, sdpa" in work["results"]
+
+
 def test_the_command_prints_a_table_and_writes_a_report(aimv2: Path, tmp_path: Path):
     target = tmp_path / "report.json"
     words = ("--model", aimv2, "--workload", "small", "--rounds", 2, "--device", "cpu")
@@ -202,7 +303,7 @@ def test_the_command_prints_a_table_and_writes_a_report(aimv2: Path, tmp_path: P
         low, middle, high = entry["times_faster_than_baseline"]
         assert 0 < low <= middle <= high
     assert "timm NaFlexVit, padded" in work["missing"]
-    assert "NaFlexVit cannot express this family" in done.stdout
+    assert "NaFlexVit has not the positions or MLP of this family" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -210,9 +311,15 @@ def test_the_command_prints_a_table_and_writes_a_report(aimv2: Path, tmp_path: P
     [
         (["--rounds", "1"], 2, "--rounds"),
         (["--workload", "vast"], 2, "--workload"),
-        (["--model", "tiny", "--layers", "3"], 2, "--layers cuts random models"),
+        (["--model", "tiny", "--layers", "3"], 2, "--layers is for random models only"),
         (["--device", "gpu"], 2, 'device "gpu" cannot be used'),
         (["--json", "nowhere/report.json"], 2, "nowhere is not a folder"),
+        (["--seconds", "9"], 2, "for --workload native"),
+        (["--model", "tiny", "--model", "tiny"], 2, "--model is given more than once"),
+        (["--workload", "native", "--model", "tiny"], 2, "No batch is called tiny"),
+        (["--workload", "native", "--way", "ours"], 2, 'No contender is called "ours"'),
+        (["--workload", "native", "--json", "-"], 2, "name a folder by --out"),
+        (["--workload", "native", "--train"], 2, "--train is not measured on native sizes"),
         (["--model", "./nowhere"], 1, "nowhere"),
     ],
 )
@@ -224,7 +331,12 @@ def test_wrong_use_is_answered_in_a_sentence(argv: list[str], code: int, said: s
 
 
 def test_plans_that_cannot_be_are_refused():
-    plans = Plan(workloads=("vast",)), Plan(rounds=1), Plan(dtype="int8"), Plan(clock="sun")
+    plans = (
+        BenchOptions(workloads=("vast",)),
+        BenchOptions(rounds=1),
+        BenchOptions(dtype="int8"),
+        BenchOptions(clock="sun"),
+    )
     for plan in plans:
         with pytest.raises(BenchError):
             measure(plan, silent)

@@ -11,7 +11,7 @@ def test_info_lists_backends_with_their_obstacles_and_families():
     shown = CliRunner().invoke(main, ["info"])
     assert shown.exit_code == 0
     assert "sdpa   one SDPA call per distinct length" in shown.stdout
-    assert "(not yet run by us; ask for it by name)" in shown.stdout
+    assert "(not tested by us; choose it by name)" in shown.stdout
     found = json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)
     assert [backend["name"] for backend in found["backends"]] == [
         "fa4",

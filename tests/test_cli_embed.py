@@ -134,7 +134,7 @@ def test_without_a_model_one_line_says_which_one_runs_and_how_to_choose(tmp_path
     result = invoke(tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 2
     notice, *usage = result.stderr.splitlines()
-    assert notice.startswith('No --model was given, so "tiny" runs, which packvit brings: 6.6')
+    assert notice.startswith('No --model was given, so the small "tiny" model runs: 6.6')
     assert notice.endswith("for example --model apple/aimv2-large-patch14-native.")
     assert "1001 inputs were found, but without a chosen model at most 1000" in usage[-1]
     assert not (tmp_path / "out").exists()
@@ -143,7 +143,7 @@ def test_without_a_model_one_line_says_which_one_runs_and_how_to_choose(tmp_path
 def test_the_embedded_model_tries_the_job_out(tmp_path: Path, photos: Path):
     result = invoke(photos, "--out", tmp_path / "out", "--device", "cpu")
     assert result.exit_code == 0
-    assert result.stderr.startswith('No --model was given, so "tiny" runs')
+    assert result.stderr.startswith('No --model was given, so the small "tiny" model runs')
     assert (read_manifest(tmp_path / "out") or {})["model"] == "tiny"
 
 
@@ -247,7 +247,7 @@ def test_a_full_disk_is_a_failure_in_a_sentence_and_what_was_committed_stays(
     result = invoke(many, "--model", checkpoint, "--out", full_disk / "out", "--tokens")
     assert result.exit_code == 1
     [line] = result.stderr.splitlines()
-    assert "could not be written: No space left on device. Mend that, then start the job" in line
+    assert "could not be written: No space left on device. Fix that, then start the job" in line
     assert 0 < check_whole(full_disk / "out") < 1500
 
 
@@ -293,7 +293,7 @@ def test_a_stopped_job_says_what_is_written_and_the_same_command_goes_on(
     rows = check_whole(out)
     assert 128 <= rows < 1500
     assert stderr.splitlines()[-1].startswith(f"Stopped: {rows:,} of 1,500 rows are written to ")
-    assert stderr.endswith("and stay whole. The same command goes on from there.\n")
+    assert stderr.endswith(". The same command resumes from there.\n")
     assert "Traceback" not in stderr
     ran = subprocess.run(COMMAND + argv, capture_output=True, text=True, check=True)
     assert f"{rows:,} of 1,500 rows are written already and are kept." in ran.stderr
@@ -341,7 +341,7 @@ def test_a_job_stopped_before_it_began_says_so(tmp_path: Path, photos: Path):
         [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 143
-    assert ran.stderr == "Stopped before anything was written. Start the same command again.\n"
+    assert ran.stderr == "Stopped before anything was written. Run the same command again.\n"
 
 
 def test_a_terminal_sees_a_bar_with_rates_and_errors(

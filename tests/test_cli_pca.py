@@ -16,7 +16,7 @@ from packvit.cli import main
 
 pytestmark = pytest.mark.usefixtures("swift")
 
-NOTICE = 'No --model was given, so "tiny" runs, which packvit brings.'
+NOTICE = 'No --model was given, so the small "tiny" model runs.'
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_neighbours_take_model_and_sizes_from_the_folder(
     other = write_checkpoint(tmp_path / "other", scale=3.0)
     result = invoke(*argv, "--model", other, "--out", tmp_path / "near.jpg")
     assert result.exit_code == 2
-    assert "Cosines between the two mean nothing: leave the model out" in result.stderr
+    assert "so they cannot be compared. Leave the model out" in result.stderr
 
 
 def test_bad_photographs_are_named_and_left_out(tmp_path: Path, photos: Path, checkpoint: Path):
@@ -115,16 +115,16 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2(
     for argv, answer in (
         ((photos,), "Missing option '--out'"),
         ((photos, "--out", tmp_path / "out.txt"), "must end in .png, .jpg, .jpeg, .webp"),
-        ((photos, "--out", tmp_path / "no" / "out.png"), "there is no folder"),
-        ((photos, "--out", text), "is there and is no picture. Choose another name"),
+        ((photos, "--out", tmp_path / "no" / "out.png"), "does not exist. Create it first"),
+        ((photos, "--out", text), "exists and is not a picture. Choose another name"),
         ((photos, "--out", first), "which is one of the photographs. Choose another name"),
-        ((photos, *out, "--similar-to", "cat"), "is written PHOTO:ROW,COLUMN"),
+        ((photos, *out, "--similar-to", "cat"), "must be PHOTO:ROW,COLUMN"),
         ((checkpoint, *out), "No photographs were found"),
-        ((photos, *out, "--similar-to", "cat.jpg:1,2"), "which is none of the 5 photographs"),
+        ((photos, *out, "--similar-to", "cat.jpg:1,2"), "which is not one of the 5 photographs"),
         ((photos, *out, *model, "--similar-to", f"{first}:99,0"), "but row 99, column 0 was"),
         ((photos, *out, *model, "--layer", "9"), "layer 9, but this encoder has 3"),
-        ((photos, *out, "--per-image", "--neighbours", photos), "--per-image has no meaning"),
-        ((photos, *out, "--neighbours", photos), "is no feature folder"),
+        ((photos, *out, "--per-image", "--neighbours", photos), "--per-image cannot be combined"),
+        ((photos, *out, "--neighbours", photos), "is not a feature folder"),
     ):
         result = invoke(*argv)
         assert (result.exit_code, result.stdout) == (2, ""), argv
@@ -165,5 +165,5 @@ def test_a_stopped_command_leaves_nothing_behind(tmp_path: Path, checkpoint: Pat
         check=False,
     )
     assert (ran.returncode, ran.stdout) == (143, "")
-    assert ran.stderr == "Stopped. Give the same command again to start anew.\n"
+    assert ran.stderr == "Stopped. Run the same command again to start over.\n"
     assert os.listdir(tmp_path) == ["a.png"]

@@ -19,8 +19,8 @@ from packvit.cli.verify import verify
 from packvit.corpus.folder.layout import read_manifest
 from packvit.families import AIMv2Packing
 from packvit.verification import certificate, rule
-from packvit.verification.job import family_names
 from packvit.verification.references import write_random
+from packvit.verification.verify import family_names
 
 NAME = certificate.NAME
 
@@ -77,7 +77,7 @@ def test_every_family_passes_and_the_certificate_says_what_was_compared(tmp_path
         for row in rows:
             assert row["worst"] <= row["limit"]
             if row["measure"] in ("rms", "largest"):
-                times, floor = {"rms": (1.2, 1), "largest": (2, 5)}[row["measure"]]
+                times, floor = {"rms": (1.2, 1), "largest": (2, 20)}[row["measure"]]
                 assert row["limit"] >= max(times * row["own"], floor * 2**-24)
         assert model["not_compared"] or "pixels" in {row["what"] for row in rows}
 
@@ -117,7 +117,7 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2():
         ((), "Give either --model or --family"),
         (("--model", "tiny", "--family", "all"), "Give either --model or --family"),
         (("--family", "vgg"), 'No family is called "vgg". Choose all or one of: aimv2, siglip2,'),
-        (("--family", "clip", "--revision", "main"), "--revision is of a --model"),
+        (("--family", "clip", "--revision", "main"), "--revision needs --model"),
         (("--model", "tiny", "--device", "toaster"), 'device "toaster" cannot be used'),
     ):
         result = invoke(*argv)
@@ -216,7 +216,7 @@ def test_it_can_be_stopped(number: signal.Signals, code: int):
         job.send_signal(number)
         _, said = job.communicate(timeout=60)
     assert job.returncode == code
-    assert said.splitlines()[-1] == "Stopped. Give the same command again to start anew."
+    assert said.splitlines()[-1] == "Stopped. Run the same command again to start over."
     assert "Traceback" not in said
 
 

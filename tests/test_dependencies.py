@@ -144,7 +144,7 @@ def test_one_function_says_a_version(monkeypatch: pytest.MonkeyPatch):
     made = {"format": FORMAT, "passed": True, "machine": machine(), "models": []}
     checkpoint = Checkpoint("example", None, {}, None, {})
     said = why_not(made, checkpoint, "0" * 64, device="cpu", dtype="float32", backend="sdpa")
-    assert said == "it is of other weights"  # and not of another torch
+    assert said == "it is for other weights"  # and not of another torch
     assert machine()["packvit"] == packvit.__version__ == PROJECT["version"]
 
 

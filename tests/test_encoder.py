@@ -162,7 +162,7 @@ def test_a_layer_that_is_not_there_is_refused(encoder, layer: int):
 
 def test_a_projection_that_is_not_there_is_refused(encoder):
     with pytest.raises(ValueError, match="this AIMv2 checkpoint has no projection"):
-        encoder.encode(*packed(), projection=True)
+        encoder.encode(*packed(), projected=True)
 
 
 def test_options_are_checked_when_loading():
@@ -270,3 +270,11 @@ def test_nonsense_in_a_checkpoints_json_is_answered_in_words(
     path.write_text(json.dumps(whole | entry))
     with pytest.raises(packvit.CheckpointError, match=said):
         packvit.load(tmp_path)
+
+
+def test_the_old_name_of_projected_still_works_and_warns(encoder):
+    with (
+        pytest.warns(DeprecationWarning, match="write projected="),
+        pytest.raises(ValueError, match="projected=True asks for a space shared with text"),
+    ):
+        encoder.encode(*packed(), projection=True)

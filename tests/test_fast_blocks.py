@@ -61,6 +61,26 @@ def test_fused_blocks_are_as_near_to_fp32_as_plain_ones(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["torch", "fa4"])
+@pytest.mark.parametrize("kind", ["aimv2", "dinov3", "clip"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_images_of_one_size_do_not_know_each_other(kind: str, attention: str, bad: float):
+    """As in packs of any sizes; FlashAttention-4 takes them as a batch."""
+    if attention == "fa4":
+        pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+    encoder, _, _ = on_gpu(kind)
+    encoder.backend = attention
+    grid = [(1, 5, 5)] * 6
+    patches = reference.draw_patches(grid, encoder.config.patch_dim).cuda()
+    with torch.inference_mode():
+        before = encoder.encode(patches, torch.tensor(grid))
+        patches[50:75] = bad
+        after = encoder.encode(patches, torch.tensor(grid))
+    for place, (one, two) in enumerate(zip(before.per_image(), after.per_image(), strict=True)):
+        assert torch.equal(one, two) is (place != 2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_fused_gradients_are_as_near_to_fp32_as_plain_ones(
@@ -122,6 +142,30 @@ def test_adapters_run_on_the_fast_path_and_change_what_they_change(
         exact = encoder.float()(patches.float(), grid)
     assert (found.float() - before.float()).norm() > 0.1 * before.float().norm()
     assert_near(found, plain, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["aimv2", "siglip2", "dinov3", "clip"])
+def test_gradients_of_adapters_reach_every_block(kind: str, monkeypatch: pytest.MonkeyPatch):
+    encoder, patches, grid = on_gpu(kind)
+    adapted = block_linears(encoder)
+    made = peft.LoraConfig(r=2, target_modules=adapted, init_lora_weights=False)
+    model = peft.get_peft_model(encoder, made, autocast_adapter_dtype=False)
+
+    def gradients(patches: Tensor) -> Tensor:
+        model.zero_grad()
+        model(patches, grid).float().square().mean().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert len(found) == 2 * len(adapted)
+        assert all(grad is not None and grad.abs().max() > 0 for grad in found.values())
+        return torch.cat([grad.float().flatten() for grad in found.values() if grad is not None])
+
+    found = gradients(patches)
+    monkeypatch.setattr("packvit.encoder.choose_blocks", lambda blocks, x: blocks)
+    plain = gradients(patches)
+    encoder.backend = "auto"
+    model.float()
+    assert_near(found, plain, gradients(patches.float()))
 
 
 @pytest.mark.gpu

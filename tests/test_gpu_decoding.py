@@ -17,8 +17,8 @@ from packvit.config import Exact, Filter, ImageConfig, PatchOrder, ShortestEdge
 from packvit.gpu.decoder import JpegDecoder, check_pillow, groups, lay_out, planes_to_patches
 from packvit.gpu.jpeg import SAMPLINGS, Jpeg, JpegPlan, Refusal, Sampling, plan_jpeg, read_jpeg
 from packvit.gpu.nvjpeg import NvJpeg, places
+from packvit.gpu.reference import resize, upright_rgb
 from packvit.gpu.resampling import FILTERS
-from packvit.gpu.twins import resize, upright_rgb
 from packvit.images.decode import decode
 from packvit.images.patches import cut_patches, to_patches
 from packvit.images.resize import SizePlan, resize_plan
@@ -137,13 +137,13 @@ def invented(seed: int, sampling: Sampling | None, turn: Image.Transpose | None)
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("order", ["hwc", "chw"])
-def test_kernels_agree_with_their_twins_on_a_gpu(order: PatchOrder):
+def test_kernels_agree_with_the_reference_on_a_gpu(order: PatchOrder):
     check_kernels(order)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton, and TRITON_INTERPRET=1")
 @pytest.mark.parametrize("order", ["hwc", "chw"])
-def test_kernels_agree_with_their_twins_in_the_interpreter(order: PatchOrder):
+def test_kernels_agree_with_the_reference_in_the_interpreter(order: PatchOrder):
     check_kernels(order)
 
 

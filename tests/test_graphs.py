@@ -334,3 +334,12 @@ def test_graphs_of_one_stream_share_the_memory_of_the_largest():
     assert len(encoder.graphs.kept) == 4
     # What a graph of its own memory would hold: 23 KiB a token, where rows and results take 4.
     assert held[-1] - held[0] < 10 * 1024 * (16384 + 24576 + 20480)
+
+
+def test_a_batch_of_one_length_is_never_filled_up_and_has_a_size_of_its_own():
+    [fa4] = [b for b in BACKENDS if b.name == "fa4"]
+    batch = (257,) * 8
+    size = size_of(batch, [], fa4, 0, batched=True)
+    assert fill_up(batch, size) == batch
+    assert size != size_of(batch, [], fa4, 0)
+    assert size != size_of((257,) * 7 + (250,), [], fa4, 0)

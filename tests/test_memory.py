@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from packvit.bench.models import config_of
 from packvit.checkpoints.layouts import Family
 from packvit.config import HALF_STATISTICS
-from packvit.corpus import WrongUse
-from packvit.corpus.settings import Options, check_memory
+from packvit.corpus import UsageError
+from packvit.corpus.settings import EmbedOptions, check_memory
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES, AIMv2Packing
 from packvit.images.patches import ImageConfig
@@ -75,17 +75,17 @@ def test_a_forward_stays_below_the_formula_and_not_far(kind: str, tmp_path: Path
 def test_a_budget_that_cannot_fit_is_refused_with_one_that_does():
     with torch.device("meta"):
         encoder = AIMv2Packing(LARGE, STATISTICS).to(torch.bfloat16)
-    options = Options(token_budget=1_000_000)
+    options = EmbedOptions(token_budget=1_000_000)
     check_memory(encoder, options, None)
     check_memory(encoder, options, 200 * 2**30)
-    with pytest.raises(WrongUse, match=r"up to 31\.7 GiB .* has 8\.0 GiB free") as refused:
+    with pytest.raises(UsageError, match=r"up to 31\.7 GiB .* has 8\.0 GiB free") as refused:
         check_memory(encoder, options, 8 * 2**30)
     fits = int(str(refused.value).partition("Lower token_budget to ")[2].partition(",")[0])
     assert peak(LARGE, 2).activations(fits) <= 8 * 2**30 < peak(LARGE, 2).activations(fits + 1)
-    check_memory(encoder, Options(token_budget=fits), 8 * 2**30)
-    with pytest.raises(WrongUse, match=r"beside the weights and 1\.1 GiB for decoding, and"):
-        check_memory(encoder, Options(token_budget=fits, decode="gpu"), 5 * 2**30)
-    with pytest.raises(WrongUse, match="Choose a smaller model"):
+    check_memory(encoder, EmbedOptions(token_budget=fits), 8 * 2**30)
+    with pytest.raises(UsageError, match=r"beside the weights and 1\.1 GiB for decoding, and"):
+        check_memory(encoder, EmbedOptions(token_budget=fits, decode="gpu"), 5 * 2**30)
+    with pytest.raises(UsageError, match="Choose a smaller model"):
         check_memory(encoder, options, 1000)
 
 

@@ -276,12 +276,12 @@ def test_n1_messages_name_the_file_that_was_read(tmp_path: Path):
 
 
 def test_n1_verify_compares_photographs_with_the_nested_settings(tmp_path: Path):
-    from packvit.verification import Plan
-    from packvit.verification.job import verify_checkpoint
+    from packvit.verification import VerifyOptions
+    from packvit.verification.verify import verify_checkpoint
 
     nested = NESTED | {"image_processor_type": "ViTImageProcessor"}  # not the family's own class
     folder = checkpoint(tmp_path, processor_config={"image_processor": nested})
-    found = verify_checkpoint(folder, Plan(quick=True, lower=()), device="cpu")
+    found = verify_checkpoint(folder, VerifyOptions(quick=True, lower=()), device="cpu")
     rows = [row for row in found.rows if row.what == "pixels"]
     assert rows
     assert all(row.passed and row.limit == 0 for row in rows)

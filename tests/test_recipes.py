@@ -164,9 +164,9 @@ def test_a_crop_is_found_by_what_it_shares_with_its_photograph():
 def test_the_embedded_encoder_finds_photographs_that_it_was_not_trained_on(folder: Path):
     photos = [*evaluate.read_images(folder / "train"), *evaluate.read_images(folder / "validation")]
     encoder = packvit.load("tiny", device="cpu")
-    twin = evaluate.untrained(encoder)
-    assert twin.config == encoder.config
-    trained, untrained = (evaluate.Trial(each, photos).figures() for each in (encoder, twin))
+    fresh = evaluate.untrained(encoder)
+    assert fresh.config == encoder.config
+    trained, untrained = (evaluate.Trial(each, photos).figures() for each in (encoder, fresh))
     # The motorcycle is there twice, seen from the left and from the right.
     assert min(trained.values()) > 0.8
     assert max(untrained.values()) < 0.7

@@ -15,14 +15,14 @@ import packvit
 from packvit.config import Table
 from packvit.encoder import Encoder
 from packvit.packs.segments import Grid
-from packvit.verification import Plan
+from packvit.verification import VerifyOptions
 from packvit.verification.comparison import Round, ask_reference, judge_pack
 from packvit.verification.drawing import draw, repeated
-from packvit.verification.job import family_names
-from packvit.verification.references import Answers, Reference, run, write_random
+from packvit.verification.references import Answers, ReferenceModel, run, write_random
 from packvit.verification.rule import Judgement, floor_of, judge, judge_layers
+from packvit.verification.verify import family_names
 
-FAST = Plan(quick=True, lower=())
+FAST = VerifyOptions(quick=True, lower=())
 VARIANTS = {
     f"{name} {variant.name}": (encoder, variant)
     for name, encoder in family_names().items()
@@ -42,7 +42,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
             folder = tmp_path_factory.mktemp("checkpoint")
             write_random(variant, kind.family, folder, seed=0)
             encoder = packvit.load(folder, device="cpu")
-            known[name] = folder, ask_reference(encoder, Reference(kind.family, folder), FAST)
+            known[name] = folder, ask_reference(encoder, ReferenceModel(kind.family, folder), FAST)
         return known[name]
 
     return ask
@@ -137,7 +137,7 @@ def drawings(dtype: torch.dtype, seed: int) -> Iterator[tuple[nn.Module, Encoder
         with TemporaryDirectory() as folder:
             write_random(variant, kind.family, Path(folder), seed)
             encoder = packvit.load(folder, device="cpu")
-            model = Reference(kind.family, Path(folder)).load(dtype, "cpu")
+            model = ReferenceModel(kind.family, Path(folder)).load(dtype, "cpu")
         table = encoder.config.positions
         fixed = isinstance(table, Table) and not table.any_grid
         grids = [((1, 1, 1),), ((1, 1, 23),), ((1, 3, 17),), ((2, 4, 6),), ((1, 14, 14),)]

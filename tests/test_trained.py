@@ -20,10 +20,10 @@ from demo.photographs import photographs
 from packvit.cli import main
 from packvit.encoder import Encoder
 from packvit.packs.segments import Grid
-from packvit.verification import Plan
+from packvit.verification import VerifyOptions
 from packvit.verification.comparison import Round, ask, ask_reference, judge_pack
 from packvit.verification.drawing import draw_pixels
-from packvit.verification.references import Reference, run
+from packvit.verification.references import ReferenceModel, run
 from packvit.verification.rule import judge
 
 pytestmark = pytest.mark.soak
@@ -33,7 +33,7 @@ GRIDS: Grid = (
     *((1, 1, 1), (1, 1, 23), (1, 19, 1), (1, 3, 17), (1, 17, 3)),
     *((1, 8, 8), (1, 16, 16), (1, 8, 30), (1, 30, 8), (1, 37, 37)),
 )
-QUICK = Plan(quick=True, lower=())
+QUICK = VerifyOptions(quick=True, lower=())
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def folder(model: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> Reference:
-    return Reference(packvit.load(folder, device="cpu").family, folder)
+def reference(folder: Path) -> ReferenceModel:
+    return ReferenceModel(packvit.load(folder, device="cpu").family, folder)
 
 
 def crops(most: int) -> list[Image.Image]:
@@ -67,7 +67,7 @@ def crops(most: int) -> list[Image.Image]:
 
 
 def test_packvit_transformers_and_onnxruntime_agree_on_photographs(
-    folder: Path, model: Path, reference: Reference
+    folder: Path, model: Path, reference: ReferenceModel
 ):
     encoder = packvit.load(folder, device="cpu")
     pack = encoder.pack(crops(10), resize="checkpoint")
@@ -92,7 +92,7 @@ def test_packvit_transformers_and_onnxruntime_agree_on_photographs(
     assert not judge(mixed, runtime, truth, dtype=torch.float32, blocks=BLOCKS)[0].passed
 
 
-def test_ten_grids_equal_transformers(folder: Path, reference: Reference):
+def test_ten_grids_equal_transformers(folder: Path, reference: ReferenceModel):
     encoder, draw = packvit.load(folder, device="cpu"), np.random.default_rng(0)
     models = [reference.load(dtype, "cpu") for dtype in (torch.float32, torch.float64)]
     for place in GRIDS:
@@ -148,7 +148,7 @@ HIDDEN = {"bfloat16": {"tanh's GELU for erf's", "eps of 1e-5 for 1e-6"}}
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
-def asked(request: Any, folder: Path, reference: Reference) -> list[Round]:
+def asked(request: Any, folder: Path, reference: ReferenceModel) -> list[Round]:
     encoder = packvit.load(folder, device="cpu", dtype=getattr(torch, request.param))
     return ask_reference(encoder, reference, QUICK)
 
@@ -179,7 +179,7 @@ def test_registers_on_trained_weights_are_not_taken_for_the_class_token(
     """No trained registers are within reach: they are written into the trained backbone."""
     written = trained.with_registers(folder, tmp_path / "registers")
     encoder = packvit.load(written, device="cpu")
-    rounds = ask_reference(encoder, Reference(encoder.family, written), QUICK)
+    rounds = ask_reference(encoder, ReferenceModel(encoder.family, written), QUICK)
     assert missed(encoder, rounds) == []
     mutations.pool_the_first_register(encoder, monkeypatch)
     assert any(said.startswith("pooled") for said in missed(encoder, rounds))

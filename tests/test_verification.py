@@ -15,13 +15,20 @@ from torch import Tensor
 import packvit
 from packvit.checkpoints.files import CheckpointError
 from packvit.encoder import Encoder
-from packvit.verification import Plan, Row, VerificationError, certificate, comparison, rule
+from packvit.verification import (
+    Comparison,
+    VerificationError,
+    VerifyOptions,
+    certificate,
+    comparison,
+    rule,
+)
 from packvit.verification.comparison import compare_outputs
 from packvit.verification.files import compare_photographs, compare_saved
-from packvit.verification.job import family_names, verify_checkpoint, verify_variant, vouch
-from packvit.verification.references import Reference, write_random
+from packvit.verification.references import ReferenceModel, write_random
+from packvit.verification.verify import family_names, verify_checkpoint, verify_variant, vouch
 
-FAST = Plan(quick=True, lower=())
+FAST = VerifyOptions(quick=True, lower=())
 FAMILIES = family_names()
 VARIANTS = {
     f"{name} {variant.name}": (encoder, variant)
@@ -53,9 +60,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-def missed(encoder: Encoder, folder: Path, plan: Plan = FAST) -> set[str]:
+def missed(encoder: Encoder, folder: Path, plan: VerifyOptions = FAST) -> set[str]:
     """The kinds of comparison with the files in `folder` that `encoder` does not pass."""
-    rows = compare_outputs(encoder, Reference(encoder.family, folder), plan)
+    rows = compare_outputs(encoder, ReferenceModel(encoder.family, folder), plan)
     return {row.what for row in rows if not row.passed}
 
 
@@ -92,7 +99,7 @@ def test_every_tensor_of_every_variant_matters(folders: Callable[[str], Path], n
                 parameter.view(3, -1)[2].zero_()
             else:
                 parameter.zero_()
-        rows = compare_outputs(encoder, Reference(encoder.family, folders(name)), FAST)
+        rows = compare_outputs(encoder, ReferenceModel(encoder.family, folders(name)), FAST)
         assert not all(row.passed for row in rows), label  # the first miss is enough
         with torch.no_grad():
             parameter.copy_(before)
@@ -124,7 +131,7 @@ def test_more_rounding_than_the_references_own_is_noticed(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):
     encoder = packvit.load(folders("dinov2 plain"), device="cpu")
-    plan = Plan(quick=True)
+    plan = VerifyOptions(quick=True)
     assert not missed(encoder, folders("dinov2 plain"), plan)
     lower = comparison.lower
 
@@ -135,7 +142,9 @@ def test_more_rounding_than_the_references_own_is_noticed(
         return lowered
 
     monkeypatch.setattr(comparison, "lower", coarse)
-    rows = list(compare_outputs(encoder, Reference(encoder.family, folders("dinov2 plain")), plan))
+    rows = list(
+        compare_outputs(encoder, ReferenceModel(encoder.family, folders("dinov2 plain")), plan)
+    )
     assert {row.dtype for row in rows if not row.passed} == {"bfloat16"}
 
 
@@ -144,11 +153,11 @@ def test_a_small_mistake_of_ours_is_not_excused_by_the_references_own_error(
 ):
     encoder = packvit.load(folders("siglip2 NaFlex"), device="cpu")
     encoder.get_parameter("norm.bias").data += 2e-5
-    reference = Reference(encoder.family, folders("siglip2 NaFlex"))
+    reference = ReferenceModel(encoder.family, folders("siglip2 NaFlex"))
     rows = [row for row in compare_outputs(encoder, reference, FAST) if row.what == "tokens"]
     assert {row.measure for row in rows} == {"rms", "largest"}
     for row in rows:
-        assert row.passed is (row.measure == "largest" and row.worst < 5 * 10 * 2**-24 * 2)
+        assert row.passed is (row.measure == "largest" and row.worst < 20 * 10 * 2**-24 * 2)
         assert row.own is not None
         assert 0 < row.own < 1e-5
 
@@ -167,7 +176,7 @@ def test_an_image_that_is_wrong_in_one_kind_of_pack_alone_is_noticed(
         return said
 
     monkeypatch.setattr(comparison, "ask_in", wrong)
-    rows = compare_outputs(encoder, Reference(encoder.family, folders("siglip2 NaFlex")), FAST)
+    rows = compare_outputs(encoder, ReferenceModel(encoder.family, folders("siglip2 NaFlex")), FAST)
     assert {(row.what, row.pack) for row in rows if not row.passed} == {("tokens", order)}
 
 
@@ -188,17 +197,20 @@ def test_images_for_which_the_reference_says_nan_are_left_out_and_named(
         return said
 
     monkeypatch.setattr(comparison, "run", broken_run)
-    reference, plan = Reference(encoder.family, folders("aimv2 native")), Plan(quick=True)
+    reference, plan = (
+        ReferenceModel(encoder.family, folders("aimv2 native")),
+        VerifyOptions(quick=True),
+    )
 
-    def judged() -> list[Row]:
+    def judged() -> list[Comparison]:
         rows = compare_outputs(encoder, reference, plan)
         return [row for row in rows if row.dtype == "bfloat16" and row.own is not None]
 
     rows = judged()
     assert rows
     assert all(row.passed for row in rows)
-    lost = [row.where for row in rows if "says NaN" in row.where]
-    assert lost[0] == "5 x 1, without 3 for which the reference says NaN"
+    lost = [row.where for row in rows if "returns NaN" in row.where]
+    assert lost[0] == "5 x 1, without 3 for which the reference returns NaN"
     assert all(where.startswith("5 x 1") for where in lost)
     spared = 0
     rows = judged()
@@ -208,7 +220,7 @@ def test_images_for_which_the_reference_says_nan_are_left_out_and_named(
 def test_the_encoder_is_left_as_it_was(folders: Callable[[str], Path]):
     encoder = packvit.load(folders("clip projected"), device="cpu")
     before = {name: x.clone() for name, x in encoder.state_dict().items()}
-    assert not missed(encoder, folders("clip projected"), Plan(quick=True))
+    assert not missed(encoder, folders("clip projected"), VerifyOptions(quick=True))
     assert (encoder.backend, encoder.embeddings.interpolate) == ("auto", False)
     assert encoder.dtype == torch.float32
     assert all(torch.equal(before[name], x) for name, x in encoder.state_dict().items())
@@ -229,7 +241,7 @@ def test_a_difference_in_preprocessing_is_noticed(folders: Callable[[str], Path]
 def test_wrong_weights_or_settings_in_what_we_save_are_noticed(folders: Callable[[str], Path]):
     folder = folders("dinov2 plain")
     encoder = packvit.load(folder, device="cpu")
-    reference = Reference(encoder.family, folder)
+    reference = ReferenceModel(encoder.family, folder)
     assert all(row.passed for row in compare_saved(encoder, reference))
     encoder.config = replace(encoder.config, norm_eps=1e-3)
     weights, *outputs = compare_saved(encoder, reference)
@@ -273,7 +285,9 @@ def checkpoint_of(encoder: Encoder):
 def test_a_certificate_vouches_for_what_it_covers_and_nothing_else(tmp_path: Path):
     encoder, variant = VARIANTS["aimv2 headless"]
     write_random(variant, encoder.family, tmp_path, seed=0)
-    made = certificate.certify([verify_checkpoint(tmp_path, Plan(quick=True), device="cpu")])
+    made = certificate.certify(
+        [verify_checkpoint(tmp_path, VerifyOptions(quick=True), device="cpu")]
+    )
     checkpoint = checkpoint_of(packvit.load(tmp_path, device="cpu"))
     weights, job = checkpoint.sha256(), {"device": "cpu", "dtype": "bfloat16", "backend": "sdpa"}
     assert made["passed"] is True
@@ -297,7 +311,9 @@ def test_a_certificate_beside_the_checkpoint_is_taken_over_unless_it_is_of_other
 ):
     encoder, variant = VARIANTS["aimv2 headless"]
     write_random(variant, encoder.family, tmp_path, seed=0)
-    made = certificate.certify([verify_checkpoint(tmp_path, Plan(quick=True), device="cpu")])
+    made = certificate.certify(
+        [verify_checkpoint(tmp_path, VerifyOptions(quick=True), device="cpu")]
+    )
     certificate.write(tmp_path / certificate.NAME, made | {"date": "then"})
     loaded = packvit.load(tmp_path, device="cpu")
     assert vouch(loaded, checkpoint_of(loaded).sha256())["date"] == "then"
@@ -315,7 +331,7 @@ def test_a_certificate_beside_the_checkpoint_is_taken_over_unless_it_is_of_other
 
 
 def test_a_difference_that_is_no_number_is_a_miss_and_is_written_as_null(tmp_path: Path):
-    row = Row("tokens", "1 x 1", "rms", "alone", "float32", "sdpa", float("nan"), 5e-6)
+    row = Comparison("tokens", "1 x 1", "rms", "alone", "float32", "sdpa", float("nan"), 5e-6)
     assert not row.passed
     assert certificate.row_object(row)["worst"] is None
     certificate.write(tmp_path / "c.json", {"rows": [certificate.row_object(row)]})
@@ -326,7 +342,7 @@ def test_a_difference_that_is_no_number_is_a_miss_and_is_written_as_null(tmp_pat
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_passes_on_a_gpu(name: str):
     encoder, variant = VARIANTS[name]
-    found = verify_variant(encoder, variant, Plan(quick=True), "cuda")
+    found = verify_variant(encoder, variant, VerifyOptions(quick=True), "cuda")
     assert [row.said for row in found.missed] == []
     assert {row.backend for row in found.rows} >= {"sdpa", "torch"}
 
@@ -335,7 +351,7 @@ def test_every_variant_passes_on_a_gpu(name: str):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_passes_the_full_grid(name: str):
     encoder, variant = VARIANTS[name]
-    found = verify_variant(encoder, variant, Plan(), "cpu")
+    found = verify_variant(encoder, variant, VerifyOptions(), "cpu")
     assert [row.said for row in found.missed] == []
     assert {"64 x 64", "64 x 64, interpolated"} & {row.where for row in found.rows} or (
         "fixed" in name or "LiT" in name

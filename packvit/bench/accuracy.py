@@ -1,6 +1,6 @@
-"""What 8 bits cost in accuracy, beside what 16 do, on weights of several kinds.
+"""Accuracy of fp8 next to bf16, on weights of several kinds.
 
-No published weights are among them: what they do to those is not known from here.
+No published weights were measured, so how accurate fp8 is on those is not known.
 """
 
 import copy
@@ -30,7 +30,7 @@ OUTLIERS, FACTOR = 3, 100  # channels of every norm
 
 
 def fp8_accuracy(model: Model, device: torch.device) -> list[dict[str, Any]]:
-    """Return how near tokens in bf16 and in fp8 are to those in fp32, for each kind of weights.
+    """Return how close tokens in bf16 and in fp8 are to those in fp32, for each kind of weights.
 
     Raises: ValueError if fp8 cannot run here.
     """
@@ -38,12 +38,12 @@ def fp8_accuracy(model: Model, device: torch.device) -> list[dict[str, Any]]:
     for title, encoder in kinds(model, device):
         grid = mixed_sizes(IMAGES, 240, 1008)
         patches = torch.from_numpy(pictures(grid, encoder.config.patch)).to(device)
-        eight, whole = copy.deepcopy(encoder), copy.deepcopy(encoder).float()
-        take(eight, replace(NOTHING, fp8=True))
+        fp8, whole = copy.deepcopy(encoder), copy.deepcopy(encoder).float()
+        take(fp8, replace(NOTHING, fp8=True))
         with torch.inference_mode():
             exact, *others = (
-                one(patches, torch.tensor(grid, dtype=torch.int64, device="cpu")).float()
-                for one in (whole, encoder, eight)
+                candidate(patches, torch.tensor(grid, dtype=torch.int64, device="cpu")).float()
+                for candidate in (whole, encoder, fp8)
             )
         near = [F.cosine_similarity(tokens, exact) for tokens in others]
         found.append({"weights": title} | dict(zip(("bf16", "fp8"), map(said, near), strict=True)))
@@ -59,21 +59,21 @@ def said(cosines: Tensor) -> dict[str, float]:
 
 
 def kinds(model: Model, device: torch.device) -> Iterator[tuple[str, Encoder]]:
-    """Yield encoders in bf16, of random weights with and without outliers, and the embedded one."""
+    """Yield encoders in bf16: random weights with and without outliers, and the tiny model."""
     random = model.encoder.from_transformers(model.reference)
     yield f"{model.name}, {model.weights}", random
     title = f"the same, {OUTLIERS} channels of every norm x {FACTOR}"
     yield title, plant(copy.deepcopy(random), undo=False)
     yield f"{title}, undone by the matrices that read them", plant(random, undo=True)
-    yield "tiny, which packvit brings", hub.load("tiny", device=device, dtype=torch.bfloat16)
+    yield "tiny, which comes with packvit", hub.load("tiny", device=device, dtype=torch.bfloat16)
 
 
 @torch.no_grad()
 def plant(encoder: Encoder, *, undo: bool) -> Encoder:
-    """Make a few channels of all that is read by a block's matrices FACTOR times as large.
+    """Scale a few input channels of every block's matrices by FACTOR, to make outliers.
 
-    `undo` divides the columns that read them, as in trained models, whose outputs outliers do not
-    drown: then it is the same function.
+    `undo` divides the matrices' columns by FACTOR, so that the function stays the same, as in
+    trained models with outliers.
     """
     draw = torch.Generator().manual_seed(SEED)
     for block in encoder.encoder.layers:
@@ -94,18 +94,18 @@ def plant(encoder: Encoder, *, undo: bool) -> Encoder:
 
 
 def pictures(grid: Grid, patch: int) -> np.ndarray:
-    """Return patches of noise whose amplitudes fall as those of photographs do: as 1 / frequency.
+    """Return patches of 1/f noise, the spectrum of photographs.
 
     Shapes: -> uint8 [T, P].
     """
     draw = np.random.default_rng(SEED)
     cut = []
     for _, rows, columns in grid:
-        height, width = rows * patch, columns * patch
-        y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
-        fall = 1 / np.maximum(np.hypot(y, x), 1 / max(height, width))
-        noise = np.fft.rfft2(draw.standard_normal((3, height, width)))
-        waves = np.fft.irfft2(noise * fall, s=(height, width))
+        hfp8, width = rows * patch, columns * patch
+        y, x = np.fft.fftfreq(hfp8)[:, None], np.fft.rfftfreq(width)[None]
+        fall = 1 / np.maximum(np.hypot(y, x), 1 / max(hfp8, width))
+        noise = np.fft.rfft2(draw.standard_normal((3, hfp8, width)))
+        waves = np.fft.irfft2(noise * fall, s=(hfp8, width))
         levels = 128 + 48 * waves / waves.std()
         pixels = np.clip(levels, 0, 255).astype(np.uint8).transpose(1, 2, 0)
         cut.append(cut_patches(np.ascontiguousarray(pixels), patch))

@@ -1,4 +1,4 @@
-"""What a contender is: calls that together give every token of a pack, whatever their layout."""
+"""Contenders: calls that together return every token of a pack, in any layout."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from packvit.bench.models import Model
 from packvit.bench.workloads import Workload
+from packvit.config import PatchOrder
 
 
 class Unavailable(Exception):
@@ -18,13 +19,16 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """One workload for one model: what every contender is given."""
+    """One workload and one model: what every contender runs on."""
 
     model: Model
     workload: Workload
     patches: Tensor  # [T, P], normalised, on the device and in the dtype
     compiled: bool  # whether to wait for torch.compile
     train: bool
+    # What all start from, if not from patches, which are cut within the time. Shapes: [N, 3, H, W].
+    pixels: Tensor | None = None
+    timm: str = ""  # timm's name of the same architecture, where `pixels` are given
 
     @cached_property
     def images(self) -> Sequence[Tensor]:
@@ -38,27 +42,39 @@ class Subject:
 
     @cached_property
     def rows(self) -> Sequence[Tensor]:
-        """Which rows of the pack each image is."""
+        """The rows of the pack of each image."""
         total = torch.arange(len(self.patches), dtype=torch.int64, device=self.patches.device)
         return total.split(self.workload.lengths)
+
+
+def cut(pixels: Tensor, patch: int, order: PatchOrder) -> Tensor:
+    """Return the flattened patches of images of one size, as convolutions leave out what is over.
+
+    Shapes: [N, 3, H, W] -> [T, P].
+    """
+    height, width = (side // patch * patch for side in pixels.shape[2:])
+    pixels = pixels[..., :height, :width]
+    tiles = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [N, 3, r, p, c, p]
+    inside = (3, 5, 1) if order == "hwc" else (1, 3, 5)
+    return tiles.permute(0, 2, 4, *inside).reshape(-1, 3 * patch * patch)
 
 
 class Call(NamedTuple):
     """One forward of one or more images. Shapes: tokens [..., D], rows [...] int64."""
 
     run: Callable[[], Tensor]
-    rows: Tensor  # which row of the pack each token is, or -1 where it is none: padding, prefixes
+    rows: Tensor  # the row of the pack of each token, or -1 for padding and prefixes
 
 
 class Contender(NamedTuple):
     """One way to encode the pack."""
 
     calls: Sequence[Call]
-    module: nn.Module  # whose weights it takes
+    module: nn.Module  # the model with the weights
 
 
 def collect(contender: Contender, tokens: int) -> Tensor:
-    """Return the tokens of the whole pack, image after image. Shapes: -> [T, D]."""
+    """Return the tokens of the whole pack in order. Shapes: -> [T, D]."""
     found, pack = 0, torch.empty(0, dtype=torch.float32, device="cpu")
     for run, rows in contender.calls:
         out = run().detach()
@@ -72,7 +88,7 @@ def collect(contender: Contender, tokens: int) -> Tensor:
 
 
 def forward(contender: Contender) -> Callable[[], None]:
-    """Return one forward of the pack as something to time."""
+    """Return a function that runs one forward of the pack."""
 
     def run() -> None:
         for call in contender.calls:
@@ -82,13 +98,13 @@ def forward(contender: Contender) -> Callable[[], None]:
 
 
 def forward_backward(contender: Contender, cotangent: Tensor) -> Callable[[], None]:
-    """Return a forward, and the gradients of sum(tokens * cotangent), as something to time.
+    """Return a function that runs a forward and the backward of sum(tokens * cotangent).
 
-    Images that are forwarded apart are taught apart too, which takes the least memory.
+    Images that are run one by one also run their backward one by one, which takes the least memory.
 
-    Raises: Unavailable if the tokens know no derivative.
+    Raises: Unavailable if the tokens have no gradient function.
     """
-    weights = [  # zero where a token is none
+    weights = [  # zero for padding and prefixes
         cotangent[rows.clamp(min=0)] * (rows >= 0)[..., None] for _, rows in contender.calls
     ]
 
@@ -97,13 +113,13 @@ def forward_backward(contender: Contender, cotangent: Tensor) -> Callable[[], No
         for call, weight in zip(contender.calls, weights, strict=True):
             out = call.run()
             if not out.requires_grad:
-                raise Unavailable("it is for inference alone: its tokens know no derivative")
+                raise Unavailable("it is for inference only: its tokens have no gradient function")
             out.backward(weight)
 
     return run
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Return what a contender's weights take, in bytes."""
+    """Return the bytes of a contender's weights."""
     held = [*module.parameters(), *module.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -11,40 +11,59 @@ from packvit import hub
 from packvit.bench import MODELS, BenchError
 from packvit.config import EncoderConfig, Table
 from packvit.encoder import Encoder
-from packvit.families import AIMv2Packing, Siglip2NaflexPacking
-from packvit.verification.job import without_projection
-from packvit.verification.references import Reference, import_transformers, quiet, randomise
+from packvit.families import (
+    AIMv2Packing,
+    ClipPacking,
+    Dinov2Packing,
+    DINOv3ViTPacking,
+    Siglip2NaflexPacking,
+    SiglipPacking,
+)
+from packvit.verification.references import ReferenceModel, import_transformers, quiet, randomise
+from packvit.verification.verify import without_projection
 
-# Without pooling heads, whose work is not counted: tokens are what is compared.
-SIZES: dict[str, tuple[type[Encoder], str, dict[str, Any]]] = {
-    "aimv2-large": (
-        AIMv2Packing,
-        "Aimv2VisionModel",
-        {
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 8,
-            "intermediate_size": 2816,
-            "is_native": True,
-            "use_head": False,
-        },
-    ),
-    "siglip2-so400m": (
-        Siglip2NaflexPacking,
-        "Siglip2VisionModel",
-        {
-            "hidden_size": 1152,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "intermediate_size": 4304,
-            "vision_use_head": False,
-        },
-    ),
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+SO400M = {
+    "hidden_size": 1152,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "intermediate_size": 4304,
+    "vision_use_head": False,
 }
+CLIP_LARGE = LARGE | {"intermediate_size": 4096, "patch_size": 14, "image_size": 224}
+AIMV2_LARGE = LARGE | {"num_attention_heads": 8, "intermediate_size": 2816, "use_head": False}
+DINOV2 = {"patch_size": 14, "image_size": 518}
+DINOV3 = {"patch_size": 16, "num_register_tokens": 4}
+
+# Without pooling heads: only tokens are compared, and their work is not counted.
+SIZES: dict[str, tuple[type[Encoder], str, dict[str, Any]]] = {
+    "aimv2-large": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"is_native": True}),
+    "siglip2-so400m": (Siglip2NaflexPacking, "Siglip2VisionModel", SO400M),
+    "clip-l14-quickgelu": (ClipPacking, "CLIPVisionModel", CLIP_LARGE),
+    "clip-l14": (ClipPacking, "CLIPVisionModel", CLIP_LARGE | {"hidden_act": "gelu"}),
+    "siglip-so400m14-384": (
+        SiglipPacking,
+        "SiglipVisionModel",
+        SO400M | {"patch_size": 14, "image_size": 384},
+    ),
+    "dinov2-b14": (Dinov2Packing, "Dinov2Model", BASE | DINOV2),
+    "dinov2-l14": (Dinov2Packing, "Dinov2Model", LARGE | DINOV2),
+    "dinov3-b16": (DINOv3ViTPacking, "DINOv3ViTModel", BASE | DINOV3 | {"intermediate_size": 3072}),
+    "dinov3-l16": (
+        DINOv3ViTPacking,
+        "DINOv3ViTModel",
+        LARGE | DINOV3 | {"intermediate_size": 4096},
+    ),
+    "aimv2-l14-224": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"image_size": 224}),
+    "aimv2-l14-448": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"image_size": 448}),
+}
+# Biases that are zero in every published checkpoint, so that timm leaves them out.
+ZERO = {"DINOv3ViTModel": ("q_proj.bias", "v_proj.bias")}
 
 
 def config_of(name: str) -> EncoderConfig:
-    """Return what describes our encoder of a size, of which no weight is made."""
+    """Return the configuration of our encoder of a size, without making weights."""
     encoder, architecture, entries = SIZES[name]
     kind = getattr(import_transformers(), architecture).config_class
     return encoder.family.layouts[0].read(kind(**entries).to_dict(), ())
@@ -58,45 +77,48 @@ class Model:
     weights: str  # "random", or where they come from
     encoder: type[Encoder]
     config: EncoderConfig
-    reference: Any  # transformers' model, on the device and in the dtype that are measured
+    reference: Any  # transformers' model, on the measured device and dtype
 
     @property
     def resizes(self) -> bool:
-        """Whether its positions are learned for one grid, and resized only when asked to."""
+        """Whether its positions are learned for one grid, and interpolated only on request."""
         positions = self.config.positions
         return isinstance(positions, Table) and not positions.any_grid
 
 
 def build(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> Model:
-    """Return a model by its size, or the checkpoint called `name`.
+    """Return the random model of a size, or the checkpoint `name`.
 
-    Raises: BenchError; CheckpointError for what is wrong with a checkpoint; ImportError without
-    transformers.
+    Raises: BenchError; CheckpointError; ImportError without transformers.
     """
     if name in SIZES:
         return random_model(name, layers, device, dtype)
     if layers is not None:
-        raise BenchError(f"--layers cuts random models ({', '.join(MODELS)}), not checkpoints.")
+        raise BenchError(f"--layers is for random models only: {', '.join(MODELS)}. Leave it out.")
     return checkpoint_model(name, device, dtype)
 
 
 def random_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> Model:
-    """Return weights drawn so that every one matters: speed does not depend on them."""
+    """Return a model with random weights; speed does not depend on them."""
     encoder, architecture, entries = SIZES[name]
     kind = getattr(import_transformers(), architecture)
     entries = entries | ({} if layers is None else {"num_hidden_layers": layers})
-    with quiet():
-        reference = randomise(kind(kind.config_class(**entries)), seed=0).to(device, dtype)
+    with quiet(), device:  # a GPU draws some hundred million numbers in no time
+        reference = randomise(kind(kind.config_class(**entries)), seed=0)
+    for key, weight in reference.named_parameters():
+        if key.endswith(ZERO.get(architecture, ())):
+            weight.data.zero_()
+    reference = reference.to(dtype)
     config = encoder.from_transformers(reference).config
     return Model(name, "random", encoder, config, reference)
 
 
 def checkpoint_model(name: str, device: torch.device, dtype: torch.dtype) -> Model:
-    """Return a checkpoint's weights, which transformers reads as `save_pretrained` writes them."""
+    """Return a checkpoint's model, which transformers loads from what `save_pretrained` writes."""
     encoder = hub.load(name, device="cpu", dtype=torch.float32)
     if encoder.projection is not None:
         encoder = without_projection(encoder)
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
-        reference = Reference(encoder.family, Path(folder)).load(dtype, device)
+        reference = ReferenceModel(encoder.family, Path(folder)).load(dtype, device)
     return Model(name, "the checkpoint's", type(encoder), encoder.config, reference)

@@ -1,28 +1,35 @@
-"""Our own contenders: a table of what they are called and which options they are loaded with."""
+"""Our own contenders: a table of titles and load options."""
 
 from typing import Any, NamedTuple
 
-from packvit.bench.contenders import Call, Contender, Subject, Unavailable
+from packvit.bench.contenders import Call, Contender, Subject, Unavailable, cut
 from packvit.model.attention import BACKENDS
 
 
 class Ours(NamedTuple):
-    """An encoder of ours, as a user would ask for it."""
+    """Our encoder, loaded with the options of a user."""
 
     title: str
     options: dict[str, Any]  # of `packvit.load`
-    limit: float | None = None  # on the relative difference, where it is not the dtype's
+    limit: float | None = None  # on the relative difference, if not the dtype's
 
     def build(self, subject: Subject) -> Contender:
-        """Load it. Raises: Unavailable; what loading raises when it cannot run here."""
+        """Load the encoder. Raises: Unavailable; whatever loading raises."""
         model = subject.model
         load = model.encoder.from_transformers
         if self.options.get("compile") and not subject.compiled:
-            raise Unavailable("compilation takes a while: ask for it with --compiled")
+            raise Unavailable("compilation takes minutes: add --compiled")
         positions = "interpolate" if model.resizes else "checkpoint"
-        encoder = load(model.reference, positions=positions, **self.options)
-        patches, grid = subject.patches, subject.grid_thw
+        patches, grid, pixels = subject.patches, subject.grid_thw, subject.pixels
         rows = subject.rows[0].new_tensor(range(len(patches)))
+        if pixels is not None:  # [N, 3, H, W], of which the order "chw" is cut soonest
+            options: dict[str, Any] = {"patch_order": "chw"} | self.options
+            encoder = load(model.reference, positions=positions, **options)
+            patch = encoder.config.patch
+            return Contender(
+                [Call(lambda: encoder(cut(pixels, patch, "chw"), grid), rows)], encoder
+            )
+        encoder = load(model.reference, positions=positions, **self.options)
         if encoder.head is None:
             return Contender([Call(lambda: encoder(patches, grid), rows)], encoder)
         # The reference's forward pools too.

@@ -1,12 +1,12 @@
-"""Our peers, each set up as its own authors would, on the same weights and images.
+"""Our peers, each set up as its authors recommend, on the same weights and images.
 
-What a peer needs and does not compute itself (pixels put together, padding, masks, coordinates) is
-made before the clock starts.
+Inputs that a peer does not compute itself (pixels, padding, masks, coordinates) are made before the
+clock starts.
 """
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from packvit.model.positions import sine_cosine, sine_cosine_axis
 from packvit.packs.segments import PatchPlaces
 from packvit.verification.references import inputs, tower
 
-MULTIPLE = 8  # of padded lengths, so that masks are aligned and no kernel has to copy them
+Mode = Literal["default", "max-autotune"]  # of torch.compile
+MULTIPLE = 8  # of padded lengths, so that masks are aligned and need no copy
 
 
 class Peer(NamedTuple):
@@ -26,10 +27,11 @@ class Peer(NamedTuple):
 
     title: str
     build: Callable[[Subject], Contender]  # raises Unavailable
+    longest: float | None = None  # seconds that its first call may take
 
 
 def reference_options(subject: Subject) -> dict[str, Any]:
-    """Return what lets the reference take grids that its positions were not learned for."""
+    """Return the options with which the reference takes grids of other sizes."""
     asked = subject.model.resizes and subject.model.encoder.family.reference.interpolates
     return {"interpolate_pos_encoding": True} if asked else {}
 
@@ -41,7 +43,7 @@ def batch(subject: Subject, members: list[int]) -> Call:
     each = [inputs(looking, subject.images[image], rows, columns) for image in members]
     given: dict[str, Any] = {name: torch.cat([one[name] for one in each]) for name in each[0]}
     if "pixel_attention_mask" in given:
-        given["pixel_attention_mask"] = None  # nothing is padded, and a mask costs
+        given["pixel_attention_mask"] = None  # nothing is padded, and a mask would cost time
     places = torch.stack([subject.rows[image] for image in members])
     prefix = places.new_full((len(members), subject.model.config.prefix), -1)
     return Call(
@@ -61,26 +63,26 @@ def grouped(subject: Subject) -> Contender:
     for image, grid in enumerate(subject.workload.grid):
         groups.setdefault(grid, []).append(image)
     if len(groups) == len(subject.images):
-        raise Unavailable("no two images share a grid, so it is one by one")
+        raise Unavailable("no two images share a grid, so it equals one by one")
     calls = [batch(subject, members) for members in groups.values()]
     return Contender(calls, subject.model.reference)
 
 
 class Padded(NamedTuple):
-    """All images side by side, padded to the longest. Shapes: [N, L, P], and [N, L] twice."""
+    """All images in one batch, padded to the longest. Shapes: [N, L, P], and [N, L] twice."""
 
     patches: Tensor
     real: Tensor  # bool
-    rows: Tensor  # which row of the pack, or -1
+    rows: Tensor  # the row of the pack, or -1
 
 
 def pad(subject: Subject) -> Padded:
     """Pad images to the longest, and to a multiple of `MULTIPLE`.
 
-    Raises: Unavailable where there is nothing to pad.
+    Raises: Unavailable if there is nothing to pad.
     """
     if len(set(subject.workload.lengths)) == 1:
-        raise Unavailable("all images are of one length, so nothing is padded")
+        raise Unavailable("all images have the same length, so nothing is padded")
     patches = pad_sequence(list(subject.images), batch_first=True)
     rows = pad_sequence(list(subject.rows), batch_first=True, padding_value=-1)
     more = -patches.shape[1] % MULTIPLE
@@ -90,7 +92,10 @@ def pad(subject: Subject) -> Padded:
 
 
 def padded_forward(subject: Subject) -> tuple[Callable[[], Tensor], Tensor]:
-    """Return the padded forward of whichever family has one, and its rows."""
+    """Return the padded forward of the model's family, and its rows.
+
+    Raises: Unavailable if the family has none.
+    """
     looking, padded = tower(subject.model.reference), pad(subject)
     kind = type(looking).__name__
     if kind.startswith("Siglip2"):
@@ -104,8 +109,8 @@ def padded_forward(subject: Subject) -> tuple[Callable[[], Tensor], Tensor]:
 def padded_aimv2(subject: Subject, looking: Any, padded: Padded) -> Callable[[], Tensor]:
     """AIMv2's own layers on padded tokens: transformers masks them, but embeds images of one size.
 
-    Its convolution is the linear layer that it is, and positions are made beforehand, both in the
-    peer's favour.
+    The patch convolution runs as a linear layer, and positions are computed beforehand; both favour
+    the peer.
     """
     config, embeddings = subject.model.config, looking.embeddings
     convolution = embeddings.patch_embed
@@ -134,11 +139,13 @@ def padded(subject: Subject) -> Contender:
     return Contender([Call(run, rows)], subject.model.reference)
 
 
-def compile_it(subject: Subject, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Compile a forward, if there is the time. Raises: Unavailable."""
+def compile_it(
+    subject: Subject, run: Callable[[], Tensor], mode: Mode = "default"
+) -> Callable[[], Tensor]:
+    """Compile a forward. Raises: Unavailable without --compiled."""
     if not subject.compiled:
         raise Unavailable("compilation takes a while: ask for it with --compiled")
-    return torch.compile(run)
+    return torch.compile(run, mode=mode)
 
 
 def padded_compiled(subject: Subject) -> Contender:
@@ -169,7 +176,7 @@ def timm_forward(subject: Subject) -> tuple[Callable[[], Tensor], Tensor, Any]:
     """
     config = subject.model.config
     if not isinstance(config.positions, Table) or config.gated or config.prefix:
-        raise Unavailable("NaFlexVit cannot express this family: it has no such positions or MLP")
+        raise Unavailable("NaFlexVit has not the positions or MLP of this family")
     if find_spec("timm") is None:
         raise Unavailable("timm is not installed; pip install 'packvit[bench]'")
     from timm.models.naflexvit import (  # pyright: ignore[reportMissingImports] # needs torchvision
@@ -184,7 +191,7 @@ def timm_forward(subject: Subject) -> tuple[Callable[[], Tensor], Tensor, Any]:
             embed_dim=config.width,
             depth=config.layers,
             num_heads=config.heads,
-            mlp_ratio=(config.mlp_width + 0.5) / config.width,  # which timm rounds down
+            mlp_ratio=(config.mlp_width + 0.5) / config.width,  # timm rounds down
             act_layer="gelu_tanh",
             global_pool="",
             pos_embed_grid_size=side,
@@ -214,7 +221,7 @@ def timm_forward(subject: Subject) -> tuple[Callable[[], Tensor], Tensor, Any]:
     return run, padded.rows, model
 
 
-TIMM_NAMES = {  # of a block: timm's to transformers', side by side where timm has one matrix
+TIMM_NAMES = {  # of a block: timm's to transformers', several where timm has one matrix
     "norm1": ("layer_norm1",),
     "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.proj": ("self_attn.out_proj",),

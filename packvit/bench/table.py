@@ -1,4 +1,4 @@
-"""A report as tables, for a terminal and for the docs alike. No torch."""
+"""Format a report as Markdown tables, for the terminal and the docs. No torch."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ COLUMNS = (
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """Return every workload of a report: contenders by speed, what is wrong, what is missing."""
+    """Return all workloads of a report: contenders by speed, wrong ones, missing ones."""
     everywhere = set.intersection(*(set(work["missing"].items()) for work in report["workloads"]))
     first = report["workloads"][0]["missing"]
     common = listed("Missing here", [item for item in first.items() if item in everywhere])
@@ -23,7 +23,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def machine(report: dict[str, Any]) -> str:
-    """Say in a sentence or two what ran where."""
+    """Return a description of the model and the machine."""
     on_gpu = report["device"] == "cuda"
     place = report["gpus"] if on_gpu else f"CPU, {report['threads']} threads"
     if report.get("clock") == "cpu":
@@ -36,7 +36,7 @@ def machine(report: dict[str, Any]) -> str:
 
 
 def accuracy(report: dict[str, Any]) -> list[str]:
-    """Return how near bf16 and fp8 are to fp32, where that was measured."""
+    """Return the accuracy of bf16 and fp8, if it was measured."""
     found = report.get("fp8_accuracy")
     if not found:
         return []
@@ -51,7 +51,7 @@ def accuracy(report: dict[str, Any]) -> list[str]:
 
 
 def listed(title: str, missing: Sequence[tuple[str, str]]) -> list[str]:
-    """Return who cannot take part, by reason."""
+    """Return the missing contenders, by reason."""
     by_reason: dict[str, list[str]] = {}
     for contender, reason in missing:
         by_reason.setdefault(reason, []).append(contender)
@@ -62,7 +62,7 @@ def listed(title: str, missing: Sequence[tuple[str, str]]) -> list[str]:
 def section(
     report: dict[str, Any], work: dict[str, Any], everywhere: Collection[tuple[str, str]]
 ) -> str:
-    """Return one workload's table, its headline above, what is missing in it alone below."""
+    """Return one workload's headline, its table, and what is missing only there."""
     sizes = f"{work['fewest']} to {work['most']}"
     if work["fewest"] == work["most"]:
         sizes = f"{work['most']}"
@@ -73,7 +73,8 @@ def section(
         f"{work['ceiling_tflops']:.3g} TFLOP/s.",
         "",
     ]
-    if best := work["headline"]:
+    best = work["headline"]
+    if best and "ours" in best:
         times = spread(best["times_faster"])
         lines += [f"{best['ours']} is {times} times {best['peer']}, the strongest peer.", ""]
     entries = sorted(work["results"].items(), key=lambda item: item[1]["median_ms"])
@@ -87,7 +88,7 @@ def section(
 
 
 def row(title: str, entry: dict[str, Any], baseline: str) -> tuple[str, ...]:
-    """Return one contender's cells."""
+    """Return the cells of one contender."""
     times = entry["times_faster_than_baseline"]
     peak, off = entry.get("peak_gib"), entry.get("relative_difference")
     return (
@@ -97,6 +98,50 @@ def row(title: str, entry: dict[str, Any], baseline: str) -> tuple[str, ...]:
         f"{entry['fraction_of_ceiling']:.2f}",
         "" if peak is None else f"{peak:.1f}",
         "" if off is None else f"{off:.0e}" if off else "0",
+    )
+
+
+NATIVE_COLUMNS = (
+    "batch",
+    "strongest peer",
+    "its images/s",
+    "packvit",
+    "images/s",
+    "times the peer (quartiles)",
+    "share of the matmul rate",
+    "fp8, images/s",
+    "fp8 over bf16",
+    "measured",
+)
+
+
+def native_table(reports: Sequence[dict[str, Any]]) -> str:
+    """Return one line for each batch at native size: the strongest peer, and our best beside it."""
+    return "\n".join(aligned([NATIVE_COLUMNS, *map(native_row, reports)])) + "\n"
+
+
+def native_row(report: dict[str, Any]) -> tuple[str, ...]:
+    """Return a batch's cells; what was not measured stays empty."""
+    (work,) = report["workloads"]
+    best, results = work["headline"], work["results"]
+    peer, ours = results[best["peer"]], results.get(best.get("ours"))
+    eights = [one["images_per_second"] for title, one in results.items() if "fp8" in title]
+    mine: tuple[str, ...] = ("", "", "", "")
+    if ours:
+        mine = (
+            best["ours"].removeprefix("packvit, "),
+            f"{ours['images_per_second']:,.0f}",
+            spread(best["times_faster"]),
+            f"{ours['fraction_of_ceiling']:.2f}",
+        )
+    return (
+        f"{report['row']}, {work['images']} images",
+        best["peer"],
+        f"{peer['images_per_second']:,.0f}",
+        *mine,
+        f"{max(eights):,.0f}" if eights else "",
+        f"{max(eights) / ours['images_per_second']:.2f}" if eights and ours else "",
+        f"{report['gpus']}, {report['commit']}, {report['date']}",
     )
 
 

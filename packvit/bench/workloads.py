@@ -1,4 +1,4 @@
-"""What is run: the grids of a workload, and how many operations an encoder spends on them."""
+"""The grids of each workload, and the operations that an encoder needs for them."""
 
 import random
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from packvit.packs.segments import Grid, sequence_lengths
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One pack."""
+    """One pack to benchmark."""
 
     name: str
     title: str
@@ -37,7 +37,7 @@ def mixed_sizes(images: int, fewest: int, most: int, *, seed: int = SEED) -> Gri
 
 
 def workload(name: str, *, small: bool) -> Workload:
-    """Return a workload by its name; `small` is what two cores do in a second or so."""
+    """Return a workload by its name; `small` takes two cores about a second."""
     full = {
         "mixed": lambda: mixed_sizes(52, 240, 1008),  # 33,739 patches
         "tiny-images": lambda: mixed_sizes(2048, 4, 16),
@@ -59,11 +59,11 @@ class Flops(NamedTuple):
     """Floating-point operations of one pass: two for every multiplication and addition."""
 
     forward: float
-    backward: float  # of all weights; patches need no gradient, and nothing is computed twice
+    backward: float  # gradients of all weights, none of the patches, nothing recomputed
 
 
 def encoder_flops(config: EncoderConfig, grid: Grid) -> Flops:
-    """Return what an encoder spends on matmuls and attention, its pooling head left out."""
+    """Return the operations of an encoder's matmuls and attention, without the pooling head."""
     lengths = sequence_lengths(grid, config.prefix)
     patches = sum(sequence_lengths(grid))
     width, matrices = config.width, 3 if config.gated else 2

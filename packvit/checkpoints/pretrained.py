@@ -29,7 +29,7 @@ class Described(NamedTuple):
     images: ImageConfig
 
 
-def describe(family: Family, checkpoint: Checkpoint) -> Described:
+def describe_checkpoint(family: Family, checkpoint: Checkpoint) -> Described:
     """Return a checkpoint's layout and configurations, told by its config.json and its names.
 
     Raises: CheckpointError if it is not one of `family`.

@@ -1,8 +1,8 @@
-"""The `packvit` command: one module per subcommand, loaded when it is asked for.
+"""The `packvit` command: one module per subcommand, loaded when it runs.
 
-Manners of every command: results go to stdout and remarks to stderr; `--json` prints what other
-programs read; what the user got wrong is answered in one sentence and exit code 2, never with a
-traceback; torch is imported only by the commands that compute with it.
+All commands: results go to stdout and remarks to stderr; `--json` prints JSON for programs; a wrong
+argument gives one sentence and exit code 2, never a traceback; torch is imported only by commands
+that compute with it.
 """
 
 import signal
@@ -29,15 +29,15 @@ class Terminated(KeyboardInterrupt):
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    """Return what a command that was stopped exits with, as shells count signals: 128 and more."""
+    """Return the exit code of a stopped command: 128 plus the signal, as in shells."""
     return 143 if isinstance(stop, Terminated) else 130
 
 
 class Commands(click.Group):
-    """A group whose commands are imported when they are named."""
+    """A group that imports a command only when it is named."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command; Ctrl-C and SIGTERM end it cleanly, with the exit codes that shells use."""
+        """Run a command; Ctrl-C and SIGTERM stop it cleanly, with the exit codes of shells."""
 
         def terminate(number: int, frame: FrameType | None) -> None:
             raise Terminated
@@ -46,7 +46,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            click.echo("Stopped. Give the same command again to start anew.", err=True)
+            click.echo("Stopped. Run the same command again to start over.", err=True)
             ctx.exit(exit_code(stop))
         finally:
             signal.signal(signal.SIGTERM, before)

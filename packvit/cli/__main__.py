@@ -1,4 +1,4 @@
-"""`python -m packvit.cli`: the same command where its script is not on the path."""
+"""`python -m packvit.cli`: the `packvit` command without its script on the path."""
 
 from packvit.cli import main
 

@@ -1,28 +1,73 @@
-"""`packvit bench`: our figures beside our peers' and the machine's own limits."""
+"""`packvit bench`: our encoder against its peers and the machine's limits."""
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
-from packvit.bench import DTYPES, MODELS, WORKLOADS, BenchError, Plan
+from packvit.bench import (
+    DTYPES,
+    MODELS,
+    NATIVE,
+    NATIVE_WORKLOAD,
+    WORKLOADS,
+    BenchError,
+    BenchOptions,
+)
 from packvit.bench.table import as_markdown
 
 WRONG = 1
+ALL = "all"
 
 
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--model",
-    default="aimv2-large",
+    "models",
+    multiple=True,
     help=f"{', '.join(MODELS)} (random weights), tiny, a checkpoint's name on the hub, or its "
-    "folder.",
+    "folder; aimv2-large unless told. With --workload native, which of its batches, and it may be "
+    f"given many times: {', '.join(NATIVE)}; all unless told.",
 )
 @click.option(
     "--workload",
-    type=click.Choice([*WORKLOADS, "all"]),
+    type=click.Choice([*WORKLOADS, ALL, NATIVE_WORKLOAD]),
     default="mixed",
-    help="Which pack; on a CPU all are scaled down.",
+    help="Which pack; on a CPU all are scaled down. native: batches of the checkpoints' own size.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With --workload native, how long all may take: what time does not suffice for is left "
+    "out, from the end.",
+)
+@click.option(
+    "--autotuned/--no-autotuned",
+    default=True,
+    help="With --workload native, whether peers are compiled by max-autotune too, where that takes "
+    "no more than two minutes.",
+)
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    metavar="TITLE",
+    help="With --workload native, a contender to be timed beside transformers, as the table calls "
+    "it; all unless told. May be given many times.",
+)
+@click.option(
+    "--commit",
+    help="What commit this is, for the report, where git cannot tell.",
+)
+@click.option(
+    "--out",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="With --workload native, where each batch's report is written as soon as it is done.",
 )
 @click.option("--train", is_flag=True, help="Forward and backward, instead of forward alone.")
 @click.option(
@@ -35,37 +80,42 @@ WRONG = 1
     "--rounds",
     type=click.IntRange(min=2),
     default=11,
-    help="How often each contender's turn comes.",
+    help="How many times each contender runs.",
 )
 @click.option(
     "--layers",
     type=click.IntRange(min=1),
-    help="Cut a model of random weights to so many layers; on a CPU to 2, unless told.",
+    help="Number of layers of a model with random weights; on a CPU 2 by default.",
 )
 @click.option(
     "--clock",
     type=click.Choice(["wall", "cpu"]),
     default="wall",
-    help="cpu: the time that all threads were at work, for a CPU shared with other programs.",
+    help="cpu: the CPU time of all threads, for a machine shared with other programs.",
 )
 @click.option(
     "--compiled/--no-compiled",
     default=None,
-    help="Whether contenders take part that torch.compile prepares, which takes minutes; on a GPU "
-    "they do.",
+    help="Whether to include contenders that use torch.compile, which takes minutes; by default "
+    "on a GPU only.",
 )
 @click.option(
     "--json",
     "target",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    help="Write the report there too; - prints it instead of the table.",
+    help="Also write the report to this file; - prints it instead of the table.",
 )
 @click.pass_context
 def bench(
     context: click.Context,
-    model: str,
+    models: tuple[str, ...],
     workload: str,
+    seconds: float | None,
+    autotuned: bool,
+    ways: tuple[str, ...],
+    commit: str | None,
+    out: Path | None,
     train: bool,
     dtype: str | None,
     device: str | None,
@@ -75,41 +125,130 @@ def bench(
     compiled: bool | None,
     target: Path | None,
 ) -> None:
-    """Time our encoder beside transformers and timm, and beside a large matmul.
+    """Compare the speed of our encoder with transformers, timm and a large matmul.
 
-    All run in one process on the same weights and images, in turns, in shuffled order, and only
-    if their tokens agree. What cannot run on this machine is listed with its reason. The exit code
-    is 1 if a contender of ours computes something else.
+    All run in one process on the same weights and images, in turns, in shuffled order. A contender
+    is timed only if its tokens equal the reference's. What cannot run on this machine is listed
+    with the reason. The exit code is 1 if one of our contenders computes wrong tokens.
 
     \b
     Examples:
       packvit bench
       packvit bench --model siglip2-so400m --workload all --json so400m.json
       packvit bench --model tiny --workload small --rounds 3
+      packvit bench --workload native --model clip-l14-224 --seconds 300 --out rows
     """
-    chosen = tuple(WORKLOADS) if workload == "all" else (workload,)
     if target is not None and str(target) != "-" and not target.parent.is_dir():
         raise click.UsageError(f"{target.parent} is not a folder. Choose another file for --json.")
-    plan = Plan(model, chosen, train, rounds, device, dtype, layers, clock, compiled)
-    from packvit.bench.job import measure  # torch is imported here
+    options = BenchOptions(
+        train=train,
+        rounds=rounds,
+        device=device,
+        dtype=dtype,
+        layers=layers,
+        clock=clock,
+        compiled=compiled,
+        commit=commit,
+    )
+    if workload == NATIVE_WORKLOAD:
+        if target is not None:
+            raise click.UsageError("--workload native writes many reports: name a folder by --out.")
+        off = False
+        names = models or tuple(NATIVE)
+        for report in native_reports(options, names, seconds, autotuned, ways, out):
+            off = ours_wrong(report) or off
+        context.exit(WRONG if off else 0)
+    if out is not None or seconds is not None or ways:
+        wrong = "--out, --seconds and --way are for --workload native. Leave them out."
+        raise click.UsageError(wrong)
+    if len(models) > 1:
+        raise click.UsageError("--model is given more than once, which --workload native takes.")
+    chosen = tuple(WORKLOADS) if workload == ALL else (workload,)
+    report = whole_report(
+        replace(options, model=models[0] if models else options.model, workloads=chosen)
+    )
+    written = json.dumps(report, indent=1)
+    click.echo(written if str(target) == "-" else as_markdown(report))
+    if target is not None and str(target) != "-":
+        write(target, written)
+        click.echo(f"The report is {target}.", err=True)
+    context.exit(WRONG if ours_wrong(report) else 0)
+
+
+def whole_report(options: BenchOptions) -> dict[str, Any]:
+    """Measure what is asked for, and answer what the user got wrong."""
+    from packvit.bench.run import measure  # torch is imported here
+
+    with answered():
+        return measure(options, remark)
+
+
+def native_reports(
+    options: BenchOptions,
+    names: Sequence[str],
+    seconds: float | None,
+    autotuned: bool,
+    ways: Sequence[str],
+    out: Path | None,
+) -> Iterator[dict[str, Any]]:
+    """Measure one batch after the other; print and write each as soon as it is done."""
+    from packvit.bench.native import measure_native  # torch is imported here
+
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"{out} cannot be a folder: {error.strerror}. Name another by --out."
+            raise click.UsageError(reason) from error
+    with answered():
+        for report in measure_native(
+            options, names, remark, seconds=seconds, autotuned=autotuned, ways=ways
+        ):
+            click.echo(as_markdown(report))
+            if out is not None:
+                target = out / f"{report['row']}-{place(report)}.json"
+                write(target, json.dumps(report, indent=1))
+                remark(f"The report is {target}.")
+            yield report
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Say in a sentence why something cannot be measured."""
     from packvit.checkpoints.files import CheckpointError
 
     try:
-        report = measure(plan, lambda words: click.echo(words, err=True))
+        yield
     except BenchError as error:
         raise click.UsageError(str(error)) from error
     except (CheckpointError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    written = json.dumps(report, indent=1)
-    click.echo(written if str(target) == "-" else as_markdown(report))
-    if target is not None and str(target) != "-":
-        try:
-            target.write_text(written + "\n")
-        except OSError as error:
-            reason = f"{target} could not be written: {error.strerror}. Name another file."
-            raise click.ClickException(reason) from error
-        click.echo(f"The report is {target}.", err=True)
-    ours_wrong = any(
+
+
+def remark(words: str) -> None:
+    """Say what is going on."""
+    click.echo(words, err=True)
+
+
+def place(report: dict[str, Any]) -> str:
+    """Return the machine's kind as a part of a file's name: h100, h200, cpu."""
+    if report["device"] != "cuda":
+        return "cpu"
+    words = report["gpus"].partition(",")[0].lower().split()
+    return next((word for word in words if any(letter.isdigit() for letter in word)), words[-1])
+
+
+def write(target: Path, words: str) -> None:
+    """Write a report."""
+    try:
+        target.write_text(words + "\n")
+    except OSError as error:
+        reason = f"{target} could not be written: {error.strerror}. Name another file."
+        raise click.ClickException(reason) from error
+
+
+def ours_wrong(report: dict[str, Any]) -> bool:
+    """Return whether a contender of ours computes something else."""
+    return any(
         title.startswith("packvit") for work in report["workloads"] for title in work["wrong"]
     )
-    context.exit(WRONG if ours_wrong else 0)

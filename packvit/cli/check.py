@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 
 
 @click.command
@@ -14,11 +14,12 @@ from packvit.corpus import WriteError, WrongUse
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def check(context: click.Context, folder: str, as_json: bool) -> None:
-    """Read all of a feature FOLDER; say what is wrong with it and how to mend that.
+    """Read all of a feature FOLDER; print what is wrong with it and how to repair it.
 
-    The manifest, the log, the size and sha256 of every part, the checksum of every page, columns,
-    counts, one row for every input in their order, and features that are numbers. The exit code is
-    0 if all is well, 1 if not, and 2 if this is no feature folder.
+    This checks the manifest, the log, the size and sha256 of every part, the checksum of every
+    page, columns, counts, that there is one row for every input in order, and that features are
+    finite. The exit code is 0 if nothing is wrong, 1 if something is, and 2 if FOLDER is not a
+    feature folder.
 
     \b
     Examples:
@@ -29,7 +30,7 @@ def check(context: click.Context, folder: str, as_json: bool) -> None:
 
     try:
         found = check_folder(Path(folder))
-    except WrongUse as error:
+    except UsageError as error:
         raise click.UsageError(str(error)) from error
     except WriteError as error:
         raise click.ClickException(str(error)) from error

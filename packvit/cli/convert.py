@@ -1,4 +1,4 @@
-"""`packvit convert`: one checkpoint layout to another, bit for bit."""
+"""`packvit convert`: rewrite a checkpoint in another layout, bit for bit."""
 
 import json
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ def convert(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Write the checkpoint NAME, of the hub or a folder, to the new FOLDER in another layout.
+    """Write the checkpoint NAME, on the hub or in a folder, to the new FOLDER in another layout.
 
-    Every number is written as the checkpoint has it, in its dtype. A text tower is left behind,
-    and said to be. `packvit info` lists the layouts of each family.
+    Values and dtypes are unchanged. A text tower is not written, which is reported. `packvit info`
+    lists the layouts of each family.
 
     \b
     Examples:
@@ -54,10 +54,10 @@ def convert(
 
 
 def count(names: Sequence[str]) -> str:
-    """Say how many tensors there are."""
+    """Return the number of tensors in words."""
     return "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
 
 
 def parts(names: Sequence[str]) -> str:
-    """Say of which parts of a model tensors are, by the first words of their names."""
+    """Return the parts of a model that tensors belong to: the first words of their names."""
     return ", ".join(dict.fromkeys(name.split(".")[0] for name in names))

@@ -1,4 +1,4 @@
-"""`packvit embed`: photographs to a feature folder, the main job."""
+"""`packvit embed`: embed photographs into a feature folder, the main job."""
 
 import json
 import logging
@@ -13,16 +13,16 @@ import click
 
 from packvit.cli import exit_code
 from packvit.cli.progress import Meter, duration, show_progress
-from packvit.corpus import DecoderError, EmbedderError, WriteError, WrongUse
+from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
 from packvit.corpus.progress import Summary
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
 EMBEDDED = (
-    'No --model was given, so "tiny" runs, which packvit brings: 6.6 million parameters, trained '
-    "on 269 photographs. For features to build on choose a large checkpoint with --model, for "
+    'No --model was given, so the small "tiny" model runs: 6.6 million parameters, trained on 269 '
+    "photographs. For features of good quality choose a large checkpoint with --model, for "
     f"example --model {EXAMPLE}."
 )
-# They log a traceback of what a server refuses, which becomes a row or a sentence of ours.
+# They log tracebacks for errors of a server, which we report ourselves.
 LOUD = ("asyncio", "gcsfs")
 COUNT = click.IntRange(min=1)
 DONE_WITH_ERRORS = 3
@@ -35,14 +35,14 @@ DONE_WITH_ERRORS = 3
     "lists",
     multiple=True,
     metavar="FILE",
-    help="Embed the paths in this file too: a text, one a line, or .csv or .parquet, with "
-    "--column. They are relative to the working directory. May be repeated.",
+    help="Also embed the paths in this file: text, one path a line, or .csv or .parquet with "
+    "--column. Paths are relative to the working directory. May be repeated.",
 )
-@click.option("--column", default="path", help="The column of a --list table that has the paths.")
+@click.option("--column", default="path", help="The column of paths in a --list table.")
 @click.option(
-    "--image-column", default="image", help="The column of a Parquet file that has image bytes."
+    "--image-column", default="image", help="The column of image bytes in a Parquet file."
 )
-@click.option("--out", required=True, help="The feature folder to make or to go on with.")
+@click.option("--out", required=True, help="The feature folder to create or to resume.")
 @click.option("--model", help="A checkpoint's name on the hub, or its folder.")
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
@@ -69,43 +69,45 @@ DONE_WITH_ERRORS = 3
     help="As the checkpoint's own preprocessing, or keeping size and aspect ratio; "
     "checkpoint where it defines a size.",
 )
-@click.option("--max-patches", type=COUNT, help="Shrink larger images to so many patches.")
-@click.option("--max-pixels", type=COUNT, default=100_000_000, help="Refuse larger images.")
-@click.option("--tokens", is_flag=True, help="Write the features of every patch too.")
+@click.option("--max-patches", type=COUNT, help="Shrink images to at most this many patches.")
+@click.option(
+    "--max-pixels", type=COUNT, default=100_000_000, help="Refuse images with more pixels."
+)
+@click.option("--tokens", is_flag=True, help="Also write the features of every patch.")
 @click.option(
     "--tap",
     "taps",
     type=int,
     multiple=True,
     metavar="LAYER",
-    help="Write the tokens leaving this layer too; -1 is the last. May be repeated.",
+    help="Also write the tokens leaving this layer; -1 is the last. May be repeated.",
 )
 @click.option(
     "--dtype-out",
     type=click.Choice(["float16", "float32"]),
     default="float16",
-    help="What to write tokens and taps in.",
+    help="The dtype of written tokens and taps.",
 )
 @click.option(
     "--format",
     "format_",
     type=click.Choice(["parquet", "npy"]),
     default="parquet",
-    help="With npy, make a NumPy matrix of the pooled features too, and a list of the ids.",
+    help="npy: also write a NumPy matrix of the pooled features, and a list of the ids.",
 )
 @click.option("--token-budget", type=COUNT, default=16384, help="Most tokens in one pack.")
 @click.option(
     "--decode",
     type=click.Choice(["pil", "gpu"]),
     default="pil",
-    help="Who decodes JPEGs: Pillow, in the workers, or the GPU, those that it decodes bit for bit "
-    "as Pillow does. All other images are Pillow's.",
+    help="What decodes JPEGs: Pillow, in the workers, or the GPU, if the pixels equal Pillow's bit "
+    "for bit. Pillow decodes all other images.",
 )
 @click.option(
     "--workers",
     type=COUNT,
-    help="Processes that decode images, beside each that embeds; one for each CPU of its share, "
-    "up to 16.",
+    help="Processes that decode images, for each process that embeds; by default one for each of "
+    "its CPUs, up to 16.",
 )
 @click.option(
     "--image-timeout",
@@ -118,28 +120,28 @@ DONE_WITH_ERRORS = 3
     "--pixels-in-flight",
     type=COUNT,
     default=256_000_000,
-    help="Most pixels being decoded or waiting for their pack at a time, beside each process "
-    "that embeds: lower it to use less memory, some 8 bytes for each.",
+    help="Most pixels being decoded or waiting at a time, for each process that embeds: lower it "
+    "to use less memory, about 8 bytes a pixel.",
 )
 @click.option(
     "--gpus",
     "--processes",
     "processes",
     type=COUNT,
-    help="Embed in so many processes, one on each GPU, or on CPUs each with its share of them; "
-    "what is written is the same.",
+    help="Embed in this many processes, one on each GPU, or each with a share of the CPUs; the "
+    "output is the same.",
 )
 @click.option(
     "--ray",
     metavar="ADDRESS",
-    help='Embed on a Ray cluster; "auto" is the one this machine is part of, "local" starts one '
-    "here.",
+    help='Embed on a Ray cluster: its address, "auto" for the one of this machine, or "local" to '
+    "start one here.",
 )
 @click.option(
     "--verify",
     is_flag=True,
     help="Compare the encoder with its reference first, and write certificate.json; a passing "
-    "certificate beside the checkpoint is taken over.",
+    "certificate beside the checkpoint is used instead.",
 )
 @click.option(
     "--overwrite",
@@ -185,9 +187,9 @@ def embed(
     image bytes, and URLs of any of these (s3://, gs://, hf://, https://). Paths in a file are
     given with --list.
 
-    Every photograph becomes one row, in Parquet files that any reader opens. One that cannot be
-    read becomes a row too, which says why; the exit code is then 3. A job that was stopped, however
-    that came about, goes on when the same command is given again.
+    Every photograph becomes one row, in Parquet files. A photograph that cannot be read becomes a
+    row with the error; the exit code is then 3. A job that was stopped for any reason resumes when
+    the same command is run again.
 
     \b
     Examples:
@@ -205,7 +207,7 @@ def embed(
     for name in LOUD:
         logging.getLogger(name).addHandler(logging.NullHandler())
     with stopping(context, out, overwrite) as meter, redirect_stdout(sys.stderr):
-        # torch is imported here, and Ctrl-C is heeded while it is.
+        # torch is imported here, where Ctrl-C is handled.
         from packvit.checkpoints.files import CheckpointError
         from packvit.corpus.job import embed as run
         from packvit.verification import VerificationError
@@ -241,7 +243,7 @@ def embed(
                 overwrite=overwrite,
                 progress=meter.tell,
             )
-        except WrongUse as error:
+        except UsageError as error:
             raise click.UsageError(str(error)) from error
         except (
             CheckpointError,
@@ -258,7 +260,7 @@ def embed(
 
 @contextmanager
 def stopping(context: click.Context, out: str, overwrite: bool) -> Iterator[Meter]:
-    """Show the job's progress; on Ctrl-C or SIGTERM say what was written, and exit accordingly."""
+    """Show the job's progress; on Ctrl-C or SIGTERM print what was written, and exit."""
     meter = None
     try:
         with show_progress() as meter:
@@ -269,22 +271,22 @@ def stopping(context: click.Context, out: str, overwrite: bool) -> Iterator[Mete
 
 
 def what_is_written(meter: Meter | None, out: str, overwrite: bool) -> str:
-    """Say how far a stopped job came, and what to do now."""
+    """Return a message on what a stopped job has written, and how to resume it."""
     if meter is None or meter.last is None:
-        return "Stopped before anything was written. Start the same command again."
+        return "Stopped before anything was written. Run the same command again."
     from packvit.corpus.folder.layout import (
-        read_commits,  # brings pyarrow, which `--help` need not wait for
+        read_commits,  # imports pyarrow, which would slow down `--help`
     )
 
     written = sum(entry.rows for entry in read_commits(Path(out)))
     return (
-        f"Stopped: {written:,} of {meter.last.rows:,} rows are written to {out} and stay whole. "
-        f"The same command{' without --overwrite' if overwrite else ''} goes on from there."
+        f"Stopped: {written:,} of {meter.last.rows:,} rows are written to {out}. "
+        f"The same command{' without --overwrite' if overwrite else ''} resumes from there."
     )
 
 
 def as_object(summary: Summary) -> dict[str, Any]:
-    """Return the summary as `--json` prints it."""
+    """Return the summary as JSON values."""
     return {
         "folder": summary.folder,
         "model": summary.model,
@@ -309,7 +311,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
 
 
 def as_table(summary: Summary) -> str:
-    """Return the summary as a person reads it."""
+    """Return the summary as a table."""
     bad = summary.rows - summary.ok
     rows = [("inputs", f"{summary.rows:,}"), ("ok", f"{summary.ok:,}"), ("errors", f"{bad:,}")]
     rows += [
@@ -331,7 +333,7 @@ def as_table(summary: Summary) -> str:
 
 
 def effort(summary: Summary) -> Iterator[tuple[str, str]]:
-    """Yield the lines that say where the time went; none where nothing was done."""
+    """Yield the lines on time and speed; none if nothing was embedded."""
     shares = summary.shares
     if summary.kept_rows == summary.rows:
         return
@@ -345,11 +347,11 @@ def effort(summary: Summary) -> Iterator[tuple[str, str]]:
     if shares.fill:
         yield "packs", f"{shares.fill:.0%} full"
     if summary.on_gpu is not None:
-        yield "on the GPU", f"{summary.on_gpu:,} images decoded; Pillow had the others"
+        yield "on the GPU", f"{summary.on_gpu:,} images decoded there; Pillow decoded the others"
     if summary.halved:
-        yield "halved", f"{summary.halved:,} packs that memory had no room for"
+        yield "halved", f"{summary.halved:,} packs that did not fit in memory"
 
 
 def printable(name: str) -> str:
-    """Return a file's name without the characters that would steer a terminal."""
+    """Return a file's name with control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

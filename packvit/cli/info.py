@@ -1,4 +1,4 @@
-"""`packvit info`: what this machine can do, and what packvit knows."""
+"""`packvit info`: this machine, and the models that packvit supports."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ import click
 @click.command
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(as_json: bool) -> None:
-    """Show machine, attention backends and their obstacles, families and checkpoints.
+    """Show the machine, attention backends and why they cannot run, families and checkpoints.
 
     \b
     Examples:
@@ -29,7 +29,7 @@ def page(found: dict[str, Any]) -> str:
     lines += ["", f"Attention backends, for {found['asked']} (auto takes {found['auto']})"]
     for backend in found["backends"]:
         state = "runs here" if backend["obstacle"] is None else f"no: {backend['obstacle']}"
-        ran = "" if backend["measured"] else " (not yet run by us; ask for it by name)"
+        ran = "" if backend["measured"] else " (not tested by us; choose it by name)"
         lines.append(f"  {backend['name']:<6} {backend['title']}{ran}\n         {state}")
     lines += ["", "Families and their published checkpoints"]
     for family in found["families"]:

@@ -6,7 +6,7 @@ import click
 
 from packvit.cli.embed import COUNT, DONE_WITH_ERRORS, printable
 from packvit.cli.progress import show_progress
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 from packvit.images.decode import CODES
 
 
@@ -35,20 +35,20 @@ from packvit.images.decode import CODES
     "--background",
     type=click.Choice(["keep", "remove"]),
     default="keep",
-    help="Whether to leave out the side of the first component that the photographs' rims are on.",
+    help="Whether to leave out the side of the first component that holds most border patches.",
 )
-@click.option("--overlay", is_flag=True, help="Lay the colours over the photograph.")
+@click.option("--overlay", is_flag=True, help="Draw the colours over the photograph.")
 @click.option(
     "--similar-to",
     metavar="PHOTO:ROW,COLUMN",
-    help="Draw the cosine of this patch of one of PHOTOS to every patch, in place of a PCA.",
+    help="Draw the cosine of this patch of one of PHOTOS to every patch, instead of a PCA.",
 )
 @click.option(
     "--neighbours",
     metavar="FOLDER",
-    help="Draw each photograph's nearest neighbours in this feature folder, in place of a PCA.",
+    help="Draw each photograph's nearest neighbours in this feature folder, instead of a PCA.",
 )
-@click.option("--root", default=".", help="Where the photographs of the feature folder lie.")
+@click.option("--root", default=".", help="The folder that the feature folder's paths start from.")
 @click.option("--count", type=COUNT, default=6, help="How many neighbours.")
 @click.option(
     "--width", type=click.IntRange(600, 1600), default=1600, help="Pixels across the picture."
@@ -74,11 +74,11 @@ def pca(
     count: int,
     width: int,
 ) -> None:
-    """Draw what an encoder sees in PHOTOS, folders and files, as one picture.
+    """Draw the features of PHOTOS, folders and files, as one picture.
 
     Every patch is coloured by the first three components of one PCA over all photographs, so that
-    equal colours mean equal things; signs and scale are fixed. A photograph that cannot be read is
-    named on stderr and left out; the exit code is then 3.
+    equal colours mean similar features; signs and scale are fixed. A photograph that cannot be read
+    is named on stderr and left out; the exit code is then 3.
 
     \b
     Examples:
@@ -88,11 +88,11 @@ def pca(
       packvit pca cat.jpg --out near.png --neighbours features --root photos
     """
     if model is None and neighbours is None:
-        click.echo('No --model was given, so "tiny" runs, which packvit brings.', err=True)
+        click.echo('No --model was given, so the small "tiny" model runs.', err=True)
     with show_progress() as meter:
-        # torch is imported here, and Ctrl-C is heeded while it is.
+        # torch is imported here, where Ctrl-C is handled.
         from packvit.checkpoints.files import CheckpointError
-        from packvit.pictures.job import draw
+        from packvit.pictures.draw import draw
 
         try:
             drawn = draw(
@@ -115,7 +115,7 @@ def pca(
                 width=width,
                 progress=meter.tell,
             )
-        except WrongUse as error:
+        except UsageError as error:
             raise click.UsageError(str(error)) from error
         except (CheckpointError, ImportError, WriteError) as error:
             raise click.ClickException(str(error)) from error
@@ -125,12 +125,12 @@ def pca(
     if drawn.lost:
         click.echo(
             f"{len(drawn.lost)} of the neighbours, for example {printable(drawn.lost[0])}, cannot "
-            f"be read under {root} and are blank. Name their folder with --root.",
+            f"be read under {root} and are left blank. Name their folder with --root.",
             err=True,
         )
     if not drawn.photographs:
         raise click.ClickException(
-            f"None of the {len(drawn.errors)} photographs can be drawn, so {out} was not written."
+            f"None of the {len(drawn.errors)} photographs can be drawn; {out} was not written."
         )
     plural = "" if drawn.photographs == 1 else "s"
     width, height = drawn.size

@@ -1,4 +1,4 @@
-"""How far a job has come, on stderr: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of a job on stderr: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -13,17 +13,17 @@ PAUSE = 5.0  # seconds between plain lines
 
 
 class Meter:
-    """Remembers the last progress it was told of, and how fast the job has been since the first."""
+    """Keeps the first and last progress of a job, and computes its speed."""
 
     def __init__(self) -> None:
-        self.first = Progress(0)  # what a resumed job begins with took no time
+        self.first = Progress(0)  # rows that a resumed job starts with do not count
         self.last: Progress | None = None
         self.start = 0.0
         self.say: Callable[[str], None] = lambda text: click.echo(text, err=True)
         self.draw: Callable[[Progress], None] = lambda progress: None
 
     def tell(self, progress: Progress) -> None:
-        """Take note of a progress and show it."""
+        """Store a progress and show it."""
         if self.last is None:
             self.first, self.start = progress, time.monotonic()
             for note in opening(progress):
@@ -31,8 +31,8 @@ class Meter:
         self.last = progress
         self.draw(progress)
 
-    def describe(self, progress: Progress) -> str:
-        """Say what is known: no speed before the first image, nothing of packs before the first."""
+    def format(self, progress: Progress) -> str:
+        """Return speed, errors, shares and time left, as far as they are known."""
         settled = progress.settled - self.first.settled
         errors = f"{progress.errors:,} error{'' if progress.errors == 1 else 's'}"
         if not settled:
@@ -49,14 +49,14 @@ class Meter:
 
 
 def opening(progress: Progress) -> Iterator[str]:
-    """Yield what there is to say of what a job finds when it begins."""
+    """Yield notes on what a job finds when it starts."""
     yield from progress.notes
     if progress.committed:
         yield f"{progress.committed:,} of {progress.rows:,} rows are written already and are kept."
 
 
 def duration(seconds: float) -> str:
-    """Return a time as a person would say it: 0.8 s, 45 s, 12 min, 3 h 20 min."""
+    """Return a duration as text: 0.8 s, 45 s, 12 min, 3 h 20 min."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -65,13 +65,13 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def show_progress() -> Iterator[Meter]:
-    """Show on stderr whatever the meter is told."""
+    """Show the progress of the meter on stderr."""
     meter = Meter()
     if not sys.stderr.isatty():
         meter.draw = plain_lines(meter)
         yield meter
         return
-    from rich.console import Console  # takes 0.1 s, which `--help` need not wait for
+    from rich.console import Console  # takes 0.1 s to import
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
@@ -81,7 +81,7 @@ def show_progress() -> Iterator[Meter]:
         task = bar.add_task("loading the model", total=None)
 
         def draw(progress: Progress) -> None:
-            text = meter.describe(progress)
+            text = meter.format(progress)
             bar.update(task, total=progress.rows, completed=progress.settled, description=text)
 
         meter.draw = draw
@@ -89,7 +89,7 @@ def show_progress() -> Iterator[Meter]:
 
 
 def plain_lines(meter: Meter, pause: float = PAUSE) -> Callable[[Progress], None]:
-    """Return what prints a line every `pause` seconds at most, not for every pack."""
+    """Return a function that prints at most one line every `pause` seconds."""
     due = time.monotonic() + pause
 
     def draw(progress: Progress) -> None:
@@ -98,7 +98,7 @@ def plain_lines(meter: Meter, pause: float = PAUSE) -> Callable[[Progress], None
             return
         due = time.monotonic() + pause
         click.echo(
-            f"{progress.settled:,} of {progress.rows:,} images, {meter.describe(progress)}",
+            f"{progress.settled:,} of {progress.rows:,} images, {meter.format(progress)}",
             err=True,
         )
 

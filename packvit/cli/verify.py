@@ -1,4 +1,4 @@
-"""`packvit verify`: our encoder beside its reference, in a table and a certificate."""
+"""`packvit verify`: compare our encoder with its reference, and write a certificate."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from packvit.verification import Findings, Plan, Row
+from packvit.verification import Comparison, Findings, VerifyOptions
 
 MISSED = 1
 
@@ -16,8 +16,8 @@ MISSED = 1
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
 @click.option(
     "--family",
-    help="Small random models of a family instead: aimv2, siglip2, dinov3, dinov2, siglip, clip, "
-    "or all.",
+    help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, "
+    "siglip, clip, or all.",
 )
 @click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
 @click.option("--quick", is_flag=True, help="Fewer and smaller images.")
@@ -25,14 +25,14 @@ MISSED = 1
     "--seed",
     type=click.IntRange(0, 2**31),
     default=0,
-    help="What random weights and images are drawn from.",
+    help="Seed of random weights and images.",
 )
 @click.option(
     "--certificate",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Where to write the certificate; packvit-certificate.json beside the checkpoint where "
-    "--model is a folder, and nowhere else unless asked.",
+    help="Where to write the certificate; by default packvit-certificate.json in the folder of "
+    "--model, if it is one.",
     show_default=False,
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate instead of the table.")
@@ -50,10 +50,11 @@ def verify(
 ) -> None:
     """Compare an encoder with transformers' model of the same weights.
 
-    Tokens, prefix, the output of every layer, pooled and projected vectors, over images of many
-    shapes, alone and packed, in float32 and bfloat16, by every attention backend that runs here;
-    the pixels that both make of the same files; and the weights that transformers reads from what
-    we save. The exit code is 1 if anything is further off than its limit.
+    This compares tokens, prefix, the output of every layer, pooled and projected vectors, for
+    images of many shapes, alone and packed, in float32 and bfloat16, with every attention backend
+    that runs here; the pixels that both preprocess from the same files; and the weights that
+    transformers loads from a checkpoint we save. The exit code is 1 if any difference exceeds its
+    limit.
 
     \b
     Examples:
@@ -62,13 +63,13 @@ def verify(
       packvit verify --family all --quick
     """
     if (model is None) == (family is None):
-        raise click.UsageError("Give either --model or --family: what shall be verified?")
+        raise click.UsageError("Give either --model or --family.")
     if revision is not None and model is None:
-        raise click.UsageError("--revision is of a --model; random weights have none.")
+        raise click.UsageError("--revision needs --model; random weights have no revision.")
     from packvit.verification import certificate as certificates  # torch is imported here
 
     findings = []
-    for found in search(model, family, revision, device, Plan(quick=quick, seed=seed)):
+    for found in search(model, family, revision, device, VerifyOptions(quick=quick, seed=seed)):
         findings.append(found)
         click.echo(f"{title(found)}: {len(found.rows)} comparisons", err=True)
         if not as_json:
@@ -90,22 +91,26 @@ def verify(
 
 
 def folder_of(model: str | None) -> Path | None:
-    """Return the user's folder that `model` names, if it names one."""
+    """Return the folder that `model` names, or None."""
     from packvit.checkpoints.files import EMBEDDED
 
     return Path(model) if model and model not in EMBEDDED and Path(model).is_dir() else None
 
 
 def search(
-    model: str | None, family: str | None, revision: str | None, device: str | None, plan: Plan
+    model: str | None,
+    family: str | None,
+    revision: str | None,
+    device: str | None,
+    options: VerifyOptions,
 ) -> Iterator[Findings]:
-    """Verify what was asked for, one encoder after another.
+    """Verify the chosen encoders one after another.
 
-    Raises: click's UsageError for what is not there, ClickException for what cannot be read.
+    Raises: click.UsageError for an unknown device or family, ClickException for other errors.
     """
     from packvit.checkpoints.files import CheckpointError
     from packvit.hub import check_device
-    from packvit.verification.job import family_names, verify_checkpoint, verify_family
+    from packvit.verification.verify import family_names, verify_checkpoint, verify_family
 
     try:
         check_device(device)
@@ -118,23 +123,23 @@ def search(
         )
     try:
         if model is not None:
-            yield verify_checkpoint(model, plan, revision=revision, device=device)
+            yield verify_checkpoint(model, options, revision=revision, device=device)
         for name, encoder in known.items():
             if family in ("all", name):
-                yield from verify_family(encoder, plan, device=device)
+                yield from verify_family(encoder, options, device=device)
     except (CheckpointError, ImportError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
 
 def title(found: Findings) -> str:
-    """Say what was verified beside what."""
+    """Return the model and the reference in words."""
     return f"{found.family} {found.variant} ({found.model}) beside {found.reference}"
 
 
 def as_table(found: Findings) -> str:
-    """Return the worst of each kind of comparison, beside its limit."""
+    """Return the worst comparison of each kind, with its limit."""
     lines = [title(found)]
-    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    groups: dict[tuple[str, str], dict[str, list[Comparison]]] = {}
     for row in found.rows:
         group = (row.dtype, row.backend) if row.backend != "none" else ("files", "")
         groups.setdefault(group, {}).setdefault(row.what, []).append(row)
@@ -151,8 +156,8 @@ def as_table(found: Findings) -> str:
     return "\n".join(lines)
 
 
-def worst(rows: Sequence[Row]) -> str:
-    """Say the worst of several comparisons, by its limit."""
+def worst(rows: Sequence[Comparison]) -> str:
+    """Return the comparison closest to its limit, in words."""
     row = max(rows, key=lambda row: (not row.passed, row.worst / row.limit if row.limit else 0.0))
     said = "exact" if row.passed and row.limit == 0 else f"{row.worst:.1e}  limit {row.limit:.1e}"
     own = "" if row.own is None else f" (the reference's own error is {row.own:.1e})"
@@ -160,7 +165,7 @@ def worst(rows: Sequence[Row]) -> str:
 
 
 def verdict(findings: Sequence[Findings]) -> str:
-    """Say in a sentence what came of it."""
+    """Return the result in a sentence."""
     rows = sum(len(found.rows) for found in findings)
     missed = sum(len(found.missed) for found in findings)
     if missed:

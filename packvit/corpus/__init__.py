@@ -1,17 +1,31 @@
 """The embedding job: photographs in, a feature folder out, one row for every input."""
 
+import warnings
 
-class WrongUse(ValueError):
-    """What was asked cannot be done as asked; the message says what to ask instead."""
+
+class UsageError(ValueError):
+    """Arguments that cannot be used as given; the message says what to give instead."""
 
 
 class WriteError(OSError):
-    """What could not be written and why; what was committed before stays whole."""
+    """A file could not be written or read; parts committed before it stay whole."""
 
 
 class DecoderError(RuntimeError):
-    """What keeps decode workers from working at all; what is wrong with an image is its row."""
+    """Decode workers cannot run at all; an error of a single image is recorded in its row."""
 
 
 class EmbedderError(RuntimeError):
-    """A worker process died again and again, or is not what the job needs."""
+    """An embedding process died repeatedly, or would write other numbers than the job."""
+
+
+def __getattr__(name: str) -> type[UsageError]:
+    """Return UsageError under its old name, `WrongUse`, with a warning."""
+    if name == "WrongUse":
+        warnings.warn(
+            "packvit.corpus.WrongUse was renamed: import UsageError instead.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return UsageError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

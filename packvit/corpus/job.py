@@ -1,8 +1,7 @@
 """`packvit.embed`: photographs in, a feature folder out.
 
-The job lists its inputs, loads the encoder, claims the folder, and runs one shard after another,
-but for those that the folder already holds. Every input ends as one row, and what was committed
-stays whole however the job ends.
+The job lists its inputs, loads the encoder, locks the folder, and runs the shards that the folder
+does not hold yet. Every input ends as one row, and committed parts stay whole however the job ends.
 """
 
 import hashlib
@@ -14,10 +13,10 @@ from typing import Any
 
 import torch
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
-from packvit.corpus.encode.context import equip
+from packvit.corpus.encode.context import make_context
 from packvit.corpus.encode.filling import Shard
 from packvit.corpus.folder.exports import Format, check_format, export
 from packvit.corpus.folder.layout import (
@@ -33,7 +32,7 @@ from packvit.corpus.folder.layout import (
     write_whole,
 )
 from packvit.corpus.folder.parts import DtypeOut
-from packvit.corpus.folder.resume import Found, check_usable, read_rows, take_up
+from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing
@@ -42,10 +41,10 @@ from packvit.corpus.runners import choose_runner
 from packvit.corpus.runners.embedder import Job
 from packvit.corpus.runners.order import Runner, Work
 from packvit.corpus.settings import (
-    Options,
+    EmbedOptions,
     check_memory,
     check_options,
-    describe,
+    describe_job,
     digest_weights,
     fit_options,
     load_encoder,
@@ -55,11 +54,11 @@ from packvit.fast.graphs import free_memory
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import Resize
-from packvit.verification.job import vouch
+from packvit.verification.verify import vouch
 
 TRIAL_MODEL = "tiny"
-MOST_WORKERS = 16  # that one process starts without being asked for
-TRIAL_INPUTS = 1000  # the most that a job without a chosen model takes
+MOST_WORKERS = 16  # that one process starts by default
+TRIAL_INPUTS = 1000  # the most inputs of a job without a chosen model
 
 
 def embed(
@@ -95,37 +94,37 @@ def embed(
 ) -> Summary:
     """Embed photographs into the feature folder `out`: one row for every input.
 
-    Where `out` holds a part of this very job, the job goes on after it; where it holds all of it,
-    no image is read. `overwrite` removes what packvit wrote there and starts over.
+    If `out` holds a part of the same job, the job resumes after it; if it holds all of it, no image
+    is read. `overwrite` removes what packvit wrote there and starts over.
 
-    `photos` are folders, which are walked, files, patterns, tar and Parquet files that hold images,
-    and URLs of such; `lists` are files of paths. A table has the paths of a list in `column`, and
-    the bytes of images in `image_column`. `model` is a checkpoint's name or folder, or
-    a loaded encoder, for which `device` to `positions` are already chosen; None is "tiny",
-    the small encoder that packvit brings. `tokens` and `taps` (layers, negative
-    ones from the end) write every patch's features too, as `dtype_out`. `format` "npy" makes
-    a NumPy matrix of the pooled features too, once all parts are there. `workers` are processes
-    that decode; None is one for each CPU, up to 16. Images are decoded while together they have at
-    most `pixels_in_flight` pixels, and one that takes longer than `image_timeout` becomes an error.
-    `decode` "gpu" has the encoder's GPU decode the JPEGs that it decodes bit for bit as Pillow
-    does, and the workers all else. Where a loaded encoder is on the GPU already, set
+    `photos` are folders, which are walked, files, patterns, tar and Parquet files of images, and
+    URLs of these; `lists` are files of paths. A list that is a table has its paths in `column`; a
+    Parquet file of images has their bytes in `image_column`. `model` is a checkpoint's name or
+    folder, or a loaded encoder, whose `device` to `positions` are already chosen; None is "tiny",
+    the small encoder that comes with packvit. `tokens` and `taps` (layers, negative ones from the
+    end) also write the features of every patch, as `dtype_out`. `format` "npy" also writes a NumPy
+    matrix of the pooled features once all parts are written. `workers` is the number of decoding
+    processes; None is one for each CPU, up to 16. At most `pixels_in_flight` pixels are decoded or
+    waiting at a time, and an image that takes longer than `image_timeout` becomes an error.
+    `decode` "gpu" decodes JPEGs on the encoder's GPU if the result equals Pillow's bit for bit;
+    the workers decode all other images. If a loaded encoder is on the GPU already, set
     CUDA_DEVICE_MAX_CONNECTIONS=32 before anything uses CUDA; otherwise it is set here.
 
-    `processes` embed side by side, one on each GPU, or each with a share of the CPUs; each has
-    workers and pixels in flight of its own, and what is written is the same. `ray` runs them on
-    a cluster instead: its address, "auto" for the one that this machine is part of, or "local" to
-    start one here; `processes` None is then all that there is room for. `verify` compares the
-    encoder with its reference before anything is written, unless a certificate stands beside the
+    `processes` is the number of processes that embed, one for each GPU, or each with a share of
+    the CPUs; each has its own workers and pixels in flight, and the output is the same. `ray` runs
+    them on a Ray cluster instead: its address, "auto" for the one that this machine is part of, or
+    "local" to start one here; `processes` None then uses the whole cluster. `verify` compares the
+    encoder with its reference before anything is written, unless a certificate lies beside the
     checkpoint, and writes certificate.json.
 
     Units: `max_patches` and `token_budget` count patches, of an image and of a pack;
     `image_timeout` seconds.
-    Raises: WrongUse for what cannot be done as asked; CheckpointError; WriteError if the disk does
-    not take it; DecoderError if no worker can be started; VerificationError if the encoder is not
-    what its reference is. An image that cannot be used is none of these: it is a row.
+    Raises: UsageError for arguments that cannot be used; CheckpointError; WriteError if a file
+    cannot be written; DecoderError if no worker can be started; VerificationError if the encoder
+    differs from its reference. An image that cannot be used raises nothing: its row says why.
     """
     named = [photos] if isinstance(photos, (str, os.PathLike)) else photos
-    options = Options(
+    options = EmbedOptions(
         resize=resize,
         max_patches=max_patches,
         tokens=tokens,
@@ -142,12 +141,12 @@ def embed(
     if decode == "gpu":
         ask_for_queues()
     if processes is not None and processes < 1:
-        raise WrongUse(f"processes is {processes}, but must be 1 or more.")
+        raise UsageError(f"processes is {processes}, but must be 1 or more.")
     here = ray is None and processes in (None, 1)
     if isinstance(model, Encoder) and not here:
-        raise WrongUse(
-            "model is a loaded encoder, which lives in this process alone, so that no other "
-            "can embed with it. Give the model's name, or leave processes and ray out."
+        raise UsageError(
+            "model is a loaded encoder, which only this process can use. Give the model's name, or "
+            "leave processes and ray out."
         )
     check_local(out)
     folder = Path(out)
@@ -161,9 +160,9 @@ def embed(
         known=recorded.get("inputs_sha256"),
     )
     if model is None and len(listing) > TRIAL_INPUTS:
-        raise WrongUse(
+        raise UsageError(
             f"{len(listing)} inputs were found, but without a chosen model at most "
-            f"{TRIAL_INPUTS} are embedded: the one that packvit brings is small. "
+            f"{TRIAL_INPUTS} are embedded, since the default model is small. "
             'Choose one, for example model "apple/aimv2-large-patch14-native".'
         )
     with options.decoders() as decoders:
@@ -173,15 +172,15 @@ def embed(
             model, device, dtype, attention, revision, positions, verify
         )
         options = fit_options(encoder, options, taps)
-        tools = equip(encoder, options, decoders)
+        context = make_context(encoder, options, decoders)
         check_memory(encoder, options, free_memory(encoder.device))
         certificate = vouch(encoder, weights) if verify else None
-        described = describe(encoder, weights, options)
+        described = describe_job(encoder, weights, options)
         manifest = draft(encoder, described, listing)
         name = encoder.checkpoint.name if encoder.checkpoint else ""
         job = Job(str(folder), options, described, positions, name)
-        runner = choose_runner(tools, job, processes, ray)
-        del encoder, tools  # a runner that embeds here holds them; the others need the memory
+        runner = choose_runner(context, job, processes, ray)
+        del encoder, context  # only a runner in this process keeps them; the others need the memory
         tally = Tally(len(listing), progress, options.token_budget)
         with claim(folder):
             found = take_up(folder, manifest, overwrite=overwrite)
@@ -197,22 +196,22 @@ def choose_encoder(
     positions: GridPolicy,
     verify: bool,
 ) -> tuple[Encoder, str]:
-    """Return the encoder that was asked for, loaded, and the digest of its weights.
+    """Return the loaded encoder, and the digest of its weights.
 
-    Raises: WrongUse for what cannot be asked of it; CheckpointError.
+    Raises: UsageError for arguments that do not go together; CheckpointError.
     """
     if isinstance(model, Encoder):
         if (device, dtype, attention, revision, positions) != (
             (None, None, "auto", None, "checkpoint")
         ):
-            raise WrongUse(
+            raise UsageError(
                 "model is a loaded encoder, whose device, dtype, attention, revision and positions "
                 "were chosen when it was loaded. Leave them out, or give the model's name."
             )
         if verify:
-            raise WrongUse(
-                "model is a loaded encoder, whose weights may have been trained since, so there is "
-                "no reference to verify it by. Leave verify out, or give the model's name."
+            raise UsageError(
+                "model is a loaded encoder, whose weights may have been trained since, so it has "
+                "no reference. Leave verify out, or give the model's name."
             )
         encoder, weights = model, digest_weights(model)
     else:
@@ -222,15 +221,15 @@ def choose_encoder(
         assert encoder.checkpoint
         weights = encoder.checkpoint.sha256()
     if verify and positions == "interpolate" and not encoder.family.reference.interpolates:
-        raise WrongUse(
-            'verify cannot vouch for positions="interpolate": no reference defines it for '
+        raise UsageError(
+            'verify cannot check positions="interpolate": no reference defines it for '
             f"{encoder.family.name}. Leave one of the two out."
         )
     return encoder, weights
 
 
 def draft(encoder: Encoder, described: Mapping[str, Any], listing: Listing) -> dict[str, Any]:
-    """Return the manifest of a job of which nothing is written yet."""
+    """Return the manifest of a job before anything is written."""
     settings = {**described, "inputs_sha256": listing.sha256()}
     return {
         "format": FORMAT,
@@ -250,12 +249,12 @@ def run(
     runner: Runner,
     listing: Listing,
     folder: Path,
-    found: Found,
+    found: Resumed,
     certificate: Mapping[str, Any] | None,
     format: Format,
     tally: Tally,
 ) -> Summary:
-    """Run all shards that the claimed folder does not hold, and commit them in their order."""
+    """Run all shards that the locked folder does not hold, and commit them in order."""
     manifest = found.manifest | {"complete": False, "counts": None}
     if certificate is not None:
         data = encode_certificate(certificate)
@@ -311,20 +310,20 @@ def run(
 
 
 def put(path: Path, data: bytes) -> None:
-    """Write a file unless it already holds these bytes: what is resumed in vain stays untouched."""
+    """Write a file unless it already holds these bytes, so that a finished job changes nothing."""
     if not (path.is_file() and path.read_bytes() == data):
         write_whole(path, data)
 
 
 def shards(listing: Listing, size: int, kept: Container[int]) -> Iterator[Shard]:
-    """Yield the inputs in their order, `size` at a time, but for the parts that are kept."""
+    """Yield the inputs in order, `size` at a time, skipping the parts that are kept."""
     for number in range(-(-len(listing) // size)):
         if number not in kept:
             yield Shard(number, tuple(listing.between(number * size, (number + 1) * size)))
 
 
 def fair_workers(processes: int | None) -> int:
-    """Return how many workers decode for each of the processes that share the CPUs."""
+    """Return the decode workers for each process, when processes share the CPUs."""
     return min(MOST_WORKERS, max(1, count_cpus() // (processes or 1)))
 
 

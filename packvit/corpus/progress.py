@@ -1,4 +1,4 @@
-"""How far a job has come, and what it did in the end. No torch."""
+"""The progress of a job, and the summary at its end. No torch."""
 
 import time
 from collections import Counter
@@ -10,10 +10,10 @@ from packvit.corpus.folder.rows import Row
 
 @dataclass(slots=True)
 class Effort:
-    """What was spent so far: seconds in which each part of the work was busy, and packs filled.
+    """Time spent so far: the seconds each stage was busy, and the packs that were filled.
 
-    The parts work at the same time. `decoding` is the mean of the workers, or of the GPU's decoder
-    if that is more, and all seconds are the mean of the processes that embed side by side.
+    The stages run at the same time. `decoding` is the mean over the workers, or the GPU decoder's
+    time if that is longer; with several embedding processes, seconds are their mean.
     """
 
     decoding: float = 0.0
@@ -24,7 +24,7 @@ class Effort:
     on_gpu: int = 0  # images that were decoded there
 
     def since(self, before: "Effort", processes: int) -> "Effort":
-        """Return what was spent since `before`; of seconds, the share of one among processes."""
+        """Return what was spent since `before`; seconds are divided by the number of processes."""
         return Effort(
             (self.decoding - before.decoding) / processes,
             (self.encoding - before.encoding) / processes,
@@ -35,7 +35,7 @@ class Effort:
         )
 
     def add(self, spent: "Effort") -> None:
-        """Count what a process has spent."""
+        """Add the effort of a process."""
         self.decoding += spent.decoding
         self.encoding += spent.encoding
         self.writing += spent.writing
@@ -46,9 +46,9 @@ class Effort:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Which part of the time each part of the work was busy, and how full the packs were: 0 to 1.
+    """The share of the time that each stage was busy, and how full the packs were: 0 to 1.
 
-    The parts work at the same time, so the slowest is near 1 and keeps the others waiting.
+    The stages run at the same time, so the slowest is near 1 and the others wait for it.
     """
 
     decoding: float = 0.0
@@ -58,7 +58,7 @@ class Shares:
 
     @classmethod
     def of(cls, effort: Effort, seconds: float, budget: int) -> "Shares":
-        """Return the shares of `seconds` of work, and of packs of `budget` tokens."""
+        """Return the shares for `seconds` of work and packs of `budget` tokens."""
         spent = (effort.decoding, effort.encoding, effort.writing)
         decoding, encoding, writing = (min(1.0, part / max(seconds, 1e-9)) for part in spent)
         fill = effort.tokens / (effort.packs * budget) if effort.packs else 0.0
@@ -66,16 +66,16 @@ class Shares:
 
     @property
     def slowest(self) -> str:
-        """The part of the work that was busy for longest, and so is worth speeding up."""
+        """The stage that was busy longest."""
         return max(("decoding", "encoding", "writing"), key=lambda name: getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job has come."""
+    """The progress of a job, in rows."""
 
     rows: int  # of the whole job
-    settled: int = 0  # rows that are known to be ok or an error
+    settled: int = 0  # rows whose status is known
     errors: int = 0
     tokens: int = 0
     committed: int = 0  # rows in parts that are whole
@@ -85,7 +85,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a finished job did, and what was there of it when it was resumed.
+    """What a finished job did, and how much of it existed when it was resumed.
 
     `seconds` is the time of embedding, without loading the model.
     """
@@ -108,12 +108,12 @@ class Summary:
 
     @property
     def images_per_second(self) -> float:
-        """Rows by time, errors among them; those that were kept took none."""
+        """Rows per second, errors included, kept rows excluded."""
         return (self.rows - self.kept_rows) / self.seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Patches encoded by time."""
+        """Patches encoded per second."""
         return (self.tokens - self.kept_tokens) / self.seconds
 
 
@@ -121,7 +121,7 @@ Tell = Callable[[Progress], None]
 
 
 class Tally:
-    """Counts what becomes of rows, and tells whoever watches."""
+    """Counts the rows by status, and reports progress."""
 
     def __init__(self, rows: int, tell: Tell | None, budget: int = 1) -> None:
         self.progress = Progress(rows)
@@ -133,12 +133,12 @@ class Tally:
         self.examples: dict[str, str] = {}
 
     def settle(self, rows: Sequence[Row]) -> None:
-        """Count rows that are ok or an error from now on, and tell of it."""
+        """Count finished rows and report progress."""
         self.count(rows)
         self.update()
 
     def count(self, rows: Sequence[Row]) -> None:
-        """Count rows that are ok or an error, and tell nobody."""
+        """Count finished rows without reporting."""
         for row in rows:
             self.codes[row.status] += 1
             self.examples.setdefault(row.status, row.id)
@@ -150,13 +150,13 @@ class Tally:
         )
 
     def begin(self, notes: Sequence[str]) -> None:
-        """Tell what is committed before anything is done, and what there is to say of it."""
+        """Report what is committed before any work is done, with notes on what was found."""
         self.start = time.perf_counter()
         self.progress = replace(self.progress, committed=self.progress.settled, notes=tuple(notes))
         self.update()
 
     def update(self, **counts: int) -> None:
-        """Set counts of the progress and tell of it."""
+        """Set counts of the progress and report it."""
         shares = Shares.of(self.effort, self.seconds, self.budget)
         self.progress = replace(self.progress, shares=shares, **counts)
         if self.tell:
@@ -169,6 +169,6 @@ class Tally:
 
     @property
     def errors(self) -> dict[str, int]:
-        """Rows by code of error, the most frequent first, and by name among equals."""
+        """Rows by error code, most frequent first, then by name."""
         bad = ((code, count) for code, count in self.codes.items() if code != "ok")
         return dict(sorted(bad, key=lambda item: (-item[1], item[0])))

@@ -1,4 +1,4 @@
-"""What a job was asked, made to fit together before anything is written, and put on record."""
+"""The options of a job: checked against the encoder, and recorded in the manifest."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ import torch
 from packvit import hub
 from packvit.checkpoints.files import CheckpointError
 from packvit.config import MostPatches, Table
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
 from packvit.corpus.folder.parts import DtypeOut, Outputs
@@ -28,8 +28,8 @@ NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can chan
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """What decides a row's features beside the encoder, and how images are decoded.
+class EmbedOptions:
+    """What decides a row's features besides the encoder, and how images are decoded.
 
     Units: `max_patches` and `token_budget` count patches, of an image and of a pack;
     `image_timeout` seconds; `pixels_in_flight` pixels.
@@ -48,12 +48,12 @@ class Options:
     pixels_in_flight: int = PIXELS_IN_FLIGHT
 
     def outputs(self, width: int) -> Outputs:
-        """Return what a part holds of features of `width`."""
+        """Return which features a part holds."""
         lists = ("tokens",) if self.tokens else ()
         return Outputs(width, (*lists, *(f"tap_{tap}" for tap in self.taps)), self.dtype_out)
 
     def decoders(self) -> Decoders:
-        """Return what decodes images for one process that embeds; no worker is started yet."""
+        """Return the decoders of one embedding process; no worker is started yet."""
         return Decoders(
             self.workers,
             pixels_in_flight=self.pixels_in_flight,
@@ -69,12 +69,12 @@ def load_encoder(
     revision: str | None,
     positions: GridPolicy,
 ) -> Encoder:
-    """Load the encoder, every mistake in how it is asked for being a WrongUse.
+    """Load the encoder; report wrong arguments as UsageError.
 
-    Raises: WrongUse; CheckpointError for what is wrong with the checkpoint itself.
+    Raises: UsageError; CheckpointError if the checkpoint itself is wrong.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
-        raise WrongUse(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
+        raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
     try:
         hub.check_device(device)
         return hub.load(
@@ -88,27 +88,27 @@ def load_encoder(
     except CheckpointError:
         raise
     except ValueError as error:
-        raise WrongUse(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
-def check_options(options: Options) -> None:
-    """Refuse counts below 1 and words that are no choice."""
+def check_options(options: EmbedOptions) -> None:
+    """Refuse counts below 1 and unknown choices."""
     for name in ("max_patches", "token_budget", "max_pixels", "workers", "pixels_in_flight"):
         count = getattr(options, name)
         if count is not None and count < 1:
-            raise WrongUse(f"{name} is {count}, but must be 1 or more.")
+            raise UsageError(f"{name} is {count}, but must be 1 or more.")
     if not options.image_timeout > 0:
-        raise WrongUse(f"image_timeout is {options.image_timeout}, but must be above 0 seconds.")
+        raise UsageError(f"image_timeout is {options.image_timeout}, but must be above 0 seconds.")
     if options.dtype_out not in ("float16", "float32"):
-        raise WrongUse(f'dtype_out is "{options.dtype_out}". Choose float16 or float32.')
+        raise UsageError(f'dtype_out is "{options.dtype_out}". Choose float16 or float32.')
     if options.decode not in ("pil", "gpu"):
-        raise WrongUse(f'decode is "{options.decode}". Choose pil or gpu.')
+        raise UsageError(f'decode is "{options.decode}". Choose pil or gpu.')
 
 
-def fit_options(encoder: Encoder, options: Options, taps: Sequence[int]) -> Options:
-    """Return the options with what the encoder decides filled in, once they fit together.
+def fit_options(encoder: Encoder, options: EmbedOptions, taps: Sequence[int]) -> EmbedOptions:
+    """Check the options against the encoder, and fill in the defaults that it decides.
 
-    Raises: WrongUse if the encoder has no such layer, if photographs would get grids that it has
+    Raises: UsageError if the encoder has no such layer, if photographs would get grids that it has
     no positions for, or if the largest of them would not fit in a pack.
     """
     images, positions, resize = encoder.images, encoder.config.positions, options.resize
@@ -119,12 +119,12 @@ def fit_options(encoder: Encoder, options: Options, taps: Sequence[int]) -> Opti
             for size in ((600, 900), (3000, 1000))
         ]
     except ValueError as error:
-        raise WrongUse(str(error)) from error
+        raise UsageError(str(error)) from error
     grids = {(plan.rows, plan.columns) for plan in plans}
     if isinstance(positions, Table) and not (positions.any_grid or encoder.embeddings.interpolate):
         native = (positions.rows, positions.columns)
         if grids != {native}:
-            raise WrongUse(
+            raise UsageError(
                 f"This checkpoint learned positions for {native[0]} x {native[1]} patches alone, "
                 f"and photographs would be resized to other grids. Leave resize out, or ask for "
                 'positions "interpolate".'
@@ -138,20 +138,20 @@ def fit_options(encoder: Encoder, options: Options, taps: Sequence[int]) -> Opti
     elif len(grids) == 1:  # else nothing bounds it: a larger image fills a pack by itself
         most = plans[0].rows * plans[0].columns
     if most > options.token_budget:
-        raise WrongUse(
+        raise UsageError(
             f"An image may have {most} patches, but token_budget lets a pack hold "
             f"{options.token_budget}. Raise token_budget, or lower max_patches."
         )
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
 
 
-def check_memory(encoder: Encoder, options: Options, free: int | None) -> None:
-    """Refuse a token budget whose packs can hardly fit in the `free` bytes of a device.
+def check_memory(encoder: Encoder, options: EmbedOptions, free: int | None) -> None:
+    """Refuse a token budget whose packs are unlikely to fit in the `free` bytes of a device.
 
-    The bound of `memory.py` is some 1.5 times what a forward takes, so two thirds of it decide; a
-    pack that does not fit after all is halved when it is met.
+    The bound of `memory.py` is about 1.5 times what a forward takes, so two thirds of it are
+    compared; a pack that still does not fit is halved when it is encoded.
 
-    Raises: WrongUse with the budget that would fit.
+    Raises: UsageError with the budget that would fit.
     """
     if free is None:
         return
@@ -169,15 +169,15 @@ def check_memory(encoder: Encoder, options: Options, free: int | None) -> None:
         return
     fits = int(bound.most_tokens(free) / rows)
     advice = f"Lower token_budget to {fits}" if fits else "Choose a smaller model"
-    raise WrongUse(
+    raise UsageError(
         f"A pack of token_budget {budget} patches takes up to {needed / 2**30:.1f} GiB beside "
         f"{beside}, and {encoder.device} has {free / 2**30:.1f} GiB free. {advice}, or free the "
         "device of other programs."
     )
 
 
-def describe(encoder: Encoder, weights: str, options: Options) -> dict[str, Any]:
-    """Return all that decides what is written of an input, for the fingerprint and for readers."""
+def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[str, Any]:
+    """Return all settings that decide what is written, for the fingerprint and the manifest."""
     outputs = options.outputs(encoder.config.width)
     return {
         "revision": encoder.checkpoint.revision if encoder.checkpoint else None,
@@ -190,7 +190,7 @@ def describe(encoder: Encoder, weights: str, options: Options) -> dict[str, Any]
             "resize": options.resize,
             "max_patches": options.max_patches,
             "max_pixels": options.max_pixels,
-            # The same pixels but of damaged scans, which the two fill otherwise: so it decides.
+            # The pixels are the same except in damaged scans, which the two fill differently.
             "decode": options.decode,
         },
         "device": encoder.device.type,
@@ -210,7 +210,7 @@ def describe(encoder: Encoder, weights: str, options: Options) -> dict[str, Any]
 
 
 def digest_weights(encoder: Encoder) -> str:
-    """Return a digest of the weights as they are in memory, since they may have been trained."""
+    """Return a digest of the weights in memory, which may have been trained since loading."""
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())

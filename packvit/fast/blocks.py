@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packvit.fast.attention import attend
+from packvit.fast.attention import attend, is_batch
 from packvit.fast.hooks import is_hooked
 from packvit.fast.steps import Delta, add_norm, first_linear, mlp_hidden, project
 from packvit.model.attention import Backend
@@ -75,9 +75,13 @@ def run_blocks(
     )
     if not needs_grad:
         x = x.clone(memory_format=torch.contiguous_format)
+    # Another kernel for sequences of one length is another rounding, which `invariant` excludes.
+    invariant = any(isinstance(part, Linear) and part.invariant for part in blocks.modules())
+    batched = is_batch(segments.lengths) and not invariant
+    arguments = {"segments": segments, "rotary": rotary, "backend": backend, "batched": batched}
     tapped, delta = {}, None
     for layer, block in enumerate(blocks.blocks()):
-        step = partial(run_block, block, segments=segments, rotary=rotary, backend=backend)
+        step = partial(run_block, block, **arguments)
         if block.recomputed and needs_grad:
             x, delta = checkpoint(step, x, delta, needs_grad=needs_grad, use_reentrant=False)
         else:
@@ -94,12 +98,14 @@ def run_block(
     segments: Segments,
     rotary: CosSin | None,
     backend: Backend,
+    batched: bool,
     needs_grad: bool,
 ) -> tuple[Tokens, Delta | None]:
     """Return (x, delta): the residual stream after the block is x + delta."""
     attention, mlp = block.attention, block.mlp
     x, h = add_norm(x, delta, block.attention_norm, attention.qkv, needs_grad)
-    h = attend(attention.qkv(h), attention.heads, segments, rotary, backend, needs_grad)
+    qkv, heads = attention.qkv(h), attention.heads
+    h = attend(qkv, heads, segments, rotary, backend, needs_grad, batched)
     x, delta = project(x, h, attention.out, block.attention_scale, needs_grad)
     x, h = add_norm(x, delta, block.mlp_norm, first_linear(mlp), needs_grad)
     return project(x, mlp_hidden(h, mlp, needs_grad), mlp.down, block.mlp_scale, needs_grad)

@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from packvit.fast.attention import is_batch
 from packvit.fast.hooks import is_hooked
 from packvit.model.attention import Backend
 from packvit.model.memory import Peak, free_memory
-from packvit.packs.segments import Segments, seams_of, to_device
+from packvit.packs.segments import Segments, make_cu_seqlens, to_device
 
 MOST_TOKENS = 2**16  # at half of it AIMv2-large is still 6 % faster on an H100, in bf16 and in fp8
 KEPT_TOKENS = 2**18  # of all graphs kept: each holds what it reads and writes, 4 D bytes a token
 SHARE = 4  # of the memory that is free, the part that a graph's activations may take: a quarter
 
-# Takes tensors of a row a token, a table of the frames where one is wanted, and the seams.
+# Takes tensors of a row a token, a table of the frames where one is wanted, and the cu_seqlens.
 Run = Callable[[Sequence[Tensor], Tensor | None, Segments], tuple[Tensor, dict[int, Tensor]]]
 
 
@@ -46,6 +47,7 @@ class Size(NamedTuple):
     longest: int
     taps: tuple[int, ...]
     backend: str
+    batched: bool  # sequences of one length, which are never filled up
     stream: int  # the CUDA stream, since two would write one memory at once
 
 
@@ -55,7 +57,7 @@ class Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     rows: tuple[Tensor, ...]
     table: Tensor | None
-    seams: Tensor
+    cu_seqlens: Tensor
     held: Tensor | None  # what it reads besides weights
     out: Tensor
     taps: dict[int, Tensor]
@@ -65,7 +67,7 @@ class Recording(NamedTuple):
     """What is to be recorded: a run at a size, and what it is given."""
 
     run: Run
-    rows: Sequence[Tensor]  # filled up, as the table and the seams are
+    rows: Sequence[Tensor]  # filled up, as the table and the cu_seqlens are
     table: Tensor | None
     segments: Segments
     size: Size
@@ -118,14 +120,23 @@ def is_graphable(module: nn.Module) -> bool:
     return type(module).__module__.split(".")[0] in ("packvit", "torch") and not is_hooked(module)
 
 
-def size_of(lengths: Sequence[int], taps: Collection[int], backend: Backend, stream: int) -> Size:
+def size_of(
+    lengths: Sequence[int],
+    taps: Collection[int],
+    backend: Backend,
+    stream: int,
+    *,
+    batched: bool = False,
+) -> Size:
     """Return the size whose graph serves a pack of sequences of so many tokens each."""
-    total = sum(lengths)
+    total, asked = sum(lengths), tuple(sorted(taps))
+    if batched:
+        return Size(total, len(lengths), lengths[0], asked, backend.name, True, stream)
     tokens = ladder(total)
     longest = 1 << (max(lengths) - 1).bit_length()
     filling = -(-(tokens - total) // longest)
     sequences = 1 << (len(lengths) + filling - 1).bit_length()
-    return Size(tokens, sequences, longest, tuple(sorted(taps)), backend.name, stream)
+    return Size(tokens, sequences, longest, asked, backend.name, False, stream)
 
 
 def fill_up(lengths: Sequence[int], size: Size) -> tuple[int, ...]:
@@ -193,7 +204,9 @@ class Graphs:
         bits.
         """
         tokens, device = len(rows[0]), rows[0].device
-        size = size_of(lengths, taps, backend, torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        batched = is_batch(lengths) and not getattr(owner, "invariant", False)
+        size = size_of(lengths, taps, backend, stream, batched=batched)
         filled = fill_up(lengths, size)
         frames = None if table is None else fill_table(table, filled)
         with self.lock:
@@ -249,21 +262,21 @@ class Graphs:
         run, size, segments = wanted.run, wanted.size, wanted.segments
         rows = tuple(row.clone() for row in wanted.rows)
         table = None if wanted.table is None else wanted.table.clone()
-        seams = Segments(segments.lengths, segments.cu_seqlens.clone(), size.longest)
+        static = Segments(segments.lengths, segments.cu_seqlens.clone(), size.longest)
         if size.stream not in self.pools:
             self.pools[size.stream] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         pool, side = self.pools[size.stream]
         here = torch.cuda.current_stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):  # what libraries set up on first use must not be recorded
-            run(rows, table, seams)
+            run(rows, table, static)
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # This thread's mistakes alone count: another one may be decoding JPEGs meanwhile. torch's
         # own stream to record on is of whichever device recorded first.
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            out, tapped = run(rows, table, seams)
-        return Graph(graph, rows, table, seams.cu_seqlens, wanted.held, out, tapped)
+            out, tapped = run(rows, table, static)
+        return Graph(graph, rows, table, static.cu_seqlens, wanted.held, out, tapped)
 
     def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:
         """Copy and travel empty: what was recorded belongs to one encoder's memory."""
@@ -283,7 +296,7 @@ def replay(
     for memory, row in zip(graph.rows, rows, strict=True):
         memory[:tokens].copy_(row)
         memory[tokens:].zero_()  # what an earlier pack left there could be NaN
-    graph.seams.copy_(torch.from_numpy(seams_of(filled)), non_blocking=True)
+    graph.cu_seqlens.copy_(torch.from_numpy(make_cu_seqlens(filled)), non_blocking=True)
     if graph.table is not None and table is not None:
         graph.table.copy_(torch.from_numpy(table), non_blocking=True)
     graph.graph.replay()

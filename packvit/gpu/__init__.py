@@ -1,4 +1,4 @@
-"""JPEGs to patches on the GPU, bit for bit what `images.decode` and `preprocessing` give.
+"""Decode JPEGs to patches on the GPU, bit for bit equal to `images/`.
 
-`jpeg.py` says on the host which files can be decoded so; `decoder.py` decodes those on the device.
+`jpeg.py` decides on the host which files can be decoded; `decoder.py` decodes them on the device.
 """

@@ -1,4 +1,4 @@
-"""JPEGs to patches on the device: nvJPEG for the planes, then three launches for all images.
+"""Decode JPEGs to patches on the device: nvJPEG for the planes, then three kernel launches.
 
     decoder = JpegDecoder(encoder.images, encoder.patch_order, device)
     decoded = decoder.decode(files, plans)
@@ -21,8 +21,8 @@ from torch import Tensor
 from packvit.config import ImageConfig, PatchOrder
 from packvit.gpu.jpeg import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, JpegPlan
 from packvit.gpu.nvjpeg import NO_MEMORY, NvJpeg, NvJpegError, Plane
+from packvit.gpu.reference import resize
 from packvit.gpu.resampling import rows_first, windows
-from packvit.gpu.twins import resize
 from packvit.images.resize import SizePlan
 
 PIXELS_AT_ONCE = 128 << 20  # decoded between two launches
@@ -33,9 +33,9 @@ ALIGNMENT = 256  # bytes, of each plane and of each of its rows: whole lines of 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The patches of all images, and the places of those that nvJPEG would not decode.
+    """The patches of all images, and the indices of those that nvJPEG could not decode.
 
-    The rows of the latter are zeros, to be filled by Pillow's path.
+    The rows of the latter are zeros; the caller decodes them with Pillow.
 
     Shapes: patches uint8 [T, P], on the device.
     """
@@ -45,7 +45,7 @@ class Decoded:
 
 
 class Upright(NamedTuple):
-    """What upright_kernel is told of an image; sizes are as stored, places count bytes."""
+    """The arguments of upright_kernel for an image; sizes are as stored, offsets in bytes."""
 
     height: int
     width: int
@@ -62,12 +62,12 @@ class Upright(NamedTuple):
     chroma_columns: int
     chroma_rows: int
     out: int
-    # Rows of 16 bytes' multiples: Triton compiles anew for tables that begin elsewhere.
+    # Pads rows to a multiple of 16 bytes: Triton recompiles for tables with other alignment.
     unused: int = 0
 
 
 class Pass(NamedTuple):
-    """What pass_kernel is told of an image: the size that comes out, and how to walk the source."""
+    """The arguments of pass_kernel for an image: its output size, and strides of the source."""
 
     height: int
     width: int
@@ -86,13 +86,13 @@ class Pass(NamedTuple):
 class JpegDecoder:
     """Decodes, resizes and cuts packs of JPEGs on one device, from one thread.
 
-    It works on a stream of high priority of its own, so that small kernels need not queue behind an
-    encoder's large ones. Make it where the encoder runs, whose stream will read the patches; call
-    it from a thread of its own, so that the next pack is decoded while this one is encoded.
+    It uses its own high-priority stream, so that small kernels do not queue behind an encoder's
+    large ones. Create it in the thread of the encoder, whose stream reads the patches; call it from
+    another thread, so that the next pack is decoded while this one is encoded.
 
-    Units: `pixels_at_once` bounds what is decoded between two launches, or one image.
-    Raises: ImportError if nvJPEG or Triton is not there, with what to install; RuntimeError if the
-    device has no JPEG engine, or the installed Pillow does not resize as we do.
+    Units: `pixels_at_once` limits the pixels decoded between two launches, except for one image.
+    Raises: ImportError with what to install if nvJPEG or Triton is missing; RuntimeError if the
+    device has no JPEG engine, or the installed Pillow resizes differently.
     """
 
     def __init__(
@@ -124,9 +124,9 @@ class JpegDecoder:
             self._nvjpeg = _engine(device)
 
     def decode(self, files: Sequence[bytes | np.ndarray], plans: Sequence[JpegPlan]) -> Decoded:
-        """Return the patches of `files`, laid end to end in their order, once they are there.
+        """Return the patches of `files`, concatenated in order, when they are finished.
 
-        Raises: torch.OutOfMemoryError if the device has no room for them.
+        Raises: torch.OutOfMemoryError if they do not fit on the device.
         """
         starts = list(accumulate((plan.patches for plan in plans), initial=0))
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
@@ -141,14 +141,14 @@ class JpegDecoder:
             for place in failed:
                 patches[starts[place] : starts[place + 1]] = 0
             patches.record_stream(self.consumer)
-            self.stream.synchronize()  # of this thread alone; files may go, patches are there
+            self.stream.synchronize()  # blocks this thread only; after it the files may be freed
         return Decoded(patches, tuple(failed))
 
     def _decode_group(
         self, files: Sequence[bytes | np.ndarray], plans: Sequence[JpegPlan], out: Tensor
     ) -> list[int]:
         layout, size = lay_out(plans)
-        # Zeros: what nvJPEG leaves out of a damaged file must not be another image's pixels.
+        # Zeros, since nvJPEG may leave parts of a damaged file unwritten.
         planes = torch.zeros(size, dtype=torch.uint8, device=self.device)
         failed = self._decode_planes(files, plans, planes, layout)
         planes_to_patches(planes, layout, plans, self.images, self.patch_order, out)
@@ -161,7 +161,7 @@ class JpegDecoder:
         planes: Tensor,
         layout: Sequence[Sequence[Plane]],
     ) -> list[int]:
-        """Run nvJPEG over all files at once, or one by one if it takes offence at any."""
+        """Run nvJPEG on all files at once, or one by one if that fails."""
         lengths = [plan.jpeg.length for plan in plans]
         base, stream = planes.data_ptr(), self.stream.cuda_stream
         places = [[(base + start, pitch) for start, pitch in ours] for ours in layout]
@@ -170,7 +170,7 @@ class JpegDecoder:
             self.stream.synchronize()
             return []
         except NvJpegError as error:
-            if error.status == NO_MEMORY:  # its own, beside torch's: no file is to blame
+            if error.status == NO_MEMORY:  # nvJPEG's own memory ran out: not an error of a file
                 raise torch.OutOfMemoryError(str(error)) from error
             failed = []
         for place, file in enumerate(files):
@@ -190,7 +190,7 @@ def planes_to_patches(
     order: PatchOrder,
     out: Tensor,
 ) -> None:
-    """Launch the three kernels on the current stream: upright RGB, first pass, second pass.
+    """Launch the three kernels on the current stream: upright RGB, then two resize passes.
 
     Shapes: planes uint8, laid out by `lay_out`; out uint8 [T, P].
     """
@@ -200,7 +200,7 @@ def planes_to_patches(
     sizes = (upright, first, second)
     rows = [np.array(part, np.int64) for part in sizes]
     flat = [row.ravel().view(np.int32) for row in rows]
-    # A megabyte: to pin it would take longer than to copy it as it is.
+    # About a megabyte: pinning it would take longer than copying.
     sent = torch.from_numpy(np.concatenate([*flat, table])).to(planes.device)
     facts = sent[: sum(map(len, flat))].view(torch.int64)
     facts = facts.split([row.size for row in rows])
@@ -223,7 +223,7 @@ def planes_to_patches(
 
 
 def lay_out(plans: Sequence[JpegPlan]) -> tuple[list[list[Plane]], int]:
-    """Return where each image's planes begin and their pitches, and how many bytes all take."""
+    """Return the offset and pitch of each image's planes, and the bytes of all."""
     place = 0
     layout = []
     for plan in plans:
@@ -241,7 +241,7 @@ def lay_out(plans: Sequence[JpegPlan]) -> tuple[list[list[Plane]], int]:
 def _facts(
     layout: Sequence[Sequence[Plane]], plans: Sequence[JpegPlan], images: ImageConfig
 ) -> tuple[list[Upright], list[Pass], list[Pass], np.ndarray]:
-    """Return a row for each image and kernel, and the windows that the passes' rows point into."""
+    """Return the kernels' arguments for each image, and the table of resize windows."""
     upright: list[Upright] = []
     passes: tuple[list[Pass], list[Pass]] = [], []
     table: list[np.ndarray] = []
@@ -249,7 +249,7 @@ def _facts(
     length = rgb = half = out = 0
 
     def place(before: int, after: int, skipped: int, kept: int) -> tuple[int, int, int]:
-        """Return where starts and weights are in the table, and the taps of each window."""
+        """Return the offsets of starts and weights in the table, and the taps of a window."""
         nonlocal length
         key = (before, after, skipped, kept)
         if key not in known:
@@ -329,7 +329,7 @@ def _upright(plan: JpegPlan, planes: Sequence[Plane], out: int) -> Upright:
 def groups(
     plans: Sequence[JpegPlan], pixels_at_once: int = PIXELS_AT_ONCE
 ) -> Iterator[tuple[int, int]]:
-    """Yield (first, end) of runs of images that have so many pixels; one alone may have more."""
+    """Yield (first, end) of groups of images of at most `pixels_at_once`, or of one image."""
     first = pixels = 0
     for place, plan in enumerate(plans):
         mine = plan.jpeg.height * plan.jpeg.width
@@ -353,9 +353,9 @@ def _engine(device: torch.device) -> NvJpeg:
 
 
 def check_pillow() -> None:
-    """Resize a few pixels in both orders with Pillow and with our arithmetic.
+    """Check that the installed Pillow resizes as our kernels do.
 
-    The order of its passes has changed before (in 13.0), and may again.
+    Pillow changed the order of its passes in 13.0, and may change it again.
 
     Raises: RuntimeError if they differ.
     """

@@ -1,4 +1,4 @@
-"""Which JPEGs the GPU decodes exactly as Pillow does, and what it must know of them. No torch.
+"""Find which JPEGs the GPU decodes exactly as Pillow does, and parse their headers. No torch.
 
 nvJPEG's arithmetic equals libjpeg-turbo's for baseline JPEGs of 8 bits; whatever else there is goes
 the way of every other format. Neither a file that is cut short nor one whose structure is odd ever
@@ -86,7 +86,7 @@ class JpegPlan:
 
     @property
     def patches(self) -> int:
-        """How many rows it has in a pack."""
+        """The number of its patches."""
         return self.size.rows * self.size.columns
 
 
@@ -125,7 +125,7 @@ def plan_jpeg(
     max_patches: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> JpegPlan | Refusal:
-    """Plan what the GPU makes of a file, or say why Pillow must decode it.
+    """Return the plan to decode a file on the GPU, or why Pillow must decode it.
 
     What Pillow would refuse is refused here as well, so that Pillow's path gives it its code.
 
@@ -144,7 +144,7 @@ def plan_jpeg(
 
 
 def read_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Jpeg | Refusal:
-    """Return what the GPU must know of a JPEG, or why it must not decode it.
+    """Return the parsed header of a JPEG, or why the GPU must not decode it.
 
     Source: ITU-T T.81, annex B; libjpeg-turbo 3.1, jdapimin.c (colours) and jdsample.c.
     """

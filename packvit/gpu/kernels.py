@@ -1,4 +1,4 @@
-"""Triton kernels from the planes of many JPEGs to patches; `twins.py` says plainly what they do.
+"""Triton kernels from the planes of many JPEGs to patches; `reference.py` computes the same.
 
 Each is one launch for all images. An image's facts are a row of a table on the device, so that
 sizes differ freely; a program whose tile lies beyond its image does nothing.

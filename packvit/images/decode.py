@@ -20,7 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from packvit.images.colour import MODES, rescale_colour_key, to_rgb
-from packvit.images.signatures import describe
+from packvit.images.signatures import identify
 
 Stage = Literal["list", "read", "header", "decode", "resize", "encode", "write"]
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -268,7 +268,7 @@ def _open(data: bytes, file: BytesIO) -> ImageFile.ImageFile:
         try:
             return Image.open(file, formats=FORMATS)
         except UnidentifiedImageError as error:
-            code, note = describe(data, FORMATS)
+            code, note = identify(data, FORMATS)
             raise ImageError(code, "header", note) from error
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 _TIFF_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)
 
 
-def describe(data: bytes, formats: Sequence[str]) -> tuple[str, str | None]:
+def identify(data: bytes, formats: Sequence[str]) -> tuple[str, str | None]:
     """Return the code and the note for bytes that Pillow's parsers of `formats` did not recognise.
 
     By Pillow's own checks of the first 16 bytes: a sound file of another format is told from noise

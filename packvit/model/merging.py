@@ -1,4 +1,4 @@
-"""Neighbouring patches of one image merged into one token, with the grid and seams that follow."""
+"""Neighbouring patches of one image merged into one token, with the merged grid and segments."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class Merging:
 
     members: Int64[Tensor, "M members"]  # raster order within the square, on the tokens' device
     grid_thw: Int64[Tensor, "N 3"]  # of the merged tokens, on the host
-    segments: Segments  # the seams of the merged tokens: every frame is one sequence
+    segments: Segments  # of the merged tokens: every frame is one sequence
 
     @classmethod
     def from_grid(

@@ -1,1 +1,1 @@
-"""Packs: where their sequences begin and end, what goes in and comes out, how they are planned."""
+"""Packs: their segments, their inputs and outputs, and how they are planned."""

@@ -1,4 +1,4 @@
-"""What goes into an encoder's forward, and what comes out of it."""
+"""The input of an encoder's forward, and the outputs of `encode`."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from packvit.packs.segments import Grid
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """What one forward takes.
+    """The input of one forward.
 
     Shapes: hidden_states [T, P] uint8 on the encoder's device; grid_thw [N, 3] int64 on the host.
     """
@@ -29,7 +29,7 @@ class Pack:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Features:
-    """What an encoder says about a pack of N images whose frames are S sequences.
+    """The outputs of an encoder for a pack of N images whose frames are S sequences.
 
     Shapes: tokens [T, D]; prefix [S, R, D]; pooled [S, D] or None where the checkpoint has no
     head; projected [S, E] or None; taps {layer: [T, D]}; segment_image [S] int64.
@@ -58,7 +58,7 @@ def make_pack(
     patch_order: PatchOrder,
     device: torch.device,
 ) -> Pack:
-    """Make one pack of paths, PIL images or uint8 arrays, as `Encoder.pack` says."""
+    """Make one pack from paths, PIL images or uint8 arrays, for `Encoder.pack`."""
     if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
         raise TypeError(
             f"images is one {type(images).__name__}, but must be a list of them: "

@@ -1,20 +1,20 @@
 """Grouping images into packs of at most so many tokens.
 
-Plain Python on plain ints: it runs where torch is never loaded.
+Plain Python without torch.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 
-PLAN_VERSION = 1  # raised when the same lengths would give other packs; part of a job's fingerprint
+PLAN_VERSION = 1  # raise it when the same lengths give other packs; part of a job's fingerprint
 WINDOW = 4  # budgets of tokens kept waiting: 39 MB of patches at the defaults, and 99 % full packs
 
 
 def plan_packs(lengths: Iterable[int], budget: int, *, lookahead: int = 256) -> Iterator[list[int]]:
     """Yield packs of indices into `lengths` whose tokens sum to at most `budget`.
 
-    Each pack opens with the image that has waited longest, so none waits for ever, and then
-    takes the longest image that still fits, again and again. Two neighbouring packs always
+    Each pack starts with the image that has waited longest, so every image is packed in time, and
+    then repeatedly takes the longest image that still fits. Two neighbouring packs always
     exceed one budget together, so k packs hold more than (k - 1) / 2 budgets of tokens.
 
     The stream is read lazily: an image is taken in only while fewer than `lookahead` images and
@@ -22,7 +22,7 @@ def plan_packs(lengths: Iterable[int], budget: int, *, lookahead: int = 256) -> 
     lengths give the same packs on every machine; the indices within a pack ascend.
 
     Units: `lengths` and `budget` count tokens; `lookahead` counts images.
-    Raises: ValueError for an image that no pack could hold.
+    Raises: ValueError for an image larger than a pack.
     """
     if lookahead < 1:
         raise ValueError(
@@ -48,13 +48,13 @@ def plan_packs(lengths: Iterable[int], budget: int, *, lookahead: int = 256) -> 
 
     refill()
     while waiting:
-        pack, room = [], budget
+        pack, left = [], budget
         taken = min(range(len(waiting)), key=lambda place: waiting[place][1])
         while taken >= 0:
             length, index = waiting.pop(taken)
             pack.append(index)
-            room -= length
+            left -= length
             tokens -= length
             refill()
-            taken = bisect_left(waiting, (room + 1, 0)) - 1  # the longest that fits, or -1
+            taken = bisect_left(waiting, (left + 1, 0)) - 1  # the longest that fits, or -1
         yield sorted(pack)

@@ -1,8 +1,8 @@
 """Where each sequence of a pack begins and ends, and where each patch stands in its image.
 
-Both are worked out once per pack, on the host, at the encoder's door, and handed down as
-arguments: kernels read tensors on the device, Python plans with the host's numbers, and no forward
-pass ever waits for the device to answer.
+Both are computed once per pack, on the host, by the encoder's public methods, and passed down as
+arguments. Kernels read the tensors on the device, Python reads the host's numbers, and no forward
+pass waits for the device.
 """
 
 from collections.abc import Sequence
@@ -23,22 +23,22 @@ ROW_MEANING = "Each row of grid_thw is (frames, rows, columns) counted in patche
 def to_device(numbers: np.ndarray, device: torch.device | str) -> Tensor:
     """Copy host numbers to `device` without waiting for it.
 
-    Meant for a few: out of memory that is not pinned, as this, CUDA copies more than 64 KiB only
-    when everything launched before has run, and to pin it takes longer than to copy it.
+    Only for small arrays: from memory that is not pinned, CUDA copies more than 64 KiB only after
+    all earlier work, and pinning takes longer than copying.
     """
     return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
 @dataclass(eq=False)
 class Segments:
-    """The seams of T packed tokens that form S sequences; never changed once made.
+    """The varlen arguments of T packed tokens that form S sequences; never changed once built.
 
-    Not a frozen dataclass: of such a one torch 2.11 compiles every field into its guards, and would
-    compile anew for each number of sequences.
+    Not a frozen dataclass: torch 2.11 guards on every field of one, and would recompile for each
+    number of sequences.
     """
 
     lengths: tuple[int, ...]  # S host ints: tokens per sequence
-    cu_seqlens: Int32[Tensor, " seams"]  # [S + 1] on the tokens' device, from 0 up to T
+    cu_seqlens: Int32[Tensor, " boundaries"]  # [S + 1] on the tokens' device, from 0 up to T
     max_seqlen: int  # host int: tokens of the longest sequence
 
     @property
@@ -55,8 +55,8 @@ class Segments:
     def from_lengths(
         cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu"
     ) -> "Segments":
-        """Build the seams of S >= 1 sequences that hold `lengths` tokens each."""
-        return cls(lengths, to_device(seams_of(lengths), device), max(lengths))
+        """Build the segments of S >= 1 sequences that hold `lengths` tokens each."""
+        return cls(lengths, to_device(make_cu_seqlens(lengths), device), max(lengths))
 
     @classmethod
     def from_grid(
@@ -67,7 +67,7 @@ class Segments:
         prefix: int = 0,
         device: torch.device | str = "cpu",
     ) -> "Segments":
-        """Build the seams of N images, each frame of which is a sequence of its own.
+        """Build the segments of N images; each frame is one sequence.
 
         `prefix` counts the tokens that stand before every frame's patches (class and register
         tokens), which is why a sequence can be longer than its patches.
@@ -81,17 +81,17 @@ class Segments:
         )
 
 
-def seams_of(lengths: Sequence[int]) -> Int32[np.ndarray, " seams"]:
+def make_cu_seqlens(lengths: Sequence[int]) -> Int32[np.ndarray, " boundaries"]:
     """Return where each of S sequences begins, and where the last one ends: [S + 1]."""
-    seams = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=seams[1:])
-    return seams
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    return cu_seqlens
 
 
 def read_grid(grid_thw: Tensor, *, patches: int) -> Grid:
     """Check `grid_thw` against the number of patches and return its rows as host ints.
 
-    Kept on the host it costs nothing; on a device it is copied once, and the host waits for that.
+    On the host this is free; a grid on a device is copied once, and the host waits for it.
 
     Shapes: grid_thw [N, 3], any integer dtype, N >= 1.
     Raises: ValueError naming the first row that cannot be an image, or both sums of patches.
@@ -122,7 +122,7 @@ def sequence_lengths(grid: Grid, prefix: int = 0) -> tuple[int, ...]:
 
 
 def segment_images(grid: Grid) -> Int64[np.ndarray, " S"]:
-    """Return which image each sequence is a frame of, on the host."""
+    """Return the image of each sequence, on the host."""
     return np.repeat(np.arange(len(grid)), [frames for frames, _, _ in grid])
 
 
@@ -136,24 +136,24 @@ def frame_table(grid: Grid) -> Int64[np.ndarray, "3 S"]:
 
 @dataclass(frozen=True, eq=False)
 class PatchPlaces:
-    """Where each of T patches stands in its own frame: one number a patch, on the device."""
+    """The place of each of T patches in its frame, on the device."""
 
     row: Int64[Tensor, " T"]
     column: Int64[Tensor, " T"]
     rows: Int64[Tensor, " T"]  # of the patch's frame
     columns: Int64[Tensor, " T"]
-    sequence: Int64[Tensor, " T"]  # which frame of the pack that is
+    sequence: Int64[Tensor, " T"]  # index of the patch's frame in the pack
 
     @classmethod
     def from_grid(cls, grid: Grid, *, device: torch.device | str = "cpu") -> "PatchPlaces":
-        """Lay the patches of every frame out in raster order, without a loop over images."""
+        """Return the places of all patches in raster order, without a loop over images."""
         table = frame_table(grid)
         patches = int((table[0] * table[1]).sum())
         return cls.from_table(to_device(table, device), patches)
 
     @classmethod
     def from_table(cls, table: Int64[Tensor, "3 S"], patches: int) -> "PatchPlaces":
-        """Work them out on the device, which is told how many there are and need not be asked."""
+        """Compute the places on the device; `patches` is given, so no sync is needed."""
         tall, wide, _ = table.unbind()
         sequence = torch.repeat_interleave(tall * wide, output_size=patches)
         rows, columns, start = table.index_select(1, sequence).unbind()
@@ -164,10 +164,10 @@ class PatchPlaces:
 
 @dataclass(frozen=True, eq=False)
 class PrefixPlaces:
-    """Where prefix tokens and patches stand in a pack whose every sequence opens with R of them.
+    """The indices of prefix tokens and patches in a pack with R prefix tokens a sequence.
 
     `gather` builds the token stream from the R prefix tokens followed by all T patches; `prefix`
-    and `patches` take it apart again.
+    and `patches` split it again.
     """
 
     gather: Int64[Tensor, " tokens"]
@@ -176,7 +176,7 @@ class PrefixPlaces:
 
     @classmethod
     def from_grid(cls, grid: Grid, prefix: int, *, device: torch.device | str) -> "PrefixPlaces":
-        """Work all three out on the device, without a loop over images."""
+        """Compute all three on the device, without a loop over images."""
         host = frame_table(grid)
         sizes, frames = host[0] * host[1], host.shape[1]
         total, offsets = int(sizes.sum()), np.arange(frames) * prefix

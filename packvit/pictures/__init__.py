@@ -1,6 +1,6 @@
 """Pictures of features: PCA maps, similarity maps, contact sheets of nearest neighbours.
 
-Each function returns a PIL image, which notebooks show where it stands last in a cell.
+Each function returns a PIL image, which notebooks display.
 """
 
 from packvit.pictures.maps import draw_pca, draw_similarity

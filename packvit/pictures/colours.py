@@ -1,4 +1,4 @@
-"""Numbers to colours, on one scale for all images. No torch."""
+"""Map numbers to colours, on one scale for all images. No torch."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 from jaxtyping import Float, UInt8
 
-LOW, HIGH = 1, 99  # percentiles that get the ends of the scale: a few outliers do not dull the rest
-BLANK = 238  # what is left out, and what has nothing to say
+LOW, HIGH = 1, 99  # percentiles at the ends of the scale, so that outliers do not flatten the rest
+BLANK = 238  # the grey of what is left out
 
 
 def find_range(
@@ -23,7 +23,7 @@ def rescale(
     low: Float[np.ndarray, " K"],
     high: Float[np.ndarray, " K"],
 ) -> Float[np.ndarray, "*T K"]:
-    """Return values from 0 at `low` to 1 at `high`, and the middle where nothing varies."""
+    """Return values scaled from 0 at `low` to 1 at `high`; 0.5 if these are equal."""
     spread = high - low
     place = (values - low) / np.where(spread > 0, spread, 1)
     return np.where(spread > 0, place, 0.5).clip(0, 1)
@@ -35,7 +35,7 @@ def to_bytes(values: Float[np.ndarray, "*T K"]) -> UInt8[np.ndarray, "*T K"]:
 
 
 def ramp(places: Float[np.ndarray, "*T"]) -> UInt8[np.ndarray, "*T 3"]:
-    """Return the colours of places from 0, dark blue, over magenta to 1, pale yellow."""
+    """Return colours for values from 0, dark blue, over magenta to 1, pale yellow."""
     return ramp_table()[np.round(places * 255).astype(np.int64)]
 
 

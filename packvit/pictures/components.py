@@ -1,6 +1,6 @@
-"""Principal components of tokens that come a few at a time, and what they say of a patch.
+"""Exact PCA of tokens given in batches, and foreground by the first component. No torch.
 
-Exact: mean and scatter are merged in float64, and no token is kept. No torch.
+Mean and scatter matrix are merged in float64, and no token is kept.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ COMPONENTS = 3  # red, green, blue
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """The first components of a PCA, the one that explains most first.
+    """The first components of a PCA, by explained variance.
 
     Shapes: mean [D]; components [3, D], of length 1, or 0 where nothing varies; variances [3].
     """
@@ -26,16 +26,16 @@ class Basis:
 
     @property
     def shares(self) -> list[float]:
-        """What share of the variance each component explains."""
+        """The share of the variance that each component explains."""
         return [float(one / self.total) if self.total else 0.0 for one in self.variances]
 
     def project(self, tokens: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T K"]:
-        """Return where tokens lie along the components."""
+        """Return the coordinates of tokens along the components."""
         return (tokens - self.mean) @ self.components.T
 
 
 def fit(batches: Iterable[Float[np.ndarray, "_ D"]]) -> Basis:
-    """Return the basis of all tokens in `batches`, of which one at a time is held.
+    """Return the basis of all tokens in `batches`; one batch is in memory at a time.
 
     The sign of a component is such that its entry of largest magnitude is positive, as in
     scikit-learn's PCA, so that it does not depend on the order of the tokens or on the machine.
@@ -68,15 +68,15 @@ def fit(batches: Iterable[Float[np.ndarray, "_ D"]]) -> Basis:
     components = vectors[:, : -COMPONENTS - 1 : -1].T
     places = np.abs(components).argmax(1)
     components = components * np.sign(components[np.arange(len(components)), places])[:, None]
-    # Rounding alone, of float32 tokens, spreads so far: it would be drawn as if it were something.
+    # The variance of float32 rounding: components below it are noise and are set to 0.
     noise = (total + float(mean @ mean)) * float(np.finfo(np.float32).eps) ** 2
     return Basis(mean, np.where(variances[:, None] > noise, components, 0), variances, total)
 
 
 def split_in_two(values: Float[np.ndarray, " T"]) -> float:
-    """Return the threshold that parts values into the two groups whose means lie furthest apart.
+    """Return the threshold that splits values into two groups with the largest variance between.
 
-    The middle between the last value below and the first above, or the value itself if all agree.
+    It is the middle between the two neighbouring values, or the value itself if all are equal.
 
     Source: N. Otsu, "A threshold selection method from gray-level histograms", 1979, equation 18,
     over the values themselves in place of a histogram.
@@ -95,10 +95,10 @@ def split_in_two(values: Float[np.ndarray, " T"]) -> float:
 def find_foreground(
     firsts: Sequence[Float[np.ndarray, "_ _"]],
 ) -> list[Bool[np.ndarray, "_ _"]]:
-    """Return which patches are foreground, by where they lie along the first component.
+    """Return which patches are foreground, by the first component.
 
-    One threshold parts the patches of all images in two. The background is the side that more of
-    the images' outermost patches are on than its share of all patches; if neither is, the low one.
+    One threshold splits the patches of all images in two. The background is the side with a larger
+    share of the border patches than of all patches; if neither is, the low side.
 
     Shapes: N maps [rows, columns] -> N masks [rows, columns].
     """

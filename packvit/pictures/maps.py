@@ -1,4 +1,4 @@
-"""Every patch of photographs in a colour: by the first components of a PCA, or by its likeness."""
+"""Colour every patch of photographs: by a PCA, or by similarity to one patch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from packvit.corpus import WrongUse
-from packvit.corpus.settings import Options
+from packvit.corpus import UsageError
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder, Source
 from packvit.images.resize import Resize
 from packvit.pictures.colours import BLANK, find_range, ramp, rescale, to_bytes
@@ -23,14 +23,16 @@ OVERLAY = 0.6  # of a map, over its photograph in grey
 
 @dataclass(frozen=True, slots=True)
 class Maps:
-    """The colours of the patches of photographs, by their places, and what the colours mean.
+    """The colours of the patches of photographs, by index, and the variance they explain.
 
     Shapes: colours [rows, columns, 3] bytes; foreground [rows, columns], or None for all of it.
     """
 
     colours: dict[int, np.ndarray]
     foreground: dict[int, np.ndarray] | None
-    shares: list[float] | None  # of the variance, by component; None where bases differ
+    shares: (
+        list[float] | None
+    )  # of the variance, by component; None if each photograph has its own PCA
 
 
 def draw_pca(
@@ -44,17 +46,17 @@ def draw_pca(
     resize: Resize | None = None,
     max_patches: int | None = None,
 ) -> Image.Image:
-    """Return a picture of images beside their patches, coloured by three principal components.
+    """Return a picture of images next to their patches, coloured by three principal components.
 
-    One PCA over the tokens of all images makes equal colours mean equal things; `per_image` gives
-    each its own. `background` "remove" leaves out what lies on one side of the first component, and
-    colours the rest by a PCA of its own. `layer` takes the tokens leaving that block. `overlay`
-    lays the colours over the image. `resize` and `max_patches` are `Encoder.pack`'s.
+    One PCA over the tokens of all images makes colours comparable; `per_image` gives each image its
+    own. `background` "remove" leaves out the patches on one side of the first component, and
+    colours the others by a second PCA. `layer` uses the tokens leaving that block. `overlay` draws
+    the colours over the image. `resize` and `max_patches` are `Encoder.pack`'s.
 
     Raises: ImageError with the index and the code of the first image that cannot be used;
-    ValueError for a layer that is not there.
+    ValueError for a layer that does not exist.
     """
-    options = Options(resize=resize, max_patches=max_patches)
+    options = EmbedOptions(resize=resize, max_patches=max_patches)
     photographs = take_photographs(encoder, images, options, layer=layer)
     sheet = pca_sheet(photographs, per_image=per_image, background=background, overlay=overlay)
     photographs.refuse_errors()
@@ -71,16 +73,18 @@ def draw_similarity(
     resize: Resize | None = None,
     max_patches: int | None = None,
 ) -> Image.Image:
-    """Return a picture of images beside the cosine of one chosen patch to each of their patches.
+    """Return a picture of images next to the cosine of one patch to each of their patches.
 
     `patch` is (index of the image, row, column). The other arguments are `draw_pca`'s.
 
-    Raises: as `draw_pca`; ValueError for a patch that is not there.
+    Raises: as `draw_pca`; ValueError for a patch that does not exist.
     """
-    options = Options(resize=resize, max_patches=max_patches)
+    options = EmbedOptions(resize=resize, max_patches=max_patches)
     photographs = take_photographs(encoder, images, options, layer=layer)
     if not 0 <= patch[0] < len(images):
-        raise WrongUse(f"patch names image {patch[0]}, but there are {len(images)}, from 0 on.")
+        raise UsageError(
+            f"patch names image {patch[0]}, but there are {len(images)}, counted from 0."
+        )
     sheet = similarity_sheet(photographs, patch, overlay=overlay)
     photographs.refuse_errors()
     return sheet
@@ -98,8 +102,8 @@ def pca_sheet(
     maps = pca_maps(photographs, per_image=per_image, background=background)
     patches = sum(mask.sum() for mask in (maps.foreground or {}).values())
     patches = patches or sum(colours[..., 0].size for colours in maps.colours.values())
-    told = "foreground patches" if maps.foreground else "patches"
-    of = f"{patches:,} {told} of {count(len(maps.colours), 'photograph')}"
+    noun = "foreground patches" if maps.foreground else "patches"
+    of = f"{patches:,} {noun} of {count(len(maps.colours), 'photograph')}"
     if maps.shares is None:
         title = f"{photographs.source}: a PCA for each photograph, {of}"
     else:
@@ -135,7 +139,7 @@ def pca_maps(
 def part(
     photographs: Photographs, values: dict[int, np.ndarray]
 ) -> tuple[dict[int, np.ndarray], Basis, dict[int, np.ndarray]]:
-    """Return the foreground by the first component, its own basis, and all patches along that."""
+    """Return the foreground by the first component, its own basis, and all patches' coordinates."""
     found = find_foreground([value[..., 0] for value in values.values()])
     foreground = dict(zip(values, found, strict=True))
     basis = fit(one.tokens[foreground[i].reshape(-1)] for i, one in photographs.encode())
@@ -143,7 +147,7 @@ def part(
 
 
 def own_maps(photographs: Photographs, background: Background) -> Maps:
-    """Return the colours of all patches, each photograph by a PCA of its own."""
+    """Return the colours of all patches, with a PCA for each photograph."""
     colours, masks = {}, {}
     for place, one in photographs.encode():
         grid = photographs.grid(place)
@@ -182,40 +186,40 @@ def similarity_sheet(
 ) -> Image.Image:
     """Return the sheet of `draw_similarity` for photographs that were read."""
     place, row, column = patch
-    likeness = likenesses(photographs, patch)
-    low, high = find_range([one.reshape(-1, 1) for one in likeness.values()])
-    high = np.ones(1)  # the patch itself
+    similarity = similarities(photographs, patch)
+    low, high = find_range([one.reshape(-1, 1) for one in similarity.values()])
+    high = np.ones(1)  # the cosine of the patch to itself
     panels = [
         panel(photographs, i, ramp(rescale(one[..., None], low, high)[..., 0]), None, overlay)
-        for i, one in sorted(likeness.items())
+        for i, one in sorted(similarity.items())
     ]
-    mark(panels[sorted(likeness).index(place)].pictures[0], row, column, photographs)
+    mark(panels[sorted(similarity).index(place)].pictures[0], row, column, photographs)
     name = short(photographs, place)
     title = f"{photographs.source}: cosine to the patch at row {row}, column {column} of {name}"
     return draw_sheet(title, panels, scale=(float(low[0]), 1.0), width=width)
 
 
-def likenesses(photographs: Photographs, patch: tuple[int, int, int]) -> dict[int, np.ndarray]:
+def similarities(photographs: Photographs, patch: tuple[int, int, int]) -> dict[int, np.ndarray]:
     """Return the cosine of one patch to all patches of all photographs, each [rows, columns].
 
-    Raises: WrongUse if the photograph has no such patch.
+    Raises: UsageError if the photograph has no such patch.
     """
     place, row, column = patch
     rows, columns = photographs.grid(place)
     if not (0 <= row < rows and 0 <= column < columns):
-        raise WrongUse(
+        raise UsageError(
             f"{photographs.prepared[place].row.id} has {rows} x {columns} patches, but row {row}, "
             f"column {column} was asked for. Rows are 0 to {rows - 1}, columns 0 to {columns - 1}."
         )
     wanted = next((one.tokens for i, one in photographs.encode() if i == place), None)
     if wanted is None:
-        raise WrongUse(f"The features of {photographs.prepared[place].row.id} are not finite.")
+        raise UsageError(f"The features of {photographs.prepared[place].row.id} are not finite.")
     chosen = unit(wanted[row * columns + column])
     return photographs.maps(lambda tokens: unit(tokens) @ chosen)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors of length 1 in float64; one of zeros stays as it is."""
+    """Return vectors scaled to length 1 in float64; zero vectors stay zero."""
     vectors = vectors.astype(np.float64)
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
@@ -228,7 +232,7 @@ def panel(
     foreground: np.ndarray | None,
     overlay: bool,
 ) -> Panel:
-    """Return a photograph beside its map."""
+    """Return a panel of a photograph and its map."""
     photo = Image.fromarray(photographs.pixels(place))
     drawn = to_map(colours)
     if overlay:
@@ -243,7 +247,7 @@ def panel(
 
 
 def mark(photo: Image.Image, row: int, column: int, photographs: Photographs) -> None:
-    """Draw a frame around one patch of a photograph, seen on bright and on dark."""
+    """Draw a black and white frame around one patch of a photograph."""
     side = photographs.encoder.config.patch
     box = (column * side, row * side, (column + 1) * side - 1, (row + 1) * side - 1)
     pen = ImageDraw.Draw(photo)
@@ -257,5 +261,5 @@ def short(photographs: Photographs, place: int) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural but for 1."""
+    """Return a number with its noun, plural unless it is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

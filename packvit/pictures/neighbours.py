@@ -1,4 +1,4 @@
-"""Photographs beside their nearest neighbours in a feature folder, as a contact sheet."""
+"""A contact sheet of photographs and their nearest neighbours in a feature folder."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import FORMAT, read_commits, read_manifest
-from packvit.corpus.settings import Options, digest_weights
+from packvit.corpus.settings import EmbedOptions, digest_weights
 from packvit.encoder import Encoder, Source
 from packvit.images.decode import ImageError, load_image
 from packvit.pictures.colours import BLANK
@@ -28,7 +28,7 @@ THUMBNAIL = 480  # pixels a side at most
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A photograph of a feature folder, and the cosine of its vector to the query's."""
+    """A row of a feature folder, and its cosine to the query."""
 
     id: str
     score: float
@@ -42,12 +42,12 @@ def draw_neighbours(
     root: str | os.PathLike[str] = ".",
     neighbours: int = COUNT,
 ) -> Image.Image:
-    """Return a contact sheet: each image, and beside it its nearest in the folder `features`.
+    """Return a contact sheet: each image, then its nearest neighbours in the folder `features`.
 
-    Near is a large cosine of `pooled`. The images are resized as the folder's were. The folder
-    holds names; photographs are looked for under `root`, and are blank where they are not found.
+    Nearest means the largest cosine of `pooled`. Images are resized as the folder's were. The
+    neighbours' files are read under `root`; those that are not found are left blank.
 
-    Raises: ImageError as `draw_pca`; WrongUse if `features` is no feature folder, or one of another
+    Raises: ImageError as `draw_pca`; UsageError if `features` is not a feature folder of this
     model.
     """
     folder = Path(features)
@@ -62,21 +62,21 @@ def draw_neighbours(
 def open_folder(folder: Path) -> dict[str, Any]:
     """Return the manifest of a feature folder.
 
-    Raises: WrongUse if it is none.
+    Raises: UsageError if it is not one.
     """
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("format") != FORMAT:
-        raise WrongUse(
-            f"{folder} is no feature folder: it has no manifest.json of packvit's. "
+        raise UsageError(
+            f"{folder} is not a feature folder: it has no manifest.json of packvit. "
             "Name one that `packvit embed` wrote."
         )
     return manifest
 
 
-def options_of(manifest: dict[str, Any]) -> Options:
-    """Return the options by which the folder's photographs were prepared."""
+def options_of(manifest: dict[str, Any]) -> EmbedOptions:
+    """Return the options with which the folder's photographs were preprocessed."""
     asked = manifest["preprocessing"]
-    return Options(
+    return EmbedOptions(
         resize=asked["resize"],
         max_patches=asked["max_patches"],
         max_pixels=asked["max_pixels"],
@@ -85,23 +85,23 @@ def options_of(manifest: dict[str, Any]) -> Options:
 
 
 def check_model(encoder: Encoder, manifest: dict[str, Any], folder: Path) -> None:
-    """Raise WrongUse unless the folder's features are of the encoder's weights."""
+    """Raise UsageError unless the folder's features come from the encoder's weights."""
     known = {digest_weights(encoder)}
     if encoder.checkpoint:
         known.add(encoder.checkpoint.sha256())
     if manifest["weights_sha256"] not in known:
         mine = encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__
-        raise WrongUse(
-            f'The features in {folder} are of the model "{manifest["model"]}", and the weights of '
-            f'"{mine}" are others. Cosines between the two mean nothing: leave the model out, or '
-            "embed the folder's photographs again."
+        raise UsageError(
+            f'The features in {folder} come from the model "{manifest["model"]}", and "{mine}" has '
+            "other weights, so they cannot be compared. Leave the model out, or embed the folder's "
+            "photographs again."
         )
 
 
 def neighbour_sheet(
     photographs: Photographs, folder: Path, root: Path, neighbours: int, *, width: int = WIDTH
 ) -> tuple[Image.Image, list[str]]:
-    """Return the contact sheet of photographs that were read, and the names it found no file of."""
+    """Return the contact sheet, and the neighbours whose file was not found."""
     queries = {place: one.pooled for place, one in photographs.encode()}
     places = sorted(queries)
     found, rows = nearest(np.stack([queries[place] for place in places]), folder, neighbours)
@@ -132,16 +132,16 @@ def nearest(
 ) -> tuple[list[list[Neighbour]], int]:
     """Return the nearest rows of a feature folder for each query, and how many rows there are.
 
-    Shapes: queries [N, D] -> N lists, the nearest first; of equals the earlier row.
-    Raises: WrongUse if no row has features, or if they are of another width.
+    Shapes: queries [N, D] -> N lists, nearest first; ties go to the earlier row.
+    Raises: UsageError if no row has features, or if they have another width.
     """
     wanted, rows = unit(queries), 0
     best: list[list[Neighbour]] = [[] for _ in queries]
     for ids, vectors in read_vectors(folder):
         if vectors.shape[1] != queries.shape[1]:
-            raise WrongUse(
-                f"The vectors in {folder} have {vectors.shape[1]} numbers, and those of the "
-                f"photographs {queries.shape[1]}. Take the model that wrote the folder."
+            raise UsageError(
+                f"The vectors in {folder} have {vectors.shape[1]} dimensions, and those of the "
+                f"photographs {queries.shape[1]}. Use the model that wrote the folder."
             )
         rows += len(ids)
         for place, scores in enumerate(wanted @ unit(vectors).T):
@@ -149,14 +149,14 @@ def nearest(
             merged = best[place] + [Neighbour(ids[i], float(scores[i])) for i in top]
             best[place] = sorted(merged, key=lambda one: -one.score)[:neighbours]
     if not rows:
-        raise WrongUse(f"{folder} holds no row with features. Is its job still at its beginning?")
+        raise UsageError(f"{folder} holds no row with features. Run its embed command first.")
     return best, rows
 
 
 def read_vectors(folder: Path) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yield the ids and vectors [rows, D] of a feature folder, some at a time; no error rows.
+    """Yield the ids and vectors [rows, D] of a feature folder in batches, without error rows.
 
-    The parts are those that the log vouches for.
+    Only parts that the log lists are read.
     """
     for entry in read_commits(folder):
         try:
@@ -171,14 +171,14 @@ def read_vectors(folder: Path) -> Iterator[tuple[list[str], np.ndarray]]:
                         vectors = good["pooled"].flatten().to_numpy()
                         yield good["id"].to_pylist(), vectors.reshape(len(good), -1)
         except (OSError, pa.ArrowInvalid) as error:
-            raise WrongUse(
+            raise UsageError(
                 f"{folder / entry.part} is missing or damaged. `packvit check {folder}` says how "
-                "to mend it."
+                "to repair it."
             ) from error
 
 
 def thumbnail(root: Path, name: str, lost: list[str]) -> Image.Image:
-    """Return the photograph called `name` under `root`, or a blank that goes on the list `lost`."""
+    """Return the photograph `name` under `root`, or a blank; add missing names to `lost`."""
     try:
         image = load_image(root / name).image
     except ImageError:

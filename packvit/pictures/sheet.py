@@ -1,4 +1,4 @@
-"""Pictures side by side with captions, on one white sheet. Pillow alone, with its built-in font."""
+"""Lay out pictures with captions on one white sheet, using Pillow and its built-in font."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from packvit.pictures.colours import ramp
 # All in pixels of the sheet.
 WIDTH, MARGIN = 1600, 32
 APART, TOGETHER = 24, 6  # between panels, and between the pictures of one
-# Of the sheet's width: how tall pictures would best be, and the tallest that they get.
+# Heights as fractions of the sheet's width: the preferred and the largest height of pictures.
 HEIGHT, TALLEST = 0.14, 0.25
 WIDEST = 12  # panels in a line at most
 TITLE, CAPTION = 20, 14  # sizes of the font
@@ -22,7 +22,7 @@ BAR = (180, 12)  # width and height of a scale's bar
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Pictures that stand together, of the same height, each above its caption."""
+    """Pictures of equal height next to each other, each above its caption."""
 
     pictures: tuple[Image.Image, ...]
     captions: tuple[str, ...]
@@ -42,7 +42,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Panels side by side, and how tall their pictures are."""
+    """Panels next to each other, and the height of their pictures."""
 
     panels: tuple[Panel, ...]
     height: int
@@ -63,9 +63,9 @@ def draw_sheet(
     one_a_line: bool = False,
     width: int = WIDTH,
 ) -> Image.Image:
-    """Return a sheet of panels in lines that fill its width, as galleries are set.
+    """Return a sheet of panels in lines that fill its width.
 
-    `scale` draws the colour bar of `ramp` beside the title, with what its ends stand for.
+    `scale` draws the colour bar of `ramp` next to the title, with the values of its ends.
     """
     lines = set_lines(panels, width, one_a_line=one_a_line)
     heading, small = font(TITLE), font(CAPTION)
@@ -94,7 +94,7 @@ def draw_sheet(
 
 
 def set_lines(panels: Sequence[Panel], width: int, *, one_a_line: bool) -> list[Line]:
-    """Return lines that each fill the width, as near HEIGHT as any way of breaking them allows."""
+    """Return the lines that fill the width with heights closest to HEIGHT."""
     if one_a_line:
         return [set_line([panel], width) for panel in panels]
     best: list[tuple[float, list[Line]]] = [(0.0, [])]  # of the first 0, 1, 2 ... panels
@@ -109,29 +109,29 @@ def set_lines(panels: Sequence[Panel], width: int, *, one_a_line: bool) -> list[
 
 
 def set_line(panels: Sequence[Panel], width: int) -> Line:
-    """Return a line as wide as the sheet, or as tall as a line may be."""
+    """Return a line as wide as the sheet, unless it would be too tall."""
     height = (width - 2 * MARGIN - line_gaps(panels)) / sum(panel.aspect for panel in panels)
     return Line(tuple(panels), max(8, min(int(TALLEST * width), int(height))))
 
 
 def line_gaps(panels: Sequence[Panel]) -> int:
-    """Return the pixels of a line that are no picture's."""
+    """Return the width of all gaps in a line."""
     return sum(panel.gaps for panel in panels) + APART * (len(panels) - 1)
 
 
 def width_at(picture: Image.Image, height: int) -> int:
-    """Return how wide a picture is when it is `height` tall, at least a pixel."""
+    """Return the width of a picture scaled to `height`, at least 1 pixel."""
     return max(1, round(height * picture.width / picture.height))
 
 
 def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return a picture at `size`; one of large pixels, a map, keeps their edges."""
+    """Return a picture scaled to `size`; a map keeps sharp edges."""
     kind = Image.Resampling.NEAREST if picture.info.get("map") else Image.Resampling.LANCZOS
     return picture.resize(size, kind)
 
 
 def to_map(colours: np.ndarray) -> Image.Image:
-    """Return [rows, columns, 3] bytes as a picture whose pixels stay squares when enlarged."""
+    """Return [rows, columns, 3] bytes as a picture that `fit` enlarges with sharp edges."""
     picture = Image.fromarray(np.ascontiguousarray(colours))
     picture.info["map"] = True
     return picture
@@ -143,7 +143,7 @@ def draw_scale(
     small: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     scale: tuple[float, float],
 ) -> None:
-    """Draw the bar of `ramp` at the upper right, with what its ends stand for."""
+    """Draw the colour bar of `ramp` at the upper right, with the values of its ends."""
     low, high = (f"{end:.2f}" for end in scale)
     wide, tall = BAR
     left = sheet.width - MARGIN - int(small.getlength(high)) - 8 - wide
@@ -154,12 +154,12 @@ def draw_scale(
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return the font that comes with Pillow, where it was built with FreeType in that size."""
+    """Return Pillow's own font, in this size if Pillow has FreeType."""
     return ImageFont.load_default(size)
 
 
 def shorten(text: str, small: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Return as much of `text` as is `width` pixels wide, with dots where it is cut."""
+    """Return `text` cut to `width` pixels, with dots at the cut."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     if small.getlength(text) <= width:
         return text

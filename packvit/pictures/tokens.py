@@ -1,7 +1,7 @@
-"""The patch tokens of photographs, a pack at a time, as often as they are asked for.
+"""The patch tokens of photographs, encoded a pack at a time, as often as needed.
 
-What is kept of a photograph is its pixels as the encoder sees them. Of the tokens only so many are
-kept, and the rest are computed again when they are wanted again: an exact PCA wants them twice.
+The preprocessed pixels of all photographs are kept. Up to `KEPT` tokens are kept, and the others
+are computed again for each pass: an exact PCA takes two.
 """
 
 import os
@@ -12,32 +12,32 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Prepared
 from packvit.corpus.decode.queue import Decoders
-from packvit.corpus.encode.context import recipe
+from packvit.corpus.encode.context import make_preprocessing
 from packvit.corpus.encode.packs import encode_halved
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.find import Input
-from packvit.corpus.settings import Options, check_options, fit_options
+from packvit.corpus.settings import EmbedOptions, check_options, fit_options
 from packvit.encoder import Encoder, Source
 from packvit.images.decode import ImageError, load_image
 from packvit.images.patches import to_patches
 from packvit.packs.planning import plan_packs
 
 KEPT = 65536  # tokens: 256 MiB at a width of 1024
-MOST = 140  # photographs of a sheet: at their tallest 62,000 pixels, and JPEG ends at 65,535
+MOST = 140  # photographs of a sheet: at most 62,000 pixels tall, and JPEG allows 65,535
 
 # Called with the rows of photographs that were read or encoded since the last call.
 Watch = Callable[[Sequence[Row]], None]
 
 
 class NothingToDraw(ValueError):
-    """Every photograph is in error."""
+    """No photograph can be drawn."""
 
 
 class Tokens(NamedTuple):
-    """What the encoder says of one photograph: tokens [rows * columns, D], pooled [D], float32."""
+    """The features of one photograph: tokens [rows * columns, D], pooled [D], float32."""
 
     tokens: Float[np.ndarray, "T D"]
     pooled: Float[np.ndarray, " D"]
@@ -45,21 +45,21 @@ class Tokens(NamedTuple):
 
 @dataclass(slots=True)
 class Photographs:
-    """Photographs, cut into patches, and the encoder that speaks about them.
+    """Photographs cut into patches, and the encoder for them.
 
-    `options` says what is asked of it: the tokens, or the tap of one layer.
+    `options` chooses its outputs: the tokens, or the tap of one layer.
     """
 
     encoder: Encoder
-    options: Options
+    options: EmbedOptions
     prepared: list[Prepared]
     watch: Watch
-    kept: dict[int, Tokens] = field(default_factory=dict)  # by place in `prepared`
-    told: set[int] = field(default_factory=set)  # the places that `watch` has heard of
+    kept: dict[int, Tokens] = field(default_factory=dict)  # by index in `prepared`
+    reported: set[int] = field(default_factory=set)  # indices whose rows went to `watch`
 
     @property
     def usable(self) -> list[int]:
-        """The places of the photographs that are in no error so far."""
+        """The indices of the photographs without error so far."""
         return [i for i, one in enumerate(self.prepared) if one.row.status == "ok"]
 
     @property
@@ -69,13 +69,13 @@ class Photographs:
 
     @property
     def source(self) -> str:
-        """What the tokens are called in a title: the model, and the layer if one was chosen."""
+        """The name of the tokens for titles: the model, and the layer if one was chosen."""
         checkpoint = self.encoder.checkpoint
         name = checkpoint.name if checkpoint else type(self.encoder).__name__
         return f"{name}, layer {self.options.taps[0]}" if self.options.taps else name
 
     def refuse_errors(self) -> None:
-        """Raise the ImageError of the first photograph in error, for callers who asked for all."""
+        """Raise the ImageError of the first photograph with an error."""
         for index, one in enumerate(self.prepared):
             if one.row.status != "ok":
                 raise ImageError(one.row.status, "encode", one.row.note, index)
@@ -88,7 +88,7 @@ class Photographs:
         return row.rows, row.columns
 
     def pixels(self, place: int) -> UInt8[np.ndarray, "height width 3"]:
-        """Return a usable photograph as the encoder sees it: resized, cropped, whole patches."""
+        """Return the preprocessed pixels of a usable photograph."""
         patches, (rows, columns) = self.prepared[place].patches, self.grid(place)
         assert patches is not None
         side = self.encoder.config.patch
@@ -99,9 +99,9 @@ class Photographs:
         return cut.reshape(rows * side, columns * side, 3)
 
     def encode(self) -> Iterator[tuple[int, Tokens]]:
-        """Yield the place and the tokens of every usable photograph, one forward a pack.
+        """Yield the index and tokens of every usable photograph, one forward for each pack.
 
-        One whose tokens are not all finite becomes an error and is passed over.
+        A photograph whose tokens are not finite becomes an error and is skipped.
 
         Raises: NothingToDraw if no photograph is left.
         """
@@ -109,15 +109,15 @@ class Photographs:
         yield from list(self.kept.items())
         room = KEPT - sum(len(one.tokens) for one in self.kept.values())
         budget = self.options.token_budget
-        # Where nothing bounds an image, one beyond the budget fills a pack by itself.
+        # Where image sizes are unbounded, an image larger than the budget gets its own pack.
         sizes = [min(self.grid(place)[0] * self.grid(place)[1], budget) for place in todo]
         for pack in plan_packs(sizes, budget):
             places = [todo[index] for index in pack]
             images = [self.prepared[place] for place in places]
             encoded, _, _ = encode_halved(self.encoder, images, self.options)
-            if rows := [encoded[i].row for i, j in enumerate(places) if j not in self.told]:
+            if rows := [encoded[i].row for i, j in enumerate(places) if j not in self.reported]:
                 self.watch(rows)
-            self.told.update(places)
+            self.reported.update(places)
             for place, one in zip(places, encoded, strict=True):
                 if one.row.status != "ok":
                     self.prepared[place] = Prepared(one.row)
@@ -125,30 +125,32 @@ class Photographs:
                 [tokens] = one.lists.values()
                 found = Tokens(tokens, one.pooled)
                 if len(tokens) <= room:
-                    # The arrays are views of the whole pack's.
+                    # The arrays are views of the whole pack.
                     self.kept[place] = Tokens(tokens.copy(), one.pooled.copy())
                     room -= len(tokens)
                 yield place, found
         if not self.usable:
-            raise NothingToDraw("None of the photographs has features that are finite numbers.")
+            raise NothingToDraw("No photograph has finite features, so there is nothing to draw.")
 
     def maps(
         self, function: Callable[[Float[np.ndarray, "T D"]], np.ndarray]
     ) -> dict[int, np.ndarray]:
-        """Return what `function` makes of every photograph's tokens, [rows, columns, ...]."""
+        """Return `function` of every photograph's tokens, as [rows, columns, ...]."""
         return {
             place: (made := function(one.tokens)).reshape(*self.grid(place), *made.shape[1:])
             for place, one in self.encode()
         }
 
 
-def ask(encoder: Encoder, images: int, options: Options, layer: int | None) -> Options:
-    """Return options that ask for the tokens, or the tap of `layer`, and fit the encoder.
+def choose_outputs(
+    encoder: Encoder, images: int, options: EmbedOptions, layer: int | None
+) -> EmbedOptions:
+    """Return options for the tokens, or the tap of `layer`, checked against the encoder.
 
-    Raises: WrongUse if they do not fit, or if there are more images than a sheet takes, or none.
+    Raises: UsageError if they do not fit, or for no images or more than a sheet takes.
     """
     if not 1 <= images <= MOST:
-        raise WrongUse(
+        raise UsageError(
             f"{images:,} photographs were given, but a picture takes 1 to {MOST}. "
             "Name fewer at a time."
         )
@@ -160,32 +162,32 @@ def ask(encoder: Encoder, images: int, options: Options, layer: int | None) -> O
 def read_photographs(
     encoder: Encoder,
     inputs: Sequence[Input],
-    options: Options,
+    options: EmbedOptions,
     watch: Watch,
     *,
     layer: int | None = None,
 ) -> Photographs:
-    """Read photographs as `packvit embed` does; one that cannot be used becomes an error.
+    """Read photographs as `packvit embed` does; unreadable ones become errors.
 
-    Raises: WrongUse if the options do not fit the encoder.
+    Raises: UsageError if the options do not fit the encoder.
     """
-    options = ask(encoder, len(inputs), options, layer)
+    options = choose_outputs(encoder, len(inputs), options, layer)
     with Decoders(min(options.workers, len(inputs))) as decoders:
-        ahead = options.max_pixels  # none is left waiting: all are kept
-        prepared = list(decoders.prepare_all(inputs, recipe(encoder, options), ahead))
+        ahead = options.max_pixels  # they do not wait: all are kept
+        prepared = list(decoders.prepare_all(inputs, make_preprocessing(encoder, options), ahead))
     if bad := [one.row for one in prepared if one.patches is None]:
         watch(bad)
     return Photographs(encoder, options, prepared, watch)
 
 
 def take_photographs(
-    encoder: Encoder, images: Sequence[Source], options: Options, *, layer: int | None = None
+    encoder: Encoder, images: Sequence[Source], options: EmbedOptions, *, layer: int | None = None
 ) -> Photographs:
-    """Cut images that a caller of the library holds: paths, PIL images or uint8 arrays.
+    """Read and cut images given by a caller: paths, PIL images or uint8 arrays.
 
-    Raises: ImageError with the index of the first that cannot be used; WrongUse as above.
+    Raises: ImageError with the index of the first unreadable image; UsageError as above.
     """
-    options = ask(encoder, len(images), options, layer)
+    options = choose_outputs(encoder, len(images), options, layer)
     prepared = []
     for index, source in enumerate(images):
         try:

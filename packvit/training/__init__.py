@@ -1,1 +1,1 @@
-"""What training adds to the encoders: plain functions, around torch's own tools and peft's."""
+"""Functions for training encoders with torch and peft."""

@@ -1,6 +1,6 @@
-"""What becomes of an encoder's blocks when it is trained: frozen, checkpointed, adapted.
+"""Freeze, checkpoint and adapt the blocks of an encoder for training.
 
-Nothing is wrapped, so the names of parameters, and with them checkpoints, stay what they were.
+No module is wrapped, so the names of parameters, and so checkpoints, do not change.
 """
 
 from torch import nn
@@ -9,29 +9,29 @@ from packvit.encoder import Encoder
 
 
 def checkpoint_activations(encoder: Encoder) -> None:
-    """Let every block keep its inputs alone and recompute the rest, which costs a forward more.
+    """Make every block keep only its inputs and recompute the rest in backward.
 
-    Dropout that an adapter brings is drawn again as it was. A block that is compiled is compiled
-    within its checkpoint. Before `shard`.
+    This costs one more forward. Dropout of an adapter is recomputed with the same random numbers. A
+    compiled block is compiled within its checkpoint. Call it before `shard`.
     """
     for block in encoder.encoder.blocks():
         block.recomputed = True
 
 
 def freeze(encoder: Encoder, blocks: int | None = None) -> None:
-    """Keep the embeddings and the first `blocks` blocks as they are; None keeps the whole encoder.
+    """Freeze the embeddings and the first `blocks` blocks; None freezes the whole encoder.
 
-    What is frozen from the front builds no graph and keeps no activations.
+    Frozen blocks at the front build no graph and keep no activations.
 
-    Raises: ValueError for more blocks than there are.
+    Raises: ValueError for more blocks than the encoder has.
     """
     if blocks is None:
         encoder.requires_grad_(False)
         return
     if not 0 <= blocks <= encoder.config.layers:
         raise ValueError(
-            f"blocks is {blocks}, but this encoder has {encoder.config.layers}. None freezes all "
-            "of it, heads too."
+            f"blocks is {blocks}, but this encoder has {encoder.config.layers}. None freezes "
+            "the whole encoder, heads included."
         )
     encoder.embeddings.requires_grad_(False)
     for block in encoder.encoder.layers[:blocks]:
@@ -39,10 +39,10 @@ def freeze(encoder: Encoder, blocks: int | None = None) -> None:
 
 
 def block_linears(encoder: Encoder) -> list[str]:
-    """Name every linear layer of every block: the `target_modules` of a peft LoraConfig.
+    """Return the names of all linear layers of blocks: `target_modules` of a peft LoraConfig.
 
-    Whole names, so that nothing outside the blocks is meant: a pooling head reads its weights in
-    slices, past an adapter.
+    They are whole names, so that nothing outside the blocks is adapted: a pooling head reads slices
+    of its weights, which would bypass an adapter.
     """
     layers = encoder.encoder.layers
     return [

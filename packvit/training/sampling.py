@@ -1,7 +1,7 @@
-"""Which images are forwarded together in which step: a plan that all processes work out alike.
+"""Plan which images are encoded together in which training step. No torch.
 
-The plan is a pure function of the images' sizes, the seed and the epoch, so nothing is sent
-between processes, and resuming is `plan[step:]`. No torch.
+The plan is a pure function of the images' sizes, the seed and the epoch, so every process computes
+the same one without communication, and resuming is `plan[step:]`.
 """
 
 import random
@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 EVEN_AT = (
-    6144  # tokens at which attention costs what the rest does: 6 x the width, here AIMv2-large's
+    6144  # tokens at which attention costs as much as the rest: 6 x the width, here of AIMv2-large
 )
 
 
 class Share(NamedTuple):
-    """What is forwarded at once: one pack."""
+    """The images of one pack in a step."""
 
     images: tuple[int, ...]
-    counts: bool = True  # False: a stand-in, because the last images are fewer than the shares
+    counts: bool = (
+        True  # False: repeats an image, because the last step has fewer images than shares
+    )
 
 
-Step = tuple[Share, ...]  # between two of the optimizer's; process r of R forwards step[r::R]
+Step = tuple[Share, ...]  # one optimizer step; process r of R runs step[r::R]
 
 
 def plan_steps(
@@ -32,13 +34,13 @@ def plan_steps(
     epoch: int = 0,
     even_at: int = EVEN_AT,
 ) -> list[Step]:
-    """Return an epoch's steps: every image once, shuffled, in shares of about the same cost.
+    """Return the steps of an epoch: every image once, shuffled, in shares of about equal cost.
 
-    A step has as many shares as there are processes, or a multiple of that, whose gradients are
-    accumulated. A share holds at most `budget` tokens. Cost is tokens plus what attention adds,
-    which grows with the square of an image's tokens: an image of `even_at` counts twice its tokens.
-    Only in the last step can images be fewer than shares. Those that get none repeat the shortest
-    image of the step, since collectives need every process, and do not count.
+    A step has one share for each process, or several, whose gradients are accumulated. A share
+    holds at most `budget` tokens. The cost of an image is its tokens plus the cost of attention,
+    which grows with their square: an image of `even_at` tokens costs twice its tokens. Only the
+    last step can have fewer images than shares. A share without image then repeats the shortest
+    image of the step, since collectives need every process, and does not count.
 
     Units: `lengths` and `budget` count tokens.
     Raises: ValueError for no images, or for one that no share could hold.
@@ -72,9 +74,9 @@ def plan_steps(
 def _share_out(
     drawn: list[int], lengths: Sequence[int], budget: int, shares: int, even_at: int
 ) -> tuple[Step, list[int]]:
-    """Give each image, longest first, to the share of least cost that has room for it.
+    """Assign each image, longest first, to the cheapest share that it fits in.
 
-    Those for which none has room are handed back.
+    Returns also the images that fit in none.
     """
     members: list[list[int]] = [[] for _ in range(shares)]
     costs, tokens, left = [0.0] * shares, [0] * shares, []
@@ -93,5 +95,5 @@ def _share_out(
 
 
 def count_tokens(step: Step, lengths: Sequence[int]) -> int:
-    """Return the tokens of all shares that count: what the step's loss is divided by."""
+    """Return the tokens of all shares that count, by which the step's loss is divided."""
     return sum(lengths[image] for share in step if share.counts for image in share.images)

@@ -1,6 +1,6 @@
-"""Training over several processes by torch's FSDP2, and its state on disk.
+"""Train in several processes with torch's FSDP2, and save the state.
 
-Each works in a single process too, without a process group, so a recipe is written once.
+All functions also work in a single process without a process group.
 """
 
 import os
@@ -34,7 +34,7 @@ from packvit.model.layers import Block
 
 
 def start() -> torch.device:
-    """Join the other processes, if torchrun started this one, and return its device."""
+    """Join the process group if torchrun started this process; return its device."""
     cuda = torch.cuda.is_available()
     if "RANK" in os.environ:
         if cuda:
@@ -44,9 +44,9 @@ def start() -> torch.device:
 
 
 def own(shares: int) -> range:
-    """Return which of a step's shares this process forwards.
+    """Return the indices of a step's shares that this process runs.
 
-    Raises: ValueError where processes would have unequally many.
+    Raises: ValueError if processes would have different numbers of shares.
     """
     if shares % count_processes():
         raise ValueError(
@@ -56,21 +56,21 @@ def own(shares: int) -> range:
 
 
 def count_processes() -> int:
-    """Return how many processes train together."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def shard(module: nn.Module, *, compute: torch.dtype | None = None) -> None:
-    """Share a module's parameters out over all processes, block by block, in place.
+    """Shard a module's parameters over all processes, block by block, in place.
 
-    `module` is an encoder, or holds some. `compute` is the dtype of forward and backward, where the
-    parameters, and so the optimizer, stay in their own: fp32 master weights under bf16. Adapters,
-    freezing and checkpointed activations come before.
+    `module` is an encoder, or contains some. `compute` is the dtype of forward and backward; the
+    parameters, and so the optimizer, keep theirs: fp32 master weights with bf16 compute. Add
+    adapters, freeze, and checkpoint activations before.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for part in module.modules():
         if isinstance(part, Encoder):
-            part.graphs = None  # processes record at different times, and would wait for each other
+            part.graphs = None  # processes would capture at different times and deadlock
         if isinstance(part, Block):
             fully_shard(part, mp_policy=policy)
     fully_shard(module, mp_policy=policy)
@@ -79,16 +79,16 @@ def shard(module: nn.Module, *, compute: torch.dtype | None = None) -> None:
 
 
 def backward(loss: Tensor, tokens: int) -> None:
-    """Add the gradient of a sum over tokens, divided by the `tokens` of all processes and packs.
+    """Run backward of a sum over tokens, divided by the `tokens` of all processes and packs.
 
-    FSDP averages over processes, which is undone here: packs of unequal size, on one process or on
-    many, weigh by their tokens.
+    FSDP averages over processes, which is undone here, so that packs of different sizes weigh by
+    their tokens.
     """
     (loss * (count_processes() / tokens)).backward()
 
 
 def add_up(value: Tensor) -> float:
-    """Return a number of each process summed over all."""
+    """Return the sum of a number over all processes."""
     total = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -96,9 +96,9 @@ def add_up(value: Tensor) -> float:
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the state after `step` steps, by all processes, and only then forget the one before.
+    """Save the state after `step` steps from all processes, then remove the previous one.
 
-    A name is given once all is written, so whatever is cut short is no checkpoint.
+    The folder is renamed when all is written, so an interrupted save leaves no checkpoint.
     """
     parameters, moments = get_state_dict(model, optimizer)
     partial, whole = folder / "partial", folder / f"step-{step:08d}"
@@ -119,9 +119,9 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Fill in the latest state in `folder` and return its step, or 0 where there is none.
+    """Load the latest state in `folder` and return its step, or 0 if there is none.
 
-    It may come from another number of processes.
+    It may have been saved by another number of processes.
     """
     found = saved(folder)
     if not found:
@@ -137,14 +137,14 @@ def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def saved(folder: Path) -> list[Path]:
-    """Return the whole states in `folder`, oldest first."""
+    """Return the saved states in `folder`, oldest first."""
     return sorted(folder.glob("step-????????"))
 
 
 def export(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
-    """Write a sharded encoder as the checkpoint that `packvit.load` reads, from the first process.
+    """Save a sharded encoder as a checkpoint for `packvit.load`.
 
-    Every process calls it, since each holds a part.
+    Every process must call it; the first one writes.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(encoder, options=options)
@@ -164,10 +164,10 @@ def export(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
 
 
 def leave() -> None:
-    """End a process that trains with others, once all of them are here; alone, do nothing.
+    """Wait for all processes, then exit this one; in a single process do nothing.
 
-    It ends without tearing anything down: threads of torch's that are still at work then abort a
-    process now and then (seen with gloo and FSDP2 in torch 2.13), and torchrun calls all failed.
+    It exits without cleanup: torch threads that still run sometimes abort the process during
+    cleanup (seen with gloo and FSDP2 in torch 2.13), and torchrun then reports a failure.
     """
     if dist.is_initialized():
         wait()
@@ -178,18 +178,18 @@ def leave() -> None:
 
 @contextmanager
 def quiet_alone() -> Iterator[None]:
-    """Keep torch from warning that there is a single process, where that is what is meant."""
+    """Silence torch's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def is_first() -> bool:
-    """Return whether this process writes what is written once."""
+    """Return whether this is the first process, which writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def wait() -> None:
-    """Go on when all processes have come here."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()

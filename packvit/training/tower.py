@@ -14,7 +14,7 @@ from packvit.packs.segments import Segments
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a tower hands to another model: M tokens, and which image each stands in."""
+    """The output of a tower: M tokens, and the grid of their images."""
 
     tokens: Float[Tensor, "M width"]
     grid_thw: Tensor  # [N, 3] on the host: frames, rows and columns of merged tokens
@@ -22,10 +22,10 @@ class Seen:
 
 
 class Tower(nn.Module):
-    """Tokens of several layers side by side, `side` x `side` patches to one, through a projector.
+    """Concatenates tokens of several layers, merges `side` x `side` patches, and projects them.
 
-    The last layer comes after the encoder's final norm, earlier ones as they leave their blocks, so
-    the projector opens with a norm. `width` is the other model's.
+    The last layer comes after the encoder's final norm, earlier ones directly from their blocks, so
+    the projector starts with a norm. `width` is the width of the language model.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Tower(nn.Module):
         ).to(encoder.device, encoder.dtype)
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Seen:
-        """Return the projected tokens of a pack; it takes what an encoder takes."""
+        """Return the projected tokens of a pack; the arguments are an encoder's."""
         # `run`, not `encode`: no pooling head is needed.
         ran = self.encoder.run(hidden_states, grid_thw, self.taps)
         tokens = torch.cat([*(ran.taps[layer] for layer in self.taps), ran.tokens], -1)

@@ -1,6 +1,6 @@
-"""Our encoders beside their references: what is compared, and what came of it. No torch here.
+"""Compare our encoders with their reference implementations. This module imports no torch.
 
-`job.py` verifies a checkpoint or a family, `comparison.py` compares outputs by the rule in
+`verify.py` verifies a checkpoint or a family, `comparison.py` compares outputs by the rule in
 `rule.py` and `files.py` what goes in and out of files, `references.py` runs transformers,
 `certificate.py` writes it all down.
 """
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 
 class VerificationError(Exception):
-    """An encoder is not what its reference is."""
+    """An encoder differs from its reference."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Comparison:
     """One comparison: how far off we are, and the most that we may be.
 
     Units: by `measure`. "rms" and "largest" are errors of outputs beside float64, as multiples of
@@ -34,12 +34,12 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether it is within its limit, which a NaN never is."""
+        """Whether it is within its limit; a NaN is not."""
         return self.worst <= self.limit
 
     @property
     def said(self) -> str:
-        """The comparison in words."""
+        """The comparison as a sentence."""
         how = (self.where, self.pack, self.dtype, self.backend)
         listed = ", ".join(part for part in how if part != "none")
         named = {"rms": " (root mean square)", "largest": " at most"}.get(self.measure, "")
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All that was compared of one encoder."""
+    """All comparisons of one encoder."""
 
     family: str
     model: str  # a checkpoint's name, or the seed of random weights
@@ -59,19 +59,19 @@ class Findings:
     settings: str  # sha256 of config.json and the image settings
     reference: str  # the class in transformers
     device: str
-    rows: tuple[Row, ...]
+    rows: tuple[Comparison, ...]
     not_compared: tuple[str, ...]  # what, and why not
     remarks: tuple[str, ...]  # how the reference was run
 
     @property
-    def missed(self) -> tuple[Row, ...]:
-        """The rows beyond their limit."""
+    def missed(self) -> tuple[Comparison, ...]:
+        """The comparisons beyond their limit."""
         return tuple(row for row in self.rows if not row.passed)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How much is compared; float32 always, on every backend that runs here."""
+class VerifyOptions:
+    """What to compare besides float32, which is compared on every backend that runs here."""
 
     quick: bool = False
     lower: tuple[str, ...] = ("bfloat16",)

@@ -1,4 +1,4 @@
-"""What was verified, as a JSON object that stands beside the checkpoint or the features."""
+"""The certificate of a verification: a JSON file next to the checkpoint or the features."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from packvit.checkpoints.files import Checkpoint
-from packvit.verification import Findings, Row
+from packvit.verification import Comparison, Findings
 from packvit.verification.machine import machine
 from packvit.verification.rule import FLOOR, LARGEST_FLOOR, LARGEST_TIMES, RMS_TIMES
 from packvit.version import version_of
@@ -21,7 +21,7 @@ NAME = "packvit-certificate.json"  # beside a checkpoint
 
 
 def certify(findings: Sequence[Findings]) -> dict[str, Any]:
-    """Return the certificate of what was found, good or bad."""
+    """Return the certificate of findings, whether they passed or not."""
     return {
         "format": FORMAT,
         "passed": all(not found.missed for found in findings),
@@ -39,19 +39,19 @@ def certify(findings: Sequence[Findings]) -> dict[str, Any]:
 
 
 def as_object(found: Findings) -> dict[str, Any]:
-    """Return one model's part; a difference that is no number is null."""
+    """Return one model's findings as JSON values; a NaN or infinity is null."""
     return asdict(found) | {"rows": [row_object(row) for row in found.rows]}
 
 
-def row_object(row: Row) -> dict[str, Any]:
-    """Return one row."""
+def row_object(row: Comparison) -> dict[str, Any]:
+    """Return one comparison as JSON values."""
     numbers = {name: getattr(row, name) for name in ("worst", "limit", "own")}
     said = {name: x if x is not None and isfinite(x) else None for name, x in numbers.items()}
     return asdict(row) | said | {"passed": row.passed}
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
-    """Put a certificate at `path` in one step.
+    """Write a certificate atomically.
 
     Raises: OSError if it cannot be written.
     """
@@ -64,13 +64,13 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def settings_digest(checkpoint: Checkpoint) -> str:
-    """Return one digest of config.json and the image settings, which weights do not show."""
-    told = json.dumps([checkpoint.config, checkpoint.preprocessor], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()
+    """Return a digest of config.json and the image settings, which the weights' digest omits."""
+    text = json.dumps([checkpoint.config, checkpoint.preprocessor], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_beside(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the certificate in the checkpoint's folder, or None if there is none to read."""
+    """Return the certificate in the checkpoint's folder, or None if none can be read."""
     if not checkpoint.files:
         return None
     try:
@@ -89,25 +89,25 @@ def why_not(
     dtype: str,
     backend: str,
 ) -> str | None:
-    """Return why a certificate says nothing about a job, or None if it vouches for it.
+    """Return why a certificate does not apply to a job, or None if it does.
 
-    `weights` is the checkpoint's `sha256()`. The certificate must have been made by this version
-    of packvit with this torch, have passed, and cover what the job computes with.
+    `weights` is the checkpoint's `sha256()`. The certificate must come from this version of
+    packvit and torch, have passed, and cover the job's device, dtype and attention backend.
     """
     if found.get("format") != FORMAT:
         return "it is in another format"
     if found.get("passed") is not True:
-        return "it is of a verification that failed"
+        return "its verification failed"
     made = found.get("machine", {})
     for name in ("packvit", "torch"):
         if made.get(name) != (version := version_of(name)):
             return f"it was made with {name} {made.get(name)}, and this is {version}"
     same = [model for model in found.get("models", []) if model.get("weights") == weights]
     if not same:
-        return "it is of other weights"
+        return "it is for other weights"
     same = [model for model in same if model.get("settings") == settings_digest(checkpoint)]
     if not same:
-        return "it is of another config.json or other image settings"
+        return "it is for another config.json or other image settings"
     for model in same:
         if model.get("device") == device and any(
             (row.get("dtype"), row.get("backend")) == (dtype, backend) for row in model["rows"]

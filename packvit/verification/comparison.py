@@ -1,4 +1,4 @@
-"""One encoder's outputs beside its reference's, over shapes, packs, precisions and backends."""
+"""Compare an encoder's outputs with its reference's, over shapes, packs, dtypes and backends."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from packvit.encoder import Encoder
 from packvit.model.attention import BACKENDS
 from packvit.packs.segments import Grid
-from packvit.verification import Plan, Row
-from packvit.verification.drawing import Shapes, describe, draw, plan_shapes
-from packvit.verification.references import PER_FRAME, Answers, Reference, run
+from packvit.verification import Comparison, VerifyOptions
+from packvit.verification.drawing import Shapes, describe_grid, draw, plan_shapes
+from packvit.verification.references import PER_FRAME, Answers, ReferenceModel, run
 from packvit.verification.rule import Judgement, judge, judge_layers
 
 
@@ -28,16 +28,18 @@ class Round:
     finite: frozenset[int]  # the images of which the reference says no NaN
 
 
-def compare_outputs(encoder: Encoder, reference: Reference, plan: Plan) -> Iterator[Row]:
-    """Yield what became of each comparison. `encoder` computes in float32, and is left as it was.
+def compare_outputs(
+    encoder: Encoder, reference: ReferenceModel, options: VerifyOptions
+) -> Iterator[Comparison]:
+    """Yield all comparisons. `encoder` computes in float32, and is not changed.
 
     In float32 every image is compared alone, among others and in reverse order; in lower
     precisions among others.
     """
-    for name in ("float32", *plan.lower):
+    for name in ("float32", *options.lower):
         dtype = getattr(torch, name)
         ours = encoder if name == "float32" else lower(encoder, dtype)
-        rounds = ask_reference(ours, reference, plan)
+        rounds = ask_reference(ours, reference, options)
         orders = ("alone", "among others", "reordered") if name == "float32" else ("among others",)
         for backend in backends(ours):
             for order in orders:
@@ -47,11 +49,13 @@ def compare_outputs(encoder: Encoder, reference: Reference, plan: Plan) -> Itera
                     yield from compare_neighbours(ours, asked.patches, asked.shapes)
 
 
-def ask_reference(encoder: Encoder, reference: Reference, plan: Plan) -> list[Round]:
+def ask_reference(
+    encoder: Encoder, reference: ReferenceModel, options: VerifyOptions
+) -> list[Round]:
     """Return the rounds in an encoder's precision, with the reference's answers."""
-    planned = plan_shapes(encoder, plan, reference.family.reference.interpolates)
+    planned = plan_shapes(encoder, options, reference.family.reference.interpolates)
     packs = [
-        [patches.to(encoder.dtype) for patches in draw(shapes.grid, encoder, plan.seed)]
+        [patches.to(encoder.dtype) for patches in draw(shapes.grid, encoder, options.seed)]
         for shapes in planned
     ]
 
@@ -71,7 +75,7 @@ def ask_reference(encoder: Encoder, reference: Reference, plan: Plan) -> list[Ro
     ]
 
 
-def load_exactly(reference: Reference, encoder: Encoder) -> nn.Module:
+def load_exactly(reference: ReferenceModel, encoder: Encoder) -> nn.Module:
     """Return the reference in float64, with the very weights that it has in lower precision."""
     if encoder.dtype == torch.float32:
         return reference.load(torch.float64, encoder.device)
@@ -89,26 +93,26 @@ def finite_images(said: Answers, images: int) -> frozenset[int]:
 
 def judge_pack(
     encoder: Encoder, backend: str, order: str, rounds: Sequence[Round]
-) -> Iterator[Row]:
+) -> Iterator[Comparison]:
     """Judge tokens and layers shape by shape, and one vector of an image over all of them."""
     dtype, blocks = encoder.dtype, encoder.config.layers
-    answers = []
+    answers, attention = [], backend
     for asked in rounds:
         with set_to(encoder, backend, asked.shapes):
             answers.append(ask_in(order, encoder, asked))
             attention = encoder.attention
 
-    def row(what: str, where: str, judged: Judgement) -> Row:
+    def row(what: str, where: str, judged: Judgement) -> Comparison:
         name, numbers = str(dtype).removeprefix("torch."), (judged.worst, judged.limit, judged.own)
-        return Row(what, where, judged.measure, order, name, attention, *numbers)
+        return Comparison(what, where, judged.measure, order, name, attention, *numbers)
 
     for asked, ours in zip(rounds, answers, strict=True):
         said = (ours, asked.theirs, asked.truth)
         for group in asked.shapes.groups():
             kept = [image for image in group if image in asked.finite]
-            where = describe([asked.shapes.grid[image] for image in group], asked.shapes)
+            where = describe_grid([asked.shapes.grid[image] for image in group], asked.shapes)
             if lost := len(group) - len(kept):
-                where = f"{where}, without {lost} for which the reference says NaN"
+                where = f"{where}, without {lost} for which the reference returns NaN"
             tokens, taps = ([pick([x], [kept], kind) for x in said] for kind in ("tokens", "taps"))
             for judged in judge(*tokens, dtype=dtype, blocks=blocks):
                 yield row("tokens", where, judged)
@@ -154,7 +158,7 @@ def backends(encoder: Encoder) -> list[str]:
 
 @contextmanager
 def set_to(encoder: Encoder, backend: str, shapes: Shapes) -> Iterator[None]:
-    """Let an encoder attend by `backend`, and take the grids of `shapes`, for a while."""
+    """Set the attention backend and interpolation of an encoder while the context lasts."""
     before = encoder.backend, encoder.embeddings.interpolate
     encoder.backend, encoder.embeddings.interpolate = backend, shapes.interpolate
     try:
@@ -164,7 +168,7 @@ def set_to(encoder: Encoder, backend: str, shapes: Shapes) -> Iterator[None]:
 
 
 def lower(encoder: Encoder, dtype: torch.dtype) -> Encoder:
-    """Return a copy that computes in `dtype`; the files that it came from are not copied."""
+    """Return a copy in `dtype` that shares the checkpoint object."""
     return deepcopy(encoder, {id(encoder.checkpoint): encoder.checkpoint}).to(dtype)
 
 
@@ -182,12 +186,12 @@ def ask_in(order: str, encoder: Encoder, asked: Round) -> Answers:
 
 @torch.no_grad()
 def ask(encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
-    """Return everything that our encoder says about one pack, image by image."""
+    """Return all outputs of our encoder for one pack, image by image."""
     found = encoder.encode(
         torch.cat(list(patches)),
         torch.tensor(grid, dtype=torch.int64, device="cpu"),
         taps=range(encoder.config.layers),
-        projection=encoder.projection is not None,
+        projected=encoder.projection is not None,
     )
     lengths = [frames * rows * columns for frames, rows, columns in grid]
     taps = torch.stack(list(found.taps.values()))
@@ -203,8 +207,8 @@ def ask(encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
 
 def compare_neighbours(
     encoder: Encoder, patches: Sequence[Tensor], shapes: Shapes
-) -> Iterator[Row]:
-    """See that images beside others full of NaN keep every bit."""
+) -> Iterator[Comparison]:
+    """Check that images packed with images of NaN keep every bit."""
     spoilt = {0, len(patches) - 2}
     dirty = [torch.full_like(x, torch.nan) if i in spoilt else x for i, x in enumerate(patches)]
     clean, beside = (ask(encoder, some, shapes.grid) for some in (patches, dirty))
@@ -214,8 +218,8 @@ def compare_neighbours(
             if image not in spoilt:
                 worst = max(worst, deviation(beside[kind][image], output))
     dtype = str(encoder.dtype).removeprefix("torch.")
-    where, backend = describe(shapes.grid, shapes), encoder.attention
-    yield Row("neighbours of NaN", where, "bits", "among others", dtype, backend, worst, 0.0)
+    where, backend = describe_grid(shapes.grid, shapes), encoder.attention
+    yield Comparison("neighbours of NaN", where, "bits", "among others", dtype, backend, worst, 0.0)
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:

@@ -14,7 +14,7 @@ from packvit.encoder import Encoder
 from packvit.images.patches import cut_patches
 from packvit.model.embeddings import normalize
 from packvit.packs.segments import Grid
-from packvit.verification import Plan
+from packvit.verification import VerifyOptions
 
 SHAPES: Grid = (  # (frames, rows, columns); square grids alone would hide swapped axes
     (1, 1, 1),
@@ -47,12 +47,12 @@ class Shapes:
             yield range(start, start := start + self.grid.count(place))
 
 
-def plan_shapes(encoder: Encoder, plan: Plan, interpolates: bool) -> list[Shapes]:
+def plan_shapes(encoder: Encoder, options: VerifyOptions, interpolates: bool) -> list[Shapes]:
     """Return the rounds: any grid, or an encoder's one grid and, on request, any other."""
     table = encoder.config.positions
     rows, columns = (table.rows, table.columns) if isinstance(table, Table) else (SQUARE, SQUARE)
-    own, most = (1, rows, columns), QUICK_MOST if plan.quick else MOST
-    others = QUICK_SHAPES if plan.quick else (*SHAPES, LARGEST)
+    own, most = (1, rows, columns), QUICK_MOST if options.quick else MOST
+    others = QUICK_SHAPES if options.quick else (*SHAPES, LARGEST)
     if not isinstance(table, Table) or table.any_grid:
         return [Shapes(repeated((*others, own), most), interpolate=False)]
     alone = (*repeated((own,), most), own, own, *repeated(((2, rows, columns),), most))
@@ -108,7 +108,7 @@ def draw_photograph(draw: np.random.Generator, height: int, width: int) -> Image
     return Image.fromarray((large + grain).clip(0, 255).astype(np.uint8))
 
 
-def describe(grid: Sequence[tuple[int, int, int]], shapes: Shapes) -> str:
+def describe_grid(grid: Sequence[tuple[int, int, int]], shapes: Shapes) -> str:
     """Say which images were compared: 3 x 17, 2 frames of 4 x 6, 8 images."""
     frames, rows, columns = grid[0]
     sides = f"{rows} x {columns}" if frames == 1 else f"{frames} frames of {rows} x {columns}"

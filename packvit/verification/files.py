@@ -1,4 +1,4 @@
-"""What goes in and out of files: weights that transformers reads back, and photographs."""
+"""Compare what is written and read: saved weights that transformers loads, and preprocessing."""
 
 import json
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from packvit.checkpoints.downloads import PREPROCESSOR, PROCESSOR
 from packvit.checkpoints.files import Checkpoint
 from packvit.config import Table
 from packvit.encoder import Encoder
-from packvit.verification import Plan, Row
+from packvit.verification import Comparison, VerifyOptions
 from packvit.verification.drawing import draw, draw_photograph
 from packvit.verification.references import (
-    Reference,
+    ReferenceModel,
     image_processor,
     load_model,
     processor_class,
@@ -34,12 +34,12 @@ PHOTOGRAPHS = ((300, 421), (640, 97), (97, 640), (61, 50), (1024, 683), (224, 22
 ROUNDING = 1 / 255
 
 
-def compare_saved(encoder: Encoder, reference: Reference) -> Iterator[Row]:
+def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Comparison]:
     """Save with our `save_pretrained`, load with transformers, and compare weights and outputs."""
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
         before = reference.load(torch.float32, "cpu")
-        # A tower that we do not write is left at random, in its own size rather than the default.
+        # A tower that we do not write gets random weights, in its own size rather than the default.
         two = hasattr(before.config, "text_config")
         written = json.loads((Path(folder) / "config.json").read_bytes())
         name = written.get("architectures", [reference.architecture])[0]
@@ -56,7 +56,7 @@ def compare_saved(encoder: Encoder, reference: Reference) -> Iterator[Row]:
         if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
     }
     where = f"saved by us, loaded as {name}"
-    yield Row("weights", where, "count", "none", "float32", "none", float(len(wrong)), 0.0)
+    yield Comparison("weights", where, "count", "none", "float32", "none", float(len(wrong)), 0.0)
     # The settings that were saved beside the weights show in what the model says. Not to the bit:
     # kernels round by where in memory a file's weights happen to start.
     table = encoder.config.positions
@@ -68,22 +68,22 @@ def compare_saved(encoder: Encoder, reference: Reference) -> Iterator[Row]:
     said, own, truth = (run(model, patches, grid)["tokens"] for model in (after, before, exact))
     for judged in judge(said, own, truth, dtype=torch.float32, blocks=encoder.config.layers):
         numbers = (judged.worst, judged.limit, judged.own)
-        yield Row("tokens", where, judged.measure, "alone", "float32", "none", *numbers)
+        yield Comparison("tokens", where, judged.measure, "alone", "float32", "none", *numbers)
 
 
-def compare_taken_over(encoder: Encoder, model: nn.Module) -> Row:
-    """Compare a model's weights as we read them from its files with those taken from memory."""
+def compare_taken_over(encoder: Encoder, model: nn.Module) -> Comparison:
+    """Compare weights loaded from files with weights taken from the model in memory."""
     ours, theirs = encoder.state_dict(), type(encoder).from_transformers(model).state_dict()
     wrong = sum(
         name not in ours or name not in theirs or not torch.equal(ours[name].cpu(), theirs[name])
         for name in ours.keys() | theirs.keys()
     )
     where = "taken over from memory"
-    return Row("weights", where, "count", "none", "float32", "none", float(wrong), 0.0)
+    return Comparison("weights", where, "count", "none", "float32", "none", float(wrong), 0.0)
 
 
-def obstacle_to_photographs(reference: Reference, checkpoint: Checkpoint) -> str | None:
-    """Return why preprocessing cannot be compared here, or None if it can."""
+def obstacle_to_photographs(reference: ReferenceModel, checkpoint: Checkpoint) -> str | None:
+    """Return why preprocessing cannot be compared here, or None."""
     name = processor_class(reference.family, checkpoint.preprocessor)
     if image_processor(name) is None:
         return f"pixels: {name} needs torchvision, which is not installed"
@@ -92,10 +92,12 @@ def obstacle_to_photographs(reference: Reference, checkpoint: Checkpoint) -> str
     return None
 
 
-def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[Row]:
-    """Send the same files through our preprocessing and the reference's, and compare pixels.
+def compare_photographs(
+    encoder: Encoder, folder: Path, options: VerifyOptions
+) -> Iterator[Comparison]:
+    """Preprocess the same files with ours and the reference's code, and compare pixels.
 
-    `folder` is the checkpoint's. Processors on Pillow must agree to the last bit.
+    `folder` is the checkpoint's. Processors on Pillow must be equal bit for bit.
     """
     assert encoder.checkpoint is not None
     kind = image_processor(processor_class(encoder.family, encoder.checkpoint.preprocessor))
@@ -104,9 +106,9 @@ def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[
     limit = 0.0
     if not kind.__name__.endswith("Pil"):
         limit = ROUNDING / min(encoder.images.std)
-    draw = np.random.default_rng(plan.seed)
+    draw = np.random.default_rng(options.seed)
     with TemporaryDirectory() as temporary:
-        for height, width in PHOTOGRAPHS[:2] if plan.quick else PHOTOGRAPHS:
+        for height, width in PHOTOGRAPHS[:2] if options.quick else PHOTOGRAPHS:
             for suffix in ("png", "jpg"):
                 path = Path(temporary) / f"{height}x{width}.{suffix}"
                 draw_photograph(draw, height, width).save(path)
@@ -118,7 +120,7 @@ def compare_photographs(encoder: Encoder, folder: Path, plan: Plan) -> Iterator[
                 if sides == tuple(pack.grid_thw[0, 1:].tolist()):
                     worst = (ours.double() - theirs.double()).abs().max().item()
                 where = f"{suffix}, {height} x {width} pixels"
-                yield Row("pixels", where, "pixels", "none", "float32", "none", worst, limit)
+                yield Comparison("pixels", where, "pixels", "none", "float32", "none", worst, limit)
 
 
 def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""What runs here and what is known: the facts behind `packvit info` and the table in the docs."""
+"""Facts about this machine and the supported models, for `packvit info` and the docs."""
 
 import os
 import platform
@@ -49,7 +49,7 @@ def survey() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the machine is, with the versions of what computes on it."""
+    """Return the hardware, and the versions of the packages that compute."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "packvit": version_of("packvit"),
@@ -62,7 +62,7 @@ def machine() -> dict[str, Any]:
 
 
 def backends_page() -> str:
-    """Return the table of attention backends for the docs, which no machine changes."""
+    """Return the table of attention backends for the docs; it is the same on every machine."""
     lines = ["| name | what it calls | run and measured by us |", "|---|---|---|"]
     lines += [f"| `{b.name}` | {b.title} | {'yes' if b.measured else 'no'} |" for b in BACKENDS]
     return "\n".join(lines) + "\n"
@@ -80,7 +80,7 @@ def families_page() -> str:
 
 
 def checkpoints_page() -> str:
-    """Return docs/checkpoints.md: every published checkpoint that we know by name."""
+    """Return docs/checkpoints.md: all published checkpoints that are known by name."""
     page = ["# Checkpoints\n", "Written by `docs/generate.py` from the families' files.\n"]
     for encoder in FAMILIES:
         page.append(f"## {encoder.family.name}: `{encoder.__name__}`\n")

@@ -1,8 +1,7 @@
-"""transformers' models, run one image at a time: what our encoders are compared with.
+"""Run transformers' models one image at a time, as the reference for our encoders.
 
-Nothing here goes through our weight rules, our positions or our layers: a reference is loaded by
-the class that its config.json names, from the same files. transformers is imported only when it is
-asked for.
+Nothing here uses our weight rules, positions or layers: a reference is loaded by the class that its
+config.json names, from the same files. transformers is imported only when it is needed.
 """
 
 import json
@@ -31,7 +30,7 @@ SIZES: Mapping[str, Any] = {  # of the small random models
     "image_size": 224,
     "num_register_tokens": 4,
 }
-TEXT_SIZES: Mapping[str, Any] = {  # of a tower that nobody asks
+TEXT_SIZES: Mapping[str, Any] = {  # of a text tower, whose outputs are not used
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
@@ -42,7 +41,7 @@ TEXT_SIZES: Mapping[str, Any] = {  # of a tower that nobody asks
     "eos_token_id": 2,
 }
 
-# What an encoder says about each image of a pack: kinds of output, in this order.
+# The outputs of an encoder for each image of a pack, by kind.
 # Shapes: tokens [patches, D], taps [layers, patches, D]; of each frame: prefix [R, D], pooled [D],
 # projected [E].
 Answers = Mapping[str, Sequence[Tensor]]
@@ -65,7 +64,7 @@ def import_transformers() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from drawing bars and tables; what matters of them we look up ourselves."""
+    """Turn off transformers' progress bars and log messages."""
     logging = import_transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -79,8 +78,8 @@ def quiet() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """A checkpoint as transformers reads it, whole, from `folder`."""
+class ReferenceModel:
+    """A checkpoint in `folder`, as transformers reads it."""
 
     family: Family
     folder: Path
@@ -89,7 +88,7 @@ class Reference:
     def architecture(self) -> str:
         """The class that config.json names.
 
-        Raises: CheckpointError for one that is no vision model of the family.
+        Raises: CheckpointError if it is not a vision model of the family.
         """
         config = json.loads((self.folder / "config.json").read_bytes())
         known = self.family.reference.models
@@ -102,9 +101,9 @@ class Reference:
         return named[0]
 
     def load(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """Return the model, its buffers in the precision in which its authors keep them.
+        """Return the model; buffers keep the precision that transformers gives them.
 
-        Raises: CheckpointError if transformers would leave one of its weights at random.
+        Raises: CheckpointError if transformers would leave a weight at random.
         """
         model, left = load_model(self.architecture, self.folder, dtype)
         if left:
@@ -118,7 +117,7 @@ class Reference:
 def load_model(
     name: str, folder: Path, dtype: torch.dtype, *, config: Any = None
 ) -> tuple[nn.Module, list[str]]:
-    """Return a model of transformers in eval mode, and the names that its files left at random."""
+    """Return a transformers model in eval mode, and the names of weights left at random."""
     with quiet():
         model, info = getattr(import_transformers(), name).from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True
@@ -127,17 +126,17 @@ def load_model(
 
 
 def tower(model: nn.Module) -> Any:
-    """Return the part of a model that looks at images."""
+    """Return the vision tower of a model."""
     return getattr(model, "vision_model", model)
 
 
 def projection(model: nn.Module) -> nn.Module | None:
-    """Return the matrix into the space shared with text, where there is one."""
+    """Return the projection to the space shared with text, or None."""
     return getattr(model, "visual_projection", None)
 
 
 def vision_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of the part that looks at images, and of the projection behind it."""
+    """Return the weights of the vision tower and its projection."""
     shared = projection(model)
     named = {f"projection.{k}": v for k, v in (shared.state_dict() if shared else {}).items()}
     return dict(tower(model).state_dict()) | named
@@ -166,12 +165,13 @@ def write_random(variant: Variant, family: Family, folder: Path, seed: int) -> n
 
 
 def randomise(model: nn.Module, seed: int) -> Any:
-    """Draw every weight so that it matters: one that is ignored or misplaced must show."""
-    generator = torch.Generator().manual_seed(seed)
+    """Draw random weights large enough that an ignored or misplaced one changes the outputs."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(
-                parameter.shape, generator=generator, dtype=torch.float32, device="cpu"
+                parameter.shape, generator=generator, dtype=torch.float32, device=device
             )
             words = name.split(".")
             is_scale = words[-1] == "weight" and parameter.ndim == 1  # of a norm
@@ -185,9 +185,9 @@ def randomise(model: nn.Module, seed: int) -> Any:
 
 
 def processor_class(family: Family, settings: Mapping[str, Any] | None) -> str:
-    """Return the name of the class in transformers that prepares a checkpoint's images.
+    """Return the name of transformers' image processor for a checkpoint.
 
-    On Pillow where there is one; the family's where the checkpoint names none.
+    The Pillow version if there is one; the family's if the checkpoint names none.
     """
     name = processor_name(settings or {})
     if name is None:
@@ -205,7 +205,7 @@ def image_processor(name: str) -> Any:
 
 
 class RightInterpolation(TorchFunctionMode):
-    """Let the reference interpolate rightly to one column, which torch does by a turned image."""
+    """Work around torch's wrong antialiased interpolation to one column, by transposing."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given: dict[str, Any] = kwargs or {}
@@ -218,10 +218,10 @@ class RightInterpolation(TorchFunctionMode):
 
 
 def interpolation_error(device: torch.device | str) -> float:
-    """Return how wrong torch is here about an antialiased image of one column.
+    """Return the error of torch's antialiased interpolation to one column on this device.
 
-    With torch 2.13 on a CPU it is wrong by more than 1 for a table of N(0, 1), and the references
-    that antialias inherit that.
+    With torch 2.13 on a CPU the error exceeds 1 for a table of N(0, 1), and references that
+    antialias have it too.
     """
     image = torch.randn(
         1, 16, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
@@ -236,7 +236,7 @@ def interpolation_error(device: torch.device | str) -> float:
 def run(
     model: nn.Module, patches: Sequence[Tensor], grid: Grid, *, interpolate: bool = False
 ) -> Answers:
-    """Forward every frame of every image by itself.
+    """Return the model's outputs, running every frame by itself.
 
     Shapes: patches N x [patches, P], normalised, in the order (row, column, channel).
     """
@@ -258,7 +258,7 @@ PER_FRAME = ("prefix", "pooled", "projected")
 def run_frame(
     model: nn.Module, patches: Tensor, rows: int, columns: int, interpolate: bool
 ) -> dict[str, Tensor]:
-    """Return what the model says about one frame."""
+    """Return the model's outputs for one frame."""
     looking = tower(model)
     weight = next(looking.parameters())
     patches = patches.to(weight.device, weight.dtype)
@@ -283,7 +283,7 @@ def run_frame(
 
 
 def inputs(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
-    """Return one image as the model takes it: pixels, or patches with their mask and shape."""
+    """Return the model's arguments for one image: pixels, or patches with mask and shape."""
     if model.main_input_name == "pixel_values" and "num_patches" in model.config.to_dict():
         return {
             "pixel_values": patches[None],

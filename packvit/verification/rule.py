@@ -17,7 +17,8 @@ LARGEST_TIMES = 2.0  # and our largest error
 # What is right however exact the reference is, in units of roundoff * sqrt(1 + blocks): roundings
 # add up as squares do. In 16 bits libraries sum in float32, so there are fewer of them.
 FLOOR = {torch.float32: 10.0, torch.float16: 1.0, torch.bfloat16: 1.0, torch.float64: 100.0}
-LARGEST_FLOOR = 5.0  # of the largest error, as a multiple of FLOOR
+# Of the largest error, as a multiple of FLOOR: trained models have channels of 14 times the rest.
+LARGEST_FLOOR = 20.0
 
 Measure = Literal["rms", "largest"]
 

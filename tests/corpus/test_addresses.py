@@ -20,7 +20,7 @@ from served import outcome_of
 from packvit.cli.convert import convert
 from packvit.cli.embed import embed
 from packvit.cli.pca import pca
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.inputs.addresses import ALLOWED, protocols, spell
 from packvit.corpus.inputs.find import list_inputs
@@ -57,12 +57,14 @@ REFUSED = (
 @pytest.mark.parametrize("url", REFUSED)
 def test_a_protocol_that_is_not_on_the_list_is_refused_or_a_row(url: str):  # cases S1 and V7
     photo = "photos/good-0000.jpg"
-    with pytest.raises(WrongUse, match=r"is not read: .*:// is none of .*http, https, s3, gs, az"):
+    with pytest.raises(
+        UsageError, match=r"is not read: .*://.* Allowed are http, https, s3, gs, az"
+    ):
         list_inputs([url, "photos"])
     Path("list.txt").write_text(f"{photo}\n{url}\n")
     found = outcome_of(lists=["list.txt"])
     assert found == {photo: Path(photo).read_bytes(), spell(url): "unreadable"}
-    with pytest.raises(WrongUse, match="is not read"):
+    with pytest.raises(UsageError, match="is not read"):
         list_inputs([], [url.replace(".jpg", ".txt")])
 
 
@@ -209,7 +211,7 @@ def test_urls_that_differ_in_credentials_alone_are_each_read(locked: str):  # ca
     found = {plain: data, f"{plain}#2": "unreadable", f"{plain}#3": data}
     assert outcome_of(lists=["list.txt"]) == found
     Path("list.txt").write_text("\n".join((url, url)))
-    with pytest.raises(WrongUse, match=rf'called "{plain}"'):
+    with pytest.raises(UsageError, match=rf'called "{plain}"'):
         list_inputs([], ["list.txt"])
 
 
@@ -269,6 +271,6 @@ def test_results_are_written_to_local_folders_alone(out: str, here: Path):  # ca
         done = CliRunner().invoke(command, words)
         assert done.exit_code == 2
         assert f"{name} is {out}" in done.output
-        assert "local folders alone" in " ".join(done.output.split())
+        assert "local folders only" in " ".join(done.output.split())
         assert "Traceback" not in done.output
     assert sorted(here.rglob("*")) == before

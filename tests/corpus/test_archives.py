@@ -21,7 +21,7 @@ from rotten import encode, pixels
 from served import outcome
 
 from packvit.cli.embed import embed
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.sources import Cell, Input, read
@@ -116,7 +116,7 @@ def test_members_are_called_by_their_whole_names_where_a_sample_has_two_photogra
     assert outcome(listing) == {"1.jpg": b"1", "1.mask.png": b"m", "2.jpg": b"2"}
     assert listing.ignored == 1
     path = write_tar(tmp_path / "x.tar", [("1.jpg", b"1"), ("1.jpg", b"2")])
-    with pytest.raises(WrongUse, match=r'called "1\.jpg".* an archive may hold a name once'):
+    with pytest.raises(UsageError, match=r'called "1\.jpg".* an archive may hold a name once'):
         list_inputs([str(path)])
 
 
@@ -161,10 +161,10 @@ def test_a_tar_cut_anywhere_says_so_and_loses_nothing_that_is_there(tmp_path: Pa
 def test_an_archive_without_photographs_or_compressed_is_wrong_use(tmp_path: Path):
     for files, count in (([], 0), ([("a.txt", b"x"), ("b.json", b"x")], 2)):
         path = write_tar(tmp_path / "x.tar", files)
-        with pytest.raises(WrongUse, match=rf"x\.tar holds no photographs, but {count} other"):
+        with pytest.raises(UsageError, match=rf"x\.tar holds no photographs, but {count} other"):
             list_inputs([str(path)])
     for name in ("x.tar.gz", "x.TGZ", "x.tar.zst"):
-        with pytest.raises(WrongUse, match=r"is compressed, .* Unpack it to a \.tar"):
+        with pytest.raises(UsageError, match=r"is compressed, .* Decompress it to a \.tar"):
             list_inputs([str(tmp_path / name)])
 
 
@@ -277,7 +277,9 @@ def test_a_column_of_bytes_is_embedded_by_its_name(tmp_path: Path, kind: pa.Data
     rows = run(tmp_path / "x.parquet", "--image-column", "jpg", "--out", tmp_path / "out")
     check_rows(rows, {str(number): data for number, data in enumerate(images)})
     for column in ("image", "label"):
-        with pytest.raises(WrongUse, match=r"It has: jpg \(.*binary\), label \(int64\)\. Name one"):
+        with pytest.raises(
+            UsageError, match=r"It has: jpg \(.*binary\), label \(int64\)\. Name one"
+        ):
             list_inputs([str(tmp_path / "x.parquet")], image_column=column)
 
 
@@ -309,7 +311,7 @@ def test_a_damaged_table_is_a_row_and_so_is_each_row_that_is_damaged(tmp_path: P
 
 def test_an_archive_that_is_not_there_is_refused(tmp_path: Path):
     for name in ("x.tar", "x.parquet"):
-        with pytest.raises(WrongUse, match=rf'"{tmp_path / name}" is not there'):
+        with pytest.raises(UsageError, match=rf'"{tmp_path / name}" is not there'):
             list_inputs([str(tmp_path / name)])
 
 

@@ -18,7 +18,7 @@ from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit.cli.check import check
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.checking import Check, check_folder
 from packvit.corpus.folder.layout import (
     commit,
@@ -136,11 +136,14 @@ def cut(out: Path) -> None:
         (lambda out: (out / "part-00001.parquet").unlink(), "part-00001.parquet is missing."),
         (cut, "part-00000.parquet has "),
         (remove_line, "commits.jsonl lists 1 of 2 parts: part-00001.parquet is the first that"),
-        (remove_line, "part-00001.parquet is not in commits.jsonl, so no reader may trust it."),
+        (remove_line, "part-00001.parquet is not in commits.jsonl, so readers must not use it."),
         (swap_lines, "commits.jsonl line 2 (part-00000.parquet) is out of order."),
         (claim_incomplete, "manifest.json says that the job is not complete."),
         (miscount, "manifest.json counts "),
-        (forge, 'manifest.json is not of "packvit features 1" with the fingerprint of its'),
+        (
+            forge,
+            'manifest.json is not in format "packvit features 1", or its fingerprint does',
+        ),
         (lambda out: (out / "manifest.json").unlink(), "manifest.json is missing."),
         (lambda out: (out / "manifest.json").write_text("{"), "manifest.json is damaged: it is no"),
         (lambda out: (out / "certificate.json").unlink(), "certificate.json is missing."),
@@ -189,9 +192,9 @@ def test_rows_that_are_committed_and_wrong_are_found(tmp_path: Path, finished: P
         (
             (nan, "part-00000.parquet holds pooled with NaN or infinity in a row that is ok."),
             (twice, "part-00000.parquet names an input twice."),
-            (other, "manifest.json is of other inputs, or in another order, than the rows."),
+            (other, "manifest.json lists other inputs than the rows, or in another order."),
             (accuse, "holds pooled where a row is an error, or none where it is ok."),
-            (accuse, "holds a row whose stage does not fit its status."),
+            (accuse, "holds a row whose stage does not match its status."),
             (lambda t: t.slice(1), "part-00000.parquet holds 63 rows, not 64."),
             (lambda t: t.drop_columns(["note"]), "does not have the columns that the manifest"),
         )
@@ -207,7 +210,7 @@ def test_faults_are_printed_with_how_to_mend_them_and_as_json(out: Path):
     assert result.exit_code == 1
     first, second, *_ = result.stdout.splitlines()
     assert first == "part-00000.parquet is missing."
-    assert second == "  Give the same embed command again: it goes on with what is whole."
+    assert second == "  Run the same embed command again: it keeps the parts that are whole."
     assert result.stdout.endswith("tokens; 1 fault\n")
     result = invoke(out, "--json")
     assert result.exit_code == 1
@@ -220,7 +223,7 @@ def test_faults_are_printed_with_how_to_mend_them_and_as_json(out: Path):
 def test_what_is_no_feature_folder_is_wrong_use(tmp_path: Path):
     (tmp_path / "manifest.json").write_text('{"manifest_version": 3}')
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(WrongUse, match="is no feature folder"):
+        with pytest.raises(UsageError, match="is not a feature folder"):
             check_folder(folder)
         result = invoke(folder)
         assert result.exit_code == 2

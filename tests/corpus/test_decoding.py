@@ -22,9 +22,9 @@ from rotten import encode, exif, pixels, png, write_good, write_rotten
 import packvit
 from packvit.config import ImageConfig
 from packvit.corpus import DecoderError
-from packvit.corpus.decode.prepare import Recipe, prepare
+from packvit.corpus.decode.prepare import Preprocessing, prepare
 from packvit.corpus.decode.processes import Worker
-from packvit.corpus.decode.queue import TOGETHER, Decoders, Line, Stopped
+from packvit.corpus.decode.queue import TOGETHER, DecodeQueue, Decoders, Stopped
 from packvit.corpus.decode.worker import MOST_BYTES
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.layout import read_commits
@@ -33,7 +33,7 @@ from packvit.encoder import Encoder
 
 HALF = (0.5, 0.5, 0.5)
 IMAGES = ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic", sizing=None)
-RECIPE = Recipe(IMAGES, "hwc", "native", 256, 100_000_000)
+PREPROCESSING = Preprocessing(IMAGES, "hwc", "native", 256, 100_000_000)
 AHEAD = 10_000_000
 
 
@@ -104,7 +104,7 @@ class Modules(Input):
 
 
 def test_a_worker_never_imports_torch(worker: Worker):
-    [prepared], _ = worker.prepare([Modules("", "")], RECIPE, at_once, 60.0)
+    [prepared], _ = worker.prepare([Modules("", "")], PREPROCESSING, at_once, 60.0)
     modules = prepared.row.id.split(",")
     assert "PIL.Image" in modules
     assert not {"torch", "pyarrow", "jaxtyping", "multiprocessing"} & set(modules)
@@ -141,10 +141,10 @@ def test_jpegs_for_the_device_come_together_until_something_else_stands_between(
     (tmp_path / "other.png").write_bytes(encode(pixels(40, 60), "PNG"))
     names = [*names[:3], "missing.jpg", "other.png", *names[3:]]
     inputs = [Input(name, str(tmp_path / name)) for name in names]
-    recipe = replace(RECIPE, decode="gpu")
+    preprocessing = replace(PREPROCESSING, decode="gpu")
     asked, took = [], []
     while len(took) < len(inputs):
-        prepared, _ = worker.prepare(inputs[len(took) :], recipe, asked.append, 60.0)
+        prepared, _ = worker.prepare(inputs[len(took) :], preprocessing, asked.append, 60.0)
         took += [(image.row.id, image.row.status, image.jpeg is not None) for image in prepared]
         assert [row for row, _, _ in took] == names[: len(took)]
         if len(took) == 4:  # errors need no admission; the PNG was left for a task of its own
@@ -160,7 +160,7 @@ def test_a_task_ends_with_so_many_bytes_of_files(tmp_path: Path, worker: Worker)
     for number in range(5):
         (tmp_path / f"{number}.jpg").write_bytes(data)
     inputs = list(list_inputs([str(tmp_path)]))
-    prepared, _ = worker.prepare(inputs, replace(RECIPE, decode="gpu"), at_once, 60.0)
+    prepared, _ = worker.prepare(inputs, replace(PREPROCESSING, decode="gpu"), at_once, 60.0)
     assert len(prepared) == 2
 
 
@@ -169,13 +169,13 @@ def test_an_image_that_was_admitted_is_blamed_for_nothing_that_comes_behind_it(
 ):
     (tmp_path / "cut.png").write_bytes(encode(pixels(200, 200), "PNG")[:-500])
     inputs = [Input("cut.png", str(tmp_path / "cut.png")), Slow("slow", "/nowhere")]
-    prepared, _ = worker.prepare(inputs, replace(RECIPE, decode="gpu"), at_once, 60.0)
+    prepared, _ = worker.prepare(inputs, replace(PREPROCESSING, decode="gpu"), at_once, 60.0)
     assert [(image.row.id, image.row.status) for image in prepared] == [("cut.png", "truncated")]
 
 
 def test_a_worker_that_takes_long_comes_back_with_what_it_has(worker: Worker):
     inputs = [Slow(str(number), "/nowhere") for number in range(6)]
-    prepared, _ = worker.prepare(inputs, replace(RECIPE, decode="gpu"), at_once, 60.0)
+    prepared, _ = worker.prepare(inputs, replace(PREPROCESSING, decode="gpu"), at_once, 60.0)
     assert [(image.row.id, image.row.status) for image in prepared] == [("0", "missing")]
 
 
@@ -186,7 +186,7 @@ def test_of_images_that_are_asked_for_together_one_kills_its_worker_and_no_other
     inputs = [Input(name, str(tmp_path / name)) for name in names]
     inputs[7:7] = [Deadly("deadly", "/nowhere")]
     with Decoders(2) as decoders:
-        done = list(decoders.prepare_all(inputs, replace(RECIPE, decode="gpu"), AHEAD))
+        done = list(decoders.prepare_all(inputs, replace(PREPROCESSING, decode="gpu"), AHEAD))
     rows = [image.row for image in done]
     assert [row.id for row in rows] == [source.id for source in inputs]
     assert [row.id for row in rows if row.status != "ok"] == ["deadly"]
@@ -207,7 +207,7 @@ def clear(image: Image.Image) -> Image.Image:
 
 def check_memory(worker: Worker, path: Path, bytes_a_pixel: int, more: int = 0) -> None:
     """Let a worker decode an image of 5 MP, and see what it ever held."""
-    [prepared], _ = worker.prepare([Input("", str(path))], RECIPE, at_once, 60.0)
+    [prepared], _ = worker.prepare([Input("", str(path))], PREPROCESSING, at_once, 60.0)
     assert prepared.row.status == "ok"
     peak = memory(worker.process.pid, "VmHWM")
     assert peak < 60e6 + bytes_a_pixel * 2000 * 2500 + more, (path.name, peak)
@@ -279,7 +279,7 @@ def test_each_of_eight_workers_decodes_on_one_thread(tmp_path: Path):
         watching = Thread(target=watch)
         watching.start()
         inputs = list(list_inputs([str(tmp_path)]))
-        done = list(decoders.prepare_all(inputs, RECIPE, AHEAD))
+        done = list(decoders.prepare_all(inputs, PREPROCESSING, AHEAD))
         over.set()
         watching.join()
     assert [image.row.status for image in done] == ["ok"] * 16
@@ -292,8 +292,8 @@ def test_images_come_in_order_and_as_they_would_without_workers(tmp_path: Path):
     inputs = list(list_inputs([str(tmp_path)]))
     with Decoders(3, pixels_in_flight=5_000) as decoders:
         for _ in range(2):  # the same workers serve again
-            done = list(decoders.prepare_all(inputs, RECIPE, AHEAD))
-            expected = [prepare(source, RECIPE, at_once) for source in inputs]
+            done = list(decoders.prepare_all(inputs, PREPROCESSING, AHEAD))
+            expected = [prepare(source, PREPROCESSING, at_once) for source in inputs]
             assert [image.row for image in done] == [image.row for image in expected]
             for found, right in zip(done, expected, strict=True):
                 assert (found.patches is None) == (right.patches is None)
@@ -344,7 +344,7 @@ def test_an_image_that_memory_has_no_room_for_is_a_row_and_its_worker_goes_on(
         limit = int(file.read().split()[0]) * resource.getpagesize() + 250_000_000
     resource.prlimit(worker.process.pid, resource.RLIMIT_AS, (limit, limit))
     found = [
-        worker.prepare([Input(name, str(tmp_path / name))], RECIPE, at_once, 60.0)[0][0].row
+        worker.prepare([Input(name, str(tmp_path / name))], PREPROCESSING, at_once, 60.0)[0][0].row
         for name in ("large.png", good)
     ]
     assert [(row.status, row.stage) for row in found] == [("out_of_memory", "decode"), ("ok", None)]
@@ -354,11 +354,11 @@ def test_a_worker_that_is_killed_while_idle_costs_no_image(tmp_path: Path):
     write_good(tmp_path, 3)
     inputs = list(list_inputs([str(tmp_path)]))
     with Decoders(1) as decoders:
-        list(decoders.prepare_all(inputs, RECIPE, AHEAD))
+        list(decoders.prepare_all(inputs, PREPROCESSING, AHEAD))
         (pid,) = children(os.getpid())
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        done = list(decoders.prepare_all(inputs, RECIPE, AHEAD))
+        done = list(decoders.prepare_all(inputs, PREPROCESSING, AHEAD))
     assert [image.row.status for image in done] == ["ok"] * 3
 
 
@@ -366,7 +366,9 @@ def test_workers_heed_no_signal_that_asks_the_job_to_end(tmp_path: Path, worker:
     (good,) = write_good(tmp_path, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(worker.process.pid, number)
-    [prepared], _ = worker.prepare([Input(good, str(tmp_path / good))], RECIPE, at_once, 60.0)
+    [prepared], _ = worker.prepare(
+        [Input(good, str(tmp_path / good))], PREPROCESSING, at_once, 60.0
+    )
     assert prepared.row.status == "ok"
 
 
@@ -390,20 +392,20 @@ def test_no_worker_outlives_a_job_that_is_killed_whatever_it_does():
 
 
 def test_pixels_being_decoded_stay_within_the_budget_but_for_one_image_alone():
-    line = Line(Decoders(8, pixels_in_flight=100), [], RECIPE, AHEAD)
+    queue = DecodeQueue(Decoders(8, pixels_in_flight=100), [], PREPROCESSING, AHEAD)
     lock, held, worst = Lock(), [], []
 
     def decode(seed: int) -> None:
         draw = random.Random(seed)
         for _ in range(200):
             count = draw.choice((5, 30, 60, 250))
-            line.admit(count)
+            queue.admit(count)
             with lock:
                 held.append(count)
                 worst.append((len(held), sum(held)))
             with lock:
                 held.remove(count)
-            line.release(count)
+            queue.release_pixels(count)
 
     threads = [Thread(target=decode, args=(seed,)) for seed in range(8)]
     for thread in threads:
@@ -416,26 +418,26 @@ def test_pixels_being_decoded_stay_within_the_budget_but_for_one_image_alone():
 
 def test_tasks_are_as_large_as_half_of_what_may_wait_has_room_for_from_every_worker():
     draw = random.Random(0)
-    recipe = replace(RECIPE, decode="gpu")
+    preprocessing = replace(PREPROCESSING, decode="gpu")
     for _ in range(1000):
         count, each = draw.randint(1, 64), draw.randint(1, 2_000_000)
         decoders = Decoders(count, pixels_in_flight=draw.randint(1, 300_000_000))
-        line = Line(decoders, [], recipe, AHEAD)
-        assert line.together() == 1  # nothing is known of them yet
-        line.finished, line.finished_pixels = 7, 7 * each
-        line.held = draw.randint(0, decoders.pixels)
-        many, room = line.together(), min(line.ahead, decoders.pixels - line.held)
+        queue = DecodeQueue(decoders, [], preprocessing, AHEAD)
+        assert queue.together() == 1  # nothing is known of them yet
+        queue.finished, queue.finished_pixels = 7, 7 * each
+        queue.held = draw.randint(0, decoders.pixels)
+        many, room = queue.together(), min(queue.ahead, decoders.pixels - queue.held)
         assert many == 1 or 2 * many * count * each <= room
         assert many == TOGETHER or 2 * (many + 1) * count * each > room
-    assert Line(Decoders(1), [], RECIPE, AHEAD).together() == 1
+    assert DecodeQueue(Decoders(1), [], PREPROCESSING, AHEAD).together() == 1
 
 
 def test_a_line_that_is_stopped_asks_for_no_rest_of_a_task():
-    line = Line(Decoders(1), [], RECIPE, AHEAD)
-    line.await_room(line.wanted)
-    line.stop()
+    queue = DecodeQueue(Decoders(1), [], PREPROCESSING, AHEAD)
+    queue.await_room(queue.wanted)
+    queue.stop()
     with pytest.raises(Stopped):
-        line.await_room(line.wanted)
+        queue.await_room(queue.wanted)
 
 
 def test_few_images_wait_for_whoever_is_slower_than_the_workers(tmp_path: Path):
@@ -450,7 +452,7 @@ def test_few_images_wait_for_whoever_is_slower_than_the_workers(tmp_path: Path):
             yield source
 
     with Decoders(2) as decoders:
-        for _ in decoders.prepare_all(count(), RECIPE, 1):
+        for _ in decoders.prepare_all(count(), PREPROCESSING, 1):
             taken += 1
     assert taken == 30
     # Two done before the wanted one, or two under way beside it, and the one just handed over.
@@ -468,7 +470,7 @@ def test_workers_that_cannot_start_are_an_error_and_no_row(
     ):
         monkeypatch.setattr(sys, "executable", executable)
         with Decoders(2) as decoders, pytest.raises(DecoderError, match=message):
-            list(decoders.prepare_all(inputs, RECIPE, AHEAD))
+            list(decoders.prepare_all(inputs, PREPROCESSING, AHEAD))
 
 
 def test_what_lists_the_inputs_may_fail_and_is_heard():
@@ -477,7 +479,7 @@ def test_what_lists_the_inputs_may_fail_and_is_heard():
         raise ConnectionError("the bucket is gone")
 
     with Decoders(2) as decoders, pytest.raises(ConnectionError, match="the bucket is gone"):
-        list(decoders.prepare_all(listing(), RECIPE, AHEAD))
+        list(decoders.prepare_all(listing(), PREPROCESSING, AHEAD))
 
 
 def test_no_commit_is_lost_between_shards(tmp_path: Path, encoder: Encoder):

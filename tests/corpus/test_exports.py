@@ -17,7 +17,7 @@ from rotten import write_good
 from small_checkpoint import WIDTH
 
 from packvit.cli import main
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.exports import check_format
 from packvit.corpus.folder.layout import read_manifest
 from packvit.corpus.job import embed
@@ -149,7 +149,7 @@ def test_a_matrix_that_cannot_be_written_leaves_the_parts_whole(
     tmp_path: Path, photos: Path, encoder: Encoder
 ):
     (tmp_path / "pooled.npy").mkdir()
-    with pytest.raises(WrongUse):  # a folder of that name is none of ours
+    with pytest.raises(UsageError):  # a folder of that name is none of ours
         embed(photos, out=tmp_path, model=encoder, format="npy")
     (tmp_path / "pooled.npy").rmdir()
     embed(photos, out=tmp_path, model=encoder)
@@ -162,5 +162,5 @@ def test_a_matrix_that_cannot_be_written_leaves_the_parts_whole(
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(WrongUse, match=r'format is "csv"\. Choose one of: parquet, npy'):
+    with pytest.raises(UsageError, match=r'format is "csv"\. Choose one of: parquet, npy'):
         check_format("csv")

@@ -15,19 +15,19 @@ from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit.config import ImageConfig
-from packvit.corpus import WrongUse
-from packvit.corpus.decode.prepare import JpegFile, Prepared, Recipe
+from packvit.corpus import UsageError
+from packvit.corpus.decode.prepare import JpegFile, Prepared, Preprocessing
 from packvit.corpus.decode.queue import Decoders
-from packvit.corpus.encode.context import DecodeJpegs, Tools, equip
-from packvit.corpus.encode.filling import Pack, Part, Shard
-from packvit.corpus.encode.jpegs import Feeder
-from packvit.corpus.encode.packs import OnDevice, encode_halved, land, launch, lay
+from packvit.corpus.encode.context import DecodeJpegs, EmbedContext, make_context
+from packvit.corpus.encode.filling import Part, PreparedPack, Shard
+from packvit.corpus.encode.jpegs import JpegStage
+from packvit.corpus.encode.packs import OnDevice, collect, encode_halved, lay, submit
 from packvit.corpus.folder.layout import fingerprint, read_commits
 from packvit.corpus.folder.parts import Outputs
 from packvit.corpus.folder.resume import differences
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.find import Input, list_inputs
-from packvit.corpus.settings import Options, describe
+from packvit.corpus.settings import EmbedOptions, describe_job
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
@@ -82,12 +82,12 @@ def by_pillow(refused: Sequence[int] = (), room: int = 1 << 30) -> DecodeJpegs:
 def test_a_workers_answer_for_a_jpeg_is_its_row_as_pillow_writes_it_its_bytes_and_its_plan(
     photos: Path,
 ):
-    recipe = Recipe(IMAGES, "hwc", "native", 64, 100_000_000)
+    preprocessing = Preprocessing(IMAGES, "hwc", "native", 64, 100_000_000)
     inputs = list(list_inputs([str(photos)]))
     handed = 0
     with Decoders(2) as decoders:
-        theirs = list(decoders.prepare_all(inputs, recipe, 1 << 24))
-        ours = list(decoders.prepare_all(inputs, replace(recipe, decode="gpu"), 1 << 24))
+        theirs = list(decoders.prepare_all(inputs, preprocessing, 1 << 24))
+        ours = list(decoders.prepare_all(inputs, replace(preprocessing, decode="gpu"), 1 << 24))
     for source, found, right in zip(inputs, ours, theirs, strict=True):
         if found.jpeg is None:
             assert found.row == right.row
@@ -140,24 +140,24 @@ def test_a_refused_file_that_pillow_refuses_too_is_a_row_with_its_code(
     """A file that is cut off between its two readings, say: the second one is believed."""
     names = write_good(tmp_path, 9)
     inputs = [Input(name, str(tmp_path / name)) for name in names if name.endswith("jpg")]
-    options = Options(resize="native", max_patches=64, decode="gpu")
+    options = EmbedOptions(resize="native", max_patches=64, decode="gpu")
     with options.decoders() as decoders:
-        tools = Tools(encoder, options, decoders, by_pillow(refused=range(5001)))
-        images = list(decoders.prepare_all(inputs, tools.recipe, 1 << 24))
+        context = EmbedContext(encoder, options, decoders, by_pillow(refused=range(5001)))
+        images = list(decoders.prepare_all(inputs, context.preprocessing, 1 << 24))
         assert all(image.jpeg for image in images)
         data = Path(inputs[1].path).read_bytes()
         Path(inputs[1].path).write_bytes(data[: len(data) // 2])
-        with Feeder(tools) as feeder:
-            fed = feeder.feed(images)
-            assert fed
-            assert [image.row.status for image in fed] == ["ok", "truncated", "ok"]
-            encoded, _, pieces = encode_halved(encoder, images, options, feeder.feed)
-            lone, _, _ = encode_halved(encoder, images[1:2], options, feeder.feed)
+        with JpegStage(context) as jpegs:
+            ready = jpegs.make_ready(images)
+            assert ready
+            assert [image.row.status for image in ready] == ["ok", "truncated", "ok"]
+            encoded, _, pieces = encode_halved(encoder, images, options, jpegs.make_ready)
+            lone, _, _ = encode_halved(encoder, images[1:2], options, jpegs.make_ready)
     assert pieces == 1
     assert [image.row.status for image in encoded] == ["ok", "truncated", "ok"]
     assert [len(image.pooled) for image in encoded] == [32, 0, 32]
     assert [image.row.status for image in lone] == ["truncated"]
-    alone, _ = land(launch(encoder, [fed[0], fed[2]], options), "float16")
+    alone, _ = collect(submit(encoder, [ready[0], ready[2]], options), "float16")
     assert np.array_equal(alone[1].pooled, encoded[2].pooled)
 
 
@@ -210,19 +210,19 @@ def test_jpegs_that_wait_for_their_pack_count_by_their_bytes(tmp_path: Path):
     """With a budget of nothing one file comes at a time, until they are let go of."""
     names = write_good(tmp_path, 30)
     inputs = [Input(name, str(tmp_path / name)) for name in names if name.endswith("jpg")]
-    recipe = Recipe(IMAGES, "hwc", "native", 64, 100_000_000, "gpu")
+    preprocessing = Preprocessing(IMAGES, "hwc", "native", 64, 100_000_000, "gpu")
     sizes = [os.path.getsize(source.path) // 3 for source in inputs]
     taken: list[Prepared] = []
     with (
         Decoders(2, pixels_in_flight=1) as decoders,
-        decoders.line(inputs, recipe, 1 << 24) as line,
+        decoders.queue(inputs, preprocessing, 1 << 24) as queue,
     ):
-        for image in line.take():
+        for image in queue.take():
             taken.append(image)
-            assert line.begun <= line.wanted + 1
-            assert line.held == sum(sizes[: line.wanted])
-        line.let_go(taken)
-        assert line.held == line.waiting == line.pixels == 0
+            assert queue.begun <= queue.wanted + 1
+            assert queue.held == sum(sizes[: queue.wanted])
+        queue.release(taken)
+        assert queue.held == queue.waiting == queue.pixels == 0
     assert [image.row.status for image in taken] == ["ok"] * 10
 
 
@@ -240,38 +240,41 @@ def test_one_pack_is_decoded_while_another_is_encoded_and_pillows_wait_for_none(
     part = Part.of(Shard(0, (source,) * 6), Outputs(32, (), "float16"))
     pulled = 0
 
-    def packs() -> Iterator[Pack]:
+    def packs() -> Iterator[PreparedPack]:
         nonlocal pulled
         for place in range(6):
             pulled += 1
-            yield Pack(part, [place], [image])
+            yield PreparedPack(part, [place], [image])
 
-    with Decoders(1) as decoders, Feeder(Tools(encoder, Options(), decoders, decode_jpegs)) as feed:
-        for number, (pack, fed) in enumerate(feed.feed_all(packs()), 1):
+    with (
+        Decoders(1) as decoders,
+        JpegStage(EmbedContext(encoder, EmbedOptions(), decoders, decode_jpegs)) as jpegs,
+    ):
+        for number, (pack, ready) in enumerate(jpegs.make_all_ready(packs()), 1):
             assert pulled == min(6, number + ahead)
             assert pack.places == [number - 1]
-            assert fed
-            assert isinstance(fed[0], OnDevice) == bool(ahead)
+            assert ready
+            assert isinstance(ready[0], OnDevice) == bool(ahead)
 
 
 def test_asking_for_a_gpu_where_there_is_none_is_refused_in_a_sentence(
     tmp_path: Path, encoder: Encoder, checkpoint: Path, photos: Path
 ):
-    with pytest.raises(WrongUse, match=r"needs a CUDA device, but the encoder is on cpu\. Move"):
+    with pytest.raises(UsageError, match=r"needs a CUDA device, but the encoder is on cpu\. Move"):
         packvit.embed(photos, out=tmp_path / "out", model=encoder, decode="gpu")
-    with pytest.raises(WrongUse, match=r"needs a CUDA device"):
+    with pytest.raises(UsageError, match=r"needs a CUDA device"):
         packvit.embed(
             photos, out=tmp_path / "out", model=checkpoint, device="cpu", decode="gpu", processes=2
         )
     assert not (tmp_path / "out").exists()
     with Decoders(1) as decoders:
-        assert equip(encoder, Options(), decoders).decode_jpegs is None
+        assert make_context(encoder, EmbedOptions(), decoders).decode_jpegs is None
 
 
 def test_jobs_that_decode_otherwise_are_told_apart(encoder: Encoder):
     """Damaged scans differ, so that a folder of both kinds would be neither job's."""
     by_pil, by_gpu = (
-        describe(encoder, "", Options(resize="native", max_patches=64, decode=decode))
+        describe_job(encoder, "", EmbedOptions(resize="native", max_patches=64, decode=decode))
         for decode in ("pil", "gpu")
     )
     assert list(differences(by_pil, by_gpu)) == ['preprocessing.decode: "pil" -> "gpu"']
@@ -288,6 +291,6 @@ def test_cuda_is_asked_for_queues_before_it_begins_unless_the_user_has(
     write_good(tmp_path / "photos", 1)
     packvit.embed(tmp_path / "photos", out=tmp_path / "pil", model=encoder)
     assert os.environ.get(name) == own
-    with pytest.raises(WrongUse):  # the encoder is on a CPU
+    with pytest.raises(UsageError):  # the encoder is on a CPU
         packvit.embed(tmp_path / "photos", out=tmp_path / "gpu", model=encoder, decode="gpu")
     assert os.environ[name] == found

@@ -15,7 +15,7 @@ from small_checkpoint import write_checkpoint
 
 import packvit
 from demo.photographs import photographs
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.encode.filling import Shard
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.sources import read
@@ -23,7 +23,7 @@ from packvit.corpus.progress import Effort
 from packvit.corpus.runners.embedder import Job
 from packvit.corpus.runners.host import run_processes
 from packvit.corpus.runners.order import Work
-from packvit.corpus.settings import Options, describe
+from packvit.corpus.settings import EmbedOptions, describe_job
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded, JpegDecoder
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
@@ -81,7 +81,7 @@ def test_parts_are_the_same_bytes_whoever_decodes(
     assert ours.shares.decoding > 0
     again = packvit.embed(photos, out=tmp_path / "gpu", decode="gpu", **job)
     assert again.kept_rows == again.rows
-    with pytest.raises(WrongUse, match=r'preprocessing\.decode: "gpu" -> "pil"'):
+    with pytest.raises(UsageError, match=r'preprocessing\.decode: "gpu" -> "pil"'):
         packvit.embed(photos, out=tmp_path / "gpu", decode="pil", **job)
 
 
@@ -227,12 +227,14 @@ def test_an_embedder_of_its_own_process_writes_the_same_bytes(
     tmp_path: Path, checkpoint: Path, encoder: Encoder, photos: Path
 ):
     embed_with(encoder, photos, tmp_path / "pil", None)
-    options = Options(resize="native", max_patches=64, token_budget=200, workers=2, decode="gpu")
+    options = EmbedOptions(
+        resize="native", max_patches=64, token_budget=200, workers=2, decode="gpu"
+    )
     assert encoder.checkpoint
     job = Job(
         folder=str(tmp_path / "gpu"),
         options=options,
-        described=describe(encoder, encoder.checkpoint.sha256(), options),
+        described=describe_job(encoder, encoder.checkpoint.sha256(), options),
         positions="checkpoint",
         model=str(checkpoint),
     )

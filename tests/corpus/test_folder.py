@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from full_disk import no_file_over, small_disk
 
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.layout import (
     claim,
     commit,
@@ -175,13 +175,13 @@ def test_a_folder_that_holds_anything_else_is_refused_with_what_it_holds(tmp_pat
     (tmp_path / ".manifest.json.tmp").touch()  # a job that was killed at once
     check_usable(tmp_path)
     (tmp_path / "holiday.txt").touch()
-    with pytest.raises(WrongUse, match=r"not empty: it holds holiday\.txt and 0 other files"):
+    with pytest.raises(UsageError, match=r"not empty: it holds holiday\.txt and 0 other files"):
         check_usable(tmp_path, overwrite=True)
-    with pytest.raises(WrongUse, match=r"holiday\.txt is not a folder"):
+    with pytest.raises(UsageError, match=r"holiday\.txt is not a folder"):
         check_usable(tmp_path / "holiday.txt")
     (tmp_path / "manifest.json").write_text('{"manifest_version": 3}')  # of a browser's extension
     for overwrite in (False, True):
-        with pytest.raises(WrongUse, match=r"no manifest\.json of packvit's\. Choose a new"):
+        with pytest.raises(UsageError, match=r"no manifest\.json of packvit\. Choose a new"):
             check_usable(tmp_path, overwrite=overwrite)
 
 
@@ -190,14 +190,16 @@ def test_a_damaged_manifest_is_refused_and_can_be_started_over(tmp_path: Path):
     check_usable(tmp_path)
     manifest = tmp_path / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-3])
-    with pytest.raises(WrongUse, match=r"manifest\.json is damaged, .* start over with overwrite"):
+    with pytest.raises(
+        UsageError, match=r"manifest\.json is damaged, .* start over with overwrite"
+    ):
         check_usable(tmp_path)
     check_usable(tmp_path, overwrite=True)
 
 
 def test_a_folder_is_held_by_one_job_at_a_time_and_let_go_when_it_ends(tmp_path: Path):
     out = tmp_path / "deep" / "features"
-    with claim(out), pytest.raises(WrongUse, match="Another job is writing to"), claim(out):
+    with claim(out), pytest.raises(UsageError, match="Another job is writing to"), claim(out):
         raise AssertionError("two jobs hold one folder")
     with claim(out):
         pass
@@ -232,7 +234,7 @@ def test_a_killed_job_holds_no_folder(tmp_path: Path):
     ) as other:
         assert other.stdout
         assert other.stdout.readline() == "mine\n"
-        with pytest.raises(WrongUse, match="Another job"), claim(tmp_path):
+        with pytest.raises(UsageError, match="Another job"), claim(tmp_path):
             raise AssertionError("two processes hold one folder")
         other.send_signal(signal.SIGKILL)
         other.wait()
@@ -250,7 +252,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_said_in_a_sentence_and_leaves_only_what_is_whole(full_disk: Path):
     entry = commit(full_disk, 0, table())
     more = range(1, 1 + 32768 // entry.bytes)
-    with pytest.raises(WriteError, match=r"could not be written: No space left on device\. Mend"):
+    with pytest.raises(WriteError, match=r"could not be written: No space left on device\. Fix"):
         all(commit(full_disk, number, table()) for number in more)
     parts = [entry.part for entry in read_commits(full_disk)]
     assert sorted(os.listdir(full_disk)) == ["commits.jsonl", *parts]

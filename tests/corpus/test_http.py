@@ -14,7 +14,7 @@ from threading import Thread
 import pytest
 from served import outcome_of, write_served
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.sources import read
@@ -156,15 +156,15 @@ def test_addresses_of_which_none_leads_anywhere_are_refused(server: str):
             (f"{server}/403", "cannot be read (ClientResponseError 403)", "unreadable"),
             (f"{nobody}/photos", "cannot be read (ConnectionRefusedError)", "unreadable"),
         ):
-            with pytest.raises(WrongUse) as caught:
+            with pytest.raises(UsageError) as caught:
                 list_inputs([url])
             assert str(caught.value).startswith(f'"{url}" {answer}')
             beside = {source.id: source.error for source in list_inputs([here, url])}
             assert len(beside) == 6  # beside others it is a row
             assert beside[url] == (code and (code, "list"))  # or will be once it is asked for
-        with pytest.raises(WrongUse, match=r"cannot be read \(ConnectionRefusedError\)"):
+        with pytest.raises(UsageError, match=r"cannot be read \(ConnectionRefusedError\)"):
             list_inputs([here, f"{nobody}/photos/*.jpg"])
-    with pytest.raises(WrongUse, match="Nothing matches"):
+    with pytest.raises(UsageError, match="Nothing matches"):
         list_inputs([f"{server}/gone/*.jpg"])
 
 

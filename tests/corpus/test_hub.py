@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from rotten import write_good
 from served import outcome_of, write_served
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.inputs.find import list_inputs
@@ -178,7 +178,7 @@ def test_a_listing_that_breaks_off_is_never_taken_for_all_there_is(hub: type[Hub
     assert {name: source.error for name, source in sources.items()} == {
         "photos": ("unreadable", "list"),
     }
-    with pytest.raises(WrongUse, match=rf'"{HERE}/photos" cannot be read \(HfHubHTTPError 500\)'):
+    with pytest.raises(UsageError, match=rf'"{HERE}/photos" cannot be read \(HfHubHTTPError 500\)'):
         list_inputs([f"{HERE}/photos"])
     hub.broken.clear()
     assert len(list_inputs([HERE])) == 7
@@ -190,22 +190,22 @@ def test_what_the_hub_does_not_show_is_refused_where_it_is_named(
 ):
     content = write_served(5)
     for url in (f"{HERE}/foto", f"{HERE}/gone.jpg", f"{HERE}/gone.tar", f"{HERE}@old/photos"):
-        with pytest.raises(WrongUse, match=f'"{url}" is not there'):
+        with pytest.raises(UsageError, match=f'"{url}" is not there'):
             list_inputs([url])
-    with pytest.raises(WrongUse, match="Nothing matches"):
+    with pytest.raises(UsageError, match="Nothing matches"):
         list_inputs([f"{HERE}/foto/*.jpg"])
     name = f"{HERE}/photos/{next(iter(content))}"
     Path("list.txt").write_text(name)
     hub.private = True
     fsspec.filesystem("hf").invalidate_cache()
     for url in (f"{HERE}/photos", f"{HERE}/photos/*.jpg", f"{HERE}/x.tar", "hf://datasets/owner/n"):
-        with pytest.raises(WrongUse, match=r"cannot be read \(RepositoryNotFoundError 401\)"):
+        with pytest.raises(UsageError, match=r"cannot be read \(RepositoryNotFoundError 401\)"):
             list_inputs([url])
     assert outcome_of(lists=("list.txt",)) == {name: "unreadable"}
     hub.private = False  # its owner has logged in
     assert len(list_inputs([f"{HERE}/photos"])) == 7
     point_at("http://127.0.0.1:9", monkeypatch)  # a port where nobody listens
-    with pytest.raises(WrongUse, match=r"cannot be read \(ConnectError\)"):
+    with pytest.raises(UsageError, match=r"cannot be read \(ConnectError\)"):
         list_inputs([f"{HERE}/photos"])
 
 

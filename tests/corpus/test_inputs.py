@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.inputs.find import SUFFIXES, Listing, list_inputs
 from packvit.corpus.inputs.listing import readable
 
@@ -100,7 +100,7 @@ def test_paths_of_which_none_is_there_are_refused_and_one_beside_others_is_a_row
         ([os.fsdecode(b"caf\xe9\n")], '"caf\\xe9\n" is'),
         (["a", "b", "c", "d", "e"], '"a", "b", "c" and 2 more are'),
     ):
-        with pytest.raises(WrongUse) as caught:
+        with pytest.raises(UsageError) as caught:
             list_inputs(paths)
         assert str(caught.value) == f"{named} not there. Check the spelling; nothing was written."
     gone = ("missing", "list")
@@ -118,7 +118,7 @@ def test_what_is_gone_since_a_job_began_is_a_row_of_it(tmp_path: Path):
     known = list_inputs([named]).sha256()
     (tmp_path / "photograph").unlink()
     assert codes(list_inputs([named], known=known)) == {named: ("missing", "list")}
-    with pytest.raises(WrongUse, match="is not there"):
+    with pytest.raises(UsageError, match="is not there"):
         list_inputs([named + "s"], known=known)
 
 
@@ -272,15 +272,17 @@ def test_an_input_named_twice_is_refused(tmp_path: Path):
     touch(tmp_path / "x.jpg")
     folder, photo = str(tmp_path), str(tmp_path / "x.jpg")
     for paths in ([folder, folder], [folder, folder + "/"], [folder, photo], [photo, photo]):
-        with pytest.raises(WrongUse, match=r'called ".*/x\.jpg"\. Name each path once'):
+        with pytest.raises(UsageError, match=r'called ".*/x\.jpg"\. Name each path once'):
             list_inputs(paths)
 
 
 def test_no_inputs_is_wrong_use_and_the_answer_says_what_counts(tmp_path: Path):
     touch(tmp_path / "readme.txt")
-    with pytest.raises(WrongUse, match=r"No photographs .* 1 other files .* end in \.jpg .*\.avif"):
+    with pytest.raises(
+        UsageError, match=r"No photographs .* 1 other files .* end in \.jpg .*\.avif"
+    ):
         list_inputs([str(tmp_path)])
-    with pytest.raises(WrongUse, match="No photographs were found in nothing"):
+    with pytest.raises(UsageError, match="No photographs were found in nothing"):
         list_inputs([])
 
 
@@ -293,3 +295,9 @@ def test_the_digest_tells_names_and_order_apart(tmp_path: Path):
 def test_listing_does_not_load_torch():
     code = "import sys, packvit.corpus.inputs.find; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_old_name_of_usage_errors_still_works_and_warns():
+    with pytest.warns(DeprecationWarning, match="import UsageError instead"):
+        from packvit.corpus import WrongUse  # pyright: ignore[reportAttributeAccessIssue]
+    assert WrongUse is UsageError

@@ -17,7 +17,7 @@ from rotten import encode, pixels, write_good, write_rotten
 from small_checkpoint import LAYERS, WIDTH, write_checkpoint
 
 import packvit
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.encode.packs import image_means
 from packvit.corpus.folder.layout import fingerprint, read_commits, read_manifest
 from packvit.corpus.job import embed
@@ -298,7 +298,7 @@ def test_an_encoder_in_memory_is_known_by_the_weights_it_has_now(
 
 
 def refuse(message: str, out: Path, photos: str | Path | Sequence[str], **options: Any) -> None:
-    with pytest.raises(WrongUse, match=message):
+    with pytest.raises(UsageError, match=message):
         embed(photos, out=out, **options)
     assert not out.exists()
 

@@ -19,7 +19,7 @@ from rotten import write_good
 from served import outcome
 
 from packvit.cli.embed import embed
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing
@@ -76,7 +76,7 @@ def test_lists_as_windows_and_pandas_write_them(photos: list[str]):
         assert ids(list_inputs([], [name])) == photos
     for name in ("d.txt", "d.csv"):
         Path(name).write_text("path\n" + text, encoding="utf-16")
-        with pytest.raises(WrongUse, match=rf"The list {name} is UTF-16\. Save it as UTF-8\."):
+        with pytest.raises(UsageError, match=rf"The list {name} is UTF-16\. Save it as UTF-8\."):
             list_inputs([], [name])
 
 
@@ -85,7 +85,7 @@ def test_lists_and_paths_go_together(photos: list[str]):
     Path("b").write_text(photos[1])
     found = ids(list_inputs(["photos/more"], ["a.txt", "b"]))
     assert found == sorted({photos[0], photos[1], *(p for p in photos if "more" in p)})
-    with pytest.raises(WrongUse, match=rf'called "{photos[0]}"'):
+    with pytest.raises(UsageError, match=rf'called "{photos[0]}"'):
         list_inputs(["photos"], ["a.txt"])
 
 
@@ -120,10 +120,10 @@ def test_a_list_that_cannot_be_used_is_wrong_use_with_the_columns_there_are(phot
         ("twice.csv", 'twice.csv has no column "path" of paths. It has: path, path'),
         ("a.parquet", r"It has: name \(string\), path \(int64\)"),
         ("hole.csv", 'hole.csv has no "path" in row 2'),
-        ("text.parquet", "text.parquet cannot be read: it is no whole Parquet file"),
+        ("text.parquet", "text.parquet cannot be read: it is not a whole Parquet file"),
         ("empty.txt", "No photographs were found in empty.txt"),
     ):
-        with pytest.raises(WrongUse, match=message):
+        with pytest.raises(UsageError, match=message):
             list_inputs([], [name])
     done = CliRunner().invoke(embed, ["--list", "gone.txt", "--out", "out"])
     assert done.exit_code == 2
@@ -136,7 +136,7 @@ def test_a_pattern_takes_the_files_that_it_matches(photos: list[str]):
     Path("photos/[1].jpg").touch()  # a name that is there is no pattern
     assert ids(list_inputs(["photos/[1].jpg"])) == ["photos/[1].jpg"]
     for pattern in ("photos/*.gone", "nowhere/*.jpg"):
-        with pytest.raises(WrongUse, match=r"Nothing matches .*quote a pattern"):
+        with pytest.raises(UsageError, match=r"Nothing matches .*quote a pattern"):
             list_inputs([pattern])
 
 
@@ -203,14 +203,14 @@ def test_a_url_that_cannot_be_read_is_a_row_with_a_code(photos: list[str]):
     Path("a.txt").write_text("\n".join(urls))
     assert outcome(list_inputs([], ["a.txt"])) == urls
     for url in (f"{here}/gone.tar", f"{here}/gone.parquet"):
-        with pytest.raises(WrongUse, match=f'"{url}" is not there'):
+        with pytest.raises(UsageError, match=f'"{url}" is not there'):
             list_inputs([url])
 
 
 def test_an_unknown_protocol_is_wrong_use_and_a_missing_package_is_named(
     photos: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    with pytest.raises(WrongUse, match=r"warp://x\.jpg is not read: warp:// is none of"):
+    with pytest.raises(UsageError, match=r"warp://x\.jpg is not read: warp:// is not an allowed"):
         list_inputs(["warp://x.jpg"])
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
     done = CliRunner().invoke(embed, ["s3://bucket/x.jpg", "--out", "out"])
@@ -235,5 +235,5 @@ def test_what_is_no_archive_in_a_chain_is_no_unknown_protocol(
         raise ValueError("no archive")  # as over gs://, where a range of it cannot be read
 
     monkeypatch.setattr("fsspec.core.url_to_fs", refuse)
-    with pytest.raises(WrongUse, match=r"cannot be read \(ValueError\)"):
+    with pytest.raises(UsageError, match=r"cannot be read \(ValueError\)"):
         list_inputs(["zip://more::file:///notes.txt"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rotten import write_good
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import CHECKSUM, claim, read_commits, read_manifest
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress
@@ -255,15 +255,15 @@ def test_another_job_is_refused_with_every_difference_and_nothing_is_touched(
 ):
     out = shutil.copytree(undisturbed, tmp_path / "out")
     before = states(out), contents(out)
-    with pytest.raises(WrongUse) as refused:
+    with pytest.raises(UsageError) as refused:
         embed(photos, out=out, model=encoder, tokens=True, max_patches=9, token_budget=64)
     assert str(refused.value).splitlines() == [
         f"{out} holds the features of another job. What differs, its -> yours:",
         "  preprocessing.max_patches: 1024 -> 9",
         "  token_budget: 16384 -> 64",
-        "Ask for the same to go on with it, start over with overwrite, or choose another folder.",
+        "Give the same options to resume it, start over with overwrite, or choose another folder.",
     ]
-    with pytest.raises(WrongUse) as refused:
+    with pytest.raises(UsageError) as refused:
         embed(photos / "000.jpg", out=out, model=encoder, tokens=True)
     first, second = str(refused.value).splitlines()[1:-1]
     assert first.startswith("  inputs_sha256: ")
@@ -276,7 +276,7 @@ def test_what_was_flipped_in_a_manifest_is_shown_or_mended(
 ):
     out = shutil.copytree(undisturbed, tmp_path / "out")
     change(out / "manifest.json", lambda data: data.replace(b"float32", b"float3r"))
-    with pytest.raises(WrongUse, match='dtype: "float3r" -> "float32"'):
+    with pytest.raises(UsageError, match='dtype: "float3r" -> "float32"'):
         resume(photos, out, encoder)
     checksum = json.loads((undisturbed / "manifest.json").read_bytes())[CHECKSUM].encode()
     for good, bad in ((b'"ok": 397', b'"ok": 396'), (checksum, checksum[::-1])):
@@ -293,11 +293,11 @@ def test_overwrite_starts_over_and_removes_only_what_packvit_wrote(
     out = shutil.copytree(undisturbed, tmp_path / "out")
     (out / "notes.txt").write_text("mine")
     before = contents(out)
-    with pytest.raises(WrongUse, match=r"it holds notes\.txt and 0 other files that packvit did"):
+    with pytest.raises(UsageError, match=r"it holds notes\.txt and 0 other files that packvit did"):
         embed(photos / "000.jpg", out=out, model=encoder, overwrite=True)
     assert contents(out) == before
     (out / "notes.txt").unlink()
-    with claim(out), pytest.raises(WrongUse, match="Another job is writing to"):
+    with claim(out), pytest.raises(UsageError, match="Another job is writing to"):
         embed(photos / "000.jpg", out=out, model=encoder, overwrite=True)
     embed(photos / "000.jpg", out=out, model=encoder, overwrite=True)
     embed(photos / "000.jpg", out=tmp_path / "new", model=encoder)

@@ -16,12 +16,12 @@ from rotten import write_good
 from small_checkpoint import write_checkpoint
 
 import packvit
-from packvit.corpus import EmbedderError, WrongUse
+from packvit.corpus import EmbedderError, UsageError
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress, Shares
 from packvit.corpus.runners.embedder import Job, load_alike
-from packvit.corpus.settings import Options, describe
+from packvit.corpus.settings import EmbedOptions, describe_job
 from packvit.encoder import Encoder
 
 INPUTS, PARTS = 640, 10  # 64 inputs a part, since tokens are written
@@ -254,7 +254,7 @@ def test_a_disk_that_is_full_for_a_worker_ends_the_job_with_a_sentence(
     command += ["--out", str(tmp_path), "--model", str(checkpoint), "--device", "cpu", "--tokens"]
     done = subprocess.run([*command, "--gpus", "2"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "could not be written: File too large. Mend that" in done.stderr
+    assert "could not be written: File too large. Fix that" in done.stderr
     assert "Traceback" not in done.stderr
     assert set(contents(tmp_path)) == {".lock", "manifest.json"}
 
@@ -263,12 +263,12 @@ def test_a_worker_that_would_write_other_numbers_refuses_and_says_what_differs(
     tmp_path: Path, checkpoint: Path
 ):
     encoder = packvit.load(checkpoint, device="cpu")
-    options = Options(resize="native", max_patches=1024)
+    options = EmbedOptions(resize="native", max_patches=1024)
     assert encoder.checkpoint
     job = Job(
         folder="out",
         options=options,
-        described=describe(encoder, encoder.checkpoint.sha256(), options),
+        described=describe_job(encoder, encoder.checkpoint.sha256(), options),
         positions="checkpoint",
         model=str(checkpoint),
     )
@@ -282,11 +282,11 @@ def test_what_other_processes_cannot_do_is_refused_before_anything_is_written(
     tmp_path: Path, photos: Path, checkpoint: Path
 ):
     encoder = packvit.load(checkpoint, device="cpu")
-    with pytest.raises(WrongUse, match="lives in this process alone"):
+    with pytest.raises(UsageError, match="only this process can use"):
         embed(photos, out=tmp_path / "out", model=encoder, processes=2)
-    with pytest.raises(WrongUse, match="lives in this process alone"):
+    with pytest.raises(UsageError, match="only this process can use"):
         embed(photos, out=tmp_path / "out", model=encoder, ray="local")
-    with pytest.raises(WrongUse, match="processes is 0, but must be 1 or more"):
+    with pytest.raises(UsageError, match="processes is 0, but must be 1 or more"):
         embed(photos, out=tmp_path / "out", model=checkpoint, processes=0)
     assert not (tmp_path / "out").exists()
 

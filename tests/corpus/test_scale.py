@@ -17,7 +17,7 @@ from rotten import encode, pixels, write_rotten
 from small_checkpoint import write_checkpoint
 
 from packvit.config import ImageConfig
-from packvit.corpus.decode.prepare import Recipe
+from packvit.corpus.decode.prepare import Preprocessing
 from packvit.corpus.decode.processes import Worker
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.inputs.find import Input
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.soak
 
 HALF = (0.5, 0.5, 0.5)
 IMAGES = ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic", sizing=None)
-RECIPE = Recipe(IMAGES, "hwc", "native", 256, 100_000_000)
+PREPROCESSING = Preprocessing(IMAGES, "hwc", "native", 256, 100_000_000)
 MANY = 100_000
 TIME_LIMIT = 1200  # seconds; in which nothing here hangs
 
@@ -92,7 +92,7 @@ def test_none_of_them_takes_a_worker_more_memory_than_its_pixels_allow(corpus: l
 
     try:
         for path in corpus:
-            worker.prepare([Input(path, path)], RECIPE, admit, 60.0)
+            worker.prepare([Input(path, path)], PREPROCESSING, admit, 60.0)
             status = Path(f"/proc/{worker.process.pid}/status").read_text()
             peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
             assert peak < 60e6 + 8 * largest, path

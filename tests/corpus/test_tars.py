@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from served import outcome_of
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 
 END = bytes(1024)
 
@@ -114,9 +114,9 @@ def test_an_empty_archive_among_others_is_passed_over(tmp_path: Path):  # case V
     assert outcome_of(str(tmp_path / "*.tar")) == alone
     assert outcome_of(full, empty, text, none, folder) == alone
     for paths in ([empty], [none], [empty, none], [str(tmp_path / "[b-d].*")], [empty, folder]):
-        with pytest.raises(WrongUse, match=r"holds? no photographs, but"):
+        with pytest.raises(UsageError, match=r"holds? no photographs, but"):
             outcome_of(*paths)
-    with pytest.raises(WrongUse, match=r"b\.tar, .*d\.parquet hold no photographs, but 0 other"):
+    with pytest.raises(UsageError, match=r"b\.tar, .*d\.parquet hold no photographs, but 0 other"):
         outcome_of(empty, none)
 
 

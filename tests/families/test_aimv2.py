@@ -179,7 +179,7 @@ def test_the_lit_image_tower_and_its_projection_equal_the_reference(tmp_path: Pa
         save_file(tensors, tmp_path / "model.safetensors")
     encoder = packvit.load(tmp_path)
     patches = reference.draw_patches(OWN[:1], encoder.config.patch_dim)
-    found = encoder.encode(patches, torch.tensor(OWN[:1]), projection=True)
+    found = encoder.encode(patches, torch.tensor(OWN[:1]), projected=True)
     pixels = reference.image(patches, 5, 5, 14)
     with torch.no_grad():
         theirs = model.get_image_features(pixels)

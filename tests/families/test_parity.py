@@ -36,8 +36,8 @@ def loaded(tmp_path: Path, model: Any, positions: GridPolicy = "checkpoint") -> 
 
 def compare(encoder: Encoder, model: Any, grid: list[tuple[int, int, int]], **options: Any) -> None:
     patches = reference.draw_patches(grid, encoder.config.patch_dim)
-    layers, projection = range(encoder.config.layers), encoder.projection is not None
-    found = encoder.encode(patches, torch.tensor(grid), taps=layers, projection=projection)
+    layers, projected = range(encoder.config.layers), encoder.projection is not None
+    found = encoder.encode(patches, torch.tensor(grid), taps=layers, projected=projected)
     assert judged.misses(found, model, patches, grid, **options) == []
 
 
@@ -168,10 +168,8 @@ def test_bf16_is_as_close_to_the_fp32_reference_as_the_bf16_reference(
     folder = loaded_folder(tmp_path, model)
     encoder = packvit.load(folder, device=device, dtype=torch.bfloat16, attention=attention)
     layers = range(encoder.config.layers)
-    projection = encoder.projection is not None
-    found = encoder.encode(
-        patches.bfloat16(), torch.tensor(OWN), taps=layers, projection=projection
-    )
+    projected = encoder.projection is not None
+    found = encoder.encode(patches.bfloat16(), torch.tensor(OWN), taps=layers, projected=projected)
     assert judged.misses(found, model.bfloat16(), patches, OWN) == []
 
 
@@ -182,8 +180,8 @@ def test_fp32_on_the_gpu_equals_the_reference(tmp_path: Path, kind: str):
     grid = OWN if kind in ONE_GRID else ODD
     encoder = packvit.load(loaded_folder(tmp_path, model), device="cuda", dtype=torch.float32)
     patches = reference.draw_patches(grid, encoder.config.patch_dim).to("cuda")
-    projection = encoder.projection is not None
-    found = encoder.encode(patches, torch.tensor(grid), projection=projection)
+    projected = encoder.projection is not None
+    found = encoder.encode(patches, torch.tensor(grid), projected=projected)
     assert judged.misses(found, model, patches, grid) == []
 
 

@@ -12,12 +12,12 @@ from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit import pictures
-from packvit.corpus import WrongUse
-from packvit.corpus.settings import Options
+from packvit.corpus import UsageError
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.pictures import tokens as rooms
 from packvit.pictures.colours import BLANK
-from packvit.pictures.maps import likenesses, pca_maps
+from packvit.pictures.maps import pca_maps, similarities
 from packvit.pictures.sheet import MARGIN, TALLEST, WIDTH
 from packvit.pictures.tokens import Photographs, take_photographs
 
@@ -41,14 +41,14 @@ def photographs(encoder: Encoder, budget: int = 16384, layer: int | None = None)
     sizes = ((56, 70), (42, 98), (70, 28), (28, 28))
     images = [rotten.pixels(*size, seed=seed) for seed, size in enumerate(sizes)]
     return take_photographs(
-        encoder, images, Options(token_budget=budget, max_patches=25), layer=layer
+        encoder, images, EmbedOptions(token_budget=budget, max_patches=25), layer=layer
     )
 
 
 @pytest.mark.parametrize("upright", [True, False])
 def test_the_map_has_its_seam_where_the_photograph_has_it(encoder: Encoder, upright: bool):
     image = two_halves(7, 12, 4, upright=upright)
-    [colours] = pca_maps(take_photographs(encoder, [image], Options())).colours.values()
+    [colours] = pca_maps(take_photographs(encoder, [image], EmbedOptions())).colours.values()
     assert colours.shape == (7, 12, 3)
     steps = np.abs(np.diff(colours.astype(float), axis=1 if upright else 0))
     assert steps.mean((0, 2) if upright else (1, 2)).argmax() == 3
@@ -104,7 +104,7 @@ def test_a_layer_is_that_tap(encoder: Encoder):
 def test_each_image_can_have_a_basis_of_its_own(encoder: Encoder):
     shared = photographs(encoder)
     own = pca_maps(shared, per_image=True)
-    alone = take_photographs(encoder, [shared.pixels(1)], Options())
+    alone = take_photographs(encoder, [shared.pixels(1)], EmbedOptions())
     [expected] = pca_maps(alone).colours.values()
     assert np.abs(own.colours[1].astype(int) - expected.astype(int)).max() <= 1
     assert own.shares is None
@@ -119,7 +119,7 @@ def test_the_background_is_left_out_and_the_rest_has_its_own_scale(
     inside = np.zeros((8, 10), bool)
     inside[2:6, 3:8] = True
     image[2 * SIDE : 6 * SIDE, 3 * SIDE : 8 * SIDE] += 190
-    taken = take_photographs(encoder, [image, image[:, ::-1].copy()], Options())
+    taken = take_photographs(encoder, [image, image[:, ::-1].copy()], EmbedOptions())
     maps = pca_maps(taken, per_image=per_image, background="remove")
     assert maps.foreground
     for place, mask in enumerate((inside, inside[:, ::-1])):
@@ -133,7 +133,7 @@ def test_the_background_is_left_out_and_the_rest_has_its_own_scale(
 
 def test_a_patch_is_as_like_itself_as_can_be_and_the_rest_is_its_cosine(encoder: Encoder):
     taken = photographs(encoder)
-    found = likenesses(taken, (1, 2, 4))
+    found = similarities(taken, (1, 2, 4))
     tokens = {place: one.tokens.astype(np.float64) for place, one in taken.encode()}
     chosen = tokens[1].reshape(*taken.grid(1), -1)[2, 4]
     for place, likeness in found.items():
@@ -149,7 +149,7 @@ def test_pictures_come_as_images_of_what_the_encoder_saw(encoder: Encoder, tmp_p
     Image.fromarray(image).save(path)
     sheet = pictures.draw_pca(encoder, [path, Image.fromarray(image), image])
     assert (sheet.mode, sheet.getpixel((3, 3))) == ("RGB", (255, 255, 255))
-    taken = take_photographs(encoder, [path], Options())
+    taken = take_photographs(encoder, [path], EmbedOptions())
     assert (taken.pixels(0) == image).all()
     plain = np.asarray(pictures.draw_similarity(encoder, [image], (0, 1, 1)), int)
     mixed = np.asarray(pictures.draw_similarity(encoder, [image], (0, 1, 1), overlay=True), int)
@@ -164,18 +164,22 @@ def test_channel_first_patches_show_the_same_photograph(encoder: Encoder, tmp_pa
     folder = write_checkpoint(tmp_path)
     turned = packvit.load(folder, device="cpu", patch_order="chw")
     image = rotten.pixels(42, 70)
-    assert (take_photographs(turned, [image], Options()).pixels(0) == image).all()
+    assert (take_photographs(turned, [image], EmbedOptions()).pixels(0) == image).all()
 
 
 def test_what_cannot_be_drawn_is_said(encoder: Encoder, tmp_path: Path):
     image = rotten.pixels(28, 42)
-    with pytest.raises(WrongUse, match=r"has 2 x 3 patches, but row 2, column 0 .* columns 0 to 2"):
+    with pytest.raises(
+        UsageError, match=r"has 2 x 3 patches, but row 2, column 0 .* columns 0 to 2"
+    ):
         pictures.draw_similarity(encoder, [image], (0, 2, 0))
-    with pytest.raises(WrongUse, match="patch names image 1, but there are 1"):
+    with pytest.raises(UsageError, match="patch names image 1, but there are 1"):
         pictures.draw_similarity(encoder, [image], (1, 0, 0))
-    with pytest.raises(WrongUse, match="layer 5, but this encoder has 3"):
+    with pytest.raises(UsageError, match="layer 5, but this encoder has 3"):
         pictures.draw_pca(encoder, [image], layer=5)
-    with pytest.raises(WrongUse, match="141 photographs were given, but a picture takes 1 to 140"):
+    with pytest.raises(
+        UsageError, match="141 photographs were given, but a picture takes 1 to 140"
+    ):
         pictures.draw_pca(encoder, [image] * 141)
     with pytest.raises(packvit.ImageError, match="Image 1 cannot be used: there is no file"):
         pictures.draw_pca(encoder, [image, tmp_path / "gone.jpg"])

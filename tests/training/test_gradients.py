@@ -43,7 +43,7 @@ def test_every_gradient_equals_the_references(tmp_path: Path, case: str, dtype: 
 
     expected = reference.forward(model, patches, grid, **options)
     found = encoder.encode(
-        patches, torch.tensor(grid), taps=[1], projection=expected.projected is not None
+        patches, torch.tensor(grid), taps=[1], projected=expected.projected is not None
     )
     pairs = (
         (found.tokens, expected.tokens),
@@ -70,7 +70,7 @@ def test_every_gradient_equals_the_references(tmp_path: Path, case: str, dtype: 
             assert name.endswith("mask_token")  # carried, and used by no forward
             continue
         size = gradient.norm()
-        query = expected_gradients.get(twin(name))
+        query = expected_gradients.get(query_of(name))
         if query is not None:
             size = max(size, KEY_BIAS[dtype] * query.norm())
         assert (gradients[name] - gradient).norm() <= RELATIVE * size, name
@@ -87,11 +87,11 @@ def pull(outputs: Sequence[Tensor | None]) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def twin(name: str) -> str:
+def query_of(name: str) -> str:
     """Name what stands beside a key bias as its query bias; anything else has none."""
     if name == "head.k_proj.bias":
         return "head.cls_token"  # AIMv2's query is learned as it is
     module, _, kind = name.rpartition(".")
     path, _, last = module.rpartition(".")
-    twins = {"k_proj": "q_proj", "key": "query"}
-    return f"{path}.{twins[last]}.bias" if kind == "bias" and last in twins else ""
+    queries = {"k_proj": "q_proj", "key": "query"}
+    return f"{path}.{queries[last]}.bias" if kind == "bias" and last in queries else ""

@@ -1,1 +1,1 @@
-"""Inputs to prepared images, in worker processes that never import torch."""
+"""Read, decode, resize and cut inputs in worker processes that never import torch."""

@@ -1,4 +1,4 @@
-"""One input to its row and its patches, or to a JPEG for the device: a decode worker's work.
+"""What a decode worker does: turn one input into its row and patches, or a JPEG for the GPU.
 
 No torch.
 """
@@ -18,12 +18,12 @@ from packvit.images.decode import ImageError, Stage, decode_opened, open_image
 from packvit.images.patches import to_patches
 from packvit.images.resize import Resize
 
-Decode = Literal["pil", "gpu"]  # who decodes the JPEGs that a GPU can; Pillow has all others
+Decode = Literal["pil", "gpu"]  # what decodes JPEGs; Pillow decodes all other images
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """All that decides which patches an image becomes."""
+class Preprocessing:
+    """All settings that decide which patches an image becomes."""
 
     images: ImageConfig
     order: PatchOrder
@@ -35,7 +35,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class JpegFile:
-    """A JPEG for the device: its bytes, what they become, and its input, should it be refused."""
+    """A JPEG for the GPU: its bytes, the plan, and its input, in case the GPU refuses it."""
 
     data: bytes | np.ndarray
     plan: JpegPlan
@@ -44,7 +44,7 @@ class JpegFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """An input's row and, where that is no error, its patches or the JPEG that becomes them.
+    """An input's row and, unless that is an error, its patches or its JPEG.
 
     Shapes: patches uint8 [rows * columns, P].
     """
@@ -54,12 +54,12 @@ class Prepared:
     jpeg: JpegFile | None = None
 
 
-# Called with the pixels that a header announces; returns once they may be decoded.
+# Called with the pixels that a header declares; returns once they may be decoded.
 Admit = Callable[[int], None]
 
 
-def prepare(source: Input, recipe: Recipe, admit: Admit) -> Prepared:
-    """Read, decode, resize and cut one input; whatever is wrong with it ends in its row."""
+def prepare(source: Input, preprocessing: Preprocessing, admit: Admit) -> Prepared:
+    """Read, decode, resize and cut one input; an error is recorded in its row."""
     row = Row(source.id)
     if source.error:
         code, found_in = source.error
@@ -69,29 +69,29 @@ def prepare(source: Input, recipe: Recipe, admit: Admit) -> Prepared:
         data = read(source)
         row = replace(row, sha256=hashlib.sha256(data).hexdigest())
         stage = "decode"
-        if recipe.decode == "gpu":
+        if preprocessing.decode == "gpu":
             plan = plan_jpeg(
                 data,
-                recipe.images,
-                resize=recipe.resize,
-                max_patches=recipe.max_patches,
-                max_pixels=recipe.max_pixels,
+                preprocessing.images,
+                resize=preprocessing.resize,
+                max_patches=preprocessing.max_patches,
+                max_pixels=preprocessing.max_pixels,
             )
             if isinstance(plan, JpegPlan):
                 return Prepared(planned(row, plan), jpeg=JpegFile(data, plan, source))
-        opened = open_image(data, max_pixels=recipe.max_pixels)
+        opened = open_image(data, max_pixels=preprocessing.max_pixels)
         del data  # `opened` holds the bytes, until they are decoded
         admit(opened.pixels)
         photo = decode_opened(opened)
-        del opened  # and its pixels, where `photo` has turned or converted ones
+        del opened  # frees its pixels if `photo` has rotated or converted ones
         row = replace(row, note=photo.note, width=photo.width, height=photo.height)
         stage = "resize"
         cut = to_patches(
             photo.image,
-            recipe.images,
-            resize=recipe.resize,
-            max_patches=recipe.max_patches,
-            patch_order=recipe.order,
+            preprocessing.images,
+            resize=preprocessing.resize,
+            max_patches=preprocessing.max_patches,
+            patch_order=preprocessing.order,
         )
     except ImageError as error:
         return Prepared(replace(row, status=error.code, stage=error.stage, note=error.note))
@@ -101,7 +101,7 @@ def prepare(source: Input, recipe: Recipe, admit: Admit) -> Prepared:
 
 
 def planned(row: Row, plan: JpegPlan) -> Row:
-    """Return the row of a JPEG as it will be once it is decoded."""
+    """Return the row of a JPEG with the sizes it will have once decoded."""
     height, width = plan.jpeg.upright
     size = plan.size
     return replace(row, width=width, height=height, frames=1, rows=size.rows, columns=size.columns)

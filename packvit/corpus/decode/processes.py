@@ -1,4 +1,4 @@
-"""Decode workers as the job sees them: processes that are started, asked, timed and replaced."""
+"""Start, call, time out and replace decode worker processes."""
 
 import os
 import signal
@@ -12,13 +12,13 @@ from threading import Lock
 import numpy as np
 
 from packvit.corpus import DecoderError
-from packvit.corpus.decode.prepare import Admit, JpegFile, Prepared, Recipe
+from packvit.corpus.decode.prepare import Admit, JpegFile, Prepared, Preprocessing
 from packvit.corpus.decode.worker import receive, receive_into, send
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.find import Input
 
 SECONDS_TO_START = 120.0  # 0.15 on an idle machine
-# A worker ends with its parent, not by a signal that was meant for both: its image would be lost.
+# A worker exits with its parent; a signal sent to both must not end it and lose its image.
 NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
@@ -26,7 +26,7 @@ ONE_THREAD = dict.fromkeys(
 
 
 class Worker:
-    """A decode worker: one process, asked by one thread at a time."""
+    """A decode worker process, called by one thread at a time."""
 
     def __init__(self) -> None:
         self.link, other = socket.socketpair()
@@ -52,13 +52,13 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the process can be asked; what has ended once never can be again."""
+        """Whether the process still runs."""
         return self.process.poll() is None
 
     def await_ready(self) -> None:
-        """Wait until the process can be asked.
+        """Wait until the process is ready.
 
-        Raises: DecoderError if it ends instead.
+        Raises: DecoderError if it exits instead.
         """
         if self.ready:
             return
@@ -73,15 +73,15 @@ class Worker:
             ) from error
 
     def prepare(
-        self, sources: Sequence[Input], recipe: Recipe, admit: Admit, seconds: float
+        self, sources: Sequence[Input], preprocessing: Preprocessing, admit: Admit, seconds: float
     ) -> tuple[list[Prepared], float]:
-        """Return what becomes of the first inputs, and the seconds it took, without `admit`'s.
+        """Return the first inputs prepared, and the seconds it took, without waiting in `admit`.
 
-        A worker prepares as many together as it can, at least one. If it dies, or takes longer than
-        `seconds`, it is ended, and has cost the image that it was asked for alone or had admitted;
-        of several it is not known which it was, and none is returned.
+        A worker prepares as many inputs as it can, at least one. If it dies, or takes longer than
+        `seconds`, it is killed; the image that it was sent alone, or had admitted, is an error. If
+        it was sent several, which one failed is not known, and none is returned.
 
-        Raises: DecoderError if the worker cannot start, or for a fault of its own.
+        Raises: DecoderError if the worker cannot start, or for a bug in it.
         """
         self.await_ready()
         stage, took, start = "read", 0.0, time.monotonic()
@@ -96,7 +96,7 @@ class Worker:
 
         try:
             wait()
-            send(self.link, (sources, recipe))
+            send(self.link, (sources, preprocessing))
             answer = receive(self.link)
             if isinstance(answer, int):
                 took = time.monotonic() - start
@@ -124,7 +124,7 @@ class Worker:
         return prepared, took + time.monotonic() - start
 
     def end(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
         assert self.process.stdin
@@ -133,7 +133,7 @@ class Worker:
 
 
 class Workers:
-    """Workers that are there to be borrowed; one is started where none is idle."""
+    """A pool of decode workers; one is started if none is idle."""
 
     def __init__(self) -> None:
         self.lock = Lock()
@@ -141,40 +141,40 @@ class Workers:
         self.busy: set[Worker] = set()
 
     def start(self, count: int) -> None:
-        """Start `count` workers, and wait for none of them."""
+        """Start `count` workers without waiting for them."""
         for _ in range(count):
             self.idle.append(Worker())
 
     def borrow(self) -> Worker:
-        """Return a worker for the caller alone."""
+        """Return a worker that only the caller uses."""
         with self.lock:
             while self.idle:
                 worker = self.idle.pop()
                 if worker.alive:
                     break
-                worker.end()  # killed while it had nothing to do: no image is lost by that
+                worker.end()  # it died while idle, so no image is lost
             else:
                 worker = Worker()
             self.busy.add(worker)
         return worker
 
     def give_back(self, worker: Worker) -> None:
-        """Take a worker back; one that has ended is forgotten."""
+        """Return a worker to the pool; one that died is dropped."""
         with self.lock:
             self.busy.discard(worker)
             if worker.alive:
                 self.idle.append(worker)
             else:
-                worker.end()  # it may have been killed with its answer given: nobody has closed it
+                worker.end()  # it may have died after its answer; close its socket
 
     def stop_busy(self) -> None:
-        """Kill the workers that are borrowed, so that whoever waits for one need not."""
+        """Kill the workers in use, so that the threads that wait for them return."""
         with self.lock:
             for worker in self.busy:
                 worker.process.kill()
 
     def end(self) -> None:
-        """End all workers that are idle."""
+        """Kill all idle workers."""
         for worker in self.idle:
             worker.end()
         self.idle.clear()

@@ -1,7 +1,7 @@
-"""Inputs to prepared images, in their order, by worker processes that run ahead. No torch.
+"""A queue of prepared images, in input order, filled ahead by worker processes. No torch.
 
-Each worker process has a thread here that hands it inputs, one or a few to a task. They run ahead
-of whoever takes the images until enough wait, and hold the pixels in memory to a budget.
+Each worker process has a thread here that sends it inputs, one or a few per task. Workers run ahead
+of the consumer until enough images wait, and the pixels in memory stay within a budget.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -9,22 +9,22 @@ from contextlib import contextmanager
 from itertools import islice
 from threading import Condition, Lock, Thread
 
-from packvit.corpus.decode.prepare import Prepared, Recipe
+from packvit.corpus.decode.prepare import Prepared, Preprocessing
 from packvit.corpus.decode.processes import Worker, Workers
 from packvit.corpus.inputs.find import Input
 
 PIXELS_IN_FLIGHT = 256_000_000  # 16 workers at photographs of 16 MP; some 2 GB while they decode
 IMAGE_TIMEOUT = 60.0  # seconds
 MOST_WAITING = 1024  # images, however small
-TOGETHER = 16  # JPEGs for the device in a task: reading one takes little longer than to speak of it
+TOGETHER = 16  # JPEGs for the GPU in a task: reading one is as quick as a message about it
 
 
 class Stopped(Exception):
-    """Nobody waits for the image any more."""
+    """The consumer has stopped; no image is needed any more."""
 
 
 class Decoders:
-    """Decode workers for as long as a job needs them, and what they have been busy for."""
+    """The decode workers of a job, and the time they were busy."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Decoders:
         self.seconds = image_timeout
         self.workers = Workers()
         self.busy = 0.0  # seconds, of all workers together
-        self.feeding = 0.0  # seconds, of the device's decoder
+        self.device_seconds = 0.0  # seconds, of the GPU decoder
         self.on_gpu = 0  # images that it decoded
 
     def __enter__(self) -> "Decoders":
@@ -49,54 +49,56 @@ class Decoders:
 
     @property
     def spent(self) -> float:
-        """Seconds that decoding took: the workers' mean, or the device's if they are more."""
-        return max(self.busy / self.count, self.feeding)
+        """Seconds that decoding took: the mean of the workers, or the GPU's if that is longer."""
+        return max(self.busy / self.count, self.device_seconds)
 
     def start(self, images: int) -> None:
-        """Start the workers that so many images will need, and wait for none of them.
+        """Start the workers for `images` images without waiting for them.
 
-        What else there is to do until the first image is asked for hides the time they take.
+        They start up while the caller does other work, such as loading the model.
         """
         self.workers.start(min(self.count, images))
 
     def prepare_all(
-        self, inputs: Iterable[Input], recipe: Recipe, ahead: int
+        self, inputs: Iterable[Input], preprocessing: Preprocessing, ahead: int
     ) -> Generator[Prepared, None, None]:
-        """Yield all inputs prepared, in their order; `ahead` pixels of patches may wait.
+        """Yield all inputs prepared, in order; up to `ahead` pixels of patches may wait.
 
-        Raises: DecoderError if workers cannot work; whatever `inputs` raises.
+        Raises: DecoderError if workers cannot run; whatever `inputs` raises.
         """
-        with self.line(inputs, recipe, ahead) as line:
-            yield from line.take()
+        with self.queue(inputs, preprocessing, ahead) as queue:
+            yield from queue.take()
 
     @contextmanager
-    def line(self, inputs: Iterable[Input], recipe: Recipe, ahead: int) -> Iterator["Line"]:
-        """Have inputs prepared for whoever takes them from the line, as `prepare_all` says."""
-        line = Line(self, inputs, recipe, ahead)
+    def queue(
+        self, inputs: Iterable[Input], preprocessing: Preprocessing, ahead: int
+    ) -> Iterator["DecodeQueue"]:
+        """Prepare inputs in threads while the context lasts, as `prepare_all` does."""
+        queue = DecodeQueue(self, inputs, preprocessing, ahead)
         threads = [
-            Thread(target=line.work, name=f"packvit-decode-{number}", daemon=True)
+            Thread(target=queue.work, name=f"packvit-decode-{number}", daemon=True)
             for number in range(self.count)
         ]
         try:
             for thread in threads:
                 thread.start()
-            yield line
+            yield queue
         finally:
-            if not line.all_taken:
-                line.stop()
+            if not queue.all_taken:
+                queue.stop()
                 self.workers.stop_busy()
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
 
-    def prepare(self, source: Input, recipe: Recipe) -> Prepared:
-        """Prepare one input, whatever else is prepared meanwhile.
+    def prepare(self, source: Input, preprocessing: Preprocessing) -> Prepared:
+        """Prepare one input, apart from the queue.
 
-        Raises: DecoderError if no worker can work.
+        Raises: DecoderError if no worker can run.
         """
         worker = self.workers.borrow()
         try:
-            return worker.prepare([source], recipe, lambda pixels: None, self.seconds)[0][0]
+            return worker.prepare([source], preprocessing, lambda pixels: None, self.seconds)[0][0]
         except BaseException:
             worker.end()
             raise
@@ -104,33 +106,33 @@ class Decoders:
             self.workers.give_back(worker)
 
 
-class Line:
-    """The images between the inputs and whoever takes them, in their order.
+class DecodeQueue:
+    """Prepared images in input order, between the workers and the consumer.
 
-    `pixels` counts those of headers while their images are decoded, `waiting` those of the patches
-    that nobody has taken yet, and `held` JPEGs that were taken and are still to be decoded on the
-    device, three bytes a pixel. Together they stay within the budget, but that an image which is
-    prepared by itself may exceed it, so that the next image always comes, however little room there
-    is; and that JPEGs which are being read are not known yet: a task's for each worker.
+    Three counts of pixels share the budget: `pixels` of images that are being decoded, by their
+    headers; `waiting` of patches that were not taken yet; and `held` of JPEGs that were taken and
+    are not decoded on the GPU yet, at three bytes a pixel. Two things may exceed the budget: a
+    single image while no other is decoded, so that the queue always advances, and JPEGs that are
+    being read, up to one task for each worker.
     """
 
     def __init__(
-        self, decoders: Decoders, inputs: Iterable[Input], recipe: Recipe, ahead: int
+        self, decoders: Decoders, inputs: Iterable[Input], preprocessing: Preprocessing, ahead: int
     ) -> None:
         self.decoders = decoders
         self.inputs = iter(inputs)
-        self.recipe = recipe
+        self.preprocessing = preprocessing
         self.ahead = min(ahead, decoders.pixels)
         self.most = (
-            TOGETHER if recipe.decode == "gpu" else 1
-        )  # inputs that are begun, or taken, at once
+            TOGETHER if preprocessing.decode == "gpu" else 1
+        )  # inputs that are started, or taken, at once
         self.lock = Lock()
-        self.room = Condition(self.lock)  # for another image to wait
+        self.room = Condition(self.lock)  # for another image
         self.admitted = Condition(self.lock)  # for an image to be decoded, or the rest of a task
         self.ready = Condition(self.lock)  # the image that is wanted next
         self.done: dict[int, Prepared] = {}
-        self.wanted = 0  # the number of the image to be taken next
-        self.begun = 0  # how many inputs were handed out
+        self.wanted = 0  # the index of the next image to be taken
+        self.begun = 0  # how many inputs were sent to workers
         self.all_begun = self.all_taken = False
         self.decoding = self.pixels = self.waiting = self.held = 0
         self.finished = self.finished_pixels = 0  # images, and what they took of the budget
@@ -138,7 +140,7 @@ class Line:
         self.failure: BaseException | None = None
 
     def take(self) -> Iterator[Prepared]:
-        """Yield the images in their order as they are done."""
+        """Yield the images in order as they are finished."""
         while True:
             with self.lock:
                 while self.wanted not in self.done:
@@ -154,26 +156,26 @@ class Line:
                     self.wanted += 1
                 self.waiting -= sum(map(size, taken))
                 self.held += sum(size(prepared) for prepared in taken if prepared.jpeg)
-                self.room.notify()  # one: to wake all of them for each image would cost more
+                self.room.notify()  # only one: waking all for each image costs more
                 self.admitted.notify_all()
             yield from taken
 
-    def let_go(self, images: Sequence[Prepared]) -> None:
-        """Take note that images which were taken are decoded, if they were not before."""
+    def release(self, images: Sequence[Prepared]) -> None:
+        """Free the budget of taken JPEGs once they are decoded."""
         with self.lock:
             self.held -= sum(size(image) for image in images if image.jpeg)
             self.room.notify_all()
             self.admitted.notify_all()
 
     def stop(self) -> None:
-        """Have all threads return."""
+        """Make all threads return."""
         with self.lock:
             self.stopping = True
             self.room.notify_all()
             self.admitted.notify_all()
 
     def work(self) -> None:
-        """Hand inputs to a worker; the body of a thread."""
+        """Send inputs to a worker; the body of a thread."""
         workers, worker = self.decoders.workers, None
         try:
             while begun := self.begin():
@@ -186,10 +188,13 @@ class Line:
                     number, sources = number + len(prepared), sources[len(prepared) :]
                     if not worker.alive:
                         workers.give_back(worker)
-                        worker, many = None, 1  # whichever it was, it costs no other image
+                        worker, many = (
+                            None,
+                            1,
+                        )  # one at a time from here, so that only the bad input is lost
                     if sources:
                         self.await_room(number)
-        except BaseException as error:  # given to whoever takes the images
+        except BaseException as error:  # raised in `take`
             if worker:
                 worker.end()
             with self.lock:
@@ -209,13 +214,13 @@ class Line:
             admitted = pixels
 
         try:
-            return worker.prepare(sources, self.recipe, admit, self.decoders.seconds)
+            return worker.prepare(sources, self.preprocessing, admit, self.decoders.seconds)
         finally:
             if admitted:
-                self.release(admitted)
+                self.release_pixels(admitted)
 
     def begin(self) -> tuple[int, list[Input]] | None:
-        """Return the next inputs and the first one's number once there is room, None at the end."""
+        """Wait for room; return the index of the next inputs and the inputs, None at the end."""
         with self.lock:
             while not (self.all_begun or self.has_room()):
                 self.check_wanted()
@@ -231,7 +236,7 @@ class Line:
             return first, begun
 
     def await_room(self, number: int) -> None:
-        """Return once there is room for an input that was begun, or nothing else can come."""
+        """Wait for room for a started input, unless the consumer waits for that very one."""
         with self.lock:
             while not (self.wanted == number or self.has_room()):
                 self.check_wanted()
@@ -239,17 +244,17 @@ class Line:
             self.check_wanted()
 
     def has_room(self) -> bool:
-        """Tell whether another image may be begun."""
+        """Return whether another image may be started."""
         if self.waiting >= self.ahead or len(self.done) >= MOST_WAITING:
             return False
-        alone = self.begun == self.wanted  # nothing waits or is under way
+        alone = self.begun == self.wanted  # nothing waits or is in work
         return alone or self.waiting + self.held < self.decoders.pixels
 
     def together(self) -> int:
-        """Return how many inputs to put in a task, judged by those that are finished.
+        """Return how many inputs to put in a task, by the mean size of finished images.
 
-        Half of what may wait must have room for a task of each thread: otherwise it fills up with
-        images behind the wanted one, and whoever has that is left to work alone.
+        One task of each thread must fit in half of what may wait. Otherwise images after the wanted
+        one fill the queue, and the thread with the wanted one works alone.
         """
         if not self.finished_pixels:
             return 1
@@ -258,7 +263,7 @@ class Line:
         return max(1, min(self.most, room * self.finished // each))
 
     def admit(self, pixels: int) -> None:
-        """Return once so many pixels may be decoded."""
+        """Wait until this many pixels may be decoded."""
         with self.lock:
             while self.decoding and self.taken_up + pixels > self.decoders.pixels:
                 self.check_wanted()
@@ -272,15 +277,15 @@ class Line:
         """The pixels of the budget that are in memory."""
         return self.pixels + self.waiting + self.held
 
-    def release(self, pixels: int) -> None:
-        """Take note that so many pixels are decoded, or never will be."""
+    def release_pixels(self, pixels: int) -> None:
+        """Free the budget of pixels that are decoded, or failed to be."""
         with self.lock:
             self.decoding -= 1
             self.pixels -= pixels
             self.admitted.notify_all()
 
     def finish(self, number: int, prepared: Sequence[Prepared], seconds: float) -> None:
-        """Put images where they wait to be taken, `number` being the first one's."""
+        """Store finished images; `number` is the index of the first."""
         with self.lock:
             self.done.update(enumerate(prepared, number))
             taken_up = sum(map(size, prepared))
@@ -292,13 +297,13 @@ class Line:
                 self.ready.notify_all()
 
     def check_wanted(self) -> None:
-        """Raise Stopped if nobody takes images any more."""
+        """Raise Stopped if the consumer has stopped."""
         if self.stopping or self.failure:
             raise Stopped
 
 
 def size(prepared: Prepared) -> int:
-    """Return the pixels of an image's patches, or as many as its JPEG takes the memory of."""
+    """Return the pixels of an image's patches, or the pixels of equal memory for its JPEG."""
     if prepared.jpeg:
         return len(prepared.jpeg.data) // 3
     return 0 if prepared.patches is None else prepared.patches.nbytes // 3

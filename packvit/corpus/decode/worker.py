@@ -1,11 +1,11 @@
 """A decode worker: a process that prepares inputs, and never imports torch.
 
-`processes.py` starts `python -m packvit.corpus.decode.worker DESCRIPTOR` and talks with it through
-a socket: a greeting; then for each task, which is one input or several, the pixels of the first
-one's header, to be admitted, and the results of as many as were prepared, at least of the first.
-An error that the header shows, or an earlier one, is a result at once, and so is a JPEG for the
-device; whatever else comes behind another input is left for the next task. Behind the results come
-the bytes of their patches, or files, end to end.
+`processes.py` starts `python -m packvit.corpus.decode.worker DESCRIPTOR` and talks with it over
+a socket. The worker first sends "ready". For each task of one or more inputs it sends the pixels of
+the first input's header and waits for permission to decode; then it sends the results of the inputs
+it prepared, at least the first, followed by the bytes of their patches or files, end to end. An
+error found before decoding, or a JPEG for the GPU, needs no permission; any other input after the
+first is left for the next task.
 """
 
 import fcntl
@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from typing import Any
 
 LENGTH = 8  # bytes that say how long a message is
-# With so many bytes of files, or after so long, results are told, and other inputs left.
+# After this many bytes of files, or seconds, results are sent, and other inputs left.
 MOST_BYTES = 4 << 20
 MOST_SECONDS = 0.1
 
 
 class Left(Exception):
-    """An input that has to be admitted, behind others: it is left for the next task."""
+    """An input after the first needs permission to decode: it is left for the next task."""
 
 
 def send(link: socket.socket, message: object) -> None:
@@ -38,7 +38,7 @@ def send(link: socket.socket, message: object) -> None:
 def receive(link: socket.socket) -> Any:
     """Return the next message.
 
-    Raises: EOFError if the other side has gone; TimeoutError where `link` has a time limit.
+    Raises: EOFError if the other side has closed; TimeoutError where `link` has a time limit.
     """
     length = int.from_bytes(receive_into(link, bytearray(LENGTH)), "big")
     return pickle.loads(receive_into(link, bytearray(length)))
@@ -56,10 +56,10 @@ def receive_into(link: socket.socket, buffer: bytearray | memoryview) -> bytearr
 
 
 def die_with_parent() -> None:
-    """Have the system kill this process, whatever it does then, once the parent has gone.
+    """Have the system kill this process once its parent has died.
 
-    The parent holds the other end of stdin and writes nothing. An idle worker needs none of this:
-    it finds its socket closed.
+    The parent holds the other end of stdin and never writes to it. An idle worker exits anyway,
+    when its socket closes.
     """
     if hasattr(fcntl, "F_SETSIG"):  # Linux; elsewhere a worker finishes its image first
         fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
@@ -68,24 +68,24 @@ def die_with_parent() -> None:
 
 
 def main() -> None:
-    """Serve tasks until the other side has gone."""
+    """Serve tasks until the other side closes."""
     die_with_parent()
     import numpy as np
     from PIL import AvifImagePlugin
 
-    from packvit.corpus.decode.prepare import Recipe, prepare
+    from packvit.corpus.decode.prepare import Preprocessing, prepare
     from packvit.corpus.folder.rows import Row
 
-    # Slow: by now this process cannot be orphaned.
+    # Slow imports: by now this process cannot be orphaned.
     from packvit.corpus.inputs.addresses import spell_text
     from packvit.corpus.inputs.sources import Input
     from packvit.gpu.jpeg import JpegPlan
 
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the other CPUs have workers of their own
     link = socket.socket(fileno=int(sys.argv[1]))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of bad images
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides what libraries print about bad images
 
-    def serve(sources: Sequence[Input], recipe: Recipe) -> None:
+    def serve(sources: Sequence[Input], preprocessing: Preprocessing) -> None:
         results: list[tuple[Row, tuple[int, ...] | None, JpegPlan | None]] = []
         contents: list[np.ndarray] = []
         admitted, end = False, time.monotonic() + MOST_SECONDS
@@ -100,12 +100,12 @@ def main() -> None:
 
         for source in sources:
             try:
-                prepared = prepare(source, recipe, admit)
+                prepared = prepare(source, preprocessing, admit)
             except Left:
                 break
             except (EOFError, ConnectionError):
                 raise
-            except Exception:  # a fault of ours: told where it can be seen
+            except Exception:  # a bug of ours: sent to the parent, which raises it
                 send(link, spell_text(f"{source.id!r}:\n{traceback.format_exc()}"))
                 return
             jpeg, content = prepared.jpeg, prepared.patches

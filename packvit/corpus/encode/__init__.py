@@ -1,1 +1,1 @@
-"""Prepared images to packs, packs to features, features to staged parts."""
+"""Turn prepared images into packs, packs into features, and features into staged parts."""

@@ -1,54 +1,54 @@
-"""What shards are embedded with, and who decodes their JPEGs."""
+"""What embedding a shard needs: encoder, options, decoders, and who decodes JPEGs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from packvit.corpus import WrongUse
-from packvit.corpus.decode.prepare import Recipe
+from packvit.corpus import UsageError
+from packvit.corpus.decode.prepare import Preprocessing
 from packvit.corpus.decode.queue import Decoders
-from packvit.corpus.settings import Options
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded, JpegDecoder
 from packvit.gpu.jpeg import JpegPlan
 
-# Returns files' patches on the device, and the places of those it refuses: JpegDecoder.decode.
+# Returns files' patches on the device, and the indices of those it refuses: JpegDecoder.decode.
 DecodeJpegs = Callable[[Sequence[bytes | np.ndarray], Sequence[JpegPlan]], Decoded]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tools:
-    """What shards are embedded with; `decode_jpegs` is there if the device is to decode them."""
+class EmbedContext:
+    """What embedding a shard needs; `decode_jpegs` is set if the device decodes JPEGs."""
 
     encoder: Encoder
-    options: Options
+    options: EmbedOptions
     decoders: Decoders
     decode_jpegs: DecodeJpegs | None = None
 
     @property
-    def recipe(self) -> Recipe:
+    def preprocessing(self) -> Preprocessing:
         """How images become patches for the encoder."""
-        return recipe(self.encoder, self.options)
+        return make_preprocessing(self.encoder, self.options)
 
 
-def equip(encoder: Encoder, options: Options, decoders: Decoders) -> Tools:
-    """Return the tools that the options ask for: the one place that decides who decodes JPEGs.
+def make_context(encoder: Encoder, options: EmbedOptions, decoders: Decoders) -> EmbedContext:
+    """Return the context for these options; the only place that decides who decodes JPEGs.
 
-    Raises: WrongUse if the device is to decode them and cannot, with what is missing.
+    Raises: UsageError naming what is missing if the device should decode JPEGs and cannot.
     """
     if options.decode == "pil":
-        return Tools(encoder, options, decoders)
+        return EmbedContext(encoder, options, decoders)
     try:
         decoder = JpegDecoder(encoder.images, encoder.patch_order, encoder.device)
     except (ImportError, RuntimeError) as error:
-        raise WrongUse(str(error)) from error
-    return Tools(encoder, options, decoders, decoder.decode)
+        raise UsageError(str(error)) from error
+    return EmbedContext(encoder, options, decoders, decoder.decode)
 
 
-def recipe(encoder: Encoder, options: Options) -> Recipe:
+def make_preprocessing(encoder: Encoder, options: EmbedOptions) -> Preprocessing:
     """Return how images become patches for an encoder."""
-    return Recipe(
+    return Preprocessing(
         encoder.images,
         encoder.patch_order,
         options.resize,

@@ -1,7 +1,7 @@
-"""A shard's images as they come, to the packs that they are encoded in and the part they end in.
+"""Group a shard's prepared images into packs, and collect their features in a part.
 
-Packs are planned from the images' sizes, in the order of the inputs, and hold images of one shard,
-so the same shard gives the same packs again, whoever decodes them.
+Packs are planned from the images' sizes in input order, and hold images of one shard only, so the
+same shard always gives the same packs, whichever process decodes the images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from packvit.packs.planning import plan_packs
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Inputs that become one part: its number, and its rows in their order."""
+    """The inputs of one part, in order, and the part's number."""
 
     number: int
     inputs: tuple[Input, ...]
@@ -28,7 +28,7 @@ class Shard:
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """A shard's rows and their features, as far as they are known.
+    """A shard's rows and features, filled in as packs are encoded.
 
     Shapes: pooled [N, D]; lists N arrays [tokens, D] under each name, None where there are none.
     """
@@ -38,23 +38,23 @@ class Part:
     pooled: np.ndarray
     lists: dict[str, list[np.ndarray | None]]
     rows: list[Row] = field(default_factory=list)
-    pending: int = 0  # images whose rows are there and whose features are not
-    halved: int = 0  # packs that memory had no room for
+    pending: int = 0  # images that have a row but no features yet
+    halved: int = 0  # packs that did not fit in memory
 
     @classmethod
     def of(cls, shard: Shard, outputs: Outputs) -> "Part":
-        """Return a part of which nothing is known yet."""
+        """Return an empty part."""
         count = len(shard.inputs)
         pooled = np.zeros((count, outputs.width), np.float32)
         return cls(shard, outputs, pooled, {name: [None] * count for name in outputs.lists})
 
     @property
     def settled(self) -> bool:
-        """Whether all of it is known."""
+        """Whether every row and feature is filled in."""
         return len(self.rows) == len(self.shard.inputs) and not self.pending
 
     def take(self, places: Sequence[int], encoded: Sequence[Encoded]) -> list[Row]:
-        """Enter what the encoder said of the images at `places`, and return their rows."""
+        """Store the features of the images at `places`, and return their rows."""
         for place, image in zip(places, encoded, strict=True):
             self.rows[place] = image.row
             if image.row.status == "ok":
@@ -65,30 +65,30 @@ class Part:
         return [image.row for image in encoded]
 
     def table(self) -> pa.Table:
-        """Return the rows and features as they are written."""
+        """Return the table to write."""
         assert [row.id for row in self.rows] == [source.id for source in self.shard.inputs]
         return build_table(self.outputs, self.rows, self.pooled, self.lists)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pack:
-    """Images of a part that are encoded together, and their places in it."""
+class PreparedPack:
+    """Prepared images that are encoded together, and their indices in the part."""
 
     part: Part
     places: Sequence[int]
     images: Sequence[Prepared]
 
 
-# Called with the rows that are settled since the last call.
+# Called with the rows that were finished since the last call.
 Watch = Callable[[Sequence[Row]], None]
 
 
 def fill_packs(
     part: Part, prepared: Iterator[Prepared], budget: int, watch: Watch
-) -> Iterator[Pack]:
-    """Yield the packs of a shard; for a shard of errors alone one without images."""
-    places: list[int] = []  # which row each image is that is no error
-    waiting: dict[int, Prepared] = {}  # those that wait for their pack, by their rows
+) -> Iterator[PreparedPack]:
+    """Yield the packs of a shard; one empty pack if all its rows are errors."""
+    places: list[int] = []  # the row of each image that is not an error
+    waiting: dict[int, Prepared] = {}  # images that wait for their pack, by row
 
     def lengths() -> Iterator[int]:
         for place, image in enumerate(prepared):
@@ -99,11 +99,11 @@ def fill_packs(
             places.append(place)
             part.pending += 1
             waiting[place] = image
-            # Where nothing bounds an image, one beyond the budget fills a pack by itself.
+            # Where image sizes are unbounded, an image larger than the budget gets its own pack.
             yield min(image.row.patches, budget)
 
     for pack in plan_packs(lengths(), budget):
         chosen = [places[image] for image in pack]
-        yield Pack(part, chosen, [waiting.pop(place) for place in chosen])
+        yield PreparedPack(part, chosen, [waiting.pop(place) for place in chosen])
     if not places:
-        yield Pack(part, (), ())
+        yield PreparedPack(part, (), ())

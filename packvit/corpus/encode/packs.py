@@ -1,6 +1,7 @@
-"""A pack of prepared images to what the encoder says of each, also where memory is short.
+"""Encode a pack of prepared images; split it where memory is short.
 
-A pack is launched and landed: between the two the device computes, and the host does other work.
+`submit` starts a pack and `collect` waits for its results: in between the device computes, and the
+host does other work.
 """
 
 import time
@@ -16,7 +17,7 @@ from torch import Tensor
 from packvit.corpus.decode.prepare import Prepared
 from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.rows import Row
-from packvit.corpus.settings import Options
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.packs.segments import to_device
 
@@ -31,16 +32,16 @@ class OnDevice:
     patches: Tensor
 
 
-Fed = Prepared | OnDevice  # whose patches are there, if it is no error
-# Returns all images of a pack fed, or None if memory has no room for their patches.
-Feed = Callable[[Sequence[Prepared]], Sequence[Fed] | None]
+Ready = Prepared | OnDevice  # an image whose patches are there, or an error
+# Returns the images of a pack with their patches, or None if these do not fit in memory.
+MakeReady = Callable[[Sequence[Prepared]], Sequence[Ready] | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What the encoder says of one image: pooled [D] float32, lists {name: [tokens, D]}.
+    """The features of one image: pooled [D] float32, lists {name: [tokens, D]}.
 
-    Of an error it says nothing.
+    Both are empty for an error.
     """
 
     row: Row
@@ -49,10 +50,11 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Flight:
-    """A pack under way: host tensors that are filled once `end` has come, at once if it is None.
+class PendingPack:
+    """A submitted pack: host tensors that are filled once the event `end` has passed.
 
-    `rows` are those of all images, and `lengths` their tokens: 0 of an error, which is not in it.
+    `end` is None if they are filled already. `rows` are those of all images, `lengths` their
+    tokens: 0 for an error, which is not encoded.
 
     Shapes: pooled [N, D]; lists [T, D] under each name; finite, fits [T] under each name.
     """
@@ -61,16 +63,16 @@ class Flight:
     lengths: tuple[int, ...]
     pooled: Tensor
     lists: dict[str, Tensor]
-    finite: dict[str, Tensor]  # whether all of a token's numbers are
-    fits: dict[str, Tensor]  # whether they still are in the type that is stored
+    finite: dict[str, Tensor]  # whether all numbers of a token are finite
+    fits: dict[str, Tensor]  # whether they still are in dtype_out
     start: torch.cuda.Event | None
     end: torch.cuda.Event | None
-    seconds: float  # of launching: all of the work, where nothing is under way
+    seconds: float  # that submitting took: all of the work on a CPU
 
 
 @torch.inference_mode()
-def launch(encoder: Encoder, images: Sequence[Fed], options: Options) -> Flight:
-    """Begin to encode images as one pack; on a GPU, without waiting for it.
+def submit(encoder: Encoder, images: Sequence[Ready], options: EmbedOptions) -> PendingPack:
+    """Start to encode images as one pack; on a GPU, do not wait for it.
 
     Raises: torch.OutOfMemoryError or MemoryError if they do not fit.
     """
@@ -78,7 +80,7 @@ def launch(encoder: Encoder, images: Sequence[Fed], options: Options) -> Flight:
     rows = tuple(image.row for image in images)
     good = [image for image in images if image.patches is not None]
     if not good:
-        return Flight(
+        return PendingPack(
             rows,
             (0,) * len(rows),
             torch.empty(0, 0, dtype=torch.float32, device="cpu"),
@@ -108,7 +110,7 @@ def launch(encoder: Encoder, images: Sequence[Fed], options: Options) -> Flight:
     lists = {"tokens": features.tokens} if options.tokens else {}
     lists |= {f"tap_{layer}": features.taps[layer] for layer in options.taps}
     stored = {name: t.to(getattr(torch, options.dtype_out)) for name, t in lists.items()}
-    flight = Flight(
+    pending = PendingPack(
         rows=rows,
         lengths=tuple(0 if image.patches is None else image.row.patches for image in images),
         pooled=to_host(pooled),
@@ -121,11 +123,11 @@ def launch(encoder: Encoder, images: Sequence[Fed], options: Options) -> Flight:
     )
     if end is not None:
         end.record(torch.cuda.current_stream(encoder.device))
-    return flight
+    return pending
 
 
-def lay(images: Sequence[Fed], device: torch.device) -> Tensor:
-    """Lay the patches of images end to end on the device; those on the host go over in one copy.
+def lay(images: Sequence[Ready], device: torch.device) -> Tensor:
+    """Concatenate the patches of images on the device; those on the host are sent in one copy.
 
     Shapes: [T, P].
     """
@@ -148,33 +150,33 @@ def lay(images: Sequence[Fed], device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the host, to pinned memory and without waiting where it is on a GPU."""
+    """Copy a tensor to the host; from a GPU to pinned memory, without waiting."""
     return tensor.to("cpu", non_blocking=True)
 
 
-def land(flight: Flight, dtype_out: DtypeOut) -> tuple[list[Encoded], float]:
-    """Wait for a flight and take it apart, and return the seconds that its encoding took.
+def collect(pending: PendingPack, dtype_out: DtypeOut) -> tuple[list[Encoded], float]:
+    """Wait for a pending pack; return the features of its images and the seconds it took.
 
     A row whose features are not all finite numbers becomes an error.
     """
-    seconds = flight.seconds
-    if flight.start and flight.end:
-        flight.end.synchronize()
-        seconds = flight.start.elapsed_time(flight.end) / 1e3
-    rows = [row for row, tokens in zip(flight.rows, flight.lengths, strict=True) if tokens]
+    seconds = pending.seconds
+    if pending.start and pending.end:
+        pending.end.synchronize()
+        seconds = pending.start.elapsed_time(pending.end) / 1e3
+    rows = [row for row, tokens in zip(pending.rows, pending.lengths, strict=True) if tokens]
     if not rows:
-        return [Encoded(row) for row in flight.rows], seconds
-    lengths = [tokens for tokens in flight.lengths if tokens]
+        return [Encoded(row) for row in pending.rows], seconds
+    lengths = [tokens for tokens in pending.lengths if tokens]
     starts = list(accumulate(lengths[:-1], initial=0))
-    vectors = flight.pooled.numpy()
+    vectors = pending.pooled.numpy()
     finite = np.logical_and.reduce(np.isfinite(vectors), 1)
     fits = np.ones(len(starts), bool)
     arrays: dict[str, list[np.ndarray]] = {}
-    for name, tokens in flight.lists.items():
-        finite &= np.logical_and.reduceat(flight.finite[name].numpy(), starts)
-        fits &= np.logical_and.reduceat(flight.fits[name].numpy(), starts)
-        # Kept for a whole part: copied from pinned memory, which the next packs need.
-        values = tokens.numpy().copy() if flight.end else tokens.numpy()
+    for name, tokens in pending.lists.items():
+        finite &= np.logical_and.reduceat(pending.finite[name].numpy(), starts)
+        fits &= np.logical_and.reduceat(pending.fits[name].numpy(), starts)
+        # Kept until the part is whole: copied out of pinned memory, which the next packs need.
+        values = tokens.numpy().copy() if pending.end else tokens.numpy()
         arrays[name] = np.split(values, starts[1:])
     encoded = iter(
         Encoded(
@@ -184,58 +186,61 @@ def land(flight: Flight, dtype_out: DtypeOut) -> tuple[list[Encoded], float]:
         )
         for i, row in enumerate(rows)
     )
-    both = zip(flight.rows, flight.lengths, strict=True)
+    both = zip(pending.rows, pending.lengths, strict=True)
     return [next(encoded) if tokens else Encoded(row) for row, tokens in both], seconds
 
 
-def as_they_are(images: Sequence[Prepared]) -> Sequence[Fed]:
-    """Feed images whose patches are there."""
+def as_they_are(images: Sequence[Prepared]) -> Sequence[Ready]:
+    """Return images that already have their patches."""
     return images
 
 
 def encode_halved(
-    encoder: Encoder, images: Sequence[Prepared], options: Options, feed: Feed = as_they_are
+    encoder: Encoder,
+    images: Sequence[Prepared],
+    options: EmbedOptions,
+    make_ready: MakeReady = as_they_are,
 ) -> tuple[list[Encoded], float, int]:
-    """Encode images one after another in as many packs as memory needs; nothing else is under way.
+    """Encode images in as many packs as memory allows; no other pack may be in flight.
 
-    What does not fit is halved, in its order, and tried again; an image that does not fit by itself
-    becomes an error. Returns also the seconds it took and how many packs were made of it.
+    A pack that does not fit is split in two, in order, and tried again; a single image that does
+    not fit becomes an error. Returns also the seconds it took and the number of packs.
     """
-    whole = encode_whole(encoder, images, options, feed)
+    whole = encode_whole(encoder, images, options, make_ready)
     if whole is not None:
         return *whole, 1
     if encoder.graphs is not None:
-        encoder.graphs.forget()  # whose memory it may want
+        encoder.graphs.forget()  # to free their memory
     if encoder.device.type == "cuda":
         torch.cuda.empty_cache()
     if len(images) == 1:
         row = replace(images[0].row, status="out_of_memory", stage="encode", note=None)
         return [Encoded(row)], 0.0, 1
     middle = len(images) // 2
-    left = encode_halved(encoder, images[:middle], options, feed)
-    right = encode_halved(encoder, images[middle:], options, feed)
+    left = encode_halved(encoder, images[:middle], options, make_ready)
+    right = encode_halved(encoder, images[middle:], options, make_ready)
     return left[0] + right[0], left[1] + right[1], left[2] + right[2]
 
 
 def encode_whole(
-    encoder: Encoder, images: Sequence[Prepared], options: Options, feed: Feed
+    encoder: Encoder, images: Sequence[Prepared], options: EmbedOptions, make_ready: MakeReady
 ) -> tuple[list[Encoded], float] | None:
-    """Encode images as one pack, and return the seconds it took too; None if they do not fit.
+    """Return the features of images encoded as one pack and the seconds it took, or None.
 
-    A function of its own: its tensors, and those in the frames of an exception, must go before
-    anything else is tried.
+    None if they do not fit. A function of its own, so that its tensors, and those held by the
+    frames of an exception, are freed before another attempt.
     """
     with suppress(*OUT_OF_MEMORY):
-        fed = feed(images)
-        if fed is not None:
-            return land(launch(encoder, fed, options), options.dtype_out)
+        ready = make_ready(images)
+        if ready is not None:
+            return collect(submit(encoder, ready, options), options.dtype_out)
     return None
 
 
 def image_means(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the mean of each image's tokens in fp32, in one call that adds in a fixed order.
+    """Return the mean of each image's tokens in fp32, added in a fixed order.
 
-    `index_add` would add in whatever order a GPU's threads arrive.
+    `index_add` on a GPU adds in no fixed order.
 
     Shapes: tokens [T, D], lengths N host ints that sum to T -> [N, D].
     """
@@ -244,7 +249,7 @@ def image_means(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def settle(row: Row, finite: bool, fits: bool, dtype_out: DtypeOut) -> Row:
-    """Return the row as it is, or as the error that its features make it."""
+    """Return the row, as an error if its features are not finite or overflow dtype_out."""
     if not finite:
         return replace(row, status="non_finite", stage="encode", note=None)
     if not fits:

@@ -1,9 +1,8 @@
-"""From a shard's inputs to its committed part: the unit of work, whoever hands it out.
+"""Embed shards: decode, encode and write their parts.
 
-`run_shards` decodes, encodes and writes at the same time, across the borders of shards;
-`embed_shards` leaves the writing to whoever calls it. The table of a part is a function of the
-shard's inputs, the encoder and the options alone, so the same shard gives the same bytes again on
-the same machine.
+`run_shards` decodes, encodes and writes at the same time, across shards; `embed_shards` leaves the
+writing to its caller. The table of a part depends only on the shard's inputs, the encoder and the
+options, so on one machine the same shard always gives the same bytes.
 """
 
 import time
@@ -15,31 +14,31 @@ from itertools import chain, islice
 from pathlib import Path
 
 from packvit.corpus.decode.prepare import Prepared
-from packvit.corpus.encode.context import Tools
-from packvit.corpus.encode.filling import Pack, Part, Shard, Watch, fill_packs
-from packvit.corpus.encode.jpegs import Feeder
+from packvit.corpus.encode.context import EmbedContext
+from packvit.corpus.encode.filling import Part, PreparedPack, Shard, Watch, fill_packs
+from packvit.corpus.encode.jpegs import JpegStage
 from packvit.corpus.encode.packs import (
     OUT_OF_MEMORY,
     Encoded,
-    Fed,
-    Feed,
-    Flight,
+    MakeReady,
+    PendingPack,
+    Ready,
+    collect,
     encode_halved,
-    land,
-    launch,
+    submit,
 )
 from packvit.corpus.folder.layout import Commit, commit
 from packvit.corpus.inputs.find import Input
 from packvit.corpus.progress import Effort
 from packvit.packs.planning import WINDOW
 
-# Packs that a GPU has been given and not given back. A shard's first pack takes as long to fetch as
-# one to encode: its images have to be there, and planned.
-ALOFT = 2
+# Packs submitted to a GPU and not collected. The first pack of a shard takes about as long to
+# prepare as a pack takes to encode, since its images have to be decoded and planned.
+PACKS_IN_FLIGHT = 2
 
 
 def run_shards(
-    tools: Tools,
+    context: EmbedContext,
     shards: Iterable[Shard],
     folder: Path,
     watch: Watch,
@@ -47,11 +46,11 @@ def run_shards(
     last: int = -1,
     effort: Effort | None = None,
 ) -> Generator[Commit, None, None]:
-    """Embed shards, commit their parts to `folder` in their order, and yield their log lines.
+    """Embed shards, commit their parts to `folder` in order, and yield their log lines.
 
-    While a shard is embedded, the part before it is written, in a thread of its own. Interrupts
-    reach the main thread alone, which then waits for it, so that none can cut it in half. `last` is
-    the greatest part that the log has already, -1 for none.
+    While a shard is embedded, a thread writes the part before it. Interrupts reach the main thread
+    only, which waits for that thread, so no write is cut short. `last` is the highest part number
+    in the log already, -1 for none.
 
     Raises: WriteError if the disk does not take it; DecoderError if no image can be decoded.
     """
@@ -66,25 +65,25 @@ def run_shards(
 
     with ThreadPoolExecutor(1, "packvit-commit") as writer:
         written: Future[Commit] | None = None
-        with closing(embed_shards(tools, shards, watch, effort)) as parts:
+        with closing(embed_shards(context, shards, watch, effort)) as parts:
             for part in parts:
                 if written:
-                    yield written.result()  # before the next is begun, which must not come first
+                    yield written.result()  # before the next write starts: parts go in order
                 written = writer.submit(write, part)
         if written:
             yield written.result()
 
 
 def embed_shards(
-    tools: Tools, shards: Iterable[Shard], watch: Watch, effort: Effort
+    context: EmbedContext, shards: Iterable[Shard], watch: Watch, effort: Effort
 ) -> Generator[Part, None, None]:
-    """Yield the parts of shards in their order, each once all of it is known.
+    """Yield the parts of shards in order, each once all its rows are finished.
 
-    Images of the next packs and shards are decoded meanwhile, and a GPU is given packs before those
-    ahead of them are copied back.
+    Images of the next packs and shards are decoded meanwhile, and packs are submitted to a GPU
+    before earlier ones are copied back.
     """
-    config, options = tools.encoder.config, tools.options
-    listed: deque[Shard] = deque()  # those whose images are being decoded
+    config, options = context.encoder.config, context.options
+    listed: deque[Shard] = deque()  # shards whose images are being decoded
     unfinished: deque[Part] = deque()
 
     def inputs() -> Iterator[Input]:
@@ -92,64 +91,69 @@ def embed_shards(
             listed.append(shard)
             yield from shard.inputs
 
-    def packs(prepared: Iterator[Prepared]) -> Iterator[Pack]:
+    def packs(prepared: Iterator[Prepared]) -> Iterator[PreparedPack]:
         for first in prepared:
             part = Part.of(listed.popleft(), options.outputs(config.width))
             unfinished.append(part)
             coming = chain([first], islice(prepared, len(part.shard.inputs) - 1))
             yield from fill_packs(part, coming, options.token_budget, watch)
 
-    # What a shard's last packs use up, and one pack more: the next shard's first need not wait.
+    # The lookahead of a shard's last packs, and one pack more for the next shard.
     ahead = (WINDOW + 1) * options.token_budget * config.patch**2
-    with Feeder(tools) as feeder, tools.decoders.line(inputs(), tools.recipe, ahead) as line:
-        launcher = Launcher(tools, feeder.feed, watch, effort)
-        for pack, fed in feeder.feed_all(packs(line.take())):
-            line.let_go(pack.images)
+    with (
+        JpegStage(context) as jpegs,
+        context.decoders.queue(inputs(), context.preprocessing, ahead) as queue,
+    ):
+        encoding = Encoding(context, jpegs.make_ready, watch, effort)
+        for pack, ready in jpegs.make_all_ready(packs(queue.take())):
+            queue.release(pack.images)
             if pack.images:
-                launcher.encode(pack, fed)
+                encoding.encode(pack, ready)
             else:
-                launcher.catch_up()
-            effort.decoding, effort.on_gpu = tools.decoders.spent, tools.decoders.on_gpu
+                encoding.catch_up()
+            effort.decoding, effort.on_gpu = context.decoders.spent, context.decoders.on_gpu
             while unfinished and unfinished[0].settled:
                 yield unfinished.popleft()
-        launcher.catch_up()
+        encoding.catch_up()
         yield from unfinished
 
 
-class Launcher:
-    """Encodes packs, of which `ALOFT` may be under way while the next is fetched."""
+class Encoding:
+    """Encodes packs; up to `PACKS_IN_FLIGHT` are in flight while the next is prepared."""
 
-    def __init__(self, tools: Tools, feed: Feed, watch: Watch, effort: Effort) -> None:
-        self.tools = tools
-        self.feed = feed
+    def __init__(
+        self, context: EmbedContext, make_ready: MakeReady, watch: Watch, effort: Effort
+    ) -> None:
+        self.context = context
+        self.make_ready = make_ready
         self.watch = watch
         self.effort = effort
-        self.aloft: deque[tuple[Pack, Flight]] = deque()
+        self.packs_in_flight: deque[tuple[PreparedPack, PendingPack]] = deque()
 
-    def encode(self, pack: Pack, fed: Sequence[Fed] | None) -> None:
-        """Launch a pack, whose images are `fed` unless memory had no room, and land the oldest."""
-        encoder, options = self.tools.encoder, self.tools.options
+    def encode(self, pack: PreparedPack, ready: Sequence[Ready] | None) -> None:
+        """Submit a pack, and collect the oldest; `ready` is None if its patches did not fit."""
+        encoder, options = self.context.encoder, self.context.options
         self.effort.packs += 1
         self.effort.tokens += sum(image.row.patches for image in pack.images)
-        flight = None
-        with suppress(*OUT_OF_MEMORY):  # whose frames hold tensors: let go of here
-            flight = None if fed is None else launch(encoder, fed, options)
-        if flight is None:
+        pending = None
+        with suppress(*OUT_OF_MEMORY):  # its frames hold tensors, which are freed here
+            pending = None if ready is None else submit(encoder, ready, options)
+        if pending is None:
             self.catch_up()
-            encoded, seconds, pieces = encode_halved(encoder, pack.images, options, self.feed)
+            encoded, seconds, pieces = encode_halved(encoder, pack.images, options, self.make_ready)
             pack.part.halved += pieces > 1
             self.settle(pack, encoded, seconds)
             return
-        self.aloft.append((pack, flight))
-        self.catch_up(0 if flight.end is None else ALOFT)  # 0: it is here already
+        self.packs_in_flight.append((pack, pending))
+        self.catch_up(0 if pending.end is None else PACKS_IN_FLIGHT)  # 0: it is finished already
 
-    def catch_up(self, aloft: int = 0) -> None:
-        """Land packs, oldest first, until so many are under way."""
-        while len(self.aloft) > aloft:
-            pack, flight = self.aloft.popleft()
-            self.settle(pack, *land(flight, self.tools.options.dtype_out))
+    def catch_up(self, packs_in_flight: int = 0) -> None:
+        """Collect packs, oldest first, until at most `packs_in_flight` are left."""
+        while len(self.packs_in_flight) > packs_in_flight:
+            pack, pending = self.packs_in_flight.popleft()
+            self.settle(pack, *collect(pending, self.context.options.dtype_out))
 
-    def settle(self, pack: Pack, encoded: Sequence[Encoded], seconds: float) -> None:
-        """Enter what was said of a pack."""
+    def settle(self, pack: PreparedPack, encoded: Sequence[Encoded], seconds: float) -> None:
+        """Store the features of a pack and report its rows."""
         self.effort.encoding += seconds
         self.watch(pack.part.take(pack.places, encoded))

@@ -1,7 +1,7 @@
-"""Whether a feature folder is whole: what is wrong with it, and how to mend that. No torch.
+"""Check a feature folder: find what is wrong with it, and say how to repair it. No torch.
 
-Every byte that packvit wrote is vouched for by another: the parts by the log, the log by the parts,
-the inputs' names and the certificate by the manifest, the manifest by its own checksum.
+Every file is checked against another: the parts against the log, the log against the parts, the
+ids of the inputs and the certificate against the manifest, the manifest against its own checksum.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import (
     CERTIFICATE,
     COMMITS,
@@ -35,18 +35,18 @@ from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.resume import find_damage, find_fault, is_ours, left_over
 from packvit.images.decode import CODES
 
-AGAIN = "Give the same embed command again: it goes on with what is whole."
+AGAIN = "Run the same embed command again: it keeps the parts that are whole."
 MANIFEST_MEND = (
-    "Give the same embed command again; if it is refused, put back a copy of the file, or start "
+    "Run the same embed command again; if it is refused, restore a copy of the file, or start "
     "over with --overwrite."
 )
-BUG = "The log vouches for these bytes, so they were written so: start over with --overwrite."
+BUG = "The bytes match the log, so packvit wrote them so: start over with --overwrite."
 BESIDE = ("format", "complete", "fingerprint", "model", "inputs", "ignored", "counts", "exports")
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that is wrong: in which file, what, and how to mend it."""
+    """Something that is wrong: in which file, what, and how to repair it."""
 
     file: str
     found: str
@@ -55,7 +55,7 @@ class Fault:
 
 @dataclass(slots=True)
 class Check:
-    """What was found in a folder so far."""
+    """What a check has found so far."""
 
     folder: str
     parts: int = 0  # whole ones, and what they hold
@@ -65,19 +65,20 @@ class Check:
     faults: list[Fault] = field(default_factory=list)
 
     def add(self, file: str, found: str, mend: str = AGAIN) -> None:
-        """Take note of a fault."""
+        """Add a fault."""
         self.faults.append(Fault(file, found, mend))
 
 
 def check_folder(folder: Path) -> Check:
-    """Read all of a feature folder, and return what it holds and all that is wrong with it.
+    """Read all of a feature folder; return what it holds and everything that is wrong.
 
-    Raises: WrongUse if it is no feature folder; OSError if a file can't be read.
+    Raises: UsageError if it is not a feature folder; OSError if a file can't be read.
     """
     if not folder.is_dir() or not (is_ours(folder) or (folder / COMMITS).is_file()):
-        holds = f"it holds neither a {MANIFEST} of packvit's nor a {COMMITS}"
-        raise WrongUse(
-            f"{folder} is no feature folder: {holds if folder.exists() else 'it is not there'}. "
+        holds = f"it holds no {MANIFEST} of packvit and no {COMMITS}"
+        holds = holds if folder.exists() else "it does not exist"
+        raise UsageError(
+            f"{folder} is not a feature folder: {holds}. "
             "Name the folder that was given to embed as --out."
         )
     check = Check(str(folder))
@@ -90,46 +91,48 @@ def check_folder(folder: Path) -> Check:
         check_whole(check, manifest, entries, names.hexdigest())
     stray = {path.name for path in folder.iterdir() if part_number(path.name) is not None}
     for name in sorted(stray - {entry.part for entry in entries.values()}):
-        check.add(name, f"is not in {COMMITS}, so no reader may trust it.")
+        check.add(name, f"is not in {COMMITS}, so readers must not use it.")
     for name in left_over(folder):
-        check.add(name, "is a temporary file that a killed job left.")
+        check.add(name, "is a temporary file left by a killed job.")
     return check
 
 
 def check_manifest(check: Check, folder: Path) -> dict[str, Any] | None:
-    """Return the manifest if it is whole, having checked it and what it vouches for."""
+    """Check the manifest, the certificate and the exports; return the manifest if it is whole."""
     manifest = read_manifest(folder)
     if manifest is None:
-        state = "is damaged: it is no JSON." if (folder / MANIFEST).exists() else "is missing."
+        state = "is damaged: it is not JSON." if (folder / MANIFEST).exists() else "is missing."
         check.add(MANIFEST, state, MANIFEST_MEND)
         return None
     if (folder / MANIFEST).read_bytes() != encode_manifest(manifest):
-        check.add(MANIFEST, "is damaged: its checksum is not that of its entries.", MANIFEST_MEND)
+        check.add(MANIFEST, "is damaged: its checksum does not match its entries.", MANIFEST_MEND)
         return None
     beside = (*BESIDE, "certificate_sha256")
     settings = {name: value for name, value in manifest.items() if name not in beside}
     if manifest["format"] != FORMAT or manifest["fingerprint"] != fingerprint(settings):
         check.add(
-            MANIFEST, f'is not of "{FORMAT}" with the fingerprint of its settings.', MANIFEST_MEND
+            MANIFEST,
+            f'is not in format "{FORMAT}", or its fingerprint does not match its settings.',
+            MANIFEST_MEND,
         )
         return None
     certificate = folder / CERTIFICATE
     digest = sha256(certificate.read_bytes()) if certificate.is_file() else None
     if digest != manifest["certificate_sha256"]:
-        state = "is missing" if digest is None else "is not the one that the manifest vouches for"
-        check.add(CERTIFICATE, f"{state}.", "Give the same embed command again, with --verify.")
+        state = "is missing" if digest is None else "is not the one recorded in the manifest"
+        check.add(CERTIFICATE, f"{state}.", "Run the same embed command again, with --verify.")
     exports = manifest.get("exports", {})
     for name, record in exports.items():
         if fault := find_damage(folder / name, **record):
-            check.add(name, f"{fault}.", "Give the same embed command again, with --format npy.")
+            check.add(name, f"{fault}.", "Run the same embed command again, with --format npy.")
     for name in (POOLED, IDS):
         if name not in exports and (folder / name).exists():
-            check.add(name, f"is not in {MANIFEST}, so no reader may trust it.")
+            check.add(name, f"is not in {MANIFEST}, so readers must not use it.")
     return manifest
 
 
 def check_log(check: Check, folder: Path) -> dict[int, Commit]:
-    """Return the lines of the log by number of part."""
+    """Return the entries of the log by part number."""
     entries: dict[int, Commit] = {}
     for place, line in enumerate(read_log(folder)):
         entry = decode_commit(line)
@@ -149,9 +152,9 @@ def check_part(
     number: int,
     entry: Commit,
     manifest: dict[str, Any] | None,
-    names: Any,  # a hash object, fed with the ids
+    names: Any,  # a hash object, updated with the ids
 ) -> None:
-    """Check a part against its line of the log and against what the manifest promises of it."""
+    """Check a part against its line in the log and against the manifest."""
     fault = find_fault(folder, entry)
     if fault:
         check.add(entry.part, f"{fault}.")
@@ -199,7 +202,7 @@ def check_part(
             manifest["config"]["width"], tuple(manifest["lists"]), manifest["dtype_out"]
         )
         if not table.schema.equals(outputs.schema):
-            check.add(entry.part, "does not have the columns that the manifest promises.", BUG)
+            check.add(entry.part, "does not have the columns that the manifest describes.", BUG)
             return
     for found in features_faults(table, plain, good, tokens):
         check.add(entry.part, found, BUG)
@@ -208,11 +211,11 @@ def check_part(
 def features_faults(
     table: pa.Table, plain: dict[str, list[Any]], good: np.ndarray, tokens: np.ndarray
 ) -> Iterator[str]:
-    """Yield what is wrong with the rows of a part and their features."""
+    """Yield what is wrong with the rows and features of a part."""
     if not set(plain["status"]) <= {"ok", *CODES}:
-        yield "holds a status that is neither ok nor a code."
+        yield "holds a status that is neither ok nor an error code."
     if any((stage is None) != ok for stage, ok in zip(plain["stage"], good, strict=True)):
-        yield "holds a row whose stage does not fit its status."
+        yield "holds a row whose stage does not match its status."
     for name in table.column_names:
         column = table[name].combine_chunks()
         if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
@@ -233,7 +236,7 @@ def features_faults(
 def check_whole(
     check: Check, manifest: dict[str, Any], entries: dict[int, Commit], names: str
 ) -> None:
-    """Check that the parts are all, and that their rows are the job's inputs."""
+    """Check that no part is missing, and that the rows are the job's inputs."""
     parts = -(-manifest["inputs"] // manifest["rows_per_part"])
     absent = [number for number in range(parts) if number not in entries]
     if absent:
@@ -246,9 +249,9 @@ def check_whole(
         check.add(COMMITS, f"lists parts beyond the {parts} of this job.")
     if not manifest["complete"]:
         check.add(MANIFEST, "says that the job is not complete.")
-    # Ids are unique in the listing that the digest is of, so equal digests say so of the rows too.
+    # Ids are unique in the listing, so an equal digest means that the rows' ids are unique too.
     if check.parts == parts == len(entries) and names != manifest["inputs_sha256"]:
-        check.add(MANIFEST, "is of other inputs, or in another order, than the rows.", BUG)
+        check.add(MANIFEST, "lists other inputs than the rows, or in another order.", BUG)
     counts = {
         "rows": check.rows,
         "ok": check.rows - sum(check.errors.values()),

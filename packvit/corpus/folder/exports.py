@@ -1,10 +1,10 @@
-"""What is made of a finished job's parts for readers that know no Parquet. No torch.
+"""Files made from a finished job's parts for readers without Parquet. No torch.
 
     pooled.npy   float32 [rows, D]: a row for each input, in their order; NaN where it is an error
     ids.jsonl    a line for each input, in the same order: its id and status
 
-Both are functions of the parts, which stay the truth: the manifest says their sha256, and what is
-missing or damaged is made again without reading an image. Tokens and taps are in the parts alone.
+Both are derived from the parts. The manifest records their sha256, and a missing or damaged file is
+made again without reading an image. Tokens and taps are in the parts alone.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import IDS, POOLED, sync_names, temporary_name, writing
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.resume import find_damage
@@ -28,18 +28,18 @@ Exports = dict[str, dict[str, Any]]  # bytes and sha256 by the file's name, as i
 
 
 def check_format(name: str) -> None:
-    """Refuse what is no format."""
+    """Refuse an unknown format."""
     if name not in FORMATS:
-        raise WrongUse(f'format is "{name}". Choose one of: {", ".join(FORMATS)}.')
+        raise UsageError(f'format is "{name}". Choose one of: {", ".join(FORMATS)}.')
 
 
 def export(
     folder: Path, parts: Sequence[str], rows: int, width: int, recorded: Mapping[str, Any]
 ) -> Exports:
-    """Write what is missing or is not as recorded, and return what the manifest says of it.
+    """Write the files that are missing or damaged; return the manifest's record of all.
 
     Shapes: `parts` hold `rows` rows of D = `width` together.
-    Raises: WriteError if the disk does not take it.
+    Raises: WriteError if a file cannot be written.
     """
     makers: dict[str, Callable[[BinaryIO], None]] = {
         POOLED: lambda file: write_pooled(file, folder, parts, rows, width),
@@ -54,7 +54,7 @@ def export(
 
 
 def make(path: Path, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
-    """Put what `write` writes at `path` in one step; return its size and digest."""
+    """Write a file by `write` and rename it to `path`; return its size and digest."""
     temporary = path.with_name(temporary_name(path.name))
     with writing(path):
         try:
@@ -73,7 +73,7 @@ def make(path: Path, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
 
 
 def write_pooled(file: BinaryIO, folder: Path, parts: Sequence[str], rows: int, width: int) -> None:
-    """Write a NumPy file of all pooled vectors, part after part."""
+    """Write a NumPy file of all pooled vectors, part by part."""
     header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
     np.lib.format.write_array_header_1_0(file, header)
     for (pooled,) in read(folder, parts, ["pooled"]):
@@ -84,14 +84,14 @@ def write_pooled(file: BinaryIO, folder: Path, parts: Sequence[str], rows: int, 
 
 
 def write_ids(file: BinaryIO, folder: Path, parts: Sequence[str]) -> None:
-    """Write a line of JSON for each input; names hold any character, line ends too."""
+    """Write a line of JSON for each input; names may hold any character, line breaks too."""
     for ids, statuses in read(folder, parts, ["id", "status"]):
         for name, status in zip(ids.to_pylist(), statuses.to_pylist(), strict=True):
             file.write(json.dumps({"id": name, "status": status}).encode() + b"\n")
 
 
 def read(folder: Path, parts: Sequence[str], columns: list[str]) -> Iterator[list[Any]]:
-    """Yield these columns of one part after another, each as one array."""
+    """Yield these columns of each part, each as one array."""
     for part in parts:
         table = read_part(folder / part, columns)
         yield [table[name].combine_chunks() for name in columns]

@@ -1,14 +1,14 @@
-"""The feature folder: what a job leaves behind, and how it gets there whole. No torch.
+"""The files of a feature folder, and how they are written atomically. No torch.
 
     manifest.json       what was run on what, its fingerprint, and the counts once it is complete
-    commits.jsonl       one line for each part that is whole: rows, errors, tokens, bytes, sha256
-    certificate.json    how the encoder was verified, where that was asked for
+    commits.jsonl       one line for each committed part: rows, errors, tokens, bytes, sha256
+    certificate.json    how the encoder was verified, if asked for
     part-00000.parquet  one row for each input, in the order of the inputs
-    pooled.npy, ids.jsonl   made of the parts once they are all there, where that was asked for
+    pooled.npy, ids.jsonl   made from the parts once all are written, if asked for
 
-A part is written under a temporary name, flushed, renamed, and only then entered in the log, so
-readers trust the log and not the listing. Lines stand in the order of the parts. Nothing that is
-written depends on the clock: the same rows give the same bytes.
+A part is written under a temporary name, flushed, renamed, and only then added to the log, so
+readers use the log and not the listing of the folder. Lines are in the order of the parts. Nothing
+that is written depends on the clock: the same rows give the same bytes.
 """
 
 import errno
@@ -25,23 +25,23 @@ from typing import Any
 
 import pyarrow as pa
 
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.parts import encode_parquet
 
 MANIFEST, COMMITS, LOCK = "manifest.json", "commits.jsonl", ".lock"
 CERTIFICATE = "certificate.json"
 POOLED, IDS = "pooled.npy", "ids.jsonl"
-SPOOL = "shards"  # only ever under its temporary name: what waits for workers on other hosts
+SPOOL = "shards"  # only under its temporary name: shards that wait for workers on other hosts
 FORMAT = "packvit features 1"
 CHECKSUM = "manifest_sha256"
 PART = re.compile(r"part-(\d{5,})\.parquet")
-TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9a-f]{8})?\.tmp")  # with what `attempt` may be
+TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9a-f]{8})?\.tmp")  # with an optional `attempt`
 COUNTED = ("status", "frames", "rows", "columns")
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A line of the log: a part that is whole on the disk."""
+    """A line of the log: a part that is on disk."""
 
     part: str  # the file's name
     rows: int
@@ -49,24 +49,24 @@ class Commit:
     tokens: int
     bytes: int
     sha256: str
-    halved: int = 0  # packs that were split for want of memory; a line says it where there are any
+    halved: int = 0  # packs that were split to fit in memory; omitted from the line if 0
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A part that is whole on the disk, but under a temporary name and in no log yet."""
+    """A part that is on disk under a temporary name, and not in the log yet."""
 
     entry: Commit
     file: str  # its temporary name
 
 
 def part_name(number: int) -> str:
-    """Return what the file of part `number` is called."""
+    """Return the file name of part `number`."""
     return f"part-{number:05d}.parquet"
 
 
 def part_number(name: str) -> int | None:
-    """Return the number of the part that a file called `name` would be, or None if it is none."""
+    """Return the part number in a file name, or None if it is not the name of a part."""
     found = PART.fullmatch(name)
     return int(found[1]) if found and part_name(int(found[1])) == name else None
 
@@ -74,12 +74,12 @@ def part_number(name: str) -> int | None:
 def commit(
     folder: Path, number: int, table: pa.Table, *, mends: bool = False, halved: int = 0
 ) -> Commit:
-    """Write part `number` and enter it in the log; on failure leave neither.
+    """Write part `number` and add it to the log; on failure leave neither.
 
-    `mends` says that the log has later parts already: then all of it is replaced in one step, since
-    its lines stand in the order of the parts.
+    `mends` says that the log has later parts already: then it is rewritten in one step, since its
+    lines are in the order of the parts.
 
-    Raises: WriteError if the disk does not take it.
+    Raises: WriteError if it cannot be written.
     """
     return enter(folder, stage(folder, number, table, halved=halved), mends=mends)
 
@@ -89,9 +89,9 @@ def stage(
 ) -> Staged:
     """Write part `number` under a temporary name, flushed; on failure leave nothing.
 
-    `attempt` makes the name one's own, where another may still be writing the same part.
+    `attempt` makes the name unique if another process may still be writing the same part.
 
-    Raises: WriteError if the disk does not take it.
+    Raises: WriteError if it cannot be written.
     """
     part = folder / part_name(number)
     data = encode_parquet(table)
@@ -113,9 +113,9 @@ def stage(
 
 
 def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
-    """Give a staged part its name and enter it in the log; on failure leave neither.
+    """Rename a staged part and add it to the log; on failure leave neither.
 
-    Raises: WriteError if the disk does not take it.
+    Raises: WriteError if it cannot be written.
     """
     part = folder / staged.entry.part
     try:
@@ -128,14 +128,14 @@ def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
             append_line(folder / COMMITS, encode_commit(staged.entry))
     except WriteError:
         for path in (folder / staged.file, part):
-            with suppress(OSError):  # a folder of that name, for example, which is not ours
+            with suppress(OSError):  # for example a folder of that name
                 path.unlink()
         raise
     return staged.entry
 
 
 def encode_commit(entry: Commit) -> str:
-    """Return the line of the log that says `entry`, without its end."""
+    """Return the line of the log for `entry`, without its line break."""
     values = asdict(entry)
     if not entry.halved:
         del values["halved"]
@@ -143,7 +143,7 @@ def encode_commit(entry: Commit) -> str:
 
 
 def decode_commit(line: bytes) -> Commit | None:
-    """Return what a line of the log says, or None if it is not exactly such a line."""
+    """Return the entry of a line of the log, or None if the line is damaged."""
     try:
         values = json.loads(line)
         entry = Commit(**values)
@@ -155,9 +155,9 @@ def decode_commit(line: bytes) -> Commit | None:
 
 
 def read_log(folder: Path) -> tuple[bytes, ...]:
-    """Return the lines of the log of `folder`, each with its end; only the last may have none.
+    """Return the lines of the log with their line breaks; the last may lack one.
 
-    Raises: WriteError if it is there and can't be read: a job could not tell what it may keep.
+    Raises: WriteError if the log exists and cannot be read, since it says what a job may keep.
     """
     try:
         with reading(folder / COMMITS):
@@ -169,26 +169,26 @@ def read_log(folder: Path) -> tuple[bytes, ...]:
 
 
 def read_commits(folder: Path) -> tuple[Commit, ...]:
-    """Return what the log of `folder` says is whole; a line cut short or damaged does not count."""
+    """Return the entries of the log of `folder`; damaged lines are skipped."""
     found = (decode_commit(line) for line in read_log(folder))
     return tuple(entry for entry in found if entry)
 
 
 def write_commits(folder: Path, entries: Sequence[Commit]) -> None:
-    """Put a log of `entries`, in the order of their parts, in the place of the one before."""
+    """Replace the log by `entries`, in the order of their parts."""
     ordered = sorted(entries, key=lambda entry: part_number(entry.part) or 0)
     text = "".join(encode_commit(entry) + "\n" for entry in ordered)
     write_whole(folder / COMMITS, text.encode())
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
-    """Return the manifest's bytes: a checksum of all entries is its last."""
+    """Return the manifest's bytes; its last entry is a checksum of all others."""
     checksum = fingerprint(manifest)
     return (json.dumps({**manifest, CHECKSUM: checksum}, indent=2) + "\n").encode()
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Put `manifest` in the place of the one before, if any, in one step."""
+    """Replace the manifest in one step."""
     write_whole(folder / MANIFEST, encode_manifest(manifest))
 
 
@@ -209,18 +209,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """Return the digest of all that decides what numbers a job writes."""
+    """Return the digest of all settings that decide which numbers a job writes."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Make `folder` where it is not there yet, and hold it against other jobs.
+    """Create `folder` if needed, and lock it against other jobs.
 
-    The system lets go of the lock however the process ends. The file stays: were it removed, one
-    job could hold the old one while another holds the new.
+    The system releases the lock however the process ends. The lock file stays: if it were removed,
+    one job could lock the old file while another locks the new one.
 
-    Raises: WrongUse if another job holds it; WriteError if it cannot be made.
+    Raises: UsageError if another job holds it; WriteError if it cannot be made.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def claim(folder: Path) -> Iterator[None]:
         except WriteError as error:
             if not isinstance(error.__cause__, BlockingIOError):
                 raise
-            raise WrongUse(
+            raise UsageError(
                 f"Another job is writing to {folder}. Wait for it, or choose another folder."
             ) from error
         yield
@@ -242,37 +242,37 @@ def claim(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system refuses into a WriteError that says it in a sentence."""
+    """Turn an OSError into a WriteError with a message for the user."""
     try:
         yield
     except OSError as error:
         raise WriteError(
-            f"{path} could not be written: {error.strerror}. Mend that, then start the job again: "
-            "it goes on after what commits.jsonl lists."
+            f"{path} could not be written: {error.strerror}. Fix that, then start the job again: "
+            "it resumes after what commits.jsonl lists."
         ) from error
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the system refuses into a WriteError that says it, but for what is not there."""
+    """Turn an OSError into a WriteError, except FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
         raise WriteError(
-            f"{path} could not be read: {error.strerror or error}. Mend that, then start the job "
+            f"{path} could not be read: {error.strerror or error}. Fix that, then start the job "
             "again."
         ) from error
 
 
 def temporary_name(name: str, attempt: str = "") -> str:
-    """Return what the file called `name` is called while it is written, at one of many attempts."""
+    """Return the temporary name under which the file `name` is written."""
     return f".{name}.{attempt}.tmp" if attempt else f".{name}.tmp"
 
 
 def write_whole(path: Path, data: bytes | pa.Buffer) -> None:
-    """Put `data` at `path` so that at no moment less than all of it stands under that name."""
+    """Write `data` to `path` atomically."""
     temporary = path.with_name(temporary_name(path.name))
     with writing(path):
         try:
@@ -284,7 +284,7 @@ def write_whole(path: Path, data: bytes | pa.Buffer) -> None:
 
 
 def write_flushed(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write a file and wait until the disk has it; leave nothing where the disk does not take it.
+    """Write a file and flush it to disk; on failure leave nothing.
 
     Raises: OSError.
     """
@@ -299,12 +299,12 @@ def write_flushed(path: Path, data: bytes | pa.Buffer) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to the end of `path` and flush it; on failure take back what was added."""
+    """Append a line to `path` and flush it; on failure remove what was appended."""
     data = line.encode() + b"\n"
     with writing(path), path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
-            if file.write(data) < len(data):  # a disk that fills up takes a part
+            if file.write(data) < len(data):  # a disk that fills up writes only a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
             sync_names(path.parent)
@@ -314,7 +314,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Wait until the disk knows the names in `folder`."""
+    """Flush the names in `folder` to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

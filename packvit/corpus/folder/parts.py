@@ -1,7 +1,7 @@
 """A part of a feature folder: its rows, its columns, its bytes. No torch.
 
-The same rows give the same bytes, and a bit that flips in them is caught by a reader that verifies
-page checksums (in pyarrow: `page_checksum_verification=True`).
+The same rows give the same bytes. A flipped bit is detected by readers that verify page checksums
+ (in pyarrow: `page_checksum_verification=True`).
 """
 
 import os
@@ -24,7 +24,7 @@ DtypeOut = Literal["float16", "float32"]
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Which features a part holds: `pooled` [D] always, and lists of [D] under the names given."""
+    """Which features a part holds: `pooled` [D] always, and a list of [D] for each of `lists`."""
 
     width: int  # D
     lists: tuple[str, ...] = ()  # tokens, tap_11 ...
@@ -32,7 +32,7 @@ class Outputs:
 
     @property
     def rows_per_part(self) -> int:
-        """How many inputs make a part; the last one may hold fewer."""
+        """The rows of every part but the last, which may have fewer."""
         return ROWS_WITH_TOKENS if self.lists else ROWS
 
     @property
@@ -60,7 +60,7 @@ def build_table(
 ) -> pa.Table:
     """Return the table of a part: features are null wherever a row is an error.
 
-    Shapes: N rows; pooled [N, D] float32, whatever it says where a row is an error; lists N arrays
+    Shapes: N rows; pooled [N, D] float32, ignored where a row is an error; lists N arrays
     [tokens, D] under each name, None where a row is an error.
     """
     schema = outputs.schema
@@ -87,7 +87,7 @@ def build_table(
 def vectors(
     values: np.ndarray, schema: pa.Schema, name: str, mask: pa.Array | None = None
 ) -> pa.FixedSizeListArray:
-    """Return the rows of `values` [N, D] as vectors of the type that column `name` wants."""
+    """Return the rows of `values` [N, D] as vectors of the type of column `name`."""
     kind = schema.field(name).type
     if not isinstance(kind, pa.FixedSizeListType):
         kind = kind.value_type
@@ -96,11 +96,11 @@ def vectors(
 
 
 def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Return a part, or columns of it, every page's checksum verified.
+    """Return a part, or columns of it, verifying every page's checksum.
 
-    Raises: OSError or pyarrow.ArrowException if it cannot be read as one.
+    Raises: OSError or pyarrow.ArrowException if it cannot be read as a part.
     """
-    with pa.OSFile(os.fsencode(path)) as file:  # as text, pyarrow takes only paths that are UTF-8
+    with pa.OSFile(os.fsencode(path)) as file:  # given a str, pyarrow takes only UTF-8 paths
         return pq.read_table(file, columns=columns, page_checksum_verification=True)
 
 
@@ -112,7 +112,7 @@ def encode_parquet(table: pa.Table) -> pa.Buffer:
     """
     plain = [field.name for field in fields(Row)]
     sink = pa.BufferOutputStream()
-    # pyarrow's stubs know no choice by column: hence what pyright is told to ignore.
+    # pyarrow's stubs lack the choice by column, hence the ignored errors of pyright.
     pq.write_table(
         table,
         sink,

@@ -1,7 +1,7 @@
-"""What a job finds in the folder it is pointed at: nothing, itself, or another. No torch.
+"""Resume a job: find what its folder already holds. No torch.
 
-A job goes on in a folder whose manifest describes it: what the log lists and the disk holds with
-the same bytes is kept, anything else is embedded again.
+A job resumes in a folder whose manifest describes it: parts that the log lists and whose bytes
+match are kept, all others are embedded again.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import (
     CERTIFICATE,
     COMMITS,
@@ -36,68 +36,70 @@ from packvit.corpus.folder.layout import (
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.rows import Row
 
-# What a manifest says beside the job: of one job, they may differ.
+# Entries of a manifest that may differ without making it another job.
 BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256", "exports")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a folder holds of the job: its manifest, the parts to keep by number, what to tell."""
+class Resumed:
+    """What a folder holds of the job: its manifest, the parts to keep by number, and notes."""
 
     manifest: dict[str, Any]
     kept: dict[int, Commit]
     notes: tuple[str, ...] = ()
 
 
-def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Found:
-    """Return what `folder`, which this process has claimed, holds of the job of `manifest`.
+def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Resumed:
+    """Return what `folder`, which this process has locked, holds of the job of `manifest`.
 
-    What a killed job left half written is removed, and the log holds the lines of the kept parts
-    alone. `overwrite` removes all that packvit wrote.
+    Temporary files of a killed job are removed, and the log is reduced to the kept parts.
+    `overwrite` removes everything that packvit wrote.
 
-    Raises: WrongUse if the folder holds another job, with the differences, or anything else;
-    WriteError.
+    Raises: UsageError with the differences if the folder holds another job, or if it holds
+    anything else; WriteError.
     """
     check_usable(folder, overwrite=overwrite)
     with writing(folder):
         for name in own_files(folder) if overwrite else left_over(folder):
             (folder / name).unlink()
         sync_names(folder)
-    wanted: dict[str, Any] = json.loads(json.dumps(manifest))  # with lists for tuples, as if read
+    wanted: dict[str, Any] = json.loads(
+        json.dumps(manifest)
+    )  # lists for tuples, as when read from a file
     recorded = read_manifest(folder)
     if recorded is None:
-        return Found(wanted, {})
+        return Resumed(wanted, {})
     differences = compare(recorded, wanted)
     if differences:
         lines = "\n".join(f"  {difference}" for difference in differences)
-        raise WrongUse(
+        raise UsageError(
             f"{folder} holds the features of another job. What differs, its -> yours:\n{lines}\n"
-            "Ask for the same to go on with it, start over with overwrite, or choose another "
+            "Give the same options to resume it, start over with overwrite, or choose another "
             "folder."
         )
     with writing(folder / MANIFEST):
         whole = (folder / MANIFEST).read_bytes() == encode_manifest(recorded)
     kept, notes = keep(folder, wanted["inputs"], wanted["rows_per_part"])
-    if not whole:  # it describes this job, but something beside it is damaged
+    if not whole:  # it describes this job, but other entries are damaged
         made = {name: recorded.get(name) for name in ("certificate_sha256", "exports")}
         recorded = {**wanted, **made}
-    return Found(recorded, kept, tuple(notes))
+    return Resumed(recorded, kept, tuple(notes))
 
 
 def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    """Return where two manifests describe different jobs, a line for each field."""
+    """Return a line for each field in which two manifests describe different jobs."""
     old, new = dict(flatten(recorded)), dict(flatten(manifest))
     differ = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if all(name.split(".")[0] in BESIDE for name in differ):
         return []
-    told = [name for name in differ if name.split(".")[0] not in (*BESIDE, "fingerprint")]
+    named = [name for name in differ if name.split(".")[0] not in (*BESIDE, "fingerprint")]
     if "model" in differ:
-        told.insert(0, "model")
-    return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in told or differ]
+        named.insert(0, "model")
+    return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in named or differ]
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Return where two settings differ, a line for each field."""
+    """Return a line for each field in which two settings differ."""
     old, new = dict(flatten(recorded)), dict(flatten(found))
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in names]
@@ -113,7 +115,7 @@ def flatten(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
 
 
 def show(values: Mapping[str, Any], name: str) -> str:
-    """Return a value as JSON, of a digest its beginning; "nothing" where there is none."""
+    """Return a value as JSON, a digest shortened; "nothing" if there is no value."""
     if name not in values:
         return "nothing"
     text = json.dumps(values[name])
@@ -121,10 +123,10 @@ def show(values: Mapping[str, Any], name: str) -> str:
 
 
 def keep(folder: Path, inputs: int, rows_per_part: int) -> tuple[dict[int, Commit], list[str]]:
-    """Return the parts of the log that the disk holds whole, and notes on those that it does not.
+    """Return the parts of the log that are whole on disk, and notes on the others.
 
-    The log is left with exactly the lines of these parts, in their order. A last line that was cut
-    short goes without a note: so a killed job leaves it.
+    The log is rewritten to list exactly these parts, in order. A last line that was cut short gets
+    no note, since any killed job may leave one.
     """
     kept: dict[int, Commit] = {}
     notes = []
@@ -149,15 +151,15 @@ def keep(folder: Path, inputs: int, rows_per_part: int) -> tuple[dict[int, Commi
 
 
 def find_fault(folder: Path, entry: Commit) -> str | None:
-    """Return how a part differs from its line of the log, as the end of a sentence, or None.
+    """Return how a part differs from its line in the log, as the end of a sentence, or None.
 
-    Raises: OSError if it is there and cannot be read.
+    Raises: OSError if it exists and cannot be read.
     """
     return find_damage(folder / entry.part, entry.bytes, entry.sha256)
 
 
 def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
-    """Return how a file differs from what is on record of it, as `find_fault` does."""
+    """Return how a file differs from its recorded size and digest, as `find_fault` does."""
     if not path.exists():
         return "is missing"
     size = path.stat().st_size
@@ -169,7 +171,7 @@ def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
 
 
 def read_rows(folder: Path, entry: Commit) -> list[Row]:
-    """Return what a whole part says of its inputs, as far as a summary counts it."""
+    """Return the columns of a part's rows that a summary counts."""
     columns = ["id", "status", "rows", "columns"]
     with reading(folder / entry.part):
         table = read_part(folder / entry.part, columns)
@@ -177,7 +179,7 @@ def read_rows(folder: Path, entry: Commit) -> list[Row]:
 
 
 def is_ours(folder: Path) -> bool:
-    """Tell whether the manifest in `folder` is one that packvit wrote, even if damaged since."""
+    """Return whether packvit wrote the manifest in `folder`, even if it was damaged since."""
     try:
         return b'"packvit features ' in (folder / MANIFEST).read_bytes()
     except OSError:
@@ -185,7 +187,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def own_files(folder: Path) -> tuple[str, ...]:
-    """Return the files in `folder` that carry a name we give, but for the lock; manifest last."""
+    """Return the files in `folder` that have names of ours, except the lock; manifest last."""
     fixed = (POOLED, IDS, COMMITS, CERTIFICATE, MANIFEST)
     with os.scandir(folder) as entries:
         files = [e.name for e in entries if e.is_file(follow_symlinks=False)]
@@ -207,38 +209,38 @@ def left_over(folder: Path) -> tuple[str, ...]:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Remove the temporary files that workers left which were stopped."""
+    """Remove the temporary files of workers that were stopped."""
     for name in left_over(folder):
         (folder / name).unlink(missing_ok=True)
 
 
 def check_usable(folder: Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder that holds anything but a job's features or nothing.
+    """Refuse a folder that is neither empty nor holds a job's features.
 
-    Raises: WrongUse saying what it holds.
+    Raises: UsageError saying what it holds.
     """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise WrongUse(f"{folder} is not a folder. Choose another one for the features.")
+        raise UsageError(f"{folder} is not a folder. Choose another one for the features.")
     with writing(folder):
         held = sorted(set(os.listdir(folder)) - {LOCK, *left_over(folder)})
         foreign = sorted(set(held) - set(own_files(folder)))
     if not held:
         return
     if not is_ours(folder):
-        raise WrongUse(
+        raise UsageError(
             f"{folder} is not empty: it holds {held[0]} and {len(held) - 1} other files, and no "
-            f"{MANIFEST} of packvit's. Choose a new or an empty folder."
+            f"{MANIFEST} of packvit. Choose a new or an empty folder."
         )
     if overwrite and foreign:
-        raise WrongUse(
+        raise UsageError(
             f"{folder} is not started over: it holds {foreign[0]} and {len(foreign) - 1} other "
             "files that packvit did not write. Move them away, or choose another folder."
         )
     if not overwrite and read_manifest(folder) is None:
-        raise WrongUse(
+        raise UsageError(
             f"{folder / MANIFEST} is damaged, so this job cannot be compared with the one that the "
-            "folder holds. Put back a copy of it, start over with overwrite, or choose another "
+            "folder holds. Restore a copy of it, start over with overwrite, or choose another "
             "folder."
         )

@@ -1,11 +1,11 @@
-"""What a job says of each input beside its features. No torch, and nothing else that is slow."""
+"""A row of the feature folder, without its features. No torch or other slow import."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is known of one input beside its features; its fields are the first columns.
+    """What a part records of one input besides its features; the fields are the first columns.
 
     Units: `width` and `height` in pixels, upright; `rows` and `columns` in patches.
     """
@@ -23,5 +23,5 @@ class Row:
 
     @property
     def patches(self) -> int:
-        """How many patches it has, as far as that is known."""
+        """The number of patches, 0 if unknown."""
         return (self.rows or 0) * (self.columns or 0)

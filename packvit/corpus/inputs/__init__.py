@@ -1,1 +1,1 @@
-"""What there is to embed: folders, patterns, lists, archives, URLs. No torch."""
+"""Find the inputs of a job: folders, patterns, lists, archives, URLs. No torch."""

@@ -1,13 +1,13 @@
-"""What a URL may reach, and how it is spelled for people: without its credentials. No torch.
+"""Check the protocols of URLs, and print URLs without their credentials. No torch.
 
-fsspec opens far more than photographs need, `reference://` through a file that says what to open in
-turn; so protocols are allowed by name, each link of a chain.
+fsspec opens more than photographs need; `reference://`, for example, opens whatever a file names.
+So only listed protocols are allowed, for each link of a chained URL.
 """
 
 import os
 import re
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 
 ALLOWED = ("http", "https", "s3", "gs", "az", "hf", "file", "zip")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://", re.ASCII)
@@ -32,12 +32,12 @@ SCHEME_LIKE = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]+:/|({'|'.join(ALLOWED)}):", r
 
 
 def is_url(path: str) -> bool:
-    """Tell whether `path` is a URL for fsspec; a chained one, zip://a.jpg::s3://b/c.zip, too."""
+    """Return whether `path` is a URL for fsspec, chained ones such as zip://a::s3://b/c.zip too."""
     return URL.match(path) is not None
 
 
 def protocols(url: str) -> list[str]:
-    """Return the protocols that a URL's links name, as fsspec reads them; `file` without any.
+    """Return the protocol of each link of a URL, as fsspec reads them; `file` if it names none.
 
     Source: fsspec 2026.9, core.py, `_un_chain` and `split_protocol`.
     """
@@ -54,22 +54,22 @@ def protocols(url: str) -> list[str]:
 
 
 def check_protocols(url: str) -> None:
-    """Refuse a URL that reaches for anything but what photographs are read from.
+    """Refuse a URL with a protocol that is not allowed.
 
-    Raises: WrongUse naming the protocol.
+    Raises: UsageError naming the protocol.
     """
     for protocol in protocols(url):
         if protocol not in ALLOWED:
-            raise WrongUse(
-                f"{spell(url)} is not read: {protocol}:// is none of the protocols that are, which "
-                f"are {', '.join(ALLOWED)}. For a file or folder of that name put ./ before it."
+            raise UsageError(
+                f"{spell(url)} is not read: {protocol}:// is not an allowed protocol. Allowed are "
+                f"{', '.join(ALLOWED)}. For a file or folder of that name put ./ before it."
             )
 
 
 def spell(path: str) -> str:
-    """Return a path as people may see it: a URL without user, password and signature.
+    """Return a path as it may be printed: a URL without user, password and signature.
 
-    What is not a URL stays as it is.
+    Other paths are returned unchanged.
     """
     if not is_url(path):
         return path
@@ -77,14 +77,14 @@ def spell(path: str) -> str:
 
 
 def spell_user(found: re.Match[str]) -> str:
-    """Return how a link begins, without who logs in."""
+    """Return the start of a link without its user and password."""
     protocol, user = found.groups()
     container = protocol == "az" and ":" not in user  # az://container@account.dfs.core.windows.net
     return found[0] if protocol in NO_USER or container else f"{protocol}://"
 
 
 def spell_parameters(found: re.Match[str]) -> str:
-    """Return a query or fragment without what lets somebody in."""
+    """Return a query or fragment without its credentials."""
     mark, text = found.groups()
     parts = text.split("&")
     names = [part.partition("=")[0].lower() for part in parts]
@@ -99,17 +99,17 @@ def spell_parameters(found: re.Match[str]) -> str:
 
 
 def spell_bytes(path: bytes) -> bytes:
-    """Return `spell` of a path as the file system has it."""
+    """Return `spell` of a path in bytes."""
     return os.fsencode(spell(os.fsdecode(path))) if b"://" in path else path
 
 
 def spell_text(text: str) -> str:
-    """Return a text with every URL in it as people may see it."""
+    """Return a text with the credentials of every URL in it removed."""
     return IN_TEXT.sub(lambda found: spell(found[0]), text)
 
 
 def bare(path: str) -> str:
-    """Return the part of a path that ends as its file's name does: no chain, no query."""
+    """Return a path without the rest of a URL's chain and without its query."""
     if not is_url(path):
         return path
     first = path.partition("::")[0] if "://" in path.partition("::")[0] else path
@@ -117,13 +117,13 @@ def bare(path: str) -> str:
 
 
 def check_local(out: str | os.PathLike[str], *, name: str = "out") -> None:
-    """Refuse an output that is spelled as a URL: it would be made as a local folder of that name.
+    """Refuse an output that is a URL: it would create a local folder of that name.
 
-    Raises: WrongUse.
+    Raises: UsageError.
     """
     path = os.fspath(out)
     if is_url(path) or SCHEME_LIKE.match(path):
-        raise WrongUse(
-            f"{name} is {spell(path)}, but results are written to local folders alone. Name a "
-            "local path; for one that really is spelled so put ./ before it."
+        raise UsageError(
+            f"{name} is {spell(path)}, but results are written to local folders only. Name a "
+            "local path; if it really has that name, put ./ before it."
         )

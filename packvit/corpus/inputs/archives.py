@@ -1,29 +1,29 @@
-"""What lies in a Parquet file: the rows of its column of images. No torch.
+"""List the images in a Parquet file: the rows of its image column. No torch.
 
-Nothing is unpacked: a row is known by its place. What a damaged file still shows is listed,
-and whoever asks is told that it is damaged, since photographs may be missing.
+Nothing is unpacked: an input records the row group and row. The readable rows of a damaged file are
+listed, and the damage is reported, since photographs may be missing.
 """
 
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.inputs.addresses import spell
 from packvit.corpus.inputs.sources import Cell, open_source, unreadable
-from packvit.corpus.inputs.tars import Found, find_length
+from packvit.corpus.inputs.tars import ArchiveEntry, find_length
 from packvit.images.decode import ImageError
 
-MOST_ROWS = 1000  # of a table, by its bytes: rows that are all alike take next to nothing
+MOST_ROWS = 1000  # of a table for each byte of its file: equal rows compress to almost nothing
 
 
-def list_parquet(path: str, column: str) -> Iterator[Found | None]:
-    """Yield the rows of a Parquet file: their path, if there is one, their number, their place.
+def list_parquet(path: str, column: str) -> Iterator[ArchiveEntry | None]:
+    """Yield the rows of a Parquet file: path if there is one, number, and cell.
 
-    The number is written with zeros before it, so that its bytes are in the order of the rows. A
-    row without a path yields None as well: then paths can't name the rows.
+    Numbers have leading zeros, so that their bytes sort in row order. A row without a path also
+    yields None, which says that paths cannot name the rows.
 
-    Raises: WrongUse if no such column holds bytes; ImageError truncated if it is damaged, or what
+    Raises: UsageError if no such column holds bytes; ImageError truncated if it is damaged, or what
     opening it raises.
     """
     import pyarrow as pa
@@ -38,9 +38,9 @@ def list_parquet(path: str, column: str) -> Iterator[Found | None]:
             if kind is not None and pa.types.is_struct(kind):
                 fields = {field.name: field.type for field in kind}
             if not is_bytes(fields.get("bytes", kind)):
-                raise WrongUse(
+                raise UsageError(
                     f'{spell(path)} has no column "{column}" that holds the bytes of images, alone '
-                    f"or beside their path. It has: {describe(schema)}. Name one with "
+                    f"or beside their path. It has: {describe_columns(schema)}. Name one with "
                     "--image-column; for a list of paths, give the file with --list."
                 )
             place = f"{column}.bytes" if fields else column
@@ -62,7 +62,7 @@ def list_parquet(path: str, column: str) -> Iterator[Found | None]:
 
 
 def check_counts(facts: Any, length: int) -> None:
-    """Refuse a table whose footer does not agree with itself, or claims what no file has room for.
+    """Refuse a table whose footer contradicts itself, or claims more rows than the file can hold.
 
     Raises: ImageError truncated.
     """
@@ -86,12 +86,12 @@ def list_names(table: Any, group: int, column: str) -> Iterator[bytes]:
 
 
 def is_bytes(kind: Any) -> bool:
-    """Tell whether a column's type is that of bytes."""
+    """Return whether a column holds bytes."""
     import pyarrow as pa
 
     return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def describe(schema: Any) -> str:
-    """Return the columns of a table as a message names them."""
+def describe_columns(schema: Any) -> str:
+    """Return the names and types of columns, for messages."""
     return ", ".join(f"{field.name} ({field.type})" for field in schema)

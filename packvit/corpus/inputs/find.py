@@ -1,7 +1,7 @@
-"""Which photographs a job embeds, what each is called, and in which order. No torch.
+"""Find the photographs that a job embeds, name them, and sort them. No torch.
 
-Nothing vanishes: what carries the suffix of a photograph and is not a regular file is an input
-too, one whose error is known before anything is read; what carries another suffix is counted.
+Every file is accounted for: a path with the suffix of a photograph that is not a regular file is an
+input with an error, and files with other suffixes are counted.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.inputs import patterns as globs
 from packvit.corpus.inputs.addresses import (
     bare,
@@ -33,12 +33,12 @@ SUFFIXES = (b".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif").spli
 PHOTOGRAPHS = frozenset(SUFFIXES)
 COMPRESSED = re.compile(rb"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 
-MOST_DEPTH = 32  # pages of links that lie under one another
+MOST_DEPTH = 32  # nested pages of links
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What lies in a folder."""
+    """An entry of a folder."""
 
     name: bytes
     path: bytes
@@ -54,18 +54,19 @@ def list_inputs(
     image_column: str = "image",
     known: str | None = None,
 ) -> Listing:
-    """Return the photographs that `paths` and `lists` name, folders being walked to their ends.
+    """Return the photographs that `paths` and `lists` name; folders are walked recursively.
 
     A path is a folder, a file, a pattern, or a URL of one; a tar or Parquet file stands for the
-    photographs in it. A single folder's or archive's inputs are called by their path under it.
-    Several are told apart by the path as typed, which then begins the name. Links to folders are
-    entered only where they are named themselves, so no loop can be walked. `lists` are files of
-    paths, of one file each; `column` holds them in a table, and `image_column` the bytes of images.
-    `known` is the digest of a job's inputs that goes on: what has gone since then is a row of it.
+    photographs in it. The inputs of a single folder or archive are named by their path in it; of
+    several, the name starts with the path as typed. Links to folders are followed only if they are
+    named themselves, so there are no loops. `lists` are files of paths, each of one file; in a
+    table, `column` holds paths, and `image_column` the bytes of images. `known` is the digest of
+    the inputs of a job that is resumed: a path that has disappeared since is then a row, not an
+    error.
 
-    Raises: WrongUse if there are no inputs, of which none of all that was named being there is a
-    case, if a pattern matches nothing, if two inputs have the same name, or if a server breaks off
-    its listing; WriteError if there is no room to sort them.
+    Raises: UsageError if there are no inputs, if none of the named paths exists, if a pattern
+    matches nothing, if two inputs have the same name, or if a server cannot list a folder;
+    WriteError if the temporary file cannot be written.
     """
     with spooling():
         finder = Finder(Listing(), image_column)
@@ -79,7 +80,7 @@ def list_inputs(
         if not len(listing):
             if finder.empty:
                 raise no_photographs(finder.empty)
-            raise WrongUse(
+            raise UsageError(
                 "No photographs were found in "
                 f"{', '.join(map(spell, [*paths, *lists])) or 'nothing'}; {listing.ignored} other "
                 "files were passed over. Photographs in a folder end in "
@@ -94,20 +95,20 @@ def list_inputs(
 
 
 class Finder:
-    """Adds what paths stand for to a listing."""
+    """Adds the photographs that paths name to a listing."""
 
     def __init__(self, listing: Listing, image_column: str) -> None:
         self.listing = listing
         self.image_column = image_column
-        self.protocols: set[tuple[str, ...]] = set()  # that are known to have what reads them
-        self.gone: list[bytes] = []  # paths as typed that lead nowhere
-        self.silent: list[tuple[bytes, ImageError]] = []  # URLs of which nobody says what they name
-        self.unasked: list[bytes] = []  # URLs of files that nobody was asked for yet
+        self.protocols: set[tuple[str, ...]] = set()  # whose packages are known to be installed
+        self.gone: list[bytes] = []  # paths as typed that do not exist
+        self.silent: list[tuple[bytes, ImageError]] = []  # URLs whose server gave no answer
+        self.unasked: list[bytes] = []  # URLs of files that were not looked up yet
         self.pages: dict[bytes, tuple[bytes, int, int]] = {}  # of the web: links, depth, repeats
         self.empty: list[tuple[bytes, int]] = []  # archives without photographs; their other files
 
     def add_path(self, typed: bytes, *, alone: bool) -> None:
-        """Add all that a path stands for, which is the only one if it is `alone`."""
+        """Add all photographs that a path names; `alone` if it is the only path."""
         remote = is_url(os.fsdecode(typed))
         if remote:
             check_protocols(os.fsdecode(typed))
@@ -126,7 +127,7 @@ class Finder:
                 if error.code != "missing":
                     raise no_answer(typed, error) from error
             if len(self.listing) == before and len(self.empty) == empty:
-                raise WrongUse(
+                raise UsageError(
                     f"Nothing matches {shown(typed)}. ** stands for any number of folders, * "
                     "and ? stay within one; quote a pattern, so that the shell leaves it alone."
                 )
@@ -154,17 +155,17 @@ class Finder:
             self.unasked.append(typed)
 
     def add_unread(self, typed: bytes, error: ImageError) -> None:
-        """Add the row of a URL that names nothing which can be read."""
+        """Add an error row for a URL that cannot be read."""
         self.listing.add(spell_bytes(typed), typed, error.code)
         if error.code == "missing":
             self.gone.append(typed)
         else:
             self.silent.append((typed, error))
 
-    def find_mistake(self) -> WrongUse | None:
-        """Return the answer to paths of which none leads anywhere: they were mistyped.
+    def find_mistake(self) -> UsageError | None:
+        """Return the error if none of the named paths exists, as when they are mistyped.
 
-        One that leads nowhere beside others that do may have vanished just now, and is a row.
+        A missing path next to existing ones may have just been deleted, and is a row.
         """
         gone = self.gone.copy()
         if len(gone) + len(self.silent) + len(self.unasked) < len(self.listing):
@@ -182,7 +183,7 @@ class Finder:
         return not_there(gone) if gone else None
 
     def add_pattern(self, base: bytes, pattern: bytes, chain: bytes, *, remote: bool) -> None:
-        """Add the files under the folder `base` whose names match, as if each had been named."""
+        """Add the files under the folder `base` whose names match a pattern."""
         matched, most = globs.compile_pattern(pattern), globs.depth(pattern)
         start = base if remote else base or b"."
         if not remote and not os.path.isdir(start):
@@ -203,7 +204,7 @@ class Finder:
                     self.listing.add(spell_bytes(name), entry.path, "not_a_file")
 
     def walk(self, root: bytes, prefix: bytes, chain: bytes, *, remote: bool) -> None:
-        """Add all photographs under the folder `root`, their names opening with `prefix`."""
+        """Add all photographs under the folder `root`; their names start with `prefix`."""
         self.listing.push(root, prefix)
         for entry, name in self.entries(chain, remote=remote):
             if entry.is_folder:
@@ -218,11 +219,11 @@ class Finder:
                 self.listing.ignored += 1
 
     def entries(self, chain: bytes, *, remote: bool) -> Iterator[tuple[Entry, bytes]]:
-        """Yield what lies in all folders that the listing remembers, with its name.
+        """Yield the entries of all pending folders, with their names.
 
-        A folder that can't be read becomes the row that says photographs may be missing.
+        A folder that cannot be read becomes an error row, since photographs may be missing.
 
-        Raises: ImageError if it is the first, and remote: its server may just not answer.
+        Raises: ImageError if the first folder is remote and cannot be read.
         """
         first = True
         web = remote and not chain
@@ -243,10 +244,10 @@ class Finder:
             first = False
 
     def read_page(self, folder: bytes, entries: list[Entry], *, first: bool) -> list[Entry]:
-        """Return what a page links to, unless it is one that was read before, under another name.
+        """Return the links of a page, unless it repeats the page above it.
 
-        A page that links to itself has an address for each level, and as many pages as one asks
-        for: it has the links of the page above it.
+        A page that links to itself under a new address at each level would be walked without end;
+        such a page has the same links as the page above it.
 
         Raises: ImageError unreadable for such a page, or one too deep.
         """
@@ -264,17 +265,17 @@ class Finder:
         return entries
 
     def add_named(self, path: bytes, *, alone: bool) -> str | None:
-        """Add what a named file stands for: an archive's photographs, or itself.
+        """Add a named file: the photographs in it if it is an archive, else the file itself.
 
-        Return the code of what keeps all of it from being read, if that is known.
+        Returns the error code if all of it is known to be unreadable.
 
-        Raises: ImageError missing or unreadable for a URL's archive of which nothing is listed.
+        Raises: ImageError missing or unreadable for a URL of an archive that lists nothing.
         """
         name = os.fsencode(bare(os.fsdecode(path)))
         if COMPRESSED.search(name):
-            raise WrongUse(
-                f"{shown(path)} is compressed, so that its members cannot be read where they "
-                "lie. Unpack it to a .tar, which takes no more room: photographs do not shrink."
+            raise UsageError(
+                f"{shown(path)} is compressed, so its members cannot be read in place. "
+                "Decompress it to a .tar, which is about as large: photographs hardly compress."
             )
         suffix = os.path.splitext(name)[1].lower()
         remote = is_url(os.fsdecode(path))
@@ -312,19 +313,19 @@ class Finder:
     def add_file(self, path: bytes) -> str | None:
         """Add one file, which is read as a photograph whatever its suffix.
 
-        Return the code of what keeps it from being read, if that is known.
+        Returns the error code if it is known to be unreadable.
         """
         code = None
         text = os.fsdecode(path)
         if is_url(text):
             check_protocols(text)
             named = tuple(protocols(text))
-            if named not in self.protocols:  # what is not installed is said at once
+            if named not in self.protocols:  # a missing package is reported at once
                 try:
                     with unreadable():
                         find_url(text)
                 except ImageError:
-                    pass  # reading it says so again, in its row
+                    pass  # reading it reports this in its row
                 self.protocols.add(named)
         else:
             code = find_obstacle(path)
@@ -332,47 +333,47 @@ class Finder:
         return code
 
     def add_listed(self, path: bytes) -> None:
-        """Add a path of a list; one that may not be reached is a row, which says so when read."""
+        """Add a path of a list; one with a refused protocol becomes an error row."""
         try:
             self.add_file(path)
-        except WrongUse:
+        except UsageError:
             self.listing.add(spell_bytes(path), path, None)
 
 
 def shown(path: bytes) -> str:
-    """Return a path as a message has it."""
+    """Return a path for messages."""
     return readable(spell_bytes(path))
 
 
-def not_there(paths: list[bytes]) -> WrongUse:
-    """Return the answer to paths that lead nowhere."""
+def not_there(paths: list[bytes]) -> UsageError:
+    """Return the error for paths that do not exist."""
     named = ", ".join(f'"{shown(path)}"' for path in paths[:3])
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return WrongUse(
+    return UsageError(
         f"{named}{more} {'is' if len(paths) == 1 else 'are'} not there. Check the spelling; "
         "nothing was written."
     )
 
 
-def no_photographs(empty: list[tuple[bytes, int]]) -> WrongUse:
-    """Return the answer to archives that hold no photographs, and nothing beside them does."""
+def no_photographs(empty: list[tuple[bytes, int]]) -> UsageError:
+    """Return the error for archives without photographs, if there are no other inputs."""
     named = ", ".join(shown(path) for path, _ in empty[:3])
     more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-    return WrongUse(
+    return UsageError(
         f"{named}{more} {'holds' if len(empty) == 1 else 'hold'} no photographs, but "
         f"{sum(others for _, others in empty)} other files. Photographs in an archive end in "
         f"{b' '.join(SUFFIXES).decode()}."
     )
 
 
-def no_answer(path: bytes, error: ImageError) -> WrongUse:
-    """Return the answer to a URL of which nobody says what it names; `error` has the causes."""
+def no_answer(path: bytes, error: ImageError) -> UsageError:
+    """Return the error for a URL whose server gives no answer; `error` has the causes."""
     cause: BaseException = error
     while cause.__cause__ and find_status(cause) is None:
         cause = cause.__cause__
     status = find_status(cause)
     what = type(cause).__name__ + (f" {status}" if status else "")
-    return WrongUse(
+    return UsageError(
         f'"{shown(path)}" cannot be read ({what}). Check the address, '
         "the credentials that its server asks for, and whether the server answers; nothing was "
         "written."
@@ -380,14 +381,14 @@ def no_answer(path: bytes, error: ImageError) -> WrongUse:
 
 
 def is_photograph(name: bytes) -> bool:
-    """Tell whether a name ends as a photograph's does."""
+    """Return whether a name has the suffix of a photograph."""
     return os.path.splitext(name)[1].lower() in PHOTOGRAPHS
 
 
 def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
-    """Tell whether a path is a folder; of a URL, only where its name does not already say not.
+    """Return whether a path is a folder; a URL with a file's suffix is not looked up.
 
-    Raises: ImageError if its server does not tell.
+    Raises: ImageError if its server does not answer.
     """
     if not remote:
         return os.path.isdir(typed)
@@ -398,7 +399,7 @@ def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
 
 
 def read_folder(folder: bytes) -> Iterator[Entry]:
-    """Yield what lies in `folder`, in the file system's order, and close it in any case."""
+    """Yield the entries of `folder` in the file system's order."""
     with os.scandir(folder) as entries:
         for entry in entries:
             inside = entry.is_dir(follow_symlinks=False)
@@ -407,14 +408,14 @@ def read_folder(folder: bytes) -> Iterator[Entry]:
 
 
 def read_url_folder(folder: bytes, chain: bytes) -> Iterator[Entry]:
-    """Yield what lies in a folder behind a URL, whose last links are `chain`."""
+    """Yield the entries of a folder at a URL, whose last links are `chain`."""
     with unreadable():
         files, place = find_url(os.fsdecode(folder + chain))
         found = files.ls(place, detail=True)
     for item in found:
         name = os.fsencode(item["name"].rstrip("/").rpartition("/")[2])
         itself = item["name"].rstrip("/") == place.rstrip("/") or name in (b".", b"..")
-        if not itself:  # some list a folder in itself, and would so for ever
+        if not itself:  # some servers list a folder in itself
             path = folder.rstrip(b"/") + b"/" + name
             if folder.endswith(b"://"):
                 path = folder + name
@@ -422,9 +423,9 @@ def read_url_folder(folder: bytes, chain: bytes) -> Iterator[Entry]:
 
 
 def find_obstacle(path: bytes) -> str | None:
-    """Return the code of what keeps `path` from being read as a regular file, or None.
+    """Return the error code if `path` is not a readable regular file, or None.
 
-    Asked before anything is opened, since opening a pipe waits for a writer that may never come.
+    Checked before a file is opened, since opening a pipe waits for a writer.
     """
     try:
         find_file(os.fsdecode(path), "list")

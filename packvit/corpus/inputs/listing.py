@@ -1,7 +1,6 @@
-"""A job's inputs, sorted on disk: a listing takes the same memory whatever its length. No torch.
+"""A job's inputs, sorted on disk, so that memory does not grow with their number. No torch.
 
-SQLite keeps them in a temporary file that goes with the listing. Where the file lies is for TMPDIR
-to say.
+SQLite keeps them in a temporary file in TMPDIR, which is removed with the listing.
 """
 
 import hashlib
@@ -12,18 +11,18 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs.addresses import spell_bytes
 from packvit.corpus.inputs.sources import Cell, Input, Member
 
 
 class Listing:
-    """All inputs of a job, sorted by the bytes of their names, and how many files are not."""
+    """All inputs of a job, sorted by the bytes of their names, and how many files were ignored."""
 
     def __init__(self) -> None:
         self.ignored = 0
         self.length = 0
-        # No name: a file of SQLite's own, which is unlinked from the start.
+        # No name: SQLite makes a temporary file and unlinks it at once.
         self.rows = sqlite3.connect("", check_same_thread=False, isolation_level=None)
         weakref.finalize(self, self.rows.close)
         self.rows.create_function("readable", 1, readable, deterministic=True)
@@ -34,7 +33,7 @@ class Listing:
                 first INT, second INT, column TEXT, secret INT);
             CREATE TABLE pending(number INTEGER PRIMARY KEY, path BLOB, name BLOB);
         """)
-        self.rows.execute("BEGIN")  # one for all: each insertion would else be one of its own
+        self.rows.execute("BEGIN")  # one transaction for all insertions
 
     def __len__(self) -> int:
         return self.length
@@ -43,7 +42,7 @@ class Listing:
         return self.between(0, self.length)
 
     def between(self, start: int, stop: int) -> Iterator[Input]:
-        """Yield the inputs from `start` to before `stop`, counted in their order."""
+        """Yield the inputs from `start` to before `stop`, in order."""
         rows = self.rows.execute(
             "SELECT id, path, code, first, second, column FROM inputs "
             "WHERE rowid > ? AND rowid <= ? ORDER BY rowid",
@@ -58,7 +57,7 @@ class Listing:
             yield Input(name, os.fsdecode(path), (code, "list") if code else None, within)
 
     def sha256(self) -> str:
-        """Return a digest of the inputs' names and order, which fix the parts and their packs."""
+        """Return a digest of the inputs' names and order, which determine parts and packs."""
         digest = hashlib.sha256()
         for (name,) in self.rows.execute("SELECT id FROM inputs ORDER BY rowid"):
             digest.update(name.encode() + b"\0")  # `readable` leaves no NUL in a name
@@ -73,9 +72,9 @@ class Listing:
         *,
         whole: bytes | None = None,
     ) -> None:
-        """Add an input; `code` says why it can't be read, if that is known.
+        """Add an input; `code` is its error if it is known to be unreadable.
 
-        An archive's is called `whole` if names there are not all distinct: see `settle`.
+        `whole` replaces its name if names in its archive are not distinct: see `settle`.
         """
         place: tuple[int | None, int | None, str | None] = (None, None, None)
         if isinstance(within, Member):
@@ -87,20 +86,21 @@ class Listing:
         self.rows.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def settle(self, before: int, *, distinct: bool = True) -> None:
-        """Give an archive's inputs their whole names, unless their short ones tell them apart.
+        """Give an archive's inputs their whole names, unless their short names are distinct.
 
-        They are those added since the listing was `before` long; `distinct` says if they may be.
+        They are the inputs added since the listing had length `before`; `distinct` False says
+        that their short names are not.
         """
         repeated = "SELECT 1 FROM found WHERE rowid > ? GROUP BY name HAVING count(*) > 1 LIMIT 1"
         if not distinct or self.rows.execute(repeated, (before,)).fetchone():
             self.rows.execute("UPDATE found SET name = whole WHERE rowid > ?", (before,))
 
     def push(self, path: bytes, name: bytes) -> None:
-        """Remember a folder that is to be read."""
+        """Add a folder to be read."""
         self.rows.execute("INSERT INTO pending(path, name) VALUES (?, ?)", (path, name))
 
     def pop(self) -> tuple[bytes, bytes] | None:
-        """Return the path and name of the folder remembered last, and forget it; or None."""
+        """Remove the folder added last; return its path and name, or None if there is none."""
         last = "SELECT number, path, name FROM pending ORDER BY number DESC LIMIT 1"
         found = self.rows.execute(last).fetchone()
         if found is None:
@@ -109,9 +109,9 @@ class Listing:
         return found[1:]
 
     def sort(self) -> None:
-        """Put all inputs in their order.
+        """Sort all inputs.
 
-        Raises: WrongUse, naming one, if two inputs would be rows of the same id.
+        Raises: UsageError naming an id that two inputs share.
         """
         self.rows.executescript("""  -- which commits first
             -- URLs that differ in their credentials alone are told apart by their order: #2, #3 ...
@@ -128,22 +128,22 @@ class Listing:
         """)
         repeated = "SELECT id FROM inputs GROUP BY id HAVING count(*) > 1 ORDER BY id LIMIT 1"
         for (name,) in self.rows.execute(repeated):
-            raise WrongUse(
+            raise UsageError(
                 f'Two inputs are called "{name}". Name each path once, and no file that lies in a '
                 "folder you name too; an archive may hold a name once."
             )
 
 
-# Where a name itself has what reads like one of our escapes, its backslash is written as one: else
-# two names could be spelled alike.
+# A backslash that looks like the start of one of our escapes is escaped too, so that no two names
+# become equal.
 LIKE_AN_ESCAPE = re.compile(rb"\\(?=x(?:00|5c|[89a-f][0-9a-f]))")
 
 
 def readable(name: bytes) -> str:
-    r"""Return `name` as text, no two names alike: bytes that are not UTF-8 are written \xNN.
+    r"""Return `name` as text, distinct for distinct names: bytes that are not UTF-8 become \xNN.
 
-    Arrow takes UTF-8 alone. So is NUL written, which lists and archives may hold, and which parts
-    one name from another elsewhere.
+    Arrow takes only UTF-8. NUL, which lists and archives may hold, is escaped too, since it
+    separates names in digests.
     """
     plain = LIKE_AN_ESCAPE.sub(rb"\\x5c", name)
     return plain.decode("utf-8", "backslashreplace").replace("\0", r"\x00")
@@ -151,7 +151,7 @@ def readable(name: bytes) -> str:
 
 @contextmanager
 def spooling() -> Iterator[None]:
-    """Turn what SQLite can't write into a WriteError that says it in a sentence."""
+    """Turn an error of SQLite into a WriteError with a message for the user."""
     try:
         yield
     except sqlite3.Error as error:

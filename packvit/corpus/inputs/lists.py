@@ -1,4 +1,4 @@
-"""Lists of paths: the lines of a text, a column of a CSV or Parquet file. No torch."""
+"""Read lists of paths: lines of a text file, or a column of a CSV or Parquet file. No torch."""
 
 import codecs
 import csv
@@ -6,17 +6,17 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.inputs.addresses import bare, spell
-from packvit.corpus.inputs.archives import describe
+from packvit.corpus.inputs.archives import describe_columns
 from packvit.corpus.inputs.sources import open_source
 from packvit.images.decode import CODES, ImageError
 
 
 def read_list(path: str, column: str) -> Iterator[bytes]:
-    """Yield the paths that a list holds, in its order; its suffix says what kind it is.
+    """Yield the paths of a list, in order; its suffix says which kind of file it is.
 
-    Raises: WrongUse if it cannot be read, has no such column, or has a row without a path.
+    Raises: UsageError if it cannot be read, has no such column, or has a row without a path.
     """
     suffix = os.path.splitext(bare(path))[1].lower()
     kind = {".csv": read_csv, ".parquet": read_parquet}.get(suffix)
@@ -31,24 +31,24 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
             for name in kind(path, file, column):
                 number += 1
                 if not name:
-                    raise WrongUse(
+                    raise UsageError(
                         f'{spell(path)} has no "{column}" in row {number}. Fill it, or drop it.'
                     )
                 yield name
     except ImageError as error:
-        raise WrongUse(f"The list {spell(path)} cannot be read: {CODES[error.code]}.") from error
+        raise UsageError(f"The list {spell(path)} cannot be read: {CODES[error.code]}.") from error
     except OSError as error:
-        raise WrongUse(f"The list {spell(path)} cannot be read after row {number}.") from error
+        raise UsageError(f"The list {spell(path)} cannot be read after row {number}.") from error
 
 
 def unmarked(path: str, file: Any) -> Iterator[bytes]:
-    """Yield the lines of a text without the mark that Windows puts before UTF-8.
+    """Yield the lines of a text without a UTF-8 byte order mark.
 
-    Raises: WrongUse for UTF-16, which Windows marks too.
+    Raises: UsageError for UTF-16, recognised by its byte order mark.
     """
-    for line in file:  # some servers' files can't be read from the start again
+    for line in file:  # files of some servers cannot seek back to the start
         if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise WrongUse(f"The list {spell(path)} is UTF-16. Save it as UTF-8.")
+            raise UsageError(f"The list {spell(path)} is UTF-16. Save it as UTF-8.")
         yield line.removeprefix(codecs.BOM_UTF8)
         break
     yield from file
@@ -67,7 +67,7 @@ def read_csv(path: str, file: Any, column: str) -> Iterator[bytes]:
                 name = row[place] if place < len(row) else ""
                 yield name.encode("utf-8", "surrogateescape")
     except csv.Error as error:
-        raise WrongUse(f"{spell(path)} is no CSV file that can be read: {error}.") from error
+        raise UsageError(f"{spell(path)} cannot be read as a CSV file: {error}.") from error
 
 
 def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
@@ -82,19 +82,19 @@ def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
         if kind is not None and pa.types.is_dictionary(kind):  # pandas' categories
             kind = kind.value_type
         if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise no_column(path, column, describe(schema))
+            raise no_column(path, column, describe_columns(schema))
         for batch in table.iter_batches(4096, columns=[column]):
             for name in batch.column(0).to_pylist():
                 yield os.fsencode(name or "")
     except pa.ArrowException as error:
-        raise WrongUse(
-            f"The list {spell(path)} cannot be read: it is no whole Parquet file."
+        raise UsageError(
+            f"The list {spell(path)} cannot be read: it is not a whole Parquet file."
         ) from error
 
 
-def no_column(path: str, column: str, columns: str) -> WrongUse:
-    """Return the answer to a list without the column that was asked for."""
-    return WrongUse(
+def no_column(path: str, column: str, columns: str) -> UsageError:
+    """Return the error for a list without the named column."""
+    return UsageError(
         f'{spell(path)} has no column "{column}" of paths. It has: {columns or "none"}. Name one '
         "with --column."
     )

@@ -1,15 +1,15 @@
-"""Patterns such as photos/**/*.jpg: which folder they begin in, and which names they match."""
+"""Patterns such as photos/**/*.jpg: the folder they start in, and the names they match."""
 
 import re
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 
 MAGIC = re.compile(rb"[*?]|\[[^\]]+\]")
 MAGIC_URL = re.compile(rb"\*|\[[^\]]+\]")  # a question mark begins a URL's query
 
 
 def split(path: bytes, magic: re.Pattern[bytes] = MAGIC) -> tuple[bytes, bytes]:
-    """Return the folder that a pattern begins in, with its slash, and the rest, or b""."""
+    """Return the folder that a pattern starts in, with its slash, and the rest, or b""."""
     found = magic.search(path)
     if found is None:
         return path, b""
@@ -18,13 +18,13 @@ def split(path: bytes, magic: re.Pattern[bytes] = MAGIC) -> tuple[bytes, bytes]:
 
 
 def depth(pattern: bytes) -> int | None:
-    """Return how many folders deep a pattern's matches lie, or None if any number."""
+    """Return how many folders deep a pattern matches, or None if unlimited."""
     parts = pattern.split(b"/")
     return None if b"**" in parts else len(parts) - 1
 
 
 def compile_pattern(pattern: bytes) -> re.Pattern[bytes]:
-    """Return what matches the whole of a name exactly where `pattern` does.
+    """Return a regular expression that matches the same whole names as `pattern`.
 
     `**` stands for any number of folders; `*`, `?` and `[...]` stay within one. Names that begin
     with a dot are matched as any other.
@@ -38,7 +38,9 @@ def compile_pattern(pattern: bytes) -> re.Pattern[bytes]:
         return re.compile(b"".join(words), re.DOTALL)
     except re.error as error:
         shown = pattern.decode("utf-8", "backslashreplace")
-        raise WrongUse(f"{shown} is no pattern: a range in [...] runs backwards.") from error
+        raise UsageError(
+            f"{shown} is not a valid pattern: a range in [...] is reversed."
+        ) from error
 
 
 def translate(part: bytes) -> bytes:

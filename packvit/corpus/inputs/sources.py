@@ -1,7 +1,7 @@
-"""What an input is, and its bytes: of a file, a URL, an archive's member, a table's row. No torch.
+"""Inputs, and reading their bytes: files, URLs, members of archives, rows of tables. No torch.
 
-Decode workers get inputs from elsewhere, so an input is a small value that says all it takes to
-read it. Whatever is wrong with one ends as an ImageError with a code of ours.
+An input is sent to decode workers, so it is a small value with all that is needed to read it. Every
+error of reading becomes an ImageError with a code.
 """
 
 import os
@@ -14,25 +14,23 @@ from io import BytesIO
 from threading import Lock
 from typing import Any, Literal
 
-from packvit.corpus import WrongUse
+from packvit.corpus import UsageError
 from packvit.corpus.inputs.addresses import ALLOWED, check_protocols, is_url, protocols, spell
 from packvit.images.decode import MAX_BYTES, ImageError, find_file, read_file
 
-# What brings a protocol that fsspec knows of and does not bring itself.
+# The package that fsspec needs for a protocol.
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"}
-# Bytes of a file whose length nobody tells, or tells rightly: packed in transfer, or without end.
+# The most bytes of a file whose length is unknown or may be wrong, as with compressed transfers.
 MOST_UNDECLARED = 256 << 20
-MOST_RATIO = (
-    200  # of what a zip's member or a table unpacks to, beyond that: photographs do not shrink
-)
+MOST_RATIO = 200  # of unpacked to packed size, above that: photographs hardly compress
 MOST_KEPT = 64 << 20  # bytes of a table's dictionary, in the rows that are kept
-GONE = (404, 410)  # answers of a server to what it has not
-ROWS, BATCHES = 16, 4  # of a table, read at once and kept: decoders ask a little out of order
+GONE = (404, 410)  # HTTP statuses for what does not exist
+ROWS, BATCHES = 16, 4  # of a table, read at once and kept: decoders read slightly out of order
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where in its archive an input's bytes lie."""
+    """Where an input's bytes are in its archive."""
 
     offset: int
     size: int
@@ -49,10 +47,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One input: what its row is called, where it lies, and what listing it already found out."""
+    """One input: the id of its row, its path, and an error if listing found one."""
 
     id: str  # always valid UTF-8
-    path: str  # as the file system spells it: bytes that are not UTF-8 are surrogates; or a URL
+    path: str  # a path, with surrogates for bytes that are not UTF-8; or a URL
     error: tuple[str, str] | None = None  # (code, stage) of an input that can't be read
     within: Member | Cell | None = None  # None: all of the file
 
@@ -70,10 +68,12 @@ def read(source: Input) -> bytes:
     if is_url(source.path):
         try:
             data = read_url(source.path, member)
-        except WrongUse as error:
+        except UsageError as error:
             note = f"its protocol is none of {', '.join(ALLOWED)}"
             raise ImageError("unreadable", "read", note) from error
-        except ImportError as error:  # in a list it is said before the job begins
+        except (
+            ImportError
+        ) as error:  # where it can be known, this is reported before the job starts
             note = "what reads its protocol is not installed"
             raise ImageError("unreadable", "read", note) from error
     elif member:
@@ -88,7 +88,7 @@ def read(source: Input) -> bytes:
 def find_url(url: str) -> tuple[Any, str]:
     """Return the fsspec file system that a URL names, and its path there.
 
-    Raises: WrongUse for a protocol that is not read; ImportError with what to install for it.
+    Raises: UsageError for a protocol that is not allowed; ImportError with what to install.
     """
     check_protocols(url)
     from fsspec.core import url_to_fs
@@ -105,21 +105,21 @@ def find_url(url: str) -> tuple[Any, str]:
                 raise ImportError(f"{spell(url)} cannot be read: pip install {package}") from error
         raise
     if is_hub(files):
-        # It keeps listings whatever it is asked, and takes one that failed half-way for all there
-        # is: files after that would be missing.
+        # It caches listings regardless, also one that failed half-way: files after that would be
+        # missing.
         files.dircache.clear()
     return files, place
 
 
 def is_hub(files: Any) -> bool:
-    """Tell whether a file system is huggingface_hub's."""
+    """Return whether a file system is huggingface_hub's."""
     return files.protocol == "hf"
 
 
 def take_for_file(files: Any, place: str, size: int | None) -> None:
-    """Have the hub's file system take a path for that of a file, of `size` as far as it is read.
+    """Enter a file of `size` in the listing cache of the hub's file system.
 
-    Before it reads a file it would list all of the folder around it, in each worker anew.
+    Otherwise it lists the whole folder before it reads a file, in each worker.
     """
     name = files.resolve_path(place).unresolve()
     around = name.rpartition("/")[0]
@@ -127,9 +127,9 @@ def take_for_file(files: Any, place: str, size: int | None) -> None:
 
 
 def find_kind(url: str) -> Literal["file", "folder"]:
-    """Return what a URL names, as far as its server tells.
+    """Return whether a URL is a file or a folder, by its server's answer.
 
-    Raises: ImageError missing or unreadable, its cause being what the file system raised.
+    Raises: ImageError missing or unreadable, caused by the file system's exception.
     """
     with unreadable():
         files, place = find_url(url)
@@ -139,15 +139,15 @@ def find_kind(url: str) -> Literal["file", "folder"]:
                 return "folder"  # a whole repository
             options = {"expand_info": True}  # or it would list all of the folder around it
         found = files.info(place, **options)
-        # http says of everything that it is a file; a page of links is a folder.
+        # Over http everything counts as a file; a page of links is a folder.
         web = {"http", "https"} & set(protocols(url)[:1])
         return "folder" if found["type"] == "directory" or (web and files.isdir(place)) else "file"
 
 
 def open_source(path: str) -> Any:
-    """Open a file or URL for reading its bytes; a pipe is never waited for.
+    """Open a file or URL for reading bytes; pipes are refused.
 
-    Any, since fsspec's files do what a BinaryIO does and are none.
+    Returns Any, since fsspec's files act like BinaryIO but are not typed so.
 
     Raises: ImageError missing, not_a_file or unreadable.
     """
@@ -162,7 +162,7 @@ def open_source(path: str) -> Any:
 
 
 def read_url(url: str, member: Member | None) -> bytes:
-    """Return the bytes behind a URL, or of a member of the archive there."""
+    """Return the bytes of a URL, or of a member of the archive there."""
     with unreadable():
         files, place = find_url(url)
         if member:
@@ -198,19 +198,19 @@ def read_url(url: str, member: Member | None) -> bytes:
         if is_web(url):
             with files.open(place, "rb", block_size=0, size=size or None) as file:
                 return read_bounded(file, max(size, MOST_UNDECLARED))
-        if not size:  # which its server may not tell
+        if not size:  # its server may not give the size
             with files.open(place, "rb") as file:
                 return read_bounded(file, MOST_UNDECLARED)
         return files.cat_file(place, start=0, end=size)
 
 
 def is_web(url: str) -> bool:
-    """Tell whether a URL is read from a web server itself."""
+    """Return whether a URL is read over http or https."""
     return protocols(url)[0] in ("http", "https")
 
 
 def read_part(files: Any, place: str, member: Member) -> bytes:
-    """Return a part of a file of a web server, which may send more than it was asked for."""
+    """Return a byte range of a file of a web server, which may ignore the range."""
     last = member.offset + member.size - 1
     headers = {"Range": f"bytes={member.offset}-{last}", "Accept-Encoding": "identity"}
     headers = {**files.kwargs.get("headers", {}), **headers}
@@ -221,7 +221,7 @@ def read_part(files: Any, place: str, member: Member) -> bytes:
 
 
 def read_bounded(file: Any, most: int) -> bytes:
-    """Return the bytes of an open file, whatever was said of its length, if they are not too many.
+    """Return the bytes of an open file up to `most`, whatever length its server gave.
 
     Raises: ImageError unreadable if there are more than `most`.
     """
@@ -235,13 +235,13 @@ def read_bounded(file: Any, most: int) -> bytes:
 
 @contextmanager
 def unreadable() -> Iterator[None]:
-    """Turn whatever a file system raises into a code: each of fsspec's has exceptions of its own.
+    """Turn any exception of a file system into an ImageError: fsspec's have no common class.
 
-    What is wrong with the address or with what is installed stays what it is.
+    UsageError and ImportError pass through.
     """
     try:
         yield
-    except (ImageError, WrongUse, ImportError):
+    except (ImageError, UsageError, ImportError):
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError("missing" if is_gone(error) else "unreadable", "read") from error
@@ -255,10 +255,10 @@ def unreadable() -> Iterator[None]:
 
 
 def is_gone(error: OSError) -> bool:
-    """Tell whether there is really no such file.
+    """Return whether the file really does not exist.
 
-    fsspec's http says so of whatever a server answers, and the hub's of what it keeps to others;
-    what was answered is the cause.
+    fsspec raises FileNotFoundError for any http error, and the hub for private files; the cause
+    has the real answer.
     """
     cause = error.__cause__
     status = find_status(cause)
@@ -268,7 +268,7 @@ def is_gone(error: OSError) -> bool:
 
 
 def find_status(error: BaseException | None) -> int | None:
-    """Return what an http server answered, as aiohttp's and the hub's exceptions tell it."""
+    """Return the HTTP status in an exception of aiohttp or the hub, or None."""
     status = getattr(error, "status", None)
     if status is None:
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -278,8 +278,8 @@ def find_status(error: BaseException | None) -> int | None:
 class Cells:
     """One column of a Parquet file, read forwards a few rows at a time.
 
-    A row group may be larger than memory, so none is held whole; asked for in their order, rows
-    are read once. Threads may share it.
+    A row group may be larger than memory, so none is held whole; rows that are read in order are
+    read once. It is thread-safe.
     """
 
     def __init__(self, path: str, column: str) -> None:
@@ -306,7 +306,7 @@ class Cells:
         self.most = BATCHES
 
     def get(self, group: int, row: int) -> bytes | str | None:
-        """Return the bytes in a row of a row group, else the path beside them; None without any."""
+        """Return the bytes in a row of a row group, else its path, else None."""
         with self.lock:
             if group != self.group or row < self.first:
                 rows, self.most = self.fit(group)
@@ -330,11 +330,11 @@ class Cells:
             raise AssertionError("the row is among those that are kept")
 
     def fit(self, group: int) -> tuple[int, int]:
-        """Return how many rows of a row group to read at once, and how many times that to keep.
+        """Return how many rows of a row group to read at once, and how many batches to keep.
 
-        A value of a dictionary is unpacked for each row that has it.
+        A dictionary's value is copied for each row that refers to it.
 
-        Raises: ImageError unreadable for what unpacks to far more than it takes.
+        Raises: ImageError unreadable if the data unpack to far more than their size.
         """
         facts = self.file.metadata.row_group(group)
         chunks = [facts.column(number) for number in range(facts.num_columns)]
@@ -354,7 +354,7 @@ class Cells:
         return rows, most
 
     def advance(self) -> None:
-        """Read some rows more, and let go of the oldest."""
+        """Read the next batch of rows, and drop the oldest."""
         if len(self.kept) >= self.most:
             self.first += len(self.kept.popleft()[0])
         (values,) = next(self.batches).columns
@@ -364,7 +364,7 @@ class Cells:
         self.next += len(values)
 
 
-# By process, since neither a lock nor a remote file survives a fork, and by what the file was then.
+# By process, since locks and remote files do not survive a fork, and by the version of the file.
 @lru_cache(maxsize=4)
 def open_cells(path: str, column: str, process: int, version: tuple[int, int]) -> Cells:
     """Return an open column of a Parquet file."""

@@ -1,7 +1,7 @@
-"""What lies in a tar: photographs, known by their places. No torch.
+"""List the photographs in a tar by their offsets. No torch.
 
-Nothing is unpacked. Archives that were joined end to end, as `cat` joins them, are read to the end
-of the last, as `tar --ignore-zeros` does. Sizes are checked before they are used.
+Nothing is unpacked. Concatenated archives are read to the end of the last one, as by
+`tar --ignore-zeros`. Sizes are checked before they are used.
 """
 
 import os
@@ -17,10 +17,10 @@ from packvit.images.decode import ImageError
 KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.[^/]*", re.DOTALL)
 BLOCK = 512  # of a tar
 MOST_HEADER = 8 << 20  # bytes of a long name or of pax records, which are read whole
-MOST_ZEROS = 64 << 20  # bytes between joined archives: tar pads to 10 KiB, some tools to 1 MiB
-MOST_BYTES = 2**62  # of an archive whose length nobody tells
+MOST_ZEROS = 64 << 20  # bytes between joined archives: tar pads to 10 KiB, some context to 1 MiB
+MOST_BYTES = 2**62  # of an archive whose length is unknown
 
-# Headers whose data say more of the member behind them; tarfile reads such data whole.
+# Headers whose data describe the next member; tarfile reads such data whole.
 EXTENDED = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -29,18 +29,18 @@ EXTENDED = (
     tarfile.GNUTYPE_LONGLINK,
 )
 
-# An archive's photograph: its key or short name, its whole name, where it lies, or why nowhere.
-Found = tuple[bytes, bytes, Member | Cell | None, str | None]
+# A photograph in an archive: its key or short name, its whole name, its place, or its error code.
+ArchiveEntry = tuple[bytes, bytes, Member | Cell | None, str | None]
 
 
 class Header(tarfile.TarInfo):
-    """A member's header whose size was checked: tarfile itself seeks and reads by any."""
+    """A member's header with a checked size, which tarfile does not check."""
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
         """Return the header in a block.
 
-        Raises: ImageError truncated for a size that none can have; tarfile's errors.
+        Raises: ImageError truncated for an impossible size; tarfile's errors.
         """
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in EXTENDED and header.size > MOST_HEADER):
@@ -48,12 +48,13 @@ class Header(tarfile.TarInfo):
         return header
 
 
-def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
+def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[ArchiveEntry | None]:
     """Yield the photographs of a tar, and None for every other file in it.
 
-    Folders and links that are called like photographs, and files stored with holes, are errors.
+    Folders and links named like photographs, and sparse files, are errors.
 
-    Raises: ImageError truncated, after what is there, if it is damaged; or what opening it raises.
+    Raises: ImageError truncated, after the readable members, if it is damaged; or what opening it
+    raises.
     """
     with open_source(path) as file, unreadable():
         try:
@@ -61,7 +62,7 @@ def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
             start: int | None = 0
             while start is not None:
                 start = yield from list_archive(file, start, length, suffixes)
-        # What tarfile raises of damaged headers.
+        # What tarfile raises for damaged headers.
         except (
             tarfile.TarError,
             EOFError,
@@ -77,8 +78,8 @@ def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
 
 def list_archive(
     file: Any, start: int, length: int, suffixes: frozenset[bytes]
-) -> Generator[Found | None, None, int | None]:
-    """Yield what `list_tar` does, of the archive at `start`; return where another begins, or None.
+) -> Generator[ArchiveEntry | None, None, int | None]:
+    """Yield the photographs of the archive at `start`; return the start of the next, or None.
 
     Raises: ImageError truncated; tarfile's errors.
     """
@@ -88,22 +89,24 @@ def list_archive(
     )
     before = start
     while member := tar.next():
-        tar.members.clear()  # or it would keep them all
+        tar.members.clear()  # tarfile would keep all of them
         if member.size < 0 or tar.offset <= before:  # a pax record may have set another size
             raise ImageError("truncated", "list")
         before = tar.offset
-        yield from describe(member, length, suffixes)
+        yield from describe_member(member, length, suffixes)
         if before > length + BLOCK:  # which a seek may refuse
             raise ImageError("truncated", "list")
-    # tarfile takes a header that it can't read for the end.
+    # tarfile takes an unreadable header for the end.
     file.seek(tar.offset)
     if file.read(BLOCK) != bytes(BLOCK):
         raise ImageError("truncated", "list")
     return find_next(file, tar.offset + BLOCK)
 
 
-def describe(member: Any, length: int, suffixes: frozenset[bytes]) -> Iterator[Found | None]:
-    """Yield what a member is, unless it is a folder."""
+def describe_member(
+    member: Any, length: int, suffixes: frozenset[bytes]
+) -> Iterator[ArchiveEntry | None]:
+    """Yield the entry of a member, None for other files, nothing for folders."""
     name = member.name.encode("utf-8", "surrogateescape")
     if os.path.splitext(name)[1].lower() not in suffixes:
         if not member.isdir():
@@ -122,7 +125,7 @@ def describe(member: Any, length: int, suffixes: frozenset[bytes]) -> Iterator[F
 
 
 def find_next(file: Any, start: int) -> int | None:
-    """Return where behind the zeros from `start` on something stands, or None if nothing does.
+    """Return the offset of the first block after `start` that is not zero, or None.
 
     Raises: ImageError truncated if there are more zeros than any tool writes.
     """
@@ -137,7 +140,7 @@ def find_next(file: Any, start: int) -> int | None:
 
 
 def find_length(file: Any) -> int:
-    """Return how many bytes an open file has; where its server does not tell, more than any has."""
+    """Return the length of an open file, or MOST_BYTES if its server does not give it."""
     size = getattr(file, "size", None)
     if size is None and hasattr(file, "fileno"):
         try:

@@ -1,7 +1,7 @@
-"""A Ray cluster: Ray Data schedules shards on actors, one a GPU, and starts lost ones again.
+"""Run shards on a Ray cluster: Ray Data schedules them on actors, one per GPU, and retries.
 
-The job's folder, its photographs and a model's folder lie on a file system that all nodes share
-under the same paths. Shards are spooled beside the parts, so that Ray moves their numbers alone.
+The job's folder, its photographs and a model's folder must be on a file system that all nodes share
+under the same paths. Shards are spooled next to the parts, so that Ray only moves their numbers.
 """
 
 import logging
@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from packvit.corpus import EmbedderError, WrongUse
-from packvit.corpus.encode.context import Tools, equip
+from packvit.corpus import EmbedderError, UsageError
+from packvit.corpus.encode.context import EmbedContext, make_context
 from packvit.corpus.encode.shard import embed_shards
 from packvit.corpus.folder.layout import SPOOL, Commit, part_name, temporary_name, writing
 from packvit.corpus.folder.resume import remove_left_over
@@ -25,8 +25,8 @@ from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, p
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
 from packvit.gpu.nvjpeg import ask_for_queues
 
-# Ray schedules by block, and looks after each. Up to so many shards, each is one: beyond, what a
-# lost actor repeats grows with the job.
+# Ray schedules and tracks blocks. Up to this many shards each is one block; beyond, blocks hold
+# several shards, and a lost actor repeats all shards of its block.
 MOST_BLOCKS = 20_000
 
 
@@ -36,7 +36,7 @@ def check_ray() -> None:
     Raises: ImportError with the line that installs it.
     """
     try:
-        import ray.data  # noqa: F401  whether it is there is all that is asked
+        import ray.data  # noqa: F401  only checks that it is installed
     except ImportError as error:
         raise ImportError(f'Ray is needed: pip install "packvit[ray]". ({error})') from error
 
@@ -44,12 +44,12 @@ def check_ray() -> None:
 def run_ray(
     job: Job, address: str, actors: int | None, work: Work
 ) -> Generator[Commit, None, None]:
-    """Embed shards on the actors of a Ray cluster, and commit them here, in their order.
+    """Embed shards on the actors of a Ray cluster, and commit them here, in order.
 
-    `actors` None is one for each GPU of the cluster, or for each CPU where it has none.
+    `actors` None is one for each GPU of the cluster, or for each CPU if it has no GPU.
 
-    Raises: EmbedderError if a shard loses its actor `TRIES` times; WrongUse if there is no cluster
-    at `address`; WriteError if the disk does not take a part.
+    Raises: EmbedderError if a shard loses its actor `TRIES` times; UsageError if there is no
+    cluster at `address`; WriteError if a part cannot be written.
     """
     import ray
 
@@ -67,13 +67,13 @@ def run_ray(
 def connect(address: str) -> None:
     """Join the cluster at `address`, or start one on this machine.
 
-    Raises: WrongUse if there is none.
+    Raises: UsageError if there is none.
     """
     import ray
 
     if address not in ("auto", "local"):
         check_listens(address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a job makes no calls of its own
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # packvit sends no usage statistics
     heeded = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -85,13 +85,15 @@ def connect(address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise no_cluster(address, str(error).partition("\n")[0]) from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, heeded)  # Ray would leave at once, without a word
+        signal.signal(
+            signal.SIGTERM, heeded
+        )  # Ray's own handler would exit at once, without a message
 
 
 def check_listens(address: str) -> None:
-    """Refuse an address where nobody listens: Ray would ask again for minutes.
+    """Refuse an address where nothing listens: Ray would retry for minutes.
 
-    Raises: WrongUse.
+    Raises: UsageError.
     """
     host, _, port = address.rpartition(":")
     try:
@@ -102,16 +104,16 @@ def check_listens(address: str) -> None:
         raise no_cluster(address, error.strerror or str(error)) from error
 
 
-def no_cluster(address: str, reason: str) -> WrongUse:
-    """Return what to tell whoever named a cluster that is not there."""
-    return WrongUse(
+def no_cluster(address: str, reason: str) -> UsageError:
+    """Return the error for a cluster that cannot be reached."""
+    return UsageError(
         f'There is no Ray cluster at "{address}": {reason.rstrip(".")}. Start one with `ray start '
         '--head`, or give "local" to start one for this job.'
     )
 
 
 def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
-    """Yield all shards in their order, each when its part is staged."""
+    """Yield all shards in order, each when its part is staged."""
     import ray
     import ray.data
     from ray.exceptions import RayError
@@ -129,11 +131,11 @@ def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
     )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.wait_for_min_actors_s = 0  # begin with those that are there
-    context.actor_task_retry_on_errors = False  # an error that is raised would be raised again
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is ours to tell
+    context.wait_for_min_actors_s = 0  # start with the actors that are ready
+    context.actor_task_retry_on_errors = False  # a retry would raise the same error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # packvit reports the progress
     outcomes = ray.data.from_items(places, override_num_blocks=min(len(places), MOST_BLOCKS)).map(
-        ShardActor,  # pyright: ignore[reportArgumentType]  its type knows functions alone
+        ShardActor,  # pyright: ignore[reportArgumentType]  its type allows only functions
         fn_constructor_args=(job, os.getcwd()),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_gpus=1 if gpus else 0,
@@ -151,13 +153,13 @@ def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
             yield from order.release()
     except RayError as error:
         raise EmbedderError(
-            f"Ray could not go on ({type(error).__name__}); its own logs say more. The same "
-            "command goes on after what is written."
+            f"Ray stopped with {type(error).__name__}; see its logs. The same command "
+            "resumes after what is written."
         ) from error
 
 
 def spool(work: Work) -> tuple[list[int], list[dict[str, int]]]:
-    """Write all shards to a temporary file; return their numbers and their places in it.
+    """Write all shards to a temporary file; return their numbers and byte ranges.
 
     Raises: WriteError.
     """
@@ -172,14 +174,14 @@ def spool(work: Work) -> tuple[list[int], list[dict[str, int]]]:
 
 
 def spool_path(folder: Path) -> Path:
-    """Return the file that shards wait in."""
+    """Return the path of the file of spooled shards."""
     return folder / temporary_name(SPOOL)
 
 
 class ShardActor:
-    """Embeds one shard after another, on one GPU where the cluster has any.
+    """Embeds one shard after another, on one GPU if the cluster has any.
 
-    Ray hands out a shard when the one before is staged, so nothing is decoded ahead across them.
+    Ray sends a shard when the one before is staged, so no image is decoded ahead across shards.
     """
 
     def __init__(self, job: Job, working: str) -> None:
@@ -187,26 +189,26 @@ class ShardActor:
 
         self.job = job
         self.stager = Stager(job)
-        self.tools: Tools | None = None
+        self.context: EmbedContext | None = None
         self.failure: Exception | None = None
         try:
-            os.chdir(working)  # paths were typed there
+            os.chdir(working)  # relative paths start there
             if job.options.decode == "gpu":
                 ask_for_queues()  # processes of this host inherit what the job asked for
             device = "cuda" if torch.cuda.is_available() else "cpu"
             decoders = job.options.decoders()
             decoders.start(job.options.workers)  # while the model is loaded
-            self.tools = equip(load_alike(job, device), job.options, decoders)
-        except Exception as error:  # told at the first call: Ray would wrap it in its own words
+            self.context = make_context(load_alike(job, device), job.options, decoders)
+        except Exception as error:  # returned at the first call: Ray would wrap it in its own error
             self.failure = portable(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return what became of a shard, pickled: Finished, or the exception."""
+        """Return the result of a shard, pickled: Finished, or the exception."""
         return {"outcome": pickle.dumps(self.embed(row["start"], row["bytes"]))}
 
     def embed(self, start: int, size: int) -> Finished | Exception:
         """Embed one shard and stage its part."""
-        if self.tools is None:
+        if self.context is None:
             assert self.failure
             return self.failure
         try:
@@ -214,17 +216,17 @@ class ShardActor:
                 file.seek(start)
                 shard = pickle.loads(file.read(size))
             attempt = begin_attempt(Path(self.job.folder), shard.number)
-            (part,) = embed_shards(self.tools, [shard], lambda rows: None, self.stager.effort)
+            (part,) = embed_shards(self.context, [shard], lambda rows: None, self.stager.effort)
             return self.stager.stage(part, attempt=attempt)
         except Exception as error:
             return portable(error)
 
 
 def begin_attempt(folder: Path, number: int) -> str:
-    """Make the temporary file of an attempt at a part, and return what tells it from others.
+    """Create the temporary file of an attempt at a part, and return the attempt's name.
 
-    The files of attempts that died are still there, which bounds them: Ray itself would try for
-    ever. An actor that Ray gave up may be alive and writing, so no two attempts share a file.
+    The files of attempts that died remain, which limits their number: Ray itself retries without
+    end. An actor that Ray gave up may still be writing, so no two attempts share a file.
 
     Raises: EmbedderError if `TRIES` attempts were made; OSError.
     """
@@ -235,5 +237,5 @@ def begin_attempt(folder: Path, number: int) -> str:
             return name
     raise EmbedderError(
         f"The actors that embedded {part_name(number)} died {TRIES} times. If memory ran out, ask "
-        "for a smaller token_budget; then the same command goes on after what is written."
+        "for a smaller token_budget; then the same command resumes after what is written."
     )

@@ -1,7 +1,7 @@
-"""One process for each GPU, or for a share of the CPUs: shards go to whoever has none to do.
+"""Run shards in one process for each GPU, or for each share of the CPUs.
 
-A process that dies is replaced, and its shards are handed out again. It hears of the job's end, or
-of its parent's death, by the end of its connection.
+Shards go to idle processes. A process that dies is replaced, and its shards are sent again. A
+process ends when its connection closes: at the end of the job, or if its parent dies.
 """
 
 import os
@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from packvit.corpus import EmbedderError
-from packvit.corpus.encode.context import equip
+from packvit.corpus.encode.context import make_context
 from packvit.corpus.encode.filling import Part, Shard
 from packvit.corpus.encode.shard import embed_shards
 from packvit.corpus.folder.layout import Commit, part_name
@@ -30,9 +30,9 @@ from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, p
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
 
 SERVE = "import sys; from packvit.corpus.runners.host import serve; serve(int(sys.argv[1]))"
-IN_HAND = 2  # shards at each embedder: one to embed, and one to decode meanwhile
+IN_HAND = 2  # shards sent to each embedder: one to embed, and one to decode meanwhile
 AHEAD = 4  # shards for each embedder between the first unfinished one and the last handed out
-PATIENCE = 10.0  # seconds that an embedder may take to end when it is told to
+PATIENCE = 10.0  # seconds that an embedder may take to exit
 
 
 @dataclass(slots=True)
@@ -43,25 +43,25 @@ class Embedder:
     process: subprocess.Popen[bytes]
     connection: Connection
     ready: bool = False
-    shards: deque[Shard] = field(default_factory=deque)  # the first is the one that it does
+    shards: deque[Shard] = field(default_factory=deque)  # the first is the one in work
 
 
 def run_processes(job: Job, devices: Sequence[str], work: Work) -> Generator[Commit, None, None]:
-    """Embed shards in a process for each of `devices`, and commit them here, in their order.
+    """Embed shards in a process for each of `devices`, and commit them here, in order.
 
-    Raises: EmbedderError if a shard loses its process `TRIES` times; WriteError if the disk does
-    not take a part.
+    Raises: EmbedderError if a shard loses its process `TRIES` times; WriteError if a part cannot
+    be written.
     """
-    torch.cuda.empty_cache()  # of the encoder that described the job; does nothing without CUDA
-    crew = Crew(job, devices[: max(1, work.count)])
+    torch.cuda.empty_cache()  # frees what loading the encoder here took; does nothing without CUDA
+    pool = Pool(job, devices[: max(1, work.count)])
     try:
-        yield from enter_all(crew.run(work.shards), work)
+        yield from enter_all(pool.run(work.shards), work)
     finally:
-        crew.dismiss()
+        pool.close()
         remove_left_over(work.folder)
 
 
-class Crew:
+class Pool:
     """The embedder processes of a job."""
 
     def __init__(self, job: Job, devices: Sequence[str]) -> None:
@@ -70,11 +70,11 @@ class Crew:
         self.threads = max(1, torch.get_num_threads() // len(devices))
         self.embedders: dict[Connection, Embedder] = {}
         self.returned: deque[Shard] = deque()  # by embedders that died
-        self.drained = False  # no shard is left that was never handed out
-        self.losses: Counter[int | None] = Counter()  # by shard; None while there is none yet
+        self.drained = False  # every shard was sent at least once
+        self.losses: Counter[int | None] = Counter()  # by shard; None before the first shard
 
     def run(self, shards: Iterable[Shard]) -> Iterator[Finished]:
-        """Yield all shards in their order, each when its part is staged."""
+        """Yield all shards in order, each when its part is staged."""
         source, order = iter(shards), Sequencer()
         for slot in range(len(self.devices)):
             self.start(slot)
@@ -84,11 +84,11 @@ class Crew:
                 return
             for connection in wait(list(self.embedders)):
                 assert isinstance(connection, Connection)
-                self.hear(self.embedders[connection], order)
+                self.receive(self.embedders[connection], order)
             yield from order.release()
 
     def hand_out(self, source: Iterator[Shard], order: Sequencer) -> None:
-        """Give shards to the embedders that can take one, to those with the fewest first."""
+        """Send shards to embedders that can take one, those with the fewest first."""
         while free := [e for e in self.embedders.values() if e.ready and len(e.shards) < IN_HAND]:
             if self.returned:
                 shard = self.returned.popleft()
@@ -105,16 +105,16 @@ class Crew:
             self.send(embedder, shard)
 
     def start(self, slot: int) -> None:
-        """Start the process of a slot; it says when it has loaded the encoder."""
+        """Start the process of a slot; it reports when the encoder is loaded."""
         ours, its = Pipe()
-        # Ctrl-C reaches every process of a terminal: the parent alone heeds it.
+        # Ctrl-C reaches every process of a terminal: only the parent handles it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = subprocess.Popen(
                 [sys.executable, "-c", SERVE, str(its.fileno())],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # results alone go to stdout
+                stdout=2,  # stdout is for results only
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
         finally:
@@ -124,12 +124,12 @@ class Crew:
         self.send(embedder, (self.job, self.devices[slot], self.threads))
 
     def send(self, embedder: Embedder, message: object) -> None:
-        """Send to an embedder; that it is dead is heard where it is listened to."""
+        """Send to an embedder; if it is dead, `receive` notices."""
         with suppress(BrokenPipeError, ConnectionResetError):
             embedder.connection.send(message)
 
-    def hear(self, embedder: Embedder, order: Sequencer) -> None:
-        """Take what an embedder has to say, or its silence."""
+    def receive(self, embedder: Embedder, order: Sequencer) -> None:
+        """Handle an embedder's next message, or its death."""
         try:
             message = embedder.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -144,9 +144,9 @@ class Crew:
             order.add(message)
 
     def replace(self, embedder: Embedder) -> None:
-        """Start a process in the place of one that died, and take its shards back.
+        """Replace a process that died, and take its shards back.
 
-        Raises: EmbedderError if too many have died over the same.
+        Raises: EmbedderError if `TRIES` processes died on the same shard.
         """
         status = embedder.process.wait()
         del self.embedders[embedder.connection]
@@ -158,12 +158,12 @@ class Crew:
             raise EmbedderError(
                 f"The process that {doing} died {TRIES} times, the last time with exit status "
                 f"{status}. If memory ran out, ask for fewer processes or a smaller token_budget; "
-                "then the same command goes on after what is written."
+                "then the same command resumes after what is written."
             )
         self.returned.extendleft(reversed(embedder.shards))
         self.start(embedder.slot)
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         """End all processes, whatever they are doing."""
         for embedder in self.embedders.values():
             embedder.connection.close()
@@ -177,7 +177,7 @@ class Crew:
 
 
 def serve(descriptor: int) -> None:
-    """Be an embedder on the other end of a connection, until it ends."""
+    """Run an embedder on the other end of a connection, until it closes."""
     connection = Connection(descriptor)
     job, device, threads = connection.recv()
     torch.set_num_threads(threads)
@@ -186,9 +186,9 @@ def serve(descriptor: int) -> None:
     shards: SimpleQueue[Shard] = SimpleQueue()
     threading.Thread(target=receive, args=(connection, shards), daemon=True).start()
     stager = Stager(job)
-    writer = ThreadPoolExecutor(1, "packvit-stage")  # it says all there is to say, one by one
+    writer = ThreadPoolExecutor(1, "packvit-stage")  # sends all messages, one by one
 
-    def bring(part: Part) -> None:
+    def send(part: Part) -> None:
         try:
             connection.send(stager.stage(part))
         except Exception as error:
@@ -197,22 +197,22 @@ def serve(descriptor: int) -> None:
     try:
         with job.options.decoders() as decoders:
             decoders.start(job.options.workers)  # while the model is loaded
-            tools = equip(load_alike(job, device), job.options, decoders)
+            context = make_context(load_alike(job, device), job.options, decoders)
             writer.submit(connection.send, "ready")
             while True:
-                coming = at_hand(shards.get(), shards)
-                for part in embed_shards(tools, coming, lambda rows: None, stager.effort):
-                    writer.submit(bring, part)
+                coming = take_waiting(shards.get(), shards)
+                for part in embed_shards(context, coming, lambda rows: None, stager.effort):
+                    writer.submit(send, part)
     except Exception as error:
         writer.submit(connection.send, portable(error))
-        threading.Event().wait()  # until the parent has read it and hangs up
+        threading.Event().wait()  # until the parent has read it and closes the connection
 
 
-def at_hand(first: Shard, shards: SimpleQueue[Shard]) -> Iterator[Shard]:
-    """Yield a shard and those that follow at once.
+def take_waiting(first: Shard, shards: SimpleQueue[Shard]) -> Iterator[Shard]:
+    """Yield a shard and those that are queued behind it, without waiting for more.
 
-    To wait here could be for ever: a shard's last packs stay on the GPU until others follow or
-    none will, and the parent may want that shard before it hands out another.
+    Waiting could deadlock: a shard's last packs stay in flight until another shard follows or the
+    iterator ends, and the parent may need that shard before it sends another.
     """
     yield first
     with suppress(Empty):
@@ -221,7 +221,7 @@ def at_hand(first: Shard, shards: SimpleQueue[Shard]) -> Iterator[Shard]:
 
 
 def receive(connection: Connection, shards: SimpleQueue[Shard]) -> None:
-    """Pass shards on, and end the process with the connection: nobody wants what it does then."""
+    """Queue the shards that arrive, and exit when the connection closes."""
     try:
         while True:
             shards.put(connection.recv())

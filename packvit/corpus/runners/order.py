@@ -1,4 +1,4 @@
-"""The work of a runner, and how what others stage is entered: in the order of the shards."""
+"""The work of a runner, and committing staged parts in the order of the shards."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -16,26 +16,26 @@ TRIES = 3  # how often a shard may lose the process that embeds it
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The shards to embed, in their order, and what is done with them."""
+    """The shards to embed, in order, and where their parts and rows go."""
 
     shards: Iterable[Shard]
     count: int  # of the shards
     folder: Path
-    last_kept: int  # the last part that the log has already, or -1
+    last_kept: int  # the highest part number in the log already, or -1
     watch: Watch
     effort: Effort
 
 
-# Yields the lines of the log of all shards, in their order, each when it is written.
+# Yields the log lines of all shards in order, each when it is written.
 Runner = Callable[[Work], Generator[Commit, None, None]]
 
 
 def enter_all(finished: Iterator[Finished], work: Work) -> Generator[Commit, None, None]:
-    """Enter parts that embedders staged, and yield their lines of the log.
+    """Commit parts that embedders staged, and yield their log lines.
 
-    As in `run_shards`, no interrupt can cut an entry in half.
+    As in `run_shards`, no interrupt cuts a commit short.
 
-    Raises: WriteError if the disk does not take it.
+    Raises: WriteError if a part cannot be written.
     """
     with ThreadPoolExecutor(1, "packvit-commit") as writer:
         for shard in finished:
@@ -46,21 +46,21 @@ def enter_all(finished: Iterator[Finished], work: Work) -> Generator[Commit, Non
 
 
 class Sequencer:
-    """Puts what embedders finish in any order back into the order of the shards."""
+    """Puts finished shards back into order."""
 
     def __init__(self) -> None:
-        self.numbers: deque[int] = deque()  # handed out and not released, in their order
+        self.numbers: deque[int] = deque()  # sent and not released, in order
         self.finished: dict[int, Finished] = {}
 
     def expect(self, number: int) -> None:
-        """Take note that shard `number` is the next in the order."""
+        """Add shard `number` to the end of the order."""
         self.numbers.append(number)
 
     def add(self, finished: Finished) -> None:
-        """Take what an embedder brings."""
+        """Store a finished shard."""
         self.finished[finished.number] = finished
 
     def release(self) -> Iterator[Finished]:
-        """Yield what is finished with nothing missing before it."""
+        """Yield the finished shards that have no unfinished shard before them."""
         while self.numbers and self.numbers[0] in self.finished:
             yield self.finished.pop(self.numbers.popleft())

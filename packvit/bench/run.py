@@ -1,15 +1,16 @@
-"""Run every contender that can, on every workload asked for, and write down what came of it."""
+"""Run all available contenders on all chosen workloads, and return the report."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from packvit import hub
-from packvit.bench import DTYPES, SEED, WORKLOADS, BenchError, Plan, models
+from packvit.bench import DTYPES, SEED, WORKLOADS, BenchError, BenchOptions, models
 from packvit.bench.accuracy import fp8_accuracy
 from packvit.bench.contenders import (
     Contender,
@@ -25,7 +26,9 @@ from packvit.bench.measuring import (
     CLOCKS,
     Run,
     Times,
+    at_most,
     ceiling,
+    commit,
     gpu_state,
     interleave,
     median_ms,
@@ -51,57 +54,42 @@ LIMITS = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.04}
 # Tokens of the smallest images, which the baseline computes in float64 too: the rule of `packvit
 # verify` judges by them, with the baseline as the reference.
 JUDGED_TOKENS = 512
-SLOW = 2.0  # seconds: what takes longer takes part in three rounds alone
+SLOW = 2.0  # seconds: slower contenders run in three rounds only
 SLOW_ROUNDS = 3
 WARMUP = 2
-OBSTACLES = (Unavailable, ImportError, ValueError, RuntimeError)  # torch's own are RuntimeErrors
+# torch's own are RuntimeErrors; what is stopped in the middle may say anything.
+OBSTACLES = (Unavailable, ImportError, ValueError, RuntimeError, TimeoutError)
 
 
 class Entrant(NamedTuple):
-    """A contender whose tokens are right, ready to be timed."""
+    """A contender whose tokens are correct, ready to be timed."""
 
     run: Run
-    plain: Run  # the same without CUDA graphs, whose memory cannot be told from the encoder's
+    plain: Run  # the same without CUDA graphs, to measure memory: graphs hide the encoder's
     ours: bool
-    exact: bool  # in the dtype that was asked for throughout, which fp8 is not
+    exact: bool  # computes in the chosen dtype throughout, unlike fp8
     weights: int  # bytes
-    off: dict[str, float]  # from the baseline's tokens
-    first: float  # seconds of a call, once it has run
+    off: dict[str, float]  # difference from the baseline's tokens
+    first: float  # seconds of a call after warm-up
 
 
-def measure(plan: Plan, say: Say) -> dict[str, Any]:
-    """Return the report of all workloads; `say` is told what is going on.
+def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
+    """Return the report of all workloads; `say` is called with progress messages.
 
-    Raises: BenchError, CheckpointError, ImportError for what cannot be measured at all.
+    Raises: BenchError, CheckpointError, ImportError if nothing can be measured.
     """
-    device, dtype = choose(plan)
+    device, dtype = choose(options)
     on_gpu = device.type == "cuda"
     if device.index is not None and on_gpu:
-        torch.cuda.set_device(device)  # the one that clocks and peaks are asked of
-    layers = plan.layers
-    if not on_gpu and layers is None and plan.model in models.SIZES:
+        torch.cuda.set_device(device)  # clocks and peak memory are read from it
+    layers = options.layers
+    if not on_gpu and layers is None and options.model in models.SIZES:
         layers = 2
-    compiled = on_gpu if plan.compiled is None else plan.compiled
-    model = models.build(plan.model, layers, device, dtype)
-    report = where() | {
-        "timm": version_of("timm"),
-        "gpu_state_before": gpu_state(),
-        "model": model.name,
-        "weights": model.weights,
-        "layers": model.config.layers,
-        "width": model.config.width,
-        "pass": "forward and backward" if plan.train else "forward",
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "seed": SEED,
-        "clock": plan.clock,
-        "rounds": plan.rounds,
-        "baseline": BASELINE,
-        "workloads": [],
-    }
-    for name in plan.workloads:
-        torch.compiler.reset()  # shapes of one workload must not make another's code general
+    compiled = on_gpu if options.compiled is None else options.compiled
+    model = models.build(options.model, layers, device, dtype)
+    report = describe_run(options, model, device, dtype) | {"baseline": BASELINE, "workloads": []}
+    for name in options.workloads:
+        torch.compiler.reset()  # one workload's shapes must not make others dynamic
         work = workload(name, small=not on_gpu)
         draw = torch.Generator().manual_seed(SEED)
         patches = torch.randn(
@@ -111,55 +99,94 @@ def measure(plan: Plan, say: Say) -> dict[str, Any]:
             dtype=torch.float32,
             device="cpu",
         )
-        subject = Subject(model, work, patches.to(device, dtype), compiled, plan.train)
+        subject = Subject(model, work, patches.to(device, dtype), compiled, options.train)
         say(f"{work.title}: {len(work.grid)} images, {len(patches):,} patches")
-        with torch.set_grad_enabled(plan.train), torch.inference_mode(not plan.train):
-            report["workloads"].append(measure_workload(subject, plan, say))
+        with torch.set_grad_enabled(options.train), torch.inference_mode(not options.train):
+            report["workloads"].append(measure_workload(subject, (*PEERS, *OURS), options, say))
     report["gpu_state_after"] = gpu_state()
     report["fp8_accuracy"] = []
-    if on_gpu and dtype == torch.bfloat16 and not plan.train:
+    if on_gpu and dtype == torch.bfloat16 and not options.train:
         say("accuracy of fp8")
-        with suppress(ValueError):  # why it cannot run stands beside its contenders
+        with suppress(ValueError):  # the reason is listed with its contenders
             report["fp8_accuracy"] = fp8_accuracy(model, device)
     return report
 
 
-def choose(plan: Plan) -> tuple[torch.device, torch.dtype]:
-    """Return where and in what to measure.
+def describe_run(
+    options: BenchOptions, model: models.Model, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return what is said of a run before it starts."""
+    return where() | {
+        "commit": options.commit or commit(),
+        "timm": version_of("timm"),
+        "gpu_state_before": gpu_state(),
+        "model": model.name,
+        "weights": model.weights,
+        "layers": model.config.layers,
+        "width": model.config.width,
+        "pass": "forward and backward" if options.train else "forward",
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "seed": SEED,
+        "clock": options.clock,
+        "rounds": options.rounds,
+    }
 
-    Raises: BenchError for a device, dtype, workload or number of rounds that cannot be.
+
+def choose(options: BenchOptions) -> tuple[torch.device, torch.dtype]:
+    """Return the device and dtype to measure on.
+
+    Raises: BenchError for an invalid device, dtype, workload or number of rounds.
     """
     try:
-        hub.check_device(plan.device)
+        hub.check_device(options.device)
     except ValueError as error:
         raise BenchError(str(error)) from error
-    device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if unknown := [name for name in plan.workloads if name not in WORKLOADS]:
-        raise BenchError(f"No workload is called {unknown[0]}. Choose of: {', '.join(WORKLOADS)}.")
-    if plan.clock not in CLOCKS or (plan.clock == "cpu" and device.type != "cpu"):
-        raise BenchError(f'clock is "{plan.clock}", but must be "wall", or on a CPU "cpu".')
-    if plan.rounds < 2:
-        raise BenchError(f"rounds is {plan.rounds}, but quartiles want at least 2.")
-    chosen = plan.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if unknown := [name for name in options.workloads if name not in WORKLOADS]:
+        raise BenchError(
+            f"No workload is called {unknown[0]}. Choose one of: {', '.join(WORKLOADS)}."
+        )
+    if options.clock not in CLOCKS or (options.clock == "cpu" and device.type != "cpu"):
+        raise BenchError(f'clock is "{options.clock}", but must be "wall", or on a CPU "cpu".')
+    if options.rounds < 2:
+        raise BenchError(f"rounds is {options.rounds}, but quartiles need at least 2.")
+    chosen = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if chosen not in DTYPES:
         raise BenchError(f'dtype is "{chosen}". Choose one of: {", ".join(DTYPES)}.')
     return device, getattr(torch, chosen)
 
 
-def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
-    """Check every contender's tokens, then time those that are right, turn by turn."""
+def measure_workload(
+    subject: Subject,
+    candidates: Sequence[Peer | Ours],
+    options: BenchOptions,
+    say: Say,
+    until: float | None = None,
+) -> dict[str, Any]:
+    """Check every contender's tokens, then time those that are right, turn by turn.
+
+    The first candidate is the baseline. `until` is when, by `monotonic`, all must be done: those
+    that would not be are left out.
+    """
     draw = torch.Generator().manual_seed(0)
     shape = (len(subject.patches), subject.model.config.width)
-    cotangent = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(
-        subject.patches
-    )
+    cotangent = None
+    if subject.train:
+        drawn = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
+        cotangent = drawn.to(subject.patches)
     missing: dict[str, str] = {}
     wrong: dict[str, dict[str, float]] = {}
     entrants: dict[str, Entrant] = {}
     truth: Tensor | None = None
     judged, exact = smallest(subject)
-    for candidate in (*PEERS, *OURS):  # the baseline first
-        with reasons(candidate.title, missing, say):
+    baseline = candidates[0].title
+    for candidate in candidates:
+        with (
+            reasons(candidate.title, missing, say),
+            at_most(left(candidate, entrants, options, until)),
+        ):
             contender = candidate.build(subject)
             tokens = collect(contender, len(subject.patches)).float()
             truth = tokens if truth is None else truth
@@ -168,9 +195,9 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
                 wrong[candidate.title] = off
                 say(f"  {candidate.title}: WRONG, off by {off['relative_difference']:.1e}")
                 continue
-            run = runner(contender, cotangent if subject.train else None)
+            run = runner(contender, cotangent)
             if subject.train:
-                run()  # its backward has not been compiled yet
+                run()  # compiles its backward
             entrants[candidate.title] = Entrant(
                 run=run,
                 plain=without_graphs(contender.module, run),
@@ -178,22 +205,23 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
                 exact=getattr(candidate, "limit", None) is None,
                 weights=weight_bytes(contender.module),
                 off=off,
-                first=seconds(run, plan.clock),
+                first=seconds(run, options.clock),
             )
             say(f"  {candidate.title}: {entrants[candidate.title].first * 1e3:.1f} ms")
-    if BASELINE not in entrants:
-        raise BenchError(f"{BASELINE} cannot run here: {missing[BASELINE]}.")
+    if baseline not in entrants:
+        raise BenchError(f"{baseline} cannot run here: {missing[baseline]}.")
     top, top_flops = ceiling(subject.patches.device, subject.patches.dtype)
     taken = interleave(
         {CEILING: top, **{title: entrant.run for title, entrant in entrants.items()}},
-        rounds=plan.rounds,
+        rounds=options.rounds,
         warmup=WARMUP,
-        clock=plan.clock,
+        clock=options.clock,
         fewer={title: SLOW_ROUNDS for title, entrant in entrants.items() if entrant.first > SLOW},
     )
     flops = encoder_flops(subject.model.config, subject.workload.grid)
     work = flops.forward + (flops.backward if subject.train else 0)
     rate = top_flops / median_ms(taken, CEILING) * 1e3
+    best = headline(entrants, taken)
     return {
         "name": subject.workload.name,
         "title": subject.workload.title,
@@ -204,9 +232,14 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
         "scaled_down": subject.workload.scaled_down,
         "tflop": work / 1e12,
         "ceiling_tflops": rate / 1e12,
-        "headline": headline(entrants, taken),
+        "headline": best,
         "results": {
             title: result(title, entrant, taken, work / rate, subject.patches.device)
+            | {
+                "times_faster_than_baseline": times_faster(taken, title, baseline),
+                "times_faster_than_strongest_peer": times_faster(taken, title, best["peer"]),
+                "images_per_second": 1e3 * len(subject.workload.grid) / median_ms(taken, title),
+            }
             for title, entrant in entrants.items()
         },
         "wrong": wrong,
@@ -214,9 +247,25 @@ def measure_workload(subject: Subject, plan: Plan, say: Say) -> dict[str, Any]:
     }
 
 
+def left(
+    candidate: Peer | Ours, entrants: dict[str, Entrant], options: BenchOptions, until: float | None
+) -> float | None:
+    """Return how many seconds a contender may take until its turn is over; None is any number.
+
+    Raises: Unavailable if none are left besides those of the rounds to come.
+    """
+    if until is None or not entrants:
+        return candidate.longest if isinstance(candidate, Peer) else None
+    round_ = sum(min(entrant.first, SLOW) for entrant in entrants.values())
+    rest = until - monotonic() - 1.3 * (options.rounds + WARMUP) * round_
+    if rest <= 0:
+        raise Unavailable("no time was left for it")
+    return min(rest, candidate.longest or rest) if isinstance(candidate, Peer) else rest
+
+
 @contextmanager
 def reasons(title: str, missing: dict[str, str], say: Say) -> Iterator[None]:
-    """Put on record why a contender cannot take part."""
+    """Record why a contender cannot run."""
     try:
         yield
     except OBSTACLES as error:
@@ -228,14 +277,14 @@ def reasons(title: str, missing: dict[str, str], say: Say) -> Iterator[None]:
 
 
 def runner(contender: Contender, cotangent: Tensor | None) -> Run:
-    """Return what is timed."""
+    """Return the function to time."""
     if cotangent is None:
         return forward(contender)
     return forward_backward(contender, cotangent)
 
 
 def without_graphs(module: nn.Module, run: Run) -> Run:
-    """Return a run during which an encoder of ours has no CUDA graphs, and makes none."""
+    """Return `run` with the CUDA graphs of our encoder turned off."""
 
     def plain() -> None:
         if not isinstance(module, Encoder):
@@ -295,7 +344,7 @@ def right(
 
 
 def difference(tokens: Tensor, truth: Tensor) -> dict[str, float]:
-    """Return how far tokens are from the baseline's: at the worst, and as a whole."""
+    """Return the largest and the relative difference from the baseline's tokens."""
     off = tokens - truth
     return {
         "largest_scaled_difference": (off.abs().max() / max(1.0, truth.abs().max() / 4)).item(),
@@ -306,26 +355,27 @@ def difference(tokens: Tensor, truth: Tensor) -> dict[str, float]:
 def result(
     title: str, entrant: Entrant, taken: list[Times], floor: float, device: torch.device
 ) -> dict[str, Any]:
-    """Return a contender's figures; `floor` is the seconds that the work takes at the ceiling."""
+    """Return a contender's figures; `floor` is the time of the work at the matmul rate."""
     median, more = median_ms(taken, title), peak_bytes(entrant.plain, device)
     return {
         "ours": entrant.ours,
         "median_ms": median,
         "rounds": sum(title in times for times in taken),
-        "times_faster_than_baseline": times_faster(taken, title, BASELINE),
         "fraction_of_ceiling": floor / median * 1e3,
         "peak_gib": None if more is None else (more + entrant.weights) / 2**30,
         **entrant.off,
     }
 
 
-def headline(entrants: dict[str, Entrant], taken: list[Times]) -> dict[str, Any] | None:
-    """Return our fastest exact contender beside the strongest peer; None if we have none."""
-    ours = [title for title, entrant in entrants.items() if entrant.ours and entrant.exact]
-    peers = [title for title, entrant in entrants.items() if not entrant.ours]
-    if not ours:
-        return None
-    best, strongest = (
-        min(titles, key=lambda title: median_ms(taken, title)) for titles in (ours, peers)
+def headline(entrants: dict[str, Entrant], taken: list[Times]) -> dict[str, Any]:
+    """Return the strongest peer and, if we have one, our fastest exact contender beside it."""
+
+    def fastest(*, ours: bool) -> str | None:
+        titles = [t for t, one in entrants.items() if one.ours == ours and (one.exact or not ours)]
+        return min(titles, key=lambda title: median_ms(taken, title), default=None)
+
+    peer, best = fastest(ours=False), fastest(ours=True)
+    assert peer is not None  # the baseline is one
+    return {"peer": peer} | (
+        {} if best is None else {"ours": best, "times_faster": times_faster(taken, best, peer)}
     )
-    return {"ours": best, "peer": strongest, "times_faster": times_faster(taken, best, strongest)}

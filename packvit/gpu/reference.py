@@ -1,6 +1,6 @@
-"""What the kernels compute, said plainly in numpy: the steps from a JPEG's planes to its pixels.
+"""The reference implementation of the kernels in numpy: from a JPEG's planes to its pixels.
 
-The tests hold these to Pillow, and the kernels to these. No torch.
+Tests compare it with Pillow, and the kernels with it. No torch.
 """
 
 from collections.abc import Sequence

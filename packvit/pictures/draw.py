@@ -1,6 +1,6 @@
-"""All of `packvit pca`: from what was asked to a picture file.
+"""Draw the picture of `packvit pca` and write it to a file.
 
-What cannot be done as asked is refused before the model is loaded, where that can be known.
+Wrong arguments are refused before the model is loaded, if possible.
 """
 
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from packvit.corpus import WriteError, WrongUse
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import Input, list_inputs
 from packvit.corpus.job import MOST_WORKERS, TRIAL_MODEL, count_cpus
 from packvit.corpus.progress import Tally, Tell
-from packvit.corpus.settings import Options, load_encoder
+from packvit.corpus.settings import EmbedOptions, load_encoder
 from packvit.encoder import GridPolicy
 from packvit.images.resize import Resize
 from packvit.pictures.maps import Background, pca_sheet, similarity_sheet
@@ -37,11 +37,11 @@ QUALITY = 90  # of a JPEG or WebP, with colour at full resolution: patches keep 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What became of a picture: what is on it, what could not be, and its (width, height)."""
+    """A drawn picture: its photographs, those that could not be read, and (width, height)."""
 
     photographs: int
     errors: list[Row]
-    lost: list[str]  # neighbours that no file was found for
+    lost: list[str]  # neighbours whose file was not found
     size: tuple[int, int]
 
 
@@ -66,11 +66,11 @@ def draw(
     width: int = WIDTH,
     progress: Tell | None = None,
 ) -> Drawn:
-    """Write a picture of photographs to `out`, unless none of them can be used.
+    """Write a picture of photographs to `out`, unless none can be read.
 
     `neighbours` takes the model, and how photographs are resized, from that feature folder.
 
-    Raises: WrongUse for what cannot be done as asked; CheckpointError; WriteError.
+    Raises: UsageError for arguments that cannot be used; CheckpointError; WriteError.
     """
     check_together(
         {
@@ -88,7 +88,7 @@ def draw(
     inputs = list(list_inputs(photos))
     target = check_out(out, inputs)
     patch = find_patch(inputs, similar_to) if similar_to is not None else None
-    options = Options(resize=resize, max_patches=max_patches)
+    options = EmbedOptions(resize=resize, max_patches=max_patches)
     folder = Path(neighbours) if neighbours is not None else None
     manifest = open_folder(folder) if folder else {}
     if folder:
@@ -121,9 +121,9 @@ def draw(
 
 
 def check_together(asked: dict[str, bool]) -> None:
-    """Refuse options that say nothing beside each other.
+    """Refuse options that exclude each other.
 
-    Raises: WrongUse naming two of them.
+    Raises: UsageError naming two of them.
     """
     idle = {
         "--similar-to": ("--neighbours", "--per-image", "--background remove"),
@@ -135,54 +135,60 @@ def check_together(asked: dict[str, bool]) -> None:
     for kind, others in idle.items():
         for other in others:
             if asked[kind] and asked[other]:
-                raise WrongUse(f"{other} has no meaning beside {kind}. Leave one of the two out.")
+                raise UsageError(
+                    f"{other} cannot be combined with {kind}. Leave one of the two out."
+                )
 
 
 def check_out(out: str, inputs: Sequence[Input]) -> Path:
-    """Return where the picture goes.
+    """Return the path of the picture.
 
-    Raises: WrongUse if that is no picture's name, or would replace something else.
+    Raises: UsageError if it has another suffix, or if it would replace another file.
     """
     check_local(out, name="--out")
     target = Path(out)
     if target.suffix.lower() not in FORMATS:
-        raise WrongUse(f"--out is {out}, but must end in {', '.join(FORMATS)}.")
+        raise UsageError(f"--out is {out}, but must end in {', '.join(FORMATS)}.")
     if not target.parent.is_dir():
-        raise WrongUse(f"--out is {out}, but there is no folder {target.parent}. Make it first.")
+        raise UsageError(
+            f"--out is {out}, but the folder {target.parent} does not exist. Create it first."
+        )
     if not os.path.lexists(target):
         return target
     if any(one.error is None and os.path.samefile(one.path, target) for one in inputs):
-        raise WrongUse(f"--out is {out}, which is one of the photographs. Choose another name.")
+        raise UsageError(f"--out is {out}, which is one of the photographs. Choose another name.")
     try:
         with Image.open(target):
             return target
     except (OSError, UnidentifiedImageError) as error:
-        raise WrongUse(f"{out} is there and is no picture. Choose another name.") from error
+        raise UsageError(f"{out} exists and is not a picture. Choose another name.") from error
 
 
 def find_patch(inputs: Sequence[Input], named: str) -> tuple[int, int, int]:
-    """Return (place of the photograph, row, column) of PHOTO:ROW,COLUMN.
+    """Return (index of the photograph, row, column) of PHOTO:ROW,COLUMN.
 
-    Raises: WrongUse if it is written otherwise, or is no photograph that was given.
+    Raises: UsageError if it has another form, or names none of the photographs.
     """
     photo, _, numbers = named.rpartition(":")
     row, _, column = numbers.partition(",")
     if not (photo and row.strip().isdecimal() and column.strip().isdecimal()):
-        raise WrongUse(
-            f'--similar-to is "{named}", but is written PHOTO:ROW,COLUMN, for example '
-            "cat.jpg:12,20, counted in patches from the upper left, from 0 on."
+        raise UsageError(
+            f'--similar-to is "{named}", but must be PHOTO:ROW,COLUMN, for example cat.jpg:12,20. '
+            "Rows and columns count patches from the upper left, from 0."
         )
     path = os.path.abspath(photo)
     for place, one in enumerate(inputs):
         if one.id == photo or os.path.abspath(one.path) == path:
             return place, int(row), int(column)
-    raise WrongUse(f"--similar-to names {photo}, which is none of the {len(inputs)} photographs.")
+    raise UsageError(
+        f"--similar-to names {photo}, which is not one of the {len(inputs)} photographs."
+    )
 
 
 def write_picture(sheet: Image.Image, target: Path) -> None:
-    """Write a picture in the format of its name, whole or not at all.
+    """Write a picture atomically, in the format of its suffix.
 
-    Raises: WriteError if the disk does not take it.
+    Raises: WriteError if it cannot be written.
     """
     kind, data = FORMATS[target.suffix.lower()], BytesIO()
     if kind == "JPEG":

@@ -16,7 +16,7 @@ from packvit.checkpoints.layouts import Variant
 from packvit.config import Table
 from packvit.encoder import Encoder, Options
 from packvit.families import FAMILIES
-from packvit.verification import Findings, Plan, Row, VerificationError, certificate
+from packvit.verification import Comparison, Findings, VerificationError, VerifyOptions, certificate
 from packvit.verification.comparison import compare_outputs
 from packvit.verification.files import (
     compare_photographs,
@@ -25,7 +25,7 @@ from packvit.verification.files import (
     obstacle_to_photographs,
 )
 from packvit.verification.references import (
-    Reference,
+    ReferenceModel,
     import_transformers,
     interpolation_error,
     write_random,
@@ -40,46 +40,49 @@ CONVERTED = (
 
 def verify_checkpoint(
     name_or_folder: str | Path,
-    plan: Plan,
+    options: VerifyOptions,
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
 ) -> Findings:
-    """Compare a checkpoint, by its name on the hub or its folder, with transformers' model of it.
+    """Compare a checkpoint, named on the hub or in a folder, with transformers' model of it.
 
-    Raises: CheckpointError if either cannot read it; ImportError without transformers.
+    Raises: CheckpointError if either of the two cannot read it; ImportError without transformers.
     """
     import_transformers()
     encoder = hub.load(name_or_folder, revision=revision, device=device, dtype=torch.float32)
-    return verify(encoder, plan)
+    return verify(encoder, options)
 
 
 def verify_family(
-    encoder: type[Encoder], plan: Plan, *, device: str | torch.device | None = None
+    encoder: type[Encoder], options: VerifyOptions, *, device: str | torch.device | None = None
 ) -> Iterator[Findings]:
-    """Yield what became of each variant of a family, on small random weights drawn from a seed.
+    """Yield the findings for each variant of a family, with small random weights.
 
     Raises: ImportError without transformers.
     """
     for variant in encoder.family.reference.variants:
-        yield verify_variant(encoder, variant, plan, device)
+        yield verify_variant(encoder, variant, options, device)
 
 
 def verify_variant(
-    encoder: type[Encoder], variant: Variant, plan: Plan, device: str | torch.device | None
+    encoder: type[Encoder],
+    variant: Variant,
+    options: VerifyOptions,
+    device: str | torch.device | None,
 ) -> Findings:
     """Compare one small random model."""
     with TemporaryDirectory() as folder:
-        model = write_random(variant, encoder.family, Path(folder), plan.seed)
+        model = write_random(variant, encoder.family, Path(folder), options.seed)
         loaded = encoder.from_pretrained(Path(folder), device=device, dtype=torch.float32)
-        return verify(loaded, plan, variant.name, model)
+        return verify(loaded, options, variant.name, model)
 
 
 def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
-    """Return a certificate for what an encoder computes with: one found, or else a new, quick one.
+    """Return a certificate for an encoder: the one in its folder, or else a new, quick one.
 
-    One is found in the checkpoint's folder if it vouches for the same. `weights` is the
-    checkpoint's `sha256()`.
+    The one in the folder is used if it applies to this encoder. `weights` is the checkpoint's
+    `sha256()`.
 
     Raises: VerificationError naming the worst comparison; ImportError without transformers.
     """
@@ -100,7 +103,7 @@ def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
         checkpoint, Options(encoder.device, torch.float32, "auto", "hwc", "checkpoint")
     )
     lower = tuple({"bfloat16", dtype} - {"float32"})
-    findings = verify(exact, Plan(quick=True, lower=lower))
+    findings = verify(exact, VerifyOptions(quick=True, lower=lower))
     if findings.missed:
         raise VerificationError(
             f"{checkpoint.name} is not verified: {len(findings.missed)} of {len(findings.rows)} "
@@ -111,11 +114,14 @@ def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
 
 
 def verify(
-    encoder: Encoder, plan: Plan, variant: str | None = None, memory: nn.Module | None = None
+    encoder: Encoder,
+    options: VerifyOptions,
+    variant: str | None = None,
+    memory: nn.Module | None = None,
 ) -> Findings:
-    """Compare an encoder in float32 with the model that transformers makes of its checkpoint.
+    """Compare an encoder in float32 with transformers' model of its checkpoint.
 
-    `variant` names a small random one, and `memory` is the model as it was before it was saved.
+    `variant` names a small random model, and `memory` is that model before it was saved.
     """
     checkpoint = encoder.checkpoint
     assert checkpoint is not None  # it was loaded by one of the functions above
@@ -131,24 +137,24 @@ def verify(
                 remarks.append(f"not compared: the projection to {encoder.config.projection}")
                 encoder = without_projection(encoder)
             encoder.save_pretrained(converted)
-            reference = Reference(encoder.family, converted)
+            reference = ReferenceModel(encoder.family, converted)
         else:
-            reference = Reference(encoder.family, folder)
+            reference = ReferenceModel(encoder.family, folder)
         if antialiases(encoder) and (error := interpolation_error(encoder.device)) > 1e-3:
             remarks.append(
-                "torch antialiases wrongly here when it interpolates an image to one column (by "
-                f"{error:.1f}); the reference was kept from it"
+                "torch interpolates an image to one column wrongly here when it antialiases (by "
+                f"{error:.1f}); the reference was run with a workaround"
             )
-        rows: list[Row] = list(compare_outputs(encoder, reference, plan))
+        rows: list[Comparison] = list(compare_outputs(encoder, reference, options))
         if memory is not None:
             rows.append(compare_taken_over(encoder, memory))
         rows += compare_saved(encoder, reference)
         obstacle = obstacle_to_photographs(reference, checkpoint)
         if obstacle is None:
-            rows += compare_photographs(encoder, folder, plan)
+            rows += compare_photographs(encoder, folder, options)
         return Findings(
             family=encoder.family.name,
-            model=f"random weights, seed {plan.seed}" if variant else checkpoint.name,
+            model=f"random weights, seed {options.seed}" if variant else checkpoint.name,
             variant=variant or "published",
             revision=checkpoint.revision,
             weights=checkpoint.sha256(),
@@ -162,7 +168,7 @@ def verify(
 
 
 def readable_by_transformers(encoder: Encoder) -> bool:
-    """Return whether a class of transformers reads the very files of this checkpoint."""
+    """Return whether transformers reads the files of this checkpoint as they are."""
     checkpoint = encoder.checkpoint
     assert checkpoint is not None
     layout = encoder.family.layout(checkpoint.tensors).name
@@ -171,7 +177,7 @@ def readable_by_transformers(encoder: Encoder) -> bool:
 
 
 def without_projection(encoder: Encoder) -> Encoder:
-    """Return the same tower without its matrix into a space shared with text."""
+    """Return the same encoder without its projection to the space shared with text."""
     tower = copy(encoder)
     tower._modules = {**encoder._modules, "projection": None}
     tower.config = replace(encoder.config, projection=None)
@@ -179,11 +185,11 @@ def without_projection(encoder: Encoder) -> Encoder:
 
 
 def antialiases(encoder: Encoder) -> bool:
-    """Return whether the reference resizes a learned table with antialiasing."""
+    """Return whether the reference resizes learned positions with antialiasing."""
     table = encoder.config.positions
     return isinstance(table, Table) and table.any_grid and table.resize in ANTIALIASED
 
 
 def family_names() -> dict[str, type[Encoder]]:
-    """Return the families by the words of the command line: the names of their modules."""
+    """Return the families by their names on the command line, which are their modules' names."""
     return {encoder.__module__.rpartition(".")[2]: encoder for encoder in FAMILIES}
