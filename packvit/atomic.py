@@ -13,8 +13,10 @@ from typing import Any
 
 
 @contextmanager
-def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
-    """Yield a temporary path beside each target; what is written there takes the targets' places.
+def replacing(*targets: Path, beside: Path | None = None) -> Iterator[tuple[Path, ...]]:
+    """Yield a temporary path for each target; what is written there takes the targets' places.
+
+    They stand beside the targets, or in the folder `beside` of the same disk.
 
     All of them are on the disk before the first takes its name. They do so one after the other, in
     the order given: what is killed between two leaves new files beside old ones. After an error the
@@ -23,7 +25,9 @@ def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
     Raises: OSError if the disk does not take them.
     """
     attempt = token_hex(4)
-    temporaries = tuple(path.with_name(temporary_name(path.name, attempt)) for path in targets)
+    temporaries = tuple(
+        (beside or path.parent) / temporary_name(path.name, attempt) for path in targets
+    )
     try:
         yield temporaries
         for temporary in temporaries:

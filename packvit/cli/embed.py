@@ -14,6 +14,7 @@ import click
 from packvit.cli import exit_code
 from packvit.cli.progress import Meter, duration, show_progress
 from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
+from packvit.corpus.inputs.listing import by_suffix
 from packvit.corpus.progress import Summary
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
@@ -97,6 +98,12 @@ DONE_WITH_ERRORS = 3
 )
 @click.option("--token-budget", type=COUNT, default=16384, help="Most tokens in one pack.")
 @click.option(
+    "--rows-per-part",
+    type=COUNT,
+    help="Rows in one Parquet file, which is written once all of them are embedded; by default 64 "
+    "on a CPU or with tokens, 1024 on a GPU (fewer in a small job), or what the folder has.",
+)
+@click.option(
     "--decode",
     type=click.Choice(["pil", "gpu"]),
     default="pil",
@@ -140,7 +147,7 @@ DONE_WITH_ERRORS = 3
 @click.option(
     "--verify",
     is_flag=True,
-    help="Compare the encoder with its reference first, and write certificate.json; a passing "
+    help="Compare the encoder with its reference first, and write _certificate.json; a passing "
     "certificate beside the checkpoint is used instead.",
 )
 @click.option(
@@ -171,6 +178,7 @@ def embed(
     dtype_out: Any,
     format_: Any,
     token_budget: int,
+    rows_per_part: int | None,
     decode: Any,
     workers: int | None,
     image_timeout: float,
@@ -233,6 +241,7 @@ def embed(
                 dtype_out=dtype_out,
                 format=format_,
                 token_budget=token_budget,
+                rows_per_part=rows_per_part,
                 decode=decode,
                 workers=workers,
                 image_timeout=image_timeout,
@@ -299,6 +308,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
         },
         "kept": summary.kept_rows,
         "ignored": summary.ignored,
+        "passed_over": summary.passed_over,
         "tokens": summary.tokens,
         "seconds": summary.seconds,
         "images_per_second": summary.images_per_second,
@@ -321,7 +331,7 @@ def as_table(summary: Summary) -> str:
     if summary.kept_rows:
         rows.append(("kept", f"{summary.kept_rows:,}, written before"))
     if summary.ignored:
-        rows.append(("passed over", f"{summary.ignored:,} files of other kinds"))
+        rows.append(("passed over", printable(by_suffix(summary.passed_over))))
     rows += [
         ("tokens", f"{summary.tokens:,}"),
         *effort(summary),

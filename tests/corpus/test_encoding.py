@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from features import contents
 from rotten import write_good
 
 import packvit
@@ -57,7 +58,7 @@ def test_a_pack_that_does_not_fit_is_halved_and_nothing_but_an_image_too_large_i
     assert (summary.ok, summary.errors) == (20 - lost, {"out_of_memory": lost})
     (entry,) = read_commits(tmp_path / "out")
     assert entry.halved == 1
-    assert json.loads((tmp_path / "out" / "commits.jsonl").read_text())["halved"] == 1
+    assert json.loads((tmp_path / "out" / "_commits.jsonl").read_text())["halved"] == 1
     for row, right in zip(read_rows(tmp_path / "out"), expected, strict=True):
         if row["rows"] * row["columns"] > Narrow.room:
             assert (row["status"], row["stage"]) == ("out_of_memory", "encode")
@@ -66,17 +67,17 @@ def test_a_pack_that_does_not_fit_is_halved_and_nothing_but_an_image_too_large_i
             assert row["status"] == "ok"
             assert np.abs(np.subtract(row["pooled"], right["pooled"])).max() <= 2e-5
     assert not check_folder(tmp_path / "out").faults
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = contents(tmp_path / "out")
     again = packvit.embed(photos, out=tmp_path / "out", model=narrow)
     assert again.kept_rows == 20
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before == contents(tmp_path / "out")
 
 
 def test_a_line_says_how_many_packs_were_halved_only_where_some_were():
-    plain = Commit("part-00000.parquet", 1, 0, 9, 100, "0" * 64)
+    plain = Commit("data/part-00000.parquet", 1, 0, 9, 100, "0" * 64)
     assert "halved" not in encode_commit(plain)
     assert decode_commit(encode_commit(plain).encode() + b"\n") == plain
-    halved = Commit("part-00000.parquet", 1, 0, 9, 100, "0" * 64, 3)
+    halved = Commit("data/part-00000.parquet", 1, 0, 9, 100, "0" * 64, 3)
     line = encode_commit(halved)
     assert decode_commit(line.encode() + b"\n") == halved
     for wrong in ("0", "true", '"3"', "3.0"):

@@ -17,14 +17,15 @@ import numpy as np
 
 from packvit.atomic import replacing
 from packvit.corpus import UsageError
-from packvit.corpus.folder.layout import IDS, POOLED, writing
+from packvit.corpus.folder.layout import make_folder, writing
+from packvit.corpus.folder.names import Names
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.resume import find_damage
 
 Format = Literal["parquet", "npy"]
 FORMATS: tuple[Format, ...] = ("parquet", "npy")
 
-Exports = dict[str, dict[str, Any]]  # bytes and sha256 by the file's name, as in the manifest
+Exports = dict[str, dict[str, Any]]  # bytes and sha256 by the file's path, as in the manifest
 
 
 def check_format(name: str) -> None:
@@ -34,7 +35,12 @@ def check_format(name: str) -> None:
 
 
 def export(
-    folder: Path, parts: Sequence[str], rows: int, width: int, recorded: Mapping[str, Any]
+    folder: Path,
+    names: Names,
+    parts: Sequence[str],
+    rows: int,
+    width: int,
+    recorded: Mapping[str, Any],
 ) -> Exports:
     """Write the files that are missing or damaged; return the manifest's record of all.
 
@@ -42,24 +48,27 @@ def export(
     Raises: WriteError if a file cannot be written.
     """
     makers: dict[str, Callable[[BinaryIO], None]] = {
-        POOLED: lambda file: write_pooled(file, folder, parts, rows, width),
-        IDS: lambda file: write_ids(file, folder, parts),
+        names.pooled: lambda file: write_pooled(file, folder, parts, rows, width),
+        names.ids: lambda file: write_ids(file, folder, parts),
     }
     return {
         name: recorded[name]
         if name in recorded and find_damage(folder / name, **recorded[name]) is None
-        else make(folder / name, write)
+        else make(folder, name, write)
         for name, write in makers.items()
     }
 
 
-def make(path: Path, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
-    """Put what `write` writes at `path` in one step; return its size and digest."""
-    with writing(path), replacing(path) as (temporary,), temporary.open("w+b") as file:
-        write(file)
-        size = file.tell()
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def make(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
+    """Write a file by `write` and rename it to `name`; return its size and digest."""
+    path = folder / name
+    with writing(path), replacing(path, beside=folder) as (temporary,):
+        with temporary.open("w+b") as file:
+            write(file)
+            size = file.tell()
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        make_folder(path.parent)
     return {"bytes": size, "sha256": digest}
 
 
