@@ -70,7 +70,9 @@ def check_device(device: torch.device | str | None) -> None:
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:  # torch says either of a GPU that is not there
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(f'device "{device}" cannot be used: {reason}. Try "cpu".') from error
+        raise ValueError(
+            f'device "{device}" cannot be used: {reason}. Try `device="cpu"`.'
+        ) from error
 
 
 def family_of(checkpoint: Checkpoint) -> type[Encoder]:

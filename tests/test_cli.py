@@ -1,10 +1,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
+from PIL import Image
 
+from packvit.bench import MODELS
 from packvit.cli import COMMANDS, main
+from packvit.cli.command import in_options
+from packvit.cli.embed import embed
+from packvit.cli.models import SHORT
+from packvit.families import FAMILIES
 
 
 def test_info_lists_backends_with_their_obstacles_and_families():
@@ -36,7 +44,54 @@ def test_every_command_has_help_with_an_example():
 def test_a_wrong_command_is_answered_in_one_sentence():
     shown = CliRunner().invoke(main, ["embd"])
     assert shown.exit_code == 2
-    assert "No such command 'embd'" in shown.stderr
+    assert shown.stderr.startswith("Error: No such command 'embd'. Did you mean embed?\n")  # W8
+
+
+def test_help_is_shown_for_the_short_option_too():
+    """W8"""
+    for name in (None, *COMMANDS):
+        shown = CliRunner().invoke(main, [*([name] if name else []), "-h"])
+        assert shown.exit_code == 0
+        assert "-h, --help" in shown.stdout
+
+
+@pytest.mark.parametrize("argv", [["embed", "x"], ["pca", "x"], ["verify"], ["bench"]])
+def test_a_misspelt_model_is_answered_by_the_known_name_that_is_near(
+    argv: list[str], tmp_path: Path
+):
+    """W8"""
+    out = ["--out", str(tmp_path / "x.png")] if len(argv) > 1 else []
+    (tmp_path / "x").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "x" / "x.jpg")
+    words = [argv[0], *(str(tmp_path / word) for word in argv[1:]), *out]
+    for model, meant in (("Tiny", "tiny"), ("aimv2_large", "aimv2-large")):
+        shown = CliRunner().invoke(main, [*words, "--model", model])
+        assert shown.exit_code == 1
+        (error,) = shown.stderr.splitlines()
+        assert error.startswith("Error: ")
+        assert f"Did you mean {meant}" in error
+
+
+def test_short_names_of_models_are_one_set_and_each_is_published():
+    """W8"""
+    published = {name for encoder in FAMILIES for name in encoder.family.checkpoints}
+    assert set(SHORT) == set(MODELS)
+    assert set(SHORT.values()) <= published
+
+
+def test_messages_name_options_as_they_are_typed():
+    """W9"""
+    for said, typed in (
+        ("token_budget is 0, but must be 1.", "--token-budget is 0, but must be 1."),
+        ('Use `device="cuda"`, or `decode="pil"`.', "Use --device cuda, or --decode pil."),
+        ('ask for resize="native".', "ask for --resize native."),
+        ("start over with `overwrite`, or", "start over with --overwrite, or"),
+        ("taps asks for layer 9", "--tap asks for layer 9"),
+        ("/max_pixels/token_budget.jpg has max_patches.", "/max_pixels/token_budget.jpg has "
+         "--max-patches."),
+        ("It cannot be read. The model is small.", "It cannot be read. The model is small."),
+    ):  # fmt: skip
+        assert in_options(said, embed) == typed
 
 
 def test_help_does_not_wait_for_torch():

@@ -5,8 +5,10 @@ from typing import Any
 
 import click
 
+from packvit.cli.command import Command
 
-@click.command
+
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(as_json: bool) -> None:
     """Show the machine, attention backends and why they cannot run, families and checkpoints.

@@ -146,7 +146,7 @@ def embed(
     if isinstance(model, Encoder) and not here:
         raise UsageError(
             "model is a loaded encoder, which only this process can use. Give the model's name, or "
-            "leave processes and ray out."
+            "leave `processes` and `ray` out."
         )
     check_local(out)
     folder = Path(out)
@@ -163,7 +163,7 @@ def embed(
         raise UsageError(
             f"{len(listing)} inputs were found, but without a chosen model at most "
             f"{TRIAL_INPUTS} are embedded, since the default model is small. "
-            'Choose one, for example model "apple/aimv2-large-patch14-native".'
+            'Choose one, for example `model="apple/aimv2-large-patch14-native"`.'
         )
     with options.decoders() as decoders:
         if here and not (read_manifest(folder) or {}).get("complete"):
@@ -211,7 +211,7 @@ def choose_encoder(
         if verify:
             raise UsageError(
                 "model is a loaded encoder, whose weights may have been trained since, so it has "
-                "no reference. Leave verify out, or give the model's name."
+                "no reference. Leave `verify` out, or give the model's name."
             )
         encoder, weights = model, digest_weights(model)
     else:

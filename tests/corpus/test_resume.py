@@ -261,7 +261,8 @@ def test_another_job_is_refused_with_every_difference_and_nothing_is_touched(
         f"{out} holds the features of another job. What differs, its -> yours:",
         "  preprocessing.max_patches: 1024 -> 9",
         "  token_budget: 16384 -> 64",
-        "Give the same options to resume it, start over with overwrite, or choose another folder.",
+        "Give the same options to resume it, start over with `overwrite`, or choose another "
+        "folder.",
     ]
     with pytest.raises(UsageError) as refused:
         embed(photos / "000.jpg", out=out, model=encoder, tokens=True)

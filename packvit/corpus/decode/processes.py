@@ -43,7 +43,7 @@ class Worker:
         except OSError as error:
             self.link.close()
             raise DecoderError(
-                f"A decode worker could not be started: {error.strerror}. Ask for fewer workers."
+                f"A decode worker could not be started: {error.strerror}. Ask for fewer `workers`."
             ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -74,7 +74,7 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Re
         lines = "\n".join(f"  {difference}" for difference in differences)
         raise UsageError(
             f"{folder} holds the features of another job. What differs, its -> yours:\n{lines}\n"
-            "Give the same options to resume it, start over with overwrite, or choose another "
+            "Give the same options to resume it, start over with `overwrite`, or choose another "
             "folder."
         )
     with writing(folder / MANIFEST):
@@ -241,6 +241,6 @@ def check_usable(folder: Path, *, overwrite: bool = False) -> None:
     if not overwrite and read_manifest(folder) is None:
         raise UsageError(
             f"{folder / MANIFEST} is damaged, so this job cannot be compared with the one that the "
-            "folder holds. Restore a copy of it, start over with overwrite, or choose another "
+            "folder holds. Restore a copy of it, start over with `overwrite`, or choose another "
             "folder."
         )

@@ -22,7 +22,7 @@ from packvit.corpus.inputs.addresses import (
 )
 from packvit.corpus.inputs.archives import list_parquet
 from packvit.corpus.inputs.listing import Listing, readable, spooling
-from packvit.corpus.inputs.lists import read_list
+from packvit.corpus.inputs.lists import looks_like_list, read_list
 from packvit.corpus.inputs.sources import Input as Input
 from packvit.corpus.inputs.sources import find_kind, find_status, find_url, unreadable
 from packvit.corpus.inputs.tars import list_tar
@@ -144,6 +144,11 @@ class Finder:
             except ImageError as error:
                 raise no_answer(typed, error) from error
             return
+        if not remote and is_other(typed) and looks_like_list(typed, alone=alone):
+            raise UsageError(
+                f"{shown(typed)} is a text, not a photograph. Did you mean --list {shown(typed)}, "
+                "which embeds the paths in it?"
+            )
         try:
             code = self.add_named(typed, alone=alone)
         except ImageError as error:
@@ -383,6 +388,12 @@ def no_answer(path: bytes, error: ImageError) -> UsageError:
 def is_photograph(name: bytes) -> bool:
     """Return whether a name has the suffix of a photograph."""
     return os.path.splitext(name)[1].lower() in PHOTOGRAPHS
+
+
+def is_other(name: bytes) -> bool:
+    """Return whether a local file has no suffix of a photograph or an archive."""
+    archive = os.path.splitext(name)[1].lower() in (b".tar", b".parquet")
+    return not (is_photograph(name) or archive) and os.path.isfile(name)
 
 
 def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
