@@ -1,11 +1,16 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from packaging.version import Version
 from PIL import Image
+from torch.nn.attention import SDPBackend
 
 from packvit.bench import MODELS
 from packvit.cli import COMMANDS, main
@@ -13,6 +18,7 @@ from packvit.cli.command import in_options
 from packvit.cli.embed import embed
 from packvit.cli.models import SHORT
 from packvit.families import FAMILIES
+from packvit.version import TESTED, is_newer
 
 
 def test_info_lists_backends_with_their_obstacles_and_families():
@@ -32,6 +38,46 @@ def test_info_lists_backends_with_their_obstacles_and_families():
     assert "apple/aimv2-large-patch14-native" in found["families"][0]["checkpoints"]
     for family in found["families"]:
         assert f"{family['class']} " in shown.stdout
+
+
+def test_info_names_the_kernel_of_a_call_and_what_is_newer_than_tested(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """P4"""
+    found = json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)
+    inputs = [torch.zeros(1, 1, 256, 128, device="cpu")] * 3
+    if found["auto"] == "sdpa":
+        taken = SDPBackend(torch._fused_sdp_choice(*inputs)).name
+        assert found["kernel"].startswith(taken.lower().replace("_", " "))
+    assert found["newer_than_tested"] == {
+        package: {"installed": metadata.version(package), "tested": tested}
+        for package, tested in TESTED.items()
+        if find_spec(package.replace("pillow", "PIL")) and package != "flash-attn-4"
+        and Version(".".join(metadata.version(package).split(".")[:2])) > Version(tested)
+    }  # fmt: skip
+    monkeypatch.setitem(TESTED, "torch", "2.10")
+    shown = CliRunner().invoke(main, ["info"]).stdout
+    assert f"torch {metadata.version('torch')} is newer than 2.10, the newest that" in shown
+
+
+@pytest.mark.parametrize(
+    ("version", "tested", "newer"),
+    [
+        ("2.13.9", "2.13", False),
+        ("2.14.0", "2.13", True),
+        ("3.0", "2.13", True),
+        ("2.9.1", "2.13", False),
+        ("4.0.0b36", "4.0.0b36", False),
+        ("4.0.0b37", "4.0.0b36", True),
+        ("4.0.0", "4.0.0b36", True),
+        ("2.13.0+cpu", "2.13", False),
+    ],
+)
+def test_a_version_is_newer_in_the_numbers_that_the_tested_one_has(
+    version: str, tested: str, newer: bool
+):
+    """P4"""
+    assert is_newer(version, tested) == newer
 
 
 def test_every_command_has_help_with_an_example():
