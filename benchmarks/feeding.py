@@ -49,7 +49,7 @@ from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.inputs.find import Input, list_inputs
 from packvit.corpus.job import fair_workers
 from packvit.corpus.progress import Progress
-from packvit.corpus.settings import EmbedOptions, fit_options
+from packvit.corpus.settings import EmbedOptions, choose_rows, fit_options
 from packvit.encoder import Encoder
 from packvit.families import AIMv2Packing
 from packvit.gpu.nvjpeg import ask_for_queues
@@ -216,7 +216,7 @@ def make_load(
         preprocessing = EmbedContext(encoder, options, decoders).preprocessing
         prepared = list(decoders.prepare_all(inputs[:distinct], preprocessing, 1 << 30))
     packs: list[list[int]] = []
-    rows = options.outputs(encoder.config.width).rows_per_part
+    rows = choose_rows(encoder.device, images, large=False)
     for start in range(0, images, rows):
         places = range(start, min(start + rows, images))
         lengths = [prepared[place % distinct].row.patches for place in places]

@@ -14,9 +14,8 @@ import pyarrow.dataset as ds
 def main() -> None:
     """Read the folder as any Parquet reader would."""
     folder = Path(sys.argv[1])
-    manifest = json.loads((folder / "manifest.json").read_text())
-    parts = sorted(str(path) for path in folder.glob("part-*.parquet"))
-    rows = ds.dataset(parts).to_table().to_pylist()
+    manifest = json.loads((folder / "_manifest.json").read_text())
+    rows = ds.dataset(folder).to_table().to_pylist()
     print(f"\n{folder}: {len(rows)} rows, pooled = {manifest['pooled']}")
     good = [row for row in rows if row["status"] == "ok"]
     vectors = np.array([row["pooled"] for row in good])

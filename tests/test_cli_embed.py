@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from features import contents
 from full_disk import small_disk
 from rotten import DIRECTORY, write_good, write_rotten
 from small_checkpoint import write_checkpoint
@@ -192,7 +193,7 @@ def test_another_jobs_folder_and_a_locked_one_are_refused(
     assert result.exit_code == 2
     assert "Another job is writing to" in result.stderr
     assert invoke(*argv).exit_code == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = contents(tmp_path / "out")
     result = invoke(*argv, "--max-patches", "9", "--tokens")
     assert result.exit_code == 2
     assert "holds the features of another job. What differs, its -> yours:" in result.stderr
@@ -200,9 +201,8 @@ def test_another_jobs_folder_and_a_locked_one_are_refused(
     assert told == [
         "preprocessing.max_patches: 1024 -> 9",
         'lists: [] -> ["tokens"]',
-        "rows_per_part: 1024 -> 64",
     ]
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before == contents(tmp_path / "out")
     result = invoke(*argv, "--max-patches", "9", "--tokens", "--overwrite")
     assert result.exit_code == 0
     assert (read_manifest(tmp_path / "out") or {})["lists"] == ["tokens"]
@@ -238,8 +238,8 @@ def check_whole(out: Path) -> int:
         data = (out / entry.part).read_bytes()
         assert hashlib.sha256(data).hexdigest() == entry.sha256
         assert pq.read_table(out / entry.part).num_rows == entry.rows
-    names = {".lock", "manifest.json", *(entry.part for entry in entries)}
-    assert set(os.listdir(out)) == names | ({"commits.jsonl"} if entries else set())
+    names = {".lock", "_manifest.json", *(entry.part for entry in entries)}
+    assert set(contents(out)) == names | ({"_commits.jsonl"} if entries else set())
     manifest = read_manifest(out)
     assert manifest
     assert manifest["complete"] is False
@@ -264,7 +264,7 @@ def undisturbed(
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     argv = [str(many), "--model", str(checkpoint), "--out", str(out), "--tokens"]
     subprocess.run(COMMAND + argv, capture_output=True, check=True)
-    return {path.name: path.read_bytes() for path in out.iterdir()}
+    return contents(out)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_stopped_job_says_what_is_written_and_the_same_command_goes_on(
     ran = subprocess.run(COMMAND + argv, capture_output=True, text=True, check=True)
     assert f"{rows:,} of 1,500 rows are written already and are kept." in ran.stderr
     assert f"{rows:,}, written before" in ran.stdout
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
+    assert contents(out) == undisturbed
 
 
 def test_a_finished_job_exits_as_it_did_when_it_is_asked_for_again(
@@ -325,10 +325,10 @@ def test_a_finished_job_exits_as_it_did_when_it_is_asked_for_again(
 def test_what_is_embedded_again_is_said_on_stderr(tmp_path: Path, photos: Path, checkpoint: Path):
     argv = (photos, "--model", checkpoint, "--out", tmp_path / "out")
     assert invoke(*argv).exit_code == 0
-    (tmp_path / "out" / "part-00000.parquet").unlink()
+    (tmp_path / "out" / "data/part-00000.parquet").unlink()
     result = invoke(*argv)
     assert result.exit_code == 0
-    assert result.stderr == "part-00000.parquet is missing; it is embedded again.\n"
+    assert result.stderr == "data/part-00000.parquet is missing; it is embedded again.\n"
 
 
 def test_a_job_stopped_before_it_began_says_so(tmp_path: Path, photos: Path):

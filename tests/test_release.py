@@ -119,10 +119,10 @@ def test_an_installed_wheel_works_away_from_the_checkout(dist: Path, tmp_path: P
 
     paths = [str(path) for path in photographs()]
     run(command, "embed", *paths, "--model", "tiny", "--out", "features", cwd=tmp_path)
-    table = pq.read_table(tmp_path / "features" / "part-00000.parquet")
+    table = pq.read_table(tmp_path / "features" / "data/part-00000.parquet")
     assert table["status"].to_pylist() == ["ok"] * len(paths)
     packvit.embed(paths, model="tiny", out=tmp_path / "ours")
-    assert table.equals(pq.read_table(tmp_path / "ours" / "part-00000.parquet"))
+    assert table.equals(pq.read_table(tmp_path / "ours" / "data/part-00000.parquet"))
 
     Image.open(paths[1]).convert("RGB").save(tmp_path / "cat.jpg")
     Image.open(paths[2]).save(tmp_path / "street.png")

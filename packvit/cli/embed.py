@@ -100,6 +100,12 @@ DONE_WITH_ERRORS = 3
 )
 @click.option("--token-budget", type=COUNT, default=16384, help="Most tokens in one pack.")
 @click.option(
+    "--rows-per-part",
+    type=COUNT,
+    help="Rows in one Parquet file, which is written once all of them are embedded; by default 64 "
+    "on a CPU or with tokens, 1024 on a GPU (fewer in a small job), or what the folder has.",
+)
+@click.option(
     "--decode",
     type=click.Choice(["pil", "gpu"]),
     default="pil",
@@ -174,6 +180,7 @@ def embed(
     dtype_out: Any,
     format_: Any,
     token_budget: int,
+    rows_per_part: int | None,
     decode: Any,
     workers: int | None,
     image_timeout: float,
@@ -242,6 +249,7 @@ def embed(
                 dtype_out=dtype_out,
                 format=format_,
                 token_budget=token_budget,
+                rows_per_part=rows_per_part,
                 decode=decode,
                 workers=workers,
                 image_timeout=image_timeout,

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,14 @@ from packvit.corpus.encode.context import make_context
 from packvit.corpus.encode.filling import Shard
 from packvit.corpus.folder.exports import Format, check_format, export
 from packvit.corpus.folder.layout import (
-    CERTIFICATE,
-    FORMAT,
-    MANIFEST,
     claim,
     encode_certificate,
     encode_manifest,
     fingerprint,
-    part_name,
     read_manifest,
     write_whole,
 )
+from packvit.corpus.folder.names import CURRENT, names_of
 from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
 from packvit.corpus.inputs.addresses import check_local
@@ -44,6 +42,7 @@ from packvit.corpus.settings import (
     EmbedOptions,
     check_memory,
     check_options,
+    choose_rows,
     describe_job,
     digest_weights,
     fit_options,
@@ -81,6 +80,7 @@ def embed(
     dtype_out: DtypeOut = "float16",
     format: Format = "parquet",
     token_budget: int = 16384,
+    rows_per_part: int | None = None,
     max_pixels: int = MAX_PIXELS,
     decode: Decode = "pil",
     image_timeout: float = IMAGE_TIMEOUT,
@@ -103,7 +103,10 @@ def embed(
     folder, or a loaded encoder, whose `device` to `positions` are already chosen; None is "tiny",
     the small encoder that comes with packvit. `tokens` and `taps` (layers, negative ones from the
     end) also write the features of every patch, as `dtype_out`. `format` "npy" also writes a NumPy
-    matrix of the pooled features once all parts are written. `workers` is the number of decoding
+    matrix of the pooled features once all parts are written. `rows_per_part` inputs share a file,
+    which is written once all are embedded: what a killed job loses is less than that for each
+    process. None is what the folder has already, else 64 on a CPU or with tokens, and 1024 on a
+    GPU, or less for a job of few inputs. `workers` is the number of decoding
     processes; None is one for each CPU, up to 16. At most `pixels_in_flight` pixels are decoded or
     waiting at a time, and an image that takes longer than `image_timeout` becomes an error.
     `decode` "gpu" decodes JPEGs on the encoder's GPU if the result equals Pillow's bit for bit;
@@ -136,6 +139,8 @@ def embed(
         workers=fair_workers(processes) if workers is None else workers,
         pixels_in_flight=pixels_in_flight,
     )
+    if rows_per_part is not None:
+        options = replace(options, rows_per_part=rows_per_part)
     check_options(options)
     check_format(format)
     if decode == "gpu":
@@ -172,11 +177,16 @@ def embed(
             model, device, dtype, attention, revision, positions, verify
         )
         options = fit_options(encoder, options, taps)
+        if rows_per_part is None:
+            large = tokens or bool(taps)
+            rows = rows_before(recorded) or choose_rows(encoder.device, len(listing), large=large)
+            options = replace(options, rows_per_part=rows)
         context = make_context(encoder, options, decoders)
         check_memory(encoder, options, free_memory(encoder.device))
         certificate = vouch(encoder, weights) if verify else None
         described = describe_job(encoder, weights, options)
-        manifest = draft(encoder, described, listing)
+        format_of_folder = (CURRENT if overwrite else names_of(folder)).format
+        manifest = draft(encoder, described, listing, format_of_folder)
         name = encoder.checkpoint.name if encoder.checkpoint else ""
         job = Job(str(folder), options, described, positions, name)
         runner = choose_runner(context, job, processes, ray)
@@ -228,11 +238,19 @@ def choose_encoder(
     return encoder, weights
 
 
-def draft(encoder: Encoder, described: Mapping[str, Any], listing: Listing) -> dict[str, Any]:
+def rows_before(recorded: Mapping[str, Any]) -> int | None:
+    """Return the rows of a part of the job that a manifest records, or None if it says none."""
+    rows = recorded.get("rows_per_part")
+    return rows if type(rows) is int and rows > 0 else None
+
+
+def draft(
+    encoder: Encoder, described: Mapping[str, Any], listing: Listing, format: str
+) -> dict[str, Any]:
     """Return the manifest of a job before anything is written."""
     settings = {**described, "inputs_sha256": listing.sha256()}
     return {
-        "format": FORMAT,
+        "format": format,
         "complete": False,
         "fingerprint": fingerprint(settings),
         "model": encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__,
@@ -255,16 +273,17 @@ def run(
     tally: Tally,
 ) -> Summary:
     """Run all shards that the locked folder does not hold, and commit them in order."""
+    names = names_of(folder)
     manifest = found.manifest | {"complete": False, "counts": None}
     if certificate is not None:
         data = encode_certificate(certificate)
-        put(folder / CERTIFICATE, data)
+        put(folder / names.certificate, data)
         manifest |= {"certificate_sha256": hashlib.sha256(data).hexdigest()}
     size = manifest["rows_per_part"]
     parts = -(-len(listing) // size)
     todo = parts - len(found.kept)
     if todo:
-        put(folder / MANIFEST, encode_manifest(manifest))
+        put(folder / names.manifest, encode_manifest(manifest))
     for _, entry in sorted(found.kept.items()):
         tally.count(read_rows(folder, entry))
     kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
@@ -286,10 +305,10 @@ def run(
     }
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     if format == "npy":
-        parts = [part_name(number) for number in range(counts["parts"])]
+        parts = [names.part(number) for number in range(counts["parts"])]
         width, recorded = manifest["config"]["width"], manifest.get("exports") or {}
-        manifest |= {"exports": export(folder, parts, counts["rows"], width, recorded)}
-    put(folder / MANIFEST, encode_manifest(manifest | {"complete": True, "counts": counts}))
+        manifest |= {"exports": export(folder, names, parts, counts["rows"], width, recorded)}
+    put(folder / names.manifest, encode_manifest(manifest | {"complete": True, "counts": counts}))
     return Summary(
         folder=str(folder),
         model=str(manifest["model"]),

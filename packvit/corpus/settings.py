@@ -24,6 +24,10 @@ from packvit.packs.planning import PLAN_VERSION
 from packvit.version import version_of
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+# Rows of a part, a power of two. 64 are about a minute of a large model on a CPU, and with 1,000
+# tokens of 1,024 float16 each a part of 131 MB.
+FEWEST_ROWS, MOST_ROWS = 64, 1024
+FEWEST_PARTS = 16  # of a job on GPUs, as far as its rows allow: two for each GPU of a host
 NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can change what is written
 
 
@@ -46,6 +50,7 @@ class EmbedOptions:
     image_timeout: float = IMAGE_TIMEOUT
     workers: int = 1
     pixels_in_flight: int = PIXELS_IN_FLIGHT
+    rows_per_part: int = FEWEST_ROWS  # of every part but the last, which may have fewer
 
     def outputs(self, width: int) -> Outputs:
         """Return which features a part holds."""
@@ -93,7 +98,8 @@ def load_encoder(
 
 def check_options(options: EmbedOptions) -> None:
     """Refuse counts below 1 and unknown choices."""
-    for name in ("max_patches", "token_budget", "max_pixels", "workers", "pixels_in_flight"):
+    counts = ("max_patches", "token_budget", "max_pixels", "workers", "pixels_in_flight")
+    for name in (*counts, "rows_per_part"):
         count = getattr(options, name)
         if count is not None and count < 1:
             raise UsageError(f"{name} is {count}, but must be 1 or more.")
@@ -143,6 +149,20 @@ def fit_options(encoder: Encoder, options: EmbedOptions, taps: Sequence[int]) ->
             f"{options.token_budget}. Raise token_budget, or lower max_patches."
         )
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
+
+
+def choose_rows(device: torch.device, inputs: int, *, large: bool) -> int:
+    """Return the rows of a part of a job of `inputs` on a kind of device.
+
+    What is not committed is lost when a job is killed: on a CPU, whose rows take long, and with
+    `large` rows, of tokens or taps, parts are small. A GPU's parts are larger, so that more packs
+    are full, unless that leaves fewer than `FEWEST_PARTS`. It does not depend on the number of
+    processes, since the output does not.
+    """
+    rows = FEWEST_ROWS if device.type == "cpu" or large else MOST_ROWS
+    while rows > FEWEST_ROWS and inputs <= rows * (FEWEST_PARTS - 1):
+        rows //= 2
+    return rows
 
 
 def check_memory(encoder: Encoder, options: EmbedOptions, free: int | None) -> None:
@@ -204,7 +224,7 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "pooled": "checkpoint" if encoder.config.pool else "mean of tokens",
         "lists": list(outputs.lists),
         "dtype_out": options.dtype_out,
-        "rows_per_part": outputs.rows_per_part,
+        "rows_per_part": options.rows_per_part,
         "versions": {package: version_of(package) for package in ("packvit", *NUMBERS_FROM)},
     }
 

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from packvit.corpus import UsageError
-from packvit.corpus.folder.layout import FORMAT, read_commits, read_manifest
+from packvit.corpus.folder.layout import read_commits, read_manifest
+from packvit.corpus.folder.names import CURRENT, FORMATS
 from packvit.corpus.settings import EmbedOptions, digest_weights
 from packvit.encoder import Encoder, Source
 from packvit.images.decode import ImageError, load_image
@@ -65,9 +66,9 @@ def open_folder(folder: Path) -> dict[str, Any]:
     Raises: UsageError if it is not one.
     """
     manifest = read_manifest(folder)
-    if manifest is None or manifest.get("format") != FORMAT:
+    if manifest is None or manifest.get("format") not in FORMATS:
         raise UsageError(
-            f"{folder} is not a feature folder: it has no manifest.json of packvit. "
+            f"{folder} is not a feature folder: it has no {CURRENT.manifest} of packvit. "
             "Name one that `packvit embed` wrote."
         )
     return manifest

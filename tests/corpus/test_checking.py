@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     photos, out = folder / "photos", folder / "out"
     embed(photos, out=out, model=encoder, tokens=True, max_patches=9, format="npy")
     certificate = encode_certificate({"verdict": "equal", "rows": [1, 2, 3]})
-    (folder / "out" / "certificate.json").write_bytes(certificate)
+    (folder / "out" / "_certificate.json").write_bytes(certificate)
     manifest = read_manifest(folder / "out")
     assert manifest
     manifest["certificate_sha256"] = hashlib.sha256(certificate).hexdigest()
@@ -78,15 +78,15 @@ def test_a_finished_folder_is_whole_and_counted(out: Path):
 
 
 def test_each_of_200_flipped_bits_in_any_file_is_found(out: Path):
-    files = sorted(path for path in out.iterdir() if path.stat().st_size)
-    assert [path.name for path in files] == [
-        "certificate.json",
-        "commits.jsonl",
-        "ids.jsonl",
-        "manifest.json",
-        "part-00000.parquet",
-        "part-00001.parquet",
-        "pooled.npy",
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.stat().st_size)
+    assert [str(path.relative_to(out)) for path in files] == [
+        "_certificate.json",
+        "_commits.jsonl",
+        "_exports/ids.jsonl",
+        "_exports/pooled.npy",
+        "_manifest.json",
+        "data/part-00000.parquet",
+        "data/part-00001.parquet",
     ]
     draw, found = random.Random(0), 0
     for trial in range(200):
@@ -108,8 +108,8 @@ def remove_line(out: Path) -> None:
 
 
 def swap_lines(out: Path) -> None:
-    lines = (out / "commits.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "commits.jsonl").write_bytes(b"".join(lines[::-1]))
+    lines = (out / "_commits.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "_commits.jsonl").write_bytes(b"".join(lines[::-1]))
 
 
 def claim_incomplete(out: Path) -> None:
@@ -127,24 +127,38 @@ def forge(out: Path) -> None:
 
 
 def cut(out: Path) -> None:
-    (out / "part-00000.parquet").write_bytes((out / "part-00000.parquet").read_bytes()[:-5])
+    (out / "data/part-00000.parquet").write_bytes(
+        (out / "data/part-00000.parquet").read_bytes()[:-5]
+    )
 
 
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda out: (out / "part-00001.parquet").unlink(), "part-00001.parquet is missing."),
-        (cut, "part-00000.parquet has "),
-        (remove_line, "commits.jsonl lists 1 of 2 parts: part-00001.parquet is the first that"),
-        (remove_line, "part-00001.parquet is not in commits.jsonl, so readers must not use it."),
-        (swap_lines, "commits.jsonl line 2 (part-00000.parquet) is out of order."),
-        (claim_incomplete, "manifest.json says that the job is not complete."),
-        (miscount, "manifest.json counts "),
-        (forge, 'manifest.json is not of "packvit features 1" with the fingerprint of its'),
-        (lambda out: (out / "manifest.json").unlink(), "manifest.json is missing."),
-        (lambda out: (out / "manifest.json").write_text("{"), "manifest.json is damaged: it is no"),
-        (lambda out: (out / "certificate.json").unlink(), "certificate.json is missing."),
-        (lambda out: (out / ".commits.jsonl.tmp").touch(), ".commits.jsonl.tmp is a temporary"),
+        (
+            lambda out: (out / "data/part-00001.parquet").unlink(),
+            "data/part-00001.parquet is missing.",
+        ),
+        (cut, "data/part-00000.parquet has "),
+        (
+            remove_line,
+            "_commits.jsonl lists 1 of 2 parts: data/part-00001.parquet is the first that",
+        ),
+        (
+            remove_line,
+            "data/part-00001.parquet is not in _commits.jsonl, so readers must not use it.",
+        ),
+        (swap_lines, "_commits.jsonl line 2 (data/part-00000.parquet) is out of order."),
+        (claim_incomplete, "_manifest.json says that the job is not complete."),
+        (miscount, "_manifest.json counts "),
+        (forge, '_manifest.json is not in format "packvit features 2", or its fingerprint'),
+        (lambda out: (out / "_manifest.json").unlink(), "_manifest.json is missing."),
+        (
+            lambda out: (out / "_manifest.json").write_text("{"),
+            "_manifest.json is damaged: it is no",
+        ),
+        (lambda out: (out / "_certificate.json").unlink(), "_certificate.json is missing."),
+        (lambda out: (out / "._commits.jsonl.tmp").touch(), "._commits.jsonl.tmp is a temporary"),
     ],
 )
 def test_what_is_wrong_is_named(out: Path, damage: Callable[[Path], None], fault: str):
@@ -154,7 +168,7 @@ def test_what_is_wrong_is_named(out: Path, damage: Callable[[Path], None], fault
 
 def rewrite(out: Path, edit: Callable[[pa.Table], pa.Table]) -> list[str]:
     """Commit an edited first part as if a faulty job had written it so; return what is found."""
-    table = edit(pq.read_table(out / "part-00000.parquet"))
+    table = edit(pq.read_table(out / "data/part-00000.parquet"))
     write_commits(out, read_commits(out)[1:])
     commit(out, 0, table, mends=True)
     return told(check_folder(out))
@@ -187,12 +201,12 @@ def test_rows_that_are_committed_and_wrong_are_found(tmp_path: Path, finished: P
 
     for place, (edit, fault) in enumerate(
         (
-            (nan, "part-00000.parquet holds pooled with NaN or infinity in a row that is ok."),
-            (twice, "part-00000.parquet names an input twice."),
-            (other, "manifest.json lists other inputs than the rows, or in another order."),
+            (nan, "data/part-00000.parquet holds pooled with NaN or infinity in a row that is ok."),
+            (twice, "data/part-00000.parquet names an input twice."),
+            (other, "_manifest.json lists other inputs than the rows, or in another order."),
             (accuse, "holds pooled where a row is an error, or none where it is ok."),
             (accuse, "holds a row whose stage does not match its status."),
-            (lambda t: t.slice(1), "part-00000.parquet holds 63 rows, not 64."),
+            (lambda t: t.slice(1), "data/part-00000.parquet holds 63 rows, not 64."),
             (lambda t: t.drop_columns(["note"]), "does not have the columns that the manifest"),
         )
     ):
@@ -202,18 +216,18 @@ def test_rows_that_are_committed_and_wrong_are_found(tmp_path: Path, finished: P
 
 
 def test_faults_are_printed_with_how_to_mend_them_and_as_json(out: Path):
-    (out / "part-00000.parquet").unlink()
+    (out / "data/part-00000.parquet").unlink()
     result = invoke(out)
     assert result.exit_code == 1
     first, second, *_ = result.stdout.splitlines()
-    assert first == "part-00000.parquet is missing."
+    assert first == "data/part-00000.parquet is missing."
     assert second == "  Run the same embed command again: it keeps the parts that are whole."
     assert result.stdout.endswith("tokens; 1 fault\n")
     result = invoke(out, "--json")
     assert result.exit_code == 1
     page = json.loads(result.stdout)
     assert (page["whole"], page["parts"], page["faults"][0]["file"]) == (
-        (False, 1, "part-00000.parquet")
+        (False, 1, "data/part-00000.parquet")
     )
 
 
@@ -228,11 +242,11 @@ def test_what_is_no_feature_folder_is_wrong_use(tmp_path: Path):
 
 
 def test_a_folder_in_the_place_of_a_file_is_said_in_a_sentence(out: Path):
-    (out / "commits.jsonl").unlink()
-    (out / "commits.jsonl").mkdir()
+    (out / "_commits.jsonl").unlink()
+    (out / "_commits.jsonl").mkdir()
     result = invoke(out)
     assert result.exit_code == 1
-    assert f"{out}/commits.jsonl could not be read: Is a directory." in result.stderr
+    assert f"{out}/_commits.jsonl could not be read: Is a directory." in result.stderr
 
 
 def test_a_folder_whose_name_is_not_utf_8_goes_on_and_is_checked_like_any(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from features import contents
 from rotten import write_good
 
 from packvit.corpus.folder.checking import check_folder
@@ -111,7 +112,7 @@ class Bench:
             if parsed[2] == "openat" and "O_CREAT" not in line:
                 continue  # it reads, or opens the folder for the fsync that follows
             thread, call, rest = parsed.groups()
-            paths = re.findall(re.escape(str(out)) + r'(?:/([^">/]+))?(?=[">])', rest)
+            paths = re.findall(re.escape(str(out)) + r'(?:/([^">]+))?(?=[">])', rest)
             if paths:
                 counts[thread, call, paths[0]] += 1
                 found[Point(call, paths[0], counts[thread, call, paths[0]])] = None
@@ -155,15 +156,11 @@ def begin(out: Path, undisturbed: Path | None, state: str) -> None:
     assert undisturbed
     shutil.copytree(undisturbed, out)
     lost = {"going on": 2, "mending": 1}[state]
-    (out / f"part-{lost:05d}.parquet").unlink()
+    (out / f"data/part-{lost:05d}.parquet").unlink()
     if state == "going on":
-        lines = (out / "commits.jsonl").read_bytes().splitlines(keepends=True)
-        (out / "commits.jsonl").write_bytes(b"".join(lines[:lost]) + lines[lost][:50])
-        (out / "pooled.npy").unlink()
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir()}
+        lines = (out / "_commits.jsonl").read_bytes().splitlines(keepends=True)
+        (out / "_commits.jsonl").write_bytes(b"".join(lines[:lost]) + lines[lost][:50])
+        (out / "_exports/pooled.npy").unlink()
 
 
 @pytest.mark.parametrize("fault", ["signal=KILL", "error=ENOSPC", "error=EIO"])
@@ -189,7 +186,7 @@ def test_a_job_that_meets_a_fault_at_any_call_ends_as_if_it_had_not(
             *("-e", f"inject={call}:{fault}:when={place}"),
         )
         for entry in read_commits(out) if out.exists() else ():
-            lost = state == "mending" and entry.part == "part-00001.parquet"
+            lost = state == "mending" and entry.part == "data/part-00001.parquet"
             assert lost or find_fault(out, entry) is None, point
         if fault == "signal=KILL":
             assert status == -9, (point, said)

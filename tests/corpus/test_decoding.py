@@ -326,7 +326,7 @@ def test_a_worker_that_dies_or_hangs_costs_one_image_and_the_job_goes_on(
     )
     striking.join()
     assert (summary.ok, summary.errors) == (12, {code: 1})
-    rows = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "out" / "data/part-00000.parquet").to_pylist()
     (bad,) = (row for row in rows if row["status"] != "ok")
     assert (bad["id"], bad["stage"]) == ("good-0005a.png", "decode")
     assert bad["note"] == ("over 4 s" if code == "timeout" else None)
@@ -549,6 +549,6 @@ def test_no_commit_is_lost_between_shards(tmp_path: Path, encoder: Encoder):
             os.link(tmp_path / "photos" / first, path)
     packvit.embed(tmp_path / "photos", out=tmp_path / "out", model=encoder, tokens=True, workers=2)
     entries = read_commits(tmp_path / "out")
-    assert [entry.part[5:10] for entry in entries] == ["00000", "00001", "00002", "00003"]
+    assert [entry.part[10:15] for entry in entries] == ["00000", "00001", "00002", "00003"]
     assert [entry.errors for entry in entries] == [0, 64, 0, 0]
     assert not check_folder(tmp_path / "out").faults

@@ -57,7 +57,7 @@ def test_a_pack_that_does_not_fit_is_halved_and_nothing_but_an_image_too_large_i
     assert (summary.ok, summary.errors) == (20 - lost, {"out_of_memory": lost})
     (entry,) = read_commits(tmp_path / "out")
     assert entry.halved == 1
-    assert json.loads((tmp_path / "out" / "commits.jsonl").read_text())["halved"] == 1
+    assert json.loads((tmp_path / "out" / "_commits.jsonl").read_text())["halved"] == 1
     for row, right in zip(read_rows(tmp_path / "out"), expected, strict=True):
         if row["rows"] * row["columns"] > Narrow.room:
             assert (row["status"], row["stage"]) == ("out_of_memory", "encode")
@@ -73,10 +73,10 @@ def test_a_pack_that_does_not_fit_is_halved_and_nothing_but_an_image_too_large_i
 
 
 def test_a_line_says_how_many_packs_were_halved_only_where_some_were():
-    plain = Commit("part-00000.parquet", 1, 0, 9, 100, "0" * 64)
+    plain = Commit("data/part-00000.parquet", 1, 0, 9, 100, "0" * 64)
     assert "halved" not in encode_commit(plain)
     assert decode_commit(encode_commit(plain).encode() + b"\n") == plain
-    halved = Commit("part-00000.parquet", 1, 0, 9, 100, "0" * 64, 3)
+    halved = Commit("data/part-00000.parquet", 1, 0, 9, 100, "0" * 64, 3)
     line = encode_commit(halved)
     assert decode_commit(line.encode() + b"\n") == halved
     for wrong in ("0", "true", '"3"', "3.0"):

@@ -13,6 +13,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from features import contents
 from rotten import write_good
 from small_checkpoint import WIDTH
 
@@ -23,7 +24,7 @@ from packvit.corpus.folder.layout import read_manifest
 from packvit.corpus.job import embed
 from packvit.encoder import Encoder
 
-NAMES = ("pooled.npy", "ids.jsonl")
+NAMES = ("_exports/pooled.npy", "_exports/ids.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def out(tmp_path: Path, photos: Path, encoder: Encoder) -> Path:
 
 def read_parts(out: Path) -> tuple[list[str], list[str], np.ndarray]:
     """Return ids, statuses and pooled features, NaN where there are none, as pyarrow reads them."""
-    table = pq.ParquetDataset(sorted(out.glob("part-*.parquet"))).read()
+    table = pq.ParquetDataset(sorted(out.glob("data/*.parquet"))).read()
     rows = table["pooled"].to_pylist()
     pooled = np.array([row or [np.nan] * WIDTH for row in rows], np.float32)
     return table["id"].to_pylist(), table["status"].to_pylist(), pooled
@@ -53,11 +54,11 @@ def read_parts(out: Path) -> tuple[list[str], list[str], np.ndarray]:
 
 def test_the_matrix_has_the_bits_of_the_parts_and_nan_where_a_row_is_an_error(out: Path):
     ids, statuses, pooled = read_parts(out)
-    matrix = np.load(out / "pooled.npy", mmap_mode="r")
+    matrix = np.load(out / "_exports/pooled.npy", mmap_mode="r")
     assert isinstance(matrix, np.memmap)
     assert (matrix.shape, matrix.dtype) == ((len(ids), WIDTH), np.float32)
     assert np.array_equal(matrix, pooled, equal_nan=True)
-    lines = [json.loads(line) for line in (out / "ids.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "_exports/ids.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ids
     assert [line["status"] for line in lines] == statuses
     bad = np.isnan(matrix).all(1)
@@ -69,7 +70,7 @@ def test_the_matrix_has_the_bits_of_the_parts_and_nan_where_a_row_is_an_error(ou
 def test_parts_and_ids_open_in_pyarrow_polars_duckdb_and_datasets(out: Path, tmp_path: Path):
     ids, _, pooled = read_parts(out)
     good = [name for name, row in zip(ids, pooled, strict=True) if not np.isnan(row).any()]
-    parts, names = str(out / "part-*.parquet"), str(out / "ids.jsonl")
+    parts, names = str(out / "data/*.parquet"), str(out / "_exports/ids.jsonl")
 
     frame = polars.read_parquet(parts)
     assert frame["id"].to_list() == ids
@@ -95,7 +96,7 @@ def test_parts_and_ids_open_in_pyarrow_polars_duckdb_and_datasets(out: Path, tmp
     assert loaded["parts"]["id"] == ids
     assert np.array_equal(np.float32(loaded["parts"][0]["pooled"]), pooled[0])
 
-    scanned = pyarrow.dataset.dataset(sorted(map(str, out.glob("part-*.parquet"))))
+    scanned = pyarrow.dataset.dataset(sorted(map(str, out.glob("data/*.parquet"))))
     assert scanned.count_rows() == len(ids)
 
 
@@ -104,22 +105,21 @@ def test_a_finished_job_gets_its_matrix_without_reading_an_image(
 ):
     own = shutil.copytree(photos, tmp_path / "photos")
     embed(own, out=tmp_path / "plain", model=encoder, tokens=True)
-    assert not (tmp_path / "plain" / "pooled.npy").exists()
+    assert not (tmp_path / "plain" / "_exports/pooled.npy").exists()
     for path in own.iterdir():
         path.write_bytes(b"")  # whoever reads finds no image
     embed(own, out=tmp_path / "plain", model=encoder, tokens=True, format="npy")
-    for path in out.iterdir():
-        assert (tmp_path / "plain" / path.name).read_bytes() == path.read_bytes()
+    assert contents(tmp_path / "plain") == contents(out)
 
 
 def test_a_damaged_or_missing_matrix_is_found_and_made_again_alone(
     out: Path, photos: Path, encoder: Encoder
 ):
     whole = {name: (out / name).read_bytes() for name in NAMES}
-    damaged = bytearray(whole["pooled.npy"])
+    damaged = bytearray(whole["_exports/pooled.npy"])
     damaged[1000] ^= 1
-    (out / "pooled.npy").write_bytes(damaged)
-    (out / "ids.jsonl").unlink()
+    (out / "_exports/pooled.npy").write_bytes(damaged)
+    (out / "_exports/ids.jsonl").unlink()
     found = CliRunner().invoke(main, ["check", str(out)])
     assert found.exit_code == 1
     assert "pooled.npy is damaged" in found.output.replace("  ", " ")
@@ -127,19 +127,19 @@ def test_a_damaged_or_missing_matrix_is_found_and_made_again_alone(
     embed(photos, out=out, model=encoder, tokens=True, format="npy")
     assert {name: (out / name).read_bytes() for name in NAMES} == whole
     assert CliRunner().invoke(main, ["check", str(out)]).exit_code == 0
-    states = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    states = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     for format in ("npy", "parquet"):
         embed(photos, out=out, model=encoder, tokens=True, format=format)
-    assert states == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    (out / "manifest.json").write_bytes(
-        (out / "manifest.json").read_bytes().replace(b'"exports": {', b'"exported": {')
+    assert states == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    (out / "_manifest.json").write_bytes(
+        (out / "_manifest.json").read_bytes().replace(b'"exports": {', b'"exported": {')
     )
     assert CliRunner().invoke(main, ["check", str(out)]).exit_code == 1
 
 
 def test_overwrite_removes_the_matrix_too(out: Path, photos: Path, encoder: Encoder):
     embed(photos, out=out, model=encoder, tokens=True, overwrite=True)
-    assert not set(NAMES) & set(os.listdir(out))
+    assert not set(NAMES) & set(contents(out))
     manifest = read_manifest(out)
     assert manifest
     assert manifest["exports"] == {}
@@ -148,15 +148,15 @@ def test_overwrite_removes_the_matrix_too(out: Path, photos: Path, encoder: Enco
 def test_a_matrix_that_cannot_be_written_leaves_the_parts_whole(
     tmp_path: Path, photos: Path, encoder: Encoder
 ):
-    (tmp_path / "pooled.npy").mkdir()
+    (tmp_path / "_exports/pooled.npy").mkdir(parents=True)
     with pytest.raises(UsageError):  # a folder of that name is none of ours
         embed(photos, out=tmp_path, model=encoder, format="npy")
-    (tmp_path / "pooled.npy").rmdir()
+    (tmp_path / "_exports/pooled.npy").rmdir()
     embed(photos, out=tmp_path, model=encoder)
-    (tmp_path / "pooled.npy").mkdir()
+    (tmp_path / "_exports/pooled.npy").mkdir(parents=True)
     with pytest.raises(WriteError, match=r"pooled.npy could not be written"):
         embed(photos, out=tmp_path, model=encoder, format="npy")
-    (tmp_path / "pooled.npy").rmdir()
+    (tmp_path / "_exports/pooled.npy").rmdir()
     assert embed(photos, out=tmp_path, model=encoder, format="npy").ok == 147
     assert CliRunner().invoke(main, ["check", str(tmp_path)]).exit_code == 0
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from features import contents
 from full_disk import no_file_over, small_disk
 
 from packvit.corpus import UsageError, WriteError
@@ -55,7 +56,7 @@ def table(outputs: Outputs = OUTPUTS) -> pa.Table:
 
 def test_a_part_says_of_every_input_what_is_known_in_the_types_promised(tmp_path: Path):
     commit(tmp_path, 0, table())
-    found = pq.read_table(tmp_path / "part-00000.parquet", page_checksum_verification=True)
+    found = pq.read_table(tmp_path / "data/part-00000.parquet", page_checksum_verification=True)
     vector = pa.list_(pa.field("element", pa.float16()), 8)
     assert {field.name: field.type for field in found.schema} == {
         **dict.fromkeys(("id", "status", "stage", "note", "sha256"), pa.string()),
@@ -73,7 +74,7 @@ def test_a_part_says_of_every_input_what_is_known_in_the_types_promised(tmp_path
 def test_features_come_back_as_they_were_and_are_null_where_a_row_is_an_error(tmp_path: Path):
     written = table()
     commit(tmp_path, 0, written)
-    found = pq.read_table(tmp_path / "part-00000.parquet")
+    found = pq.read_table(tmp_path / "data/part-00000.parquet")
     assert found.equals(written)
     for name in ("pooled", "tokens", "tap_3"):
         assert [value is None for value in found[name].to_pylist()] == [False, True, False, True]
@@ -81,10 +82,9 @@ def test_features_come_back_as_they_were_and_are_null_where_a_row_is_an_error(tm
     assert np.shape(found["tokens"][0].as_py()) == (6, 8)
 
 
-def test_tokens_can_be_float32_and_parts_of_tokens_are_smaller():
+def test_tokens_can_be_float32():
     exact = Outputs(8, ("tokens",), "float32")
     assert table(exact).schema.field("tokens").type.value_type.value_type == pa.float32()
-    assert (exact.rows_per_part, Outputs(8).rows_per_part) == (64, 1024)
 
 
 def test_a_part_of_errors_alone_can_be_written_and_read(tmp_path: Path):
@@ -92,7 +92,7 @@ def test_a_part_of_errors_alone_can_be_written_and_read(tmp_path: Path):
     lists = {"tokens": [None], "tap_3": [None]}
     entry = commit(tmp_path, 7, build_table(OUTPUTS, rows, np.zeros((1, 8), np.float32), lists))
     assert (entry.rows, entry.errors, entry.tokens) == (1, 1, 0)
-    (row,) = pq.read_table(tmp_path / "part-00007.parquet").to_pylist()
+    (row,) = pq.read_table(tmp_path / "data/part-00007.parquet").to_pylist()
     assert (row["status"], row["stage"], row["pooled"], row["tokens"]) == (
         "missing",
         "list",
@@ -108,10 +108,10 @@ def test_the_log_holds_what_anyone_can_count_again(tmp_path: Path):
     for entry in entries:
         data = (tmp_path / entry.part).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
-    assert sorted(os.listdir(tmp_path)) == [
-        "commits.jsonl",
-        "part-00000.parquet",
-        "part-00001.parquet",
+    assert sorted(contents(tmp_path)) == [
+        "_commits.jsonl",
+        "data/part-00000.parquet",
+        "data/part-00001.parquet",
     ]
 
 
@@ -132,7 +132,7 @@ def test_the_same_rows_give_the_same_bytes_in_another_process(tmp_path: Path):
 
 def test_a_flipped_bit_in_any_page_is_caught_by_a_reader_that_verifies(tmp_path: Path):
     commit(tmp_path, 0, table())
-    path = tmp_path / "part-00000.parquet"
+    path = tmp_path / "data/part-00000.parquet"
     data = bytearray(path.read_bytes())
     values = table()["tokens"].combine_chunks().flatten().flatten().to_numpy()[:48].tobytes()
     place = data.index(values)  # features are not compressed, so they can be found
@@ -149,7 +149,7 @@ def test_a_flipped_bit_in_any_page_is_caught_by_a_reader_that_verifies(tmp_path:
 def test_a_line_cut_short_does_not_count(tmp_path: Path):
     entry = commit(tmp_path, 0, table())
     commit(tmp_path, 1, table())
-    log = tmp_path / "commits.jsonl"
+    log = tmp_path / "_commits.jsonl"
     log.write_text(log.read_text()[:-1])
     assert read_commits(tmp_path) == (entry,)
     assert read_commits(tmp_path / "elsewhere") == ()
@@ -160,7 +160,7 @@ def test_a_manifest_is_replaced_in_one_step(tmp_path: Path):
     write_manifest(tmp_path, {"complete": False})
     write_manifest(tmp_path, {"complete": True})
     assert read_manifest(tmp_path) == {"complete": True}
-    assert os.listdir(tmp_path) == ["manifest.json"]
+    assert os.listdir(tmp_path) == ["_manifest.json"]
 
 
 def test_the_fingerprint_does_not_hang_on_the_order_of_the_settings():
@@ -172,7 +172,7 @@ def test_a_folder_that_holds_anything_else_is_refused_with_what_it_holds(tmp_pat
     check_usable(tmp_path)
     check_usable(tmp_path / "not there yet")
     (tmp_path / ".lock").touch()
-    (tmp_path / ".manifest.json.tmp").touch()  # a job that was killed at once
+    (tmp_path / "._manifest.json.tmp").touch()  # a job that was killed at once
     check_usable(tmp_path)
     (tmp_path / "holiday.txt").touch()
     with pytest.raises(UsageError, match=r"not empty: it holds holiday\.txt and 0 other files"):
@@ -181,17 +181,17 @@ def test_a_folder_that_holds_anything_else_is_refused_with_what_it_holds(tmp_pat
         check_usable(tmp_path / "holiday.txt")
     (tmp_path / "manifest.json").write_text('{"manifest_version": 3}')  # of a browser's extension
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match=r"no manifest\.json of packvit's\. Choose a new"):
+        with pytest.raises(UsageError, match=r"no _manifest\.json of packvit\. Choose a new"):
             check_usable(tmp_path, overwrite=overwrite)
 
 
 def test_a_damaged_manifest_is_refused_and_can_be_started_over(tmp_path: Path):
-    write_manifest(tmp_path, {"format": "packvit features 1"})
+    write_manifest(tmp_path, {"format": "packvit features 2"})
     check_usable(tmp_path)
-    manifest = tmp_path / "manifest.json"
+    manifest = tmp_path / "_manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-3])
     with pytest.raises(
-        UsageError, match=r"manifest\.json is damaged, .* start over with `overwrite`"
+        UsageError, match=r"_manifest\.json is damaged, .* start over with `overwrite`"
     ):
         check_usable(tmp_path)
     check_usable(tmp_path, overwrite=True)
@@ -207,20 +207,20 @@ def test_a_folder_is_held_by_one_job_at_a_time_and_let_go_when_it_ends(tmp_path:
 
 def test_a_line_of_the_log_that_is_not_exactly_one_does_not_count(tmp_path: Path):
     entry = commit(tmp_path, 0, table())
-    line = (tmp_path / "commits.jsonl").read_bytes()
+    line = (tmp_path / "_commits.jsonl").read_bytes()
     for bad in (b"\xff\n", b"[]\n", line.replace(b"4", b'"4"', 1), b" " + line, line[:-2] + b"\n"):
-        (tmp_path / "commits.jsonl").write_bytes(bad + line)
+        (tmp_path / "_commits.jsonl").write_bytes(bad + line)
         assert read_commits(tmp_path) == (entry,)
 
 
 def test_a_part_that_is_mended_is_entered_where_it_belongs(tmp_path: Path):
     for number in range(3):
         commit(tmp_path, number, table())
-    before = (tmp_path / "commits.jsonl").read_bytes()
+    before = (tmp_path / "_commits.jsonl").read_bytes()
     write_commits(tmp_path, [read_commits(tmp_path)[place] for place in (2, 0)])
-    assert [entry.part[5:10] for entry in read_commits(tmp_path)] == ["00000", "00002"]
+    assert [entry.part[10:15] for entry in read_commits(tmp_path)] == ["00000", "00002"]
     commit(tmp_path, 1, table(), mends=True)
-    assert (tmp_path / "commits.jsonl").read_bytes() == before
+    assert (tmp_path / "_commits.jsonl").read_bytes() == before
 
 
 def test_a_killed_job_holds_no_folder(tmp_path: Path):
@@ -255,7 +255,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_leaves_only_what_is_whole(full_di
     with pytest.raises(WriteError, match=r"could not be written: No space left on device\. Fix"):
         all(commit(full_disk, number, table()) for number in more)
     parts = [entry.part for entry in read_commits(full_disk)]
-    assert sorted(os.listdir(full_disk)) == ["commits.jsonl", *parts]
+    assert sorted(contents(full_disk)) == ["_commits.jsonl", *parts]
     for entry in read_commits(full_disk):
         data = (full_disk / entry.part).read_bytes()
         assert hashlib.sha256(data).hexdigest() == entry.sha256
@@ -263,28 +263,30 @@ def test_a_full_disk_is_said_in_a_sentence_and_leaves_only_what_is_whole(full_di
 
 def test_a_log_that_takes_no_line_leaves_no_part(tmp_path: Path):
     entry = commit(tmp_path, 0, table())
-    size = (tmp_path / "commits.jsonl").stat().st_size
+    size = (tmp_path / "_commits.jsonl").stat().st_size
     filler = commit(tmp_path, 1, table())
-    with (tmp_path / "commits.jsonl").open("a") as log:
+    with (tmp_path / "_commits.jsonl").open("a") as log:
         log.write(" " * (2 * filler.bytes) + "\n")  # now the log is larger than any part
-    before = (tmp_path / "commits.jsonl").read_bytes()
+    before = (tmp_path / "_commits.jsonl").read_bytes()
     with (
         no_file_over(len(before) + 10),
-        pytest.raises(WriteError, match=r"commits\.jsonl could not be written"),
+        pytest.raises(WriteError, match=r"_commits\.jsonl could not be written"),
     ):
         commit(tmp_path, 2, table())
-    assert (tmp_path / "commits.jsonl").read_bytes() == before
+    assert (tmp_path / "_commits.jsonl").read_bytes() == before
     assert size < len(before)
-    assert sorted(os.listdir(tmp_path)) == ["commits.jsonl", entry.part, filler.part]
+    assert sorted(contents(tmp_path)) == ["_commits.jsonl", entry.part, filler.part]
 
 
 def test_a_folder_in_the_place_of_a_part_is_said_in_a_sentence_and_stays(tmp_path: Path):
-    (tmp_path / "part-00000.parquet").mkdir()
+    (tmp_path / "data/part-00000.parquet").mkdir(parents=True)
     with pytest.raises(
-        WriteError, match=r"part-00000\.parquet could not be written: Is a directory"
+        WriteError, match=r"data/part-00000\.parquet could not be written: Is a directory"
     ):
         commit(tmp_path, 0, table())
-    assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == [
+        "data/part-00000.parquet"
+    ]
 
 
 def test_a_place_where_nothing_can_be_made_is_said_in_a_sentence(tmp_path: Path):
@@ -295,7 +297,7 @@ def test_a_place_where_nothing_can_be_made_is_said_in_a_sentence(tmp_path: Path)
 
 def test_the_log_is_json_lines_without_a_clock(tmp_path: Path):
     commit(tmp_path, 0, table())
-    line = json.loads((tmp_path / "commits.jsonl").read_text())
+    line = json.loads((tmp_path / "_commits.jsonl").read_text())
     assert list(line) == ["part", "rows", "errors", "tokens", "bytes", "sha256"]
 
 

@@ -42,7 +42,7 @@ def test_a_model_of_the_hub_embeds_and_the_same_command_goes_on(tmp_path: Path):
         run()
         parts = {file: file.read_bytes() for file in out.rglob("*.parquet")}
         (commits,) = read_commits(out)
-        (out / "commits.jsonl").write_text("")  # as if it had been stopped before the first
+        (out / "_commits.jsonl").write_text("")  # as if it had been stopped before the first
         run()
     assert {file: file.read_bytes() for file in out.rglob("*.parquet")} == parts
     assert parts

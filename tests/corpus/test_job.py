@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from features import contents
 from PIL import Image
 from rotten import encode, pixels, write_good, write_rotten
 from small_checkpoint import LAYERS, WIDTH, write_checkpoint
@@ -22,6 +23,7 @@ from packvit.corpus.encode.packs import image_means
 from packvit.corpus.folder.layout import fingerprint, read_commits, read_manifest
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress, Shares
+from packvit.corpus.settings import choose_rows
 from packvit.encoder import Encoder
 
 
@@ -113,10 +115,13 @@ def test_the_same_job_gives_the_same_bytes_on_any_number_of_workers(
 ):
     for workers in (1, 4):
         embed(photos, out=tmp_path / str(workers), model=checkpoint, workers=workers, tokens=True)
-    names = sorted(os.listdir(tmp_path / "1"))
-    assert names == [".lock", "commits.jsonl", "manifest.json", "part-00000.parquet"]
-    for name in names:
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
+    assert sorted(contents(tmp_path / "1")) == [
+        ".lock",
+        "_commits.jsonl",
+        "_manifest.json",
+        "data/part-00000.parquet",
+    ]
+    assert contents(tmp_path / "1") == contents(tmp_path / "4")
 
 
 @pytest.mark.gpu
@@ -124,7 +129,7 @@ def test_the_same_job_on_a_gpu_gives_the_same_bytes(tmp_path: Path, photos: Path
     for name in ("first", "again"):
         done = embed(photos, out=tmp_path / name, model=checkpoint, device="cuda", tokens=True)
         assert done.ok == 30
-    part = "part-00000.parquet"
+    part = "data/part-00000.parquet"
     assert (tmp_path / "first" / part).read_bytes() == (tmp_path / "again" / part).read_bytes()
     assert (read_manifest(tmp_path / "first") or {})["dtype"] == "bfloat16"
 
@@ -139,8 +144,42 @@ def test_parts_hold_a_fixed_number_of_inputs_and_nothing_is_lost_between_them(
     assert [entry.rows for entry in read_commits(tmp_path / "out")] == [64, 64, 22]
     rows = read_rows(tmp_path / "out")
     assert [row["id"] for row in rows] == [f"{number:03}.jpg" for number in range(150)]
-    embed(tmp_path / "many", out=tmp_path / "pooled", model=encoder)
-    assert [entry.rows for entry in read_commits(tmp_path / "pooled")] == [150]
+    embed(tmp_path / "many", out=tmp_path / "pooled", model=encoder, rows_per_part=100)
+    assert [entry.rows for entry in read_commits(tmp_path / "pooled")] == [100, 50]
+
+
+def test_rows_per_part_are_written_down_and_taken_up_again_and_others_are_refused(
+    tmp_path: Path, photos: Path, encoder: Encoder
+):
+    out = tmp_path / "out"
+    embed(photos, out=out, model=encoder, rows_per_part=7)
+    whole = contents(out)
+    assert (read_manifest(out) or {})["rows_per_part"] == 7
+    (out / "data" / "part-00001.parquet").unlink()
+    embed(photos, out=out, model=encoder)
+    assert contents(out) == whole
+    with pytest.raises(UsageError, match=r"another job(.|\n)*rows_per_part: 7 -> 8\n"):
+        embed(photos, out=out, model=encoder, rows_per_part=8)
+    with pytest.raises(UsageError, match=r"rows_per_part is 0, but must be 1 or more"):
+        embed(photos, out=tmp_path / "none", model=encoder, rows_per_part=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "inputs", "large", "rows"),
+    [
+        ("cpu", 1_000_000, False, 64),
+        ("cuda", 1_000_000, False, 1024),
+        ("cuda", 1_000_000, True, 64),
+        ("cuda", 15 * 1024 + 1, False, 1024),  # 16 parts
+        ("cuda", 15 * 1024, False, 512),
+        ("cuda", 1000, False, 64),
+        ("cuda", 1, False, 64),
+    ],
+)
+def test_parts_are_small_on_a_cpu_with_tokens_and_where_there_would_be_few(
+    device: str, inputs: int, large: bool, rows: int
+):
+    assert choose_rows(torch.device(device), inputs, large=large) == rows
 
 
 def test_where_a_checkpoint_has_no_head_the_mean_of_the_tokens_is_pooled_and_said_so(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from features import contents
 from rotten import write_good
 
 from packvit.corpus import UsageError
@@ -38,7 +39,7 @@ for line in sys.stdin:
         os.setsid()
         packvit.embed(photos, out=out, model=encoder, tokens=True, workers=2)
         os._exit(0)
-    log = os.path.join(out, "commits.jsonl")
+    log = os.path.join(out, "_commits.jsonl")
     while parts and (not os.path.exists(log) or open(log, "rb").read().count(b"\n") < parts):
         time.sleep(0.001)
     time.sleep(seconds)
@@ -71,13 +72,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path, encoder:
     return out
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir()}
-
-
 def states(out: Path) -> dict[str, tuple[int, int]]:
     """Return of every file what changes when it is written, with the same bytes or others."""
-    return {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in [out, *out.iterdir()]}
+    paths = {str(path.relative_to(out)): path.stat() for path in [out, *out.rglob("*")]}
+    return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in paths.items()}
 
 
 def resume(photos: Path, out: Path, encoder: Encoder, **options: Any) -> list[Progress]:
@@ -173,8 +171,8 @@ def test_kept_parts_are_not_read_again_and_not_written_again(
 ):
     out = shutil.copytree(undisturbed, tmp_path / "out")
     own = shutil.copytree(photos, tmp_path / "photos")
-    lines = (out / "commits.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "commits.jsonl").write_bytes(b"".join(lines[:5]))
+    lines = (out / "_commits.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "_commits.jsonl").write_bytes(b"".join(lines[:5]))
     listed = sorted(os.listdir(own))
     for name in listed[: 5 * 64]:
         (own / name).write_bytes(b"not what was embedded")
@@ -183,9 +181,10 @@ def test_kept_parts_are_not_read_again_and_not_written_again(
     assert contents(out) == contents(undisturbed)
     assert told[0].committed == told[0].settled == 5 * 64
     after = states(out)
-    assert all(after[f"part-{n:05}.parquet"] == before[f"part-{n:05}.parquet"] for n in range(5))
+    kept = [f"data/part-{number:05}.parquet" for number in range(5)]
+    assert all(after[name] == before[name] for name in kept)
     # A part without a line is not believed.
-    assert after["part-00005.parquet"] != before["part-00005.parquet"]
+    assert after["data/part-00005.parquet"] != before["data/part-00005.parquet"]
 
 
 @pytest.mark.parametrize("cut", [1, 30])
@@ -193,8 +192,8 @@ def test_a_line_that_a_killed_job_left_half_written_is_taken_back(
     tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path, cut: int
 ):
     out = shutil.copytree(undisturbed, tmp_path / "out")
-    change(out / "commits.jsonl", lambda data: data[:-cut])
-    for name in ("part-00006.parquet", "manifest.json", "commits.jsonl"):
+    change(out / "_commits.jsonl", lambda data: data[:-cut])
+    for name in ("part-00006.parquet", "_manifest.json", "_commits.jsonl"):
         (out / f".{name}.tmp").write_bytes(b"half")
     told = resume(photos, out, encoder)
     assert contents(out) == contents(undisturbed)
@@ -204,12 +203,21 @@ def test_a_line_that_a_killed_job_left_half_written_is_taken_back(
 @pytest.mark.parametrize(
     ("damage", "note"),
     [
-        (lambda out: (out / "part-00002.parquet").unlink(), "part-00002.parquet is missing; it"),
-        (lambda out: change(out / "part-00002.parquet", flip), "is damaged: its sha256 is not"),
-        (lambda out: change(out / "part-00002.parquet", lambda d: d[:-1]), "but [0-9,]+ were comm"),
-        (lambda out: change(out / "commits.jsonl", flip), "damaged|committed"),
-        (lambda out: change(out / "commits.jsonl", unquote), "line of commits.jsonl is damaged"),
-        (lambda out: (out / "commits.jsonl").unlink(), None),
+        (
+            lambda out: (out / "data/part-00002.parquet").unlink(),
+            "data/part-00002.parquet is missing; it",
+        ),
+        (
+            lambda out: change(out / "data/part-00002.parquet", flip),
+            "is damaged: its sha256 is not",
+        ),
+        (
+            lambda out: change(out / "data/part-00002.parquet", lambda d: d[:-1]),
+            "but [0-9,]+ were comm",
+        ),
+        (lambda out: change(out / "_commits.jsonl", flip), "damaged|committed"),
+        (lambda out: change(out / "_commits.jsonl", unquote), "line of _commits.jsonl is damaged"),
+        (lambda out: (out / "_commits.jsonl").unlink(), None),
     ],
     ids=["missing", "flipped", "cut", "flipped log", "torn log", "no log"],
 )
@@ -236,10 +244,10 @@ def test_a_job_that_is_killed_while_it_mends_loses_no_part_that_is_whole(
     tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path
 ):
     out = shutil.copytree(undisturbed, tmp_path / "out")
-    (out / "part-00001.parquet").unlink()
+    (out / "data/part-00001.parquet").unlink()
     with pytest.raises(KeyboardInterrupt):
         embed(photos, out=out, model=encoder, tokens=True, progress=interrupt)
-    kept = [entry.part[5:10] for entry in read_commits(out)]
+    kept = [entry.part[10:15] for entry in read_commits(out)]
     assert kept == ["00000", "00002", "00003", "00004", "00005", "00006"]
     assert (read_manifest(out) or {})["complete"] is False
     resume(photos, out, encoder)
@@ -276,13 +284,13 @@ def test_what_was_flipped_in_a_manifest_is_shown_or_mended(
     tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path
 ):
     out = shutil.copytree(undisturbed, tmp_path / "out")
-    change(out / "manifest.json", lambda data: data.replace(b"float32", b"float3r"))
+    change(out / "_manifest.json", lambda data: data.replace(b"float32", b"float3r"))
     with pytest.raises(UsageError, match='dtype: "float3r" -> "float32"'):
         resume(photos, out, encoder)
-    checksum = json.loads((undisturbed / "manifest.json").read_bytes())[CHECKSUM].encode()
+    checksum = json.loads((undisturbed / "_manifest.json").read_bytes())[CHECKSUM].encode()
     for good, bad in ((b'"ok": 397', b'"ok": 396'), (checksum, checksum[::-1])):
-        shutil.copy(undisturbed / "manifest.json", out)
-        change(out / "manifest.json", lambda data, g=good, b=bad: data.replace(g, b))
+        shutil.copy(undisturbed / "_manifest.json", out)
+        change(out / "_manifest.json", lambda data, g=good, b=bad: data.replace(g, b))
         assert contents(out) != contents(undisturbed)
         resume(photos, out, encoder)
         assert contents(out) == contents(undisturbed)
@@ -310,6 +318,6 @@ def test_a_file_of_anothers_in_a_job_s_folder_is_let_be(
 ):
     out = shutil.copytree(undisturbed, tmp_path / "out")
     (out / "notes.txt").write_text("mine")
-    (out / "part-00003.parquet").unlink()
+    (out / "data/part-00003.parquet").unlink()
     resume(photos, out, encoder)
     assert contents(out) == contents(undisturbed) | {"notes.txt": b"mine"}

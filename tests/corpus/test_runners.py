@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from features import contents
 from rotten import write_good
 from small_checkpoint import write_checkpoint
 
@@ -47,10 +48,6 @@ def undisturbed(
     assert (done.rows, done.errors) == (INPUTS, {"unidentified": 1})
     assert len(read_commits(out)) == PARTS
     return contents(out)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def descendants(pid: int) -> list[int]:
@@ -141,10 +138,11 @@ def test_a_killed_process_is_replaced_and_nothing_is_lost(
 def test_what_is_missing_in_the_middle_is_embedded_by_processes_and_entered_in_its_place(
     tmp_path: Path, photos: Path, checkpoint: Path, undisturbed: dict[str, bytes]
 ):
+    (tmp_path / "data").mkdir()
     for name, data in undisturbed.items():
         (tmp_path / name).write_bytes(data)
     for number in (2, 3, 9):
-        (tmp_path / f"part-{number:05d}.parquet").unlink()
+        (tmp_path / f"data/part-{number:05d}.parquet").unlink()
     summary = embed(photos, out=tmp_path, model=checkpoint, device="cpu", tokens=True, processes=3)
     assert summary.kept_rows == INPUTS - 3 * 64
     assert contents(tmp_path) == undisturbed
@@ -178,7 +176,7 @@ def test_processes_that_die_again_and_again_end_the_job_with_a_sentence(
         pytest.raises(EmbedderError, match=r"loaded the model died 3 times, .* exit status -9"),
     ):
         embed(photos, out=tmp_path, model=checkpoint, device="cpu", tokens=True, processes=2)
-    assert set(contents(tmp_path)) == {".lock", "manifest.json"}
+    assert set(contents(tmp_path)) == {".lock", "_manifest.json"}
     assert descendants(os.getpid()) == []
 
 
@@ -256,7 +254,7 @@ def test_a_disk_that_is_full_for_a_worker_ends_the_job_with_a_sentence(
     assert done.returncode == 1
     assert "could not be written: File too large. Fix that" in done.stderr
     assert "Traceback" not in done.stderr
-    assert set(contents(tmp_path)) == {".lock", "manifest.json"}
+    assert set(contents(tmp_path)) == {".lock", "_manifest.json"}
 
 
 def test_a_worker_that_would_write_other_numbers_refuses_and_says_what_differs(

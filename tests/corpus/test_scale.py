@@ -75,7 +75,7 @@ def test_pillows_own_test_images_and_ours_end_as_a_row_each(tmp_path: Path, corp
     check = check_folder(tmp_path / "out")
     assert not check.faults
     assert check.rows == summary["rows"] == len(corpus)
-    ids = pq.ParquetDataset(sorted((tmp_path / "out").glob("part-*.parquet"))).read()["id"]
+    ids = pq.ParquetDataset(sorted((tmp_path / "out").glob("data/*.parquet"))).read()["id"]
     written = {os.fsencode(name).decode(errors="backslashreplace") for name in corpus}
     assert set(ids.to_pylist()) == written
     # What a browser shows is embedded, and what it does not is said to be of another format.

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from small_checkpoint import write_checkpoint
 import packvit
 from packvit import pictures
 from packvit.corpus import UsageError
-from packvit.corpus.folder.layout import append_line, part_name, read_commits, read_log
+from packvit.corpus.folder.layout import append_line, read_commits, read_log
+from packvit.corpus.folder.names import CURRENT
 from packvit.encoder import Encoder
 from packvit.pictures import neighbours
 from packvit.pictures.colours import BLANK
@@ -46,7 +48,7 @@ def features(tmp_path_factory: pytest.TempPathFactory, photos: Path, checkpoint:
 def test_the_nearest_are_scikit_learns_whatever_a_batch_holds(
     features: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    rows = pq.read_table(features / part_name(0)).to_pylist()
+    rows = pq.read_table(features / CURRENT.part(0)).to_pylist()
     good = [row for row in rows if row["status"] == "ok"]
     assert len(good) == len(rows) - 1
     vectors = np.array([row["pooled"] for row in good])
@@ -95,24 +97,22 @@ def test_what_the_log_does_not_vouch_for_is_not_read(
     tmp_path: Path, features: Path, encoder: Encoder
 ):
     copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in features.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    table = pq.read_table(features / part_name(0))
+    shutil.copytree(features, copy)
+    table = pq.read_table(features / CURRENT.part(0))
     ids = pa.array([f"stray-{i}" for i in range(len(table))])
-    pq.write_table(table.set_column(0, "id", ids), copy / part_name(1))
+    pq.write_table(table.set_column(0, "id", ids), copy / CURRENT.part(1))
     query = np.array([row for row in table["pooled"].to_pylist() if row][:1])
     assert nearest(query, copy, 3) == nearest(query, features, 3)
     assert len(read_commits(copy)) == 1
-    (copy / "commits.jsonl").write_bytes(b"")
+    (copy / "_commits.jsonl").write_bytes(b"")
     with pytest.raises(UsageError, match="holds no row with features"):
         nearest(query, copy, 3)
-    append_line(copy / "commits.jsonl", read_log(features)[0].decode().strip())
-    part = bytearray((copy / part_name(0)).read_bytes())
+    append_line(copy / "_commits.jsonl", read_log(features)[0].decode().strip())
+    part = bytearray((copy / CURRENT.part(0)).read_bytes())
     part[len(part) // 3] ^= 255
-    (copy / part_name(0)).write_bytes(part)
+    (copy / CURRENT.part(0)).write_bytes(part)
     with pytest.raises(
-        UsageError, match=r"part-00000.parquet is missing or damaged. `packvit check"
+        UsageError, match=r"data/part-00000.parquet is missing or damaged. `packvit check"
     ):
         nearest(query, copy, 3)
 

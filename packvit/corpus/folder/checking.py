@@ -16,23 +16,16 @@ import pyarrow as pa
 
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import (
-    CERTIFICATE,
-    COMMITS,
-    FORMAT,
-    IDS,
-    MANIFEST,
-    POOLED,
     Commit,
     decode_commit,
     encode_manifest,
     fingerprint,
-    part_name,
-    part_number,
     read_log,
     read_manifest,
 )
+from packvit.corpus.folder.names import CURRENT, Names, names_of, part_number
 from packvit.corpus.folder.parts import Outputs, read_part
-from packvit.corpus.folder.resume import find_damage, find_fault, is_ours, left_over
+from packvit.corpus.folder.resume import files_in, find_damage, find_fault, is_ours, left_over
 from packvit.images.decode import CODES
 
 AGAIN = "Run the same embed command again: it keeps the parts that are whole."
@@ -74,73 +67,80 @@ def check_folder(folder: Path) -> Check:
 
     Raises: UsageError if it is not a feature folder; OSError if a file can't be read.
     """
-    if not folder.is_dir() or not (is_ours(folder) or (folder / COMMITS).is_file()):
-        holds = f"it holds no {MANIFEST} of packvit and no {COMMITS}"
+    names = names_of(folder)
+    if not folder.is_dir() or not (is_ours(folder) or (folder / names.commits).is_file()):
+        holds = f"it holds no {CURRENT.manifest} of packvit and no {CURRENT.commits}"
         holds = holds if folder.exists() else "it does not exist"
         raise UsageError(
             f"{folder} is not a feature folder: {holds}. "
             "Name the folder that was given to embed as --out."
         )
     check = Check(str(folder))
-    manifest = check_manifest(check, folder)
-    entries = check_log(check, folder)
-    names = hashlib.sha256()
+    manifest = check_manifest(check, folder, names)
+    entries = check_log(check, folder, names)
+    ids = hashlib.sha256()
     for number, entry in sorted(entries.items()):
-        check_part(check, folder, number, entry, manifest, names)
+        check_part(check, folder, number, entry, manifest, ids)
     if manifest:
-        check_whole(check, manifest, entries, names.hexdigest())
-    stray = {path.name for path in folder.iterdir() if part_number(path.name) is not None}
+        check_whole(check, names, manifest, entries, ids.hexdigest())
+    stray = {name for name in files_in(folder, names.parts) if part_number(name) is not None}
     for name in sorted(stray - {entry.part for entry in entries.values()}):
-        check.add(name, f"is not in {COMMITS}, so readers must not use it.")
+        check.add(name, f"is not in {names.commits}, so readers must not use it.")
     for name in left_over(folder):
         check.add(name, "is a temporary file left by a killed job.")
     return check
 
 
-def check_manifest(check: Check, folder: Path) -> dict[str, Any] | None:
+def check_manifest(check: Check, folder: Path, names: Names) -> dict[str, Any] | None:
     """Check the manifest, the certificate and the exports; return the manifest if it is whole."""
     manifest = read_manifest(folder)
     if manifest is None:
-        state = "is damaged: it is not JSON." if (folder / MANIFEST).exists() else "is missing."
-        check.add(MANIFEST, state, MANIFEST_MEND)
+        state = (
+            "is damaged: it is not JSON." if (folder / names.manifest).exists() else "is missing."
+        )
+        check.add(names.manifest, state, MANIFEST_MEND)
         return None
-    if (folder / MANIFEST).read_bytes() != encode_manifest(manifest):
-        check.add(MANIFEST, "is damaged: its checksum does not match its entries.", MANIFEST_MEND)
+    if (folder / names.manifest).read_bytes() != encode_manifest(manifest):
+        check.add(
+            names.manifest, "is damaged: its checksum does not match its entries.", MANIFEST_MEND
+        )
         return None
     beside = (*BESIDE, "certificate_sha256")
     settings = {name: value for name, value in manifest.items() if name not in beside}
-    if manifest["format"] != FORMAT or manifest["fingerprint"] != fingerprint(settings):
+    if manifest["format"] != names.format or manifest["fingerprint"] != fingerprint(settings):
         check.add(
-            MANIFEST,
-            f'is not in format "{FORMAT}", or its fingerprint does not match its settings.',
+            names.manifest,
+            f'is not in format "{names.format}", or its fingerprint does not match its settings.',
             MANIFEST_MEND,
         )
         return None
-    certificate = folder / CERTIFICATE
+    certificate = folder / names.certificate
     digest = sha256(certificate.read_bytes()) if certificate.is_file() else None
     if digest != manifest["certificate_sha256"]:
         state = "is missing" if digest is None else "is not the one recorded in the manifest"
-        check.add(CERTIFICATE, f"{state}.", "Run the same embed command again, with --verify.")
+        check.add(
+            names.certificate, f"{state}.", "Run the same embed command again, with --verify."
+        )
     exports = manifest.get("exports", {})
     for name, record in exports.items():
         if fault := find_damage(folder / name, **record):
             check.add(name, f"{fault}.", "Run the same embed command again, with --format npy.")
-    for name in (POOLED, IDS):
+    for name in (names.pooled, names.ids):
         if name not in exports and (folder / name).exists():
-            check.add(name, f"is not in {MANIFEST}, so readers must not use it.")
+            check.add(name, f"is not in {names.manifest}, so readers must not use it.")
     return manifest
 
 
-def check_log(check: Check, folder: Path) -> dict[int, Commit]:
+def check_log(check: Check, folder: Path, names: Names) -> dict[int, Commit]:
     """Return the entries of the log by part number."""
     entries: dict[int, Commit] = {}
     for place, line in enumerate(read_log(folder)):
         entry = decode_commit(line)
         number = part_number(entry.part) if entry else None
         if entry is None or number is None:
-            check.add(COMMITS, f"line {place + 1} is damaged or cut short.")
+            check.add(names.commits, f"line {place + 1} is damaged or cut short.")
         elif number in entries or number < max(entries, default=0):
-            check.add(COMMITS, f"line {place + 1} ({entry.part}) is out of order.")
+            check.add(names.commits, f"line {place + 1} ({entry.part}) is out of order.")
         else:
             entries[number] = entry
     return entries
@@ -152,7 +152,7 @@ def check_part(
     number: int,
     entry: Commit,
     manifest: dict[str, Any] | None,
-    names: Any,  # a hash object, updated with the ids
+    ids: Any,  # a hash object, updated with the ids
 ) -> None:
     """Check a part against its line in the log and against the manifest."""
     fault = find_fault(folder, entry)
@@ -168,7 +168,7 @@ def check_part(
     check.parts += 1
     check.rows += table.num_rows
     for name in plain["id"]:
-        names.update(name.encode() + b"\0")
+        ids.update(name.encode() + b"\0")
     good = np.array([status == "ok" for status in plain["status"]], bool)
     tokens = np.array(
         [
@@ -186,7 +186,7 @@ def check_part(
     counted = (table.num_rows, int((~good).sum()), int(tokens.sum()))
     if counted != (entry.rows, entry.errors, entry.tokens):
         check.add(
-            COMMITS,
+            names_of(folder).commits,
             f"says {entry.rows} rows, {entry.errors} errors and {entry.tokens} tokens of "
             f"{entry.part}, which holds {counted[0]}, {counted[1]} and {counted[2]}.",
             "Remove the line; then the same embed command embeds the part again.",
@@ -234,24 +234,24 @@ def features_faults(
 
 
 def check_whole(
-    check: Check, manifest: dict[str, Any], entries: dict[int, Commit], names: str
+    check: Check, names: Names, manifest: dict[str, Any], entries: dict[int, Commit], ids: str
 ) -> None:
     """Check that no part is missing, and that the rows are the job's inputs."""
     parts = -(-manifest["inputs"] // manifest["rows_per_part"])
     absent = [number for number in range(parts) if number not in entries]
     if absent:
         check.add(
-            COMMITS,
-            f"lists {parts - len(absent)} of {parts} parts: {part_name(absent[0])} is the first "
+            names.commits,
+            f"lists {parts - len(absent)} of {parts} parts: {names.part(absent[0])} is the first "
             "that is not there.",
         )
     if any(number >= parts for number in entries):
-        check.add(COMMITS, f"lists parts beyond the {parts} of this job.")
+        check.add(names.commits, f"lists parts beyond the {parts} of this job.")
     if not manifest["complete"]:
-        check.add(MANIFEST, "says that the job is not complete.")
+        check.add(names.manifest, "says that the job is not complete.")
     # Ids are unique in the listing, so an equal digest means that the rows' ids are unique too.
-    if check.parts == parts == len(entries) and names != manifest["inputs_sha256"]:
-        check.add(MANIFEST, "lists other inputs than the rows, or in another order.", BUG)
+    if check.parts == parts == len(entries) and ids != manifest["inputs_sha256"]:
+        check.add(names.manifest, "lists other inputs than the rows, or in another order.", BUG)
     counts = {
         "rows": check.rows,
         "ok": check.rows - sum(check.errors.values()),
@@ -261,7 +261,9 @@ def check_whole(
     }
     if manifest["complete"] and check.parts == parts and manifest["counts"] != counts:
         check.add(
-            MANIFEST, f"counts {json.dumps(manifest['counts'])}, the parts hold {counts}.", AGAIN
+            names.manifest,
+            f"counts {json.dumps(manifest['counts'])}, the parts hold {counts}.",
+            AGAIN,
         )
 
 

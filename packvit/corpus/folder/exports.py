@@ -17,14 +17,15 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from packvit.corpus import UsageError
-from packvit.corpus.folder.layout import IDS, POOLED, sync_names, temporary_name, writing
+from packvit.corpus.folder.layout import make_folder, sync_names, writing
+from packvit.corpus.folder.names import Names, temporary_name
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.resume import find_damage
 
 Format = Literal["parquet", "npy"]
 FORMATS: tuple[Format, ...] = ("parquet", "npy")
 
-Exports = dict[str, dict[str, Any]]  # bytes and sha256 by the file's name, as in the manifest
+Exports = dict[str, dict[str, Any]]  # bytes and sha256 by the file's path, as in the manifest
 
 
 def check_format(name: str) -> None:
@@ -34,7 +35,12 @@ def check_format(name: str) -> None:
 
 
 def export(
-    folder: Path, parts: Sequence[str], rows: int, width: int, recorded: Mapping[str, Any]
+    folder: Path,
+    names: Names,
+    parts: Sequence[str],
+    rows: int,
+    width: int,
+    recorded: Mapping[str, Any],
 ) -> Exports:
     """Write the files that are missing or damaged; return the manifest's record of all.
 
@@ -42,20 +48,21 @@ def export(
     Raises: WriteError if a file cannot be written.
     """
     makers: dict[str, Callable[[BinaryIO], None]] = {
-        POOLED: lambda file: write_pooled(file, folder, parts, rows, width),
-        IDS: lambda file: write_ids(file, folder, parts),
+        names.pooled: lambda file: write_pooled(file, folder, parts, rows, width),
+        names.ids: lambda file: write_ids(file, folder, parts),
     }
     return {
         name: recorded[name]
         if name in recorded and find_damage(folder / name, **recorded[name]) is None
-        else make(folder / name, write)
+        else make(folder, name, write)
         for name, write in makers.items()
     }
 
 
-def make(path: Path, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
-    """Write a file by `write` and rename it to `path`; return its size and digest."""
-    temporary = path.with_name(temporary_name(path.name))
+def make(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
+    """Write a file by `write` and rename it to `name`; return its size and digest."""
+    path = folder / name
+    temporary = folder / temporary_name(path.name)
     with writing(path):
         try:
             with temporary.open("w+b") as file:
@@ -65,6 +72,7 @@ def make(path: Path, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
                 size = file.tell()
                 file.seek(0)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
+            make_folder(path.parent)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

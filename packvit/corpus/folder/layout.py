@@ -1,10 +1,4 @@
-"""The files of a feature folder, and how they are written atomically. No torch.
-
-    manifest.json       what was run on what, its fingerprint, and the counts once it is complete
-    commits.jsonl       one line for each committed part: rows, errors, tokens, bytes, sha256
-    certificate.json    how the encoder was verified, if asked for
-    part-00000.parquet  one row for each input, in the order of the inputs
-    pooled.npy, ids.jsonl   made from the parts once all are written, if asked for
+"""How the files of a feature folder are written atomically and read. No torch.
 
 A part is written under a temporary name, flushed, renamed, and only then added to the log, so
 readers use the log and not the listing of the folder. Lines are in the order of the parts. Nothing
@@ -16,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -26,16 +19,10 @@ from typing import Any
 import pyarrow as pa
 
 from packvit.corpus import UsageError, WriteError
+from packvit.corpus.folder.names import LOCK, names_of, part_name, part_number, temporary_name
 from packvit.corpus.folder.parts import encode_parquet
 
-MANIFEST, COMMITS, LOCK = "manifest.json", "commits.jsonl", ".lock"
-CERTIFICATE = "certificate.json"
-POOLED, IDS = "pooled.npy", "ids.jsonl"
-SPOOL = "shards"  # only under its temporary name: shards that wait for workers on other hosts
-FORMAT = "packvit features 1"
 CHECKSUM = "manifest_sha256"
-PART = re.compile(r"part-(\d{5,})\.parquet")
-TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9a-f]{8})?\.tmp")  # with an optional `attempt`
 COUNTED = ("status", "frames", "rows", "columns")
 
 
@@ -43,7 +30,7 @@ COUNTED = ("status", "frames", "rows", "columns")
 class Commit:
     """A line of the log: a part that is on disk."""
 
-    part: str  # the file's name
+    part: str  # the file's path below the folder
     rows: int
     errors: int
     tokens: int
@@ -58,17 +45,6 @@ class Staged:
 
     entry: Commit
     file: str  # its temporary name
-
-
-def part_name(number: int) -> str:
-    """Return the file name of part `number`."""
-    return f"part-{number:05d}.parquet"
-
-
-def part_number(name: str) -> int | None:
-    """Return the part number in a file name, or None if it is not the name of a part."""
-    found = PART.fullmatch(name)
-    return int(found[1]) if found and part_name(int(found[1])) == name else None
 
 
 def commit(
@@ -93,12 +69,12 @@ def stage(
 
     Raises: WriteError if it cannot be written.
     """
-    part = folder / part_name(number)
+    path = names_of(folder).part(number)
     data = encode_parquet(table)
     facts = zip(*(table[name].to_pylist() for name in COUNTED), strict=True)
     tokens = [frames * rows * columns for status, frames, rows, columns in facts if status == "ok"]
     entry = Commit(
-        part=part.name,
+        part=path,
         rows=table.num_rows,
         errors=table.num_rows - len(tokens),
         tokens=sum(tokens),
@@ -106,8 +82,8 @@ def stage(
         sha256=hashlib.sha256(data).hexdigest(),
         halved=halved,
     )
-    temporary = folder / temporary_name(part.name, attempt)
-    with writing(part):
+    temporary = folder / temporary_name(part_name(number), attempt)
+    with writing(folder / path):
         write_flushed(temporary, data)
     return Staged(entry, temporary.name)
 
@@ -120,12 +96,13 @@ def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
     part = folder / staged.entry.part
     try:
         with writing(part):
+            make_folder(part.parent)
             os.replace(folder / staged.file, part)
-            sync_names(folder)
+            sync_names(part.parent)
         if mends:
             write_commits(folder, [*read_commits(folder), staged.entry])
         else:
-            append_line(folder / COMMITS, encode_commit(staged.entry))
+            append_line(folder / names_of(folder).commits, encode_commit(staged.entry))
     except WriteError:
         for path in (folder / staged.file, part):
             with suppress(OSError):  # for example a folder of that name
@@ -159,9 +136,10 @@ def read_log(folder: Path) -> tuple[bytes, ...]:
 
     Raises: WriteError if the log exists and cannot be read, since it says what a job may keep.
     """
+    path = folder / names_of(folder).commits
     try:
-        with reading(folder / COMMITS):
-            data = (folder / COMMITS).read_bytes()
+        with reading(path):
+            data = path.read_bytes()
     except FileNotFoundError:
         return ()
     *lines, rest = data.split(b"\n")
@@ -178,7 +156,7 @@ def write_commits(folder: Path, entries: Sequence[Commit]) -> None:
     """Replace the log by `entries`, in the order of their parts."""
     ordered = sorted(entries, key=lambda entry: part_number(entry.part) or 0)
     text = "".join(encode_commit(entry) + "\n" for entry in ordered)
-    write_whole(folder / COMMITS, text.encode())
+    write_whole(folder / names_of(folder).commits, text.encode())
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
@@ -189,18 +167,18 @@ def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Replace the manifest in one step."""
-    write_whole(folder / MANIFEST, encode_manifest(manifest))
+    write_whole(folder / names_of(folder).manifest, encode_manifest(manifest))
 
 
 def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
-    """Return the bytes of certificate.json."""
+    """Return the bytes of a certificate's file."""
     return (json.dumps(certificate, indent=1) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of `folder` without its checksum, or None if none can be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads((folder / names_of(folder).manifest).read_bytes())
     except (OSError, ValueError):
         return None
     if not isinstance(manifest, dict):
@@ -248,7 +226,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise WriteError(
             f"{path} could not be written: {error.strerror}. Fix that, then start the job again: "
-            "it resumes after what commits.jsonl lists."
+            "it resumes after the parts that are committed."
         ) from error
 
 
@@ -264,11 +242,6 @@ def reading(path: Path) -> Iterator[None]:
             f"{path} could not be read: {error.strerror or error}. Fix that, then start the job "
             "again."
         ) from error
-
-
-def temporary_name(name: str, attempt: str = "") -> str:
-    """Return the temporary name under which the file `name` is written."""
-    return f".{name}.{attempt}.tmp" if attempt else f".{name}.tmp"
 
 
 def write_whole(path: Path, data: bytes | pa.Buffer) -> None:
@@ -311,6 +284,16 @@ def append_line(path: Path, line: str) -> None:
         except OSError:
             file.truncate(before)
             raise
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder if needed, and flush its name to disk.
+
+    Raises: OSError.
+    """
+    if not path.is_dir():
+        path.mkdir()
+        sync_names(path.parent)
 
 
 def sync_names(folder: Path) -> None:

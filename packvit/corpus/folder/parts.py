@@ -16,9 +16,6 @@ import pyarrow.parquet as pq
 
 from packvit.corpus.folder.rows import Row
 
-ROWS = 1024  # of a part
-ROWS_WITH_TOKENS = 64  # at 1,000 tokens of 1,024 float16 each, 131 MB a part
-
 DtypeOut = Literal["float16", "float32"]
 
 
@@ -29,11 +26,6 @@ class Outputs:
     width: int  # D
     lists: tuple[str, ...] = ()  # tokens, tap_11 ...
     dtype_out: DtypeOut = "float16"  # of the lists; pooled is float32
-
-    @property
-    def rows_per_part(self) -> int:
-        """The rows of every part but the last, which may have fewer."""
-        return ROWS_WITH_TOKENS if self.lists else ROWS
 
     @property
     def schema(self) -> pa.Schema:

@@ -14,24 +14,26 @@ from typing import Any
 
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import (
-    CERTIFICATE,
-    COMMITS,
-    IDS,
-    LOCK,
-    MANIFEST,
-    POOLED,
-    SPOOL,
-    TEMPORARY,
     Commit,
     decode_commit,
     encode_manifest,
-    part_number,
     read_log,
     read_manifest,
     reading,
     sync_names,
     write_commits,
     writing,
+)
+from packvit.corpus.folder.names import (
+    CURRENT,
+    DATA,
+    EXPORTS,
+    FIRST,
+    LOCK,
+    SPOOL,
+    TEMPORARY,
+    names_of,
+    part_number,
 )
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.rows import Row
@@ -62,6 +64,9 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Re
     with writing(folder):
         for name in own_files(folder) if overwrite else left_over(folder):
             (folder / name).unlink()
+        for name in (DATA, EXPORTS) if overwrite else ():
+            if (folder / name).is_dir():
+                (folder / name).rmdir()
         sync_names(folder)
     wanted: dict[str, Any] = json.loads(
         json.dumps(manifest)
@@ -77,8 +82,9 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Re
             "Give the same options to resume it, start over with `overwrite`, or choose another "
             "folder."
         )
-    with writing(folder / MANIFEST):
-        whole = (folder / MANIFEST).read_bytes() == encode_manifest(recorded)
+    path = folder / names_of(folder).manifest
+    with writing(path):
+        whole = path.read_bytes() == encode_manifest(recorded)
     kept, notes = keep(folder, wanted["inputs"], wanted["rows_per_part"])
     if not whole:  # it describes this job, but other entries are damaged
         made = {name: recorded.get(name) for name in ("certificate_sha256", "exports")}
@@ -137,7 +143,9 @@ def keep(folder: Path, inputs: int, rows_per_part: int) -> tuple[dict[int, Commi
         rows = 0 if number is None else min(rows_per_part, inputs - number * rows_per_part)
         if entry is None or number is None or number in kept or entry.rows != rows:
             if line.endswith(b"\n"):
-                notes.append(f"A line of {COMMITS} is damaged; its part is embedded again.")
+                notes.append(
+                    f"A line of {names_of(folder).commits} is damaged; its part is embedded again."
+                )
             continue
         with writing(folder / entry.part):
             fault = find_fault(folder, entry)
@@ -181,23 +189,35 @@ def read_rows(folder: Path, entry: Commit) -> list[Row]:
 def is_ours(folder: Path) -> bool:
     """Return whether packvit wrote the manifest in `folder`, even if it was damaged since."""
     try:
-        return b'"packvit features ' in (folder / MANIFEST).read_bytes()
+        return b'"packvit features ' in (folder / names_of(folder).manifest).read_bytes()
     except OSError:
         return False
 
 
 def own_files(folder: Path) -> tuple[str, ...]:
-    """Return the files in `folder` that have names of ours, except the lock; manifest last."""
-    fixed = (POOLED, IDS, COMMITS, CERTIFICATE, MANIFEST)
-    with os.scandir(folder) as entries:
-        files = [e.name for e in entries if e.is_file(follow_symlinks=False)]
-    parts = sorted(n for n in files if part_number(n) is not None)
-    return (*left_over(folder), *parts, *(name for name in fixed if name in files))
+    """Return the files in `folder` that have names of ours, except the lock; manifests last."""
+    files = {name for below in ("", DATA, EXPORTS) for name in files_in(folder, below)}
+    parts = sorted(name for name in files if part_number(name) is not None)
+    fixed = (name for names in (FIRST, CURRENT) for name in names.fixed if name in files)
+    return (*left_over(folder), *parts, *sorted(fixed, key=is_manifest))
+
+
+def is_manifest(name: str) -> bool:
+    """Return whether this is the manifest of any format."""
+    return name in (FIRST.manifest, CURRENT.manifest)
+
+
+def files_in(folder: Path, below: str) -> list[str]:
+    """Return the paths of the files in `folder / below`, none if that is a link or no folder."""
+    if below and ((folder / below).is_symlink() or not (folder / below).is_dir()):
+        return []
+    with os.scandir(folder / below) as entries:
+        return [below + e.name for e in entries if e.is_file(follow_symlinks=False)]
 
 
 def left_over(folder: Path) -> tuple[str, ...]:
     """Return the temporary files that a killed job left in `folder`."""
-    ours = (COMMITS, CERTIFICATE, MANIFEST, POOLED, IDS, SPOOL)
+    ours = {SPOOL, *(os.path.basename(n) for names in (FIRST, CURRENT) for n in names.fixed)}
     found = [(name, TEMPORARY.fullmatch(name)) for name in os.listdir(folder)]
     return tuple(
         sorted(
@@ -224,14 +244,14 @@ def check_usable(folder: Path, *, overwrite: bool = False) -> None:
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder. Choose another one for the features.")
     with writing(folder):
-        held = sorted(set(os.listdir(folder)) - {LOCK, *left_over(folder)})
+        held = sorted(set(list_all(folder)) - {LOCK, *left_over(folder)})
         foreign = sorted(set(held) - set(own_files(folder)))
     if not held:
         return
     if not is_ours(folder):
         raise UsageError(
             f"{folder} is not empty: it holds {held[0]} and {len(held) - 1} other files, and no "
-            f"{MANIFEST} of packvit. Choose a new or an empty folder."
+            f"{CURRENT.manifest} of packvit. Choose a new or an empty folder."
         )
     if overwrite and foreign:
         raise UsageError(
@@ -240,7 +260,19 @@ def check_usable(folder: Path, *, overwrite: bool = False) -> None:
         )
     if not overwrite and read_manifest(folder) is None:
         raise UsageError(
-            f"{folder / MANIFEST} is damaged, so this job cannot be compared with the one that the "
-            "folder holds. Restore a copy of it, start over with `overwrite`, or choose another "
-            "folder."
+            f"{folder / names_of(folder).manifest} is damaged, so this job cannot be compared with "
+            "the one that the folder holds. Restore a copy of it, start over with `overwrite`, or "
+            "choose another folder."
         )
+
+
+def list_all(folder: Path) -> list[str]:
+    """Return everything in `folder`, and instead of our folders in it what they hold."""
+    found = []
+    for name in os.listdir(folder):
+        path = folder / name
+        if f"{name}/" in (DATA, EXPORTS) and path.is_dir() and not path.is_symlink():
+            found += [f"{name}/{below}" for below in os.listdir(path)]
+        else:
+            found.append(name)
+    return found

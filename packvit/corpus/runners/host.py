@@ -24,7 +24,8 @@ from packvit.corpus import EmbedderError
 from packvit.corpus.encode.context import make_context
 from packvit.corpus.encode.filling import Part, Shard
 from packvit.corpus.encode.shard import embed_shards
-from packvit.corpus.folder.layout import Commit, part_name
+from packvit.corpus.folder.layout import Commit
+from packvit.corpus.folder.names import part_name
 from packvit.corpus.folder.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
@@ -55,7 +56,7 @@ def run_processes(job: Job, devices: Sequence[str], work: Work) -> Generator[Com
     torch.cuda.empty_cache()  # frees what loading the encoder here took; does nothing without CUDA
     pool = Pool(job, devices[: max(1, work.count)])
     try:
-        yield from enter_all(pool.run(work.shards), work)
+        yield from enter_all(pool.run(work.shards, work.count), work)
     finally:
         pool.close()
         remove_left_over(work.folder)
@@ -68,14 +69,16 @@ class Pool:
         self.job = replace(job, embedders=len(devices))
         self.devices = devices
         self.threads = max(1, torch.get_num_threads() // len(devices))
+        self.unsent = 0  # shards that no embedder was sent yet
         self.embedders: dict[Connection, Embedder] = {}
         self.returned: deque[Shard] = deque()  # by embedders that died
         self.drained = False  # every shard was sent at least once
         self.losses: Counter[int | None] = Counter()  # by shard; None before the first shard
 
-    def run(self, shards: Iterable[Shard]) -> Iterator[Finished]:
-        """Yield all shards in order, each when its part is staged."""
+    def run(self, shards: Iterable[Shard], count: int) -> Iterator[Finished]:
+        """Yield all `count` shards in order, each when its part is staged."""
         source, order = iter(shards), Sequencer()
+        self.unsent = count
         for slot in range(len(self.devices)):
             self.start(slot)
         while True:
@@ -89,7 +92,7 @@ class Pool:
 
     def hand_out(self, source: Iterator[Shard], order: Sequencer) -> None:
         """Send shards to embedders that can take one, those with the fewest first."""
-        while free := [e for e in self.embedders.values() if e.ready and len(e.shards) < IN_HAND]:
+        while free := self.free():
             if self.returned:
                 shard = self.returned.popleft()
             elif self.drained or len(order.numbers) >= AHEAD * len(self.devices):
@@ -99,10 +102,21 @@ class Pool:
                 if shard is None:
                     self.drained = True
                     return
+                self.unsent -= 1
                 order.expect(shard.number)
             embedder = min(free, key=lambda embedder: len(embedder.shards))
             embedder.shards.append(shard)
             self.send(embedder, shard)
+
+    def free(self) -> list[Embedder]:
+        """Return the embedders that can take a shard.
+
+        One that has a shard already gets another only if some are left for those that have none,
+        even if they still load the model: the few shards of a small job go to all of them.
+        """
+        idle = sum(not embedder.shards for embedder in self.embedders.values())
+        hand = IN_HAND if self.unsent + len(self.returned) > idle else 1
+        return [e for e in self.embedders.values() if e.ready and len(e.shards) < hand]
 
     def start(self, slot: int) -> None:
         """Start the process of a slot; it reports when the encoder is loaded."""
