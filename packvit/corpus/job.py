@@ -30,6 +30,7 @@ from packvit.corpus.folder.layout import (
 )
 from packvit.corpus.folder.names import CURRENT, names_of
 from packvit.corpus.folder.parts import DtypeOut
+from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
@@ -164,6 +165,7 @@ def embed(
         image_column=image_column,
         known=recorded.get("inputs_sha256"),
     )
+    notes = take_over(folder, recorded, listing)
     if model is None and len(listing) > TRIAL_INPUTS:
         raise UsageError(
             f"{len(listing)} inputs were found, but without a chosen model at most "
@@ -193,7 +195,9 @@ def embed(
         del encoder, context  # only a runner in this process keeps them; the others need the memory
         tally = Tally(len(listing), progress, options.token_budget)
         with claim(folder):
-            found = take_up(folder, manifest, overwrite=overwrite)
+            differ = describe(listing.gone)
+            found = take_up(folder, manifest, overwrite=overwrite, inputs=differ)
+            found = replace(found, notes=(*notes, *found.notes))
             return run(runner, listing, folder, found, certificate, format, tally)
 
 
@@ -283,6 +287,7 @@ def run(
     parts = -(-len(listing) // size)
     todo = parts - len(found.kept)
     if todo:
+        write_inputs(folder, listing)
         put(folder / names.manifest, encode_manifest(manifest))
     for _, entry in sorted(found.kept.items()):
         tally.count(read_rows(folder, entry))
@@ -309,6 +314,7 @@ def run(
         width, recorded = manifest["config"]["width"], manifest.get("exports") or {}
         manifest |= {"exports": export(folder, names, parts, counts["rows"], width, recorded)}
     put(folder / names.manifest, encode_manifest(manifest | {"complete": True, "counts": counts}))
+    remove_inputs(folder)
     return Summary(
         folder=str(folder),
         model=str(manifest["model"]),

@@ -17,7 +17,9 @@ from features import contents
 from rotten import write_good
 
 from packvit.corpus import UsageError
+from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.layout import CHECKSUM, claim, read_commits, read_manifest
+from packvit.corpus.folder.parts import read_part
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress
 from packvit.encoder import Encoder
@@ -274,9 +276,10 @@ def test_another_job_is_refused_with_every_difference_and_nothing_is_touched(
     ]
     with pytest.raises(UsageError) as refused:
         embed(photos / "000.jpg", out=out, model=encoder, tokens=True)
-    first, second = str(refused.value).splitlines()[1:-1]
+    first, second, third = str(refused.value).splitlines()[1:-1]
     assert first.startswith("  inputs_sha256: ")
     assert second == f"  inputs: {INPUTS} -> 1"
+    assert third.startswith('  inputs left out though there: "000.jpg", "001.jpg", "002.jpg" and ')
     assert (states(out), contents(out)) == before
 
 
@@ -321,3 +324,80 @@ def test_a_file_of_anothers_in_a_job_s_folder_is_let_be(
     (out / "data/part-00003.parquet").unlink()
     resume(photos, out, encoder)
     assert contents(out) == contents(undisturbed) | {"notes.txt": b"mine"}
+
+
+def interrupt(photos: Path, out: Path, encoder: Encoder) -> None:
+    """Stop a job after its second part."""
+
+    def stop(progress: Progress) -> None:
+        if progress.committed >= 128:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(photos, out=out, model=encoder, rows_per_part=64, progress=stop)
+
+
+@pytest.fixture
+def halfway(tmp_path: Path, photos: Path, encoder: Encoder) -> tuple[Path, Path]:
+    """Photographs and the folder of an interrupted job of theirs."""
+    copies, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(photos, copies, copy_function=os.link)
+    interrupt(copies, out, encoder)
+    return copies, out
+
+
+def statuses(out: Path) -> dict[str, str]:
+    tables = [read_part(out / entry.part, ["id", "status"]) for entry in read_commits(out)]
+    return {row["id"]: row["status"] for table in tables for row in table.to_pylist()}
+
+
+def test_an_input_that_is_removed_before_the_job_resumes_is_a_row(
+    halfway: tuple[Path, Path], encoder: Encoder
+):
+    """V10"""
+    photos, out = halfway
+    assert (out / "_inputs.jsonl.gz").is_file()
+    kept = {name: data for name, data in contents(out).items() if name.startswith("data/")}
+    (photos / "010.jpg").unlink()  # in a part that is there
+    (photos / "380.jpg").unlink()
+    said: list[Progress] = []
+    done = embed(photos, out=out, model=encoder, progress=said.append)
+    assert said[0].notes[0] == '2 inputs of this job are no longer there: "010.jpg", "380.jpg".'
+    assert (done.rows, done.errors) == (INPUTS, {"unidentified": 3, "missing": 1})
+    assert statuses(out)["380.jpg"] == "missing"
+    assert statuses(out)["010.jpg"] == "ok"
+    assert {name: contents(out)[name] for name in kept} == kept
+    assert not (out / "_inputs.jsonl.gz").exists()
+    assert not check_folder(out).faults
+    again = contents(out)
+    with pytest.raises(UsageError, match=r'left out though there: "010\.jpg"'):
+        embed(photos, out=out, model=encoder)  # its row has features: what should become of them?
+    assert contents(out) == again
+
+
+def test_a_finished_job_with_rows_of_missing_inputs_is_finished(
+    halfway: tuple[Path, Path], encoder: Encoder
+):
+    """V10"""
+    photos, out = halfway
+    (photos / "380.jpg").unlink()
+    embed(photos, out=out, model=encoder)
+    before = contents(out)
+    assert embed(photos, out=out, model=encoder).errors["missing"] == 1
+    assert contents(out) == before
+
+
+def test_which_inputs_hinder_a_job_is_said(halfway: tuple[Path, Path], encoder: Encoder):
+    """V10"""
+    photos, out = halfway
+    before = contents(out)
+    (photos / "380.jpg").unlink()
+    (photos / "new.jpg").write_bytes(b"")
+    with pytest.raises(UsageError, match=r'inputs no longer there: "380\.jpg"; new: "new\.jpg"'):
+        embed(photos, out=out, model=encoder)
+    (photos / "new.jpg").unlink()
+    listed = photos.with_name("list.txt")
+    listed.write_text("\n".join(str(photos / f"{n:03}.jpg") for n in range(200)))
+    with pytest.raises(UsageError, match=r"left out though there: .*396 more; new: "):
+        embed(lists=[listed], out=out, model=encoder)
+    assert contents(out) == before

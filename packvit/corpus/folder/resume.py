@@ -51,11 +51,13 @@ class Resumed:
     notes: tuple[str, ...] = ()
 
 
-def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Resumed:
+def take_up(
+    folder: Path, manifest: Mapping[str, Any], *, overwrite: bool, inputs: str | None = None
+) -> Resumed:
     """Return what `folder`, which this process has locked, holds of the job of `manifest`.
 
     Temporary files of a killed job are removed, and the log is reduced to the kept parts.
-    `overwrite` removes everything that packvit wrote.
+    `overwrite` removes everything that packvit wrote. `inputs` says how they differ, if they do.
 
     Raises: UsageError with the differences if the folder holds another job, or if it holds
     anything else; WriteError.
@@ -76,6 +78,7 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Re
         return Resumed(wanted, {})
     differences = compare(recorded, wanted)
     if differences:
+        differences += [f"inputs {inputs}"] if inputs else []
         lines = "\n".join(f"  {difference}" for difference in differences)
         raise UsageError(
             f"{folder} holds the features of another job. What differs, its -> yours:\n{lines}\n"
