@@ -60,6 +60,7 @@ def in_options(message: str, command: click.Command) -> str:
         if isinstance(parameter, click.Option) and parameter.name:
             long = next((name for name in parameter.opts if name.startswith("--")), "")
             options[parameter.name.rstrip("_")] = long
+            options[long.removeprefix("--").replace("-", "_")] = long
 
     def assigned(found: re.Match[str]) -> str:
         option = options.get(found[1])

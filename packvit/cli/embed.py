@@ -29,9 +29,25 @@ EMBEDDED = (
 LOUD = ("asyncio", "gcsfs")
 COUNT = click.IntRange(min=1)
 DONE_WITH_ERRORS = 3
+ALL = "all"  # error codes
 
 
-@click.command(cls=Command, context_settings={"show_default": True})
+class EmbedCommand(Command):
+    """A command whose --retry-errors takes codes only: what else follows it is a photograph."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options."""
+        from packvit.images.decode import CODES
+
+        said = []
+        for word, following in zip(args, [*args[1:], ""], strict=True):
+            codes = following.split(",")
+            alone = word == "--retry-errors" and not any(code in {ALL, *CODES} for code in codes)
+            said.append(f"{word}={ALL}" if alone else word)
+        return super().parse_args(ctx, said)
+
+
+@click.command(cls=EmbedCommand, context_settings={"show_default": True})
 @click.argument("photos", nargs=-1)
 @click.option(
     "--list",
@@ -157,6 +173,15 @@ DONE_WITH_ERRORS = 3
     is_flag=True,
     help="Start over: remove the features that the folder holds, of this job or another.",
 )
+@click.option(
+    "--retry-errors",
+    "retry",
+    is_flag=False,
+    flag_value=ALL,
+    metavar="[CODES]",
+    help="Do the rows again that are errors, of all codes or of those named (timeout,unreadable); "
+    "all other rows are kept.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.pass_context
 def embed(
@@ -189,6 +214,7 @@ def embed(
     ray: str | None,
     verify: bool,
     overwrite: bool,
+    retry: str | None,
     as_json: bool,
 ) -> None:
     """Write the features of PHOTOS to a feature folder.
@@ -258,6 +284,7 @@ def embed(
                 ray=ray,
                 verify=verify,
                 overwrite=overwrite,
+                retry_errors=retry is not None if retry in (None, ALL) else retry.split(","),
                 progress=meter.tell,
             )
         except UsageError as error:

@@ -6,9 +6,9 @@ does not hold yet. Every input ends as one row, and committed parts stay whole h
 
 import hashlib
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from packvit.corpus.encode.context import make_context
 from packvit.corpus.encode.filling import Shard
 from packvit.corpus.folder.exports import Format, check_format, export
 from packvit.corpus.folder.layout import (
+    Commit,
     claim,
     encode_certificate,
     encode_manifest,
@@ -28,13 +29,14 @@ from packvit.corpus.folder.layout import (
     read_manifest,
     write_whole,
 )
-from packvit.corpus.folder.names import CURRENT, names_of
+from packvit.corpus.folder.names import CURRENT, names_of, part_number
 from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing
+from packvit.corpus.inputs.retries import BOUND
 from packvit.corpus.progress import Summary, Tally, Tell
 from packvit.corpus.runners import choose_runner
 from packvit.corpus.runners.embedder import Job
@@ -52,7 +54,7 @@ from packvit.corpus.settings import (
 from packvit.encoder import Encoder, GridPolicy
 from packvit.fast.graphs import free_memory
 from packvit.gpu.nvjpeg import ask_for_queues
-from packvit.images.decode import MAX_PIXELS
+from packvit.images.decode import CODES, MAX_PIXELS
 from packvit.images.resize import Resize
 from packvit.verification.verify import vouch
 
@@ -91,12 +93,14 @@ def embed(
     ray: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
+    retry_errors: bool | Sequence[str] = False,
     progress: Tell | None = None,
 ) -> Summary:
     """Embed photographs into the feature folder `out`: one row for every input.
 
     If `out` holds a part of the same job, the job resumes after it; if it holds all of it, no image
-    is read. `overwrite` removes what packvit wrote there and starts over.
+    is read. `overwrite` removes what packvit wrote there and starts over. `retry_errors` does the
+    rows anew that are errors, of all codes or of those named, and keeps all others.
 
     `photos` are folders, which are walked, files, patterns, tar and Parquet files of images, and
     URLs of these; `lists` are files of paths. A list that is a table has its paths in `column`; a
@@ -144,6 +148,7 @@ def embed(
         options = replace(options, rows_per_part=rows_per_part)
     check_options(options)
     check_format(format)
+    codes = choose_codes(retry_errors)
     if decode == "gpu":
         ask_for_queues()
     if processes is not None and processes < 1:
@@ -198,7 +203,8 @@ def embed(
             differ = describe(listing.gone)
             found = take_up(folder, manifest, overwrite=overwrite, inputs=differ)
             found = replace(found, notes=(*notes, *found.notes))
-            return run(runner, listing, folder, found, certificate, format, tally)
+            again = find_errors(folder, found.kept, codes)
+            return run(runner, listing, folder, found, again, certificate, format, tally)
 
 
 def choose_encoder(
@@ -261,6 +267,7 @@ def draft(
         **settings,
         "inputs": len(listing),
         "ignored": listing.ignored,
+        "retries": asdict(BOUND),
         "certificate_sha256": None,
         "exports": {},
         "counts": None,
@@ -272,11 +279,15 @@ def run(
     listing: Listing,
     folder: Path,
     found: Resumed,
+    again: Mapping[int, tuple[int, ...]],
     certificate: Mapping[str, Any] | None,
     format: Format,
     tally: Tally,
 ) -> Summary:
-    """Run all shards that the locked folder does not hold, and commit them in order."""
+    """Run all shards that the locked folder does not hold, and commit them in order.
+
+    `again` are the rows to be done anew, by the number of their part.
+    """
     names = names_of(folder)
     manifest = found.manifest | {"complete": False, "counts": None}
     if certificate is not None:
@@ -285,21 +296,31 @@ def run(
         manifest |= {"certificate_sha256": hashlib.sha256(data).hexdigest()}
     size = manifest["rows_per_part"]
     parts = -(-len(listing) // size)
-    todo = parts - len(found.kept)
+    todo = parts - len(found.kept) + len(again)
+    exports = manifest.get("exports") or {}
+    if again:  # which they no longer match
+        manifest |= {"exports": {}}
+        format = "npy" if exports else format
+        exports = {}
     if todo:
         write_inputs(folder, listing)
         put(folder / names.manifest, encode_manifest(manifest))
-    for _, entry in sorted(found.kept.items()):
-        tally.count(read_rows(folder, entry))
+    for number, entry in sorted(found.kept.items()):
+        rows = read_rows(folder, entry)
+        undone = again.get(number, ())
+        tally.count([row for place, row in enumerate(rows) if place not in undone])
     kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
     tally.begin(found.notes)
     halved, last = 0, max(found.kept, default=-1)
-    work = Work(shards(listing, size, found.kept), todo, folder, last, tally.settle, tally.effort)
+    inputs = shards(listing, size, folder, found.kept, again)
+    work = Work(inputs, todo, folder, last, tally.settle, tally.effort)
     if todo:
         with closing(runner(work)) as entries:
             for entry in entries:
                 halved += entry.halved
-                tally.update(committed=tally.progress.committed + entry.rows)
+                undone = again.get(part_number(entry.part) or 0)
+                rows = entry.rows if undone is None else len(undone)
+                tally.update(committed=tally.progress.committed + rows)
     seconds = tally.seconds
     counts = {
         "rows": len(listing),
@@ -311,8 +332,8 @@ def run(
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     if format == "npy":
         parts = [names.part(number) for number in range(counts["parts"])]
-        width, recorded = manifest["config"]["width"], manifest.get("exports") or {}
-        manifest |= {"exports": export(folder, names, parts, counts["rows"], width, recorded)}
+        width = manifest["config"]["width"]
+        manifest |= {"exports": export(folder, names, parts, counts["rows"], width, exports)}
     put(folder / names.manifest, encode_manifest(manifest | {"complete": True, "counts": counts}))
     remove_inputs(folder)
     return Summary(
@@ -340,11 +361,47 @@ def put(path: Path, data: bytes) -> None:
         write_whole(path, data)
 
 
-def shards(listing: Listing, size: int, kept: Container[int]) -> Iterator[Shard]:
-    """Yield the inputs in order, `size` at a time, skipping the parts that are kept."""
+def shards(
+    listing: Listing,
+    size: int,
+    folder: Path,
+    kept: Mapping[int, Commit],
+    again: Mapping[int, tuple[int, ...]],
+) -> Iterator[Shard]:
+    """Yield the inputs in order, `size` at a time; of parts that are kept, those to do again."""
     for number in range(-(-len(listing) // size)):
+        inputs = listing.between(number * size, (number + 1) * size)
         if number not in kept:
-            yield Shard(number, tuple(listing.between(number * size, (number + 1) * size)))
+            yield Shard(number, tuple(inputs))
+        elif places := again.get(number):
+            wanted = set(places)
+            chosen = (source for place, source in enumerate(inputs) if place in wanted)
+            yield Shard(number, tuple(chosen), folder / kept[number].part, places)
+
+
+def choose_codes(retry: bool | Sequence[str]) -> frozenset[str]:
+    """Return the error codes whose rows are done again.
+
+    Raises: UsageError for a code that rows do not have.
+    """
+    if isinstance(retry, bool):
+        return frozenset(CODES) if retry else frozenset()
+    named = (retry,) if isinstance(retry, str) else tuple(retry)
+    if unknown := [code for code in named if code not in CODES]:
+        raise UsageError(f'retry_errors names "{unknown[0]}". Choose of: {", ".join(CODES)}.')
+    return frozenset(named)
+
+
+def find_errors(
+    folder: Path, kept: Mapping[int, Commit], codes: frozenset[str]
+) -> dict[int, tuple[int, ...]]:
+    """Return the places of the rows with such codes, by the number of their part."""
+    found = {}
+    for number, entry in kept.items() if codes else ():
+        rows = read_rows(folder, entry) if entry.errors else ()
+        if places := tuple(place for place, row in enumerate(rows) if row.status in codes):
+            found[number] = places
+    return found
 
 
 def fair_workers(processes: int | None) -> int:

@@ -12,13 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from features import contents
 from rotten import write_good
 
 from packvit.corpus import UsageError
 from packvit.corpus.folder.checking import check_folder
-from packvit.corpus.folder.layout import CHECKSUM, claim, read_commits, read_manifest
+from packvit.corpus.folder.layout import (
+    CHECKSUM,
+    claim,
+    read_commits,
+    read_manifest,
+    stage,
+    write_commits,
+)
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress
@@ -326,7 +334,7 @@ def test_a_file_of_anothers_in_a_job_s_folder_is_let_be(
     assert contents(out) == contents(undisturbed) | {"notes.txt": b"mine"}
 
 
-def interrupt(photos: Path, out: Path, encoder: Encoder) -> None:
+def interrupt_second(photos: Path, out: Path, encoder: Encoder) -> None:
     """Stop a job after its second part."""
 
     def stop(progress: Progress) -> None:
@@ -342,7 +350,7 @@ def halfway(tmp_path: Path, photos: Path, encoder: Encoder) -> tuple[Path, Path]
     """Photographs and the folder of an interrupted job of theirs."""
     copies, out = tmp_path / "photos", tmp_path / "out"
     shutil.copytree(photos, copies, copy_function=os.link)
-    interrupt(copies, out, encoder)
+    interrupt_second(copies, out, encoder)
     return copies, out
 
 
@@ -401,3 +409,77 @@ def test_which_inputs_hinder_a_job_is_said(halfway: tuple[Path, Path], encoder: 
     with pytest.raises(UsageError, match=r"left out though there: .*396 more; new: "):
         embed(lists=[listed], out=out, model=encoder)
     assert contents(out) == before
+
+
+def test_rows_that_are_errors_are_done_again_and_no_others(
+    tmp_path: Path, photos: Path, encoder: Encoder
+):
+    """S3, and point 6 of issue 16"""
+    copies, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(photos, copies, copy_function=os.link)
+    (copies / "050.jpg").unlink()
+    (copies / "050.jpg").symlink_to("nowhere")
+    common: dict[str, Any] = {
+        "out": out,
+        "model": encoder,
+        "rows_per_part": 64,
+        "tokens": True,
+        "format": "npy",
+    }
+    first = embed(copies, **common)
+    assert first.errors == {"unidentified": 3, "missing": 1}
+    before = contents(out)
+    for name in ("050.jpg", "100a.jpg", "200a.jpg"):
+        (copies / name).unlink()
+        os.link(photos / "000.jpg", copies / name)
+    with pytest.raises(UsageError, match='retry_errors names "missed"'):
+        embed(copies, **common, retry_errors=["missed"])
+    assert embed(copies, **common, retry_errors=["missing"]).errors == {"unidentified": 3}
+    changed = {name for name, data in contents(out).items() if data != before[name]}
+    assert changed == {
+        "data/part-00000.parquet", "_commits.jsonl", "_manifest.json",
+        "_exports/pooled.npy", "_exports/ids.jsonl",
+    }  # fmt: skip
+    last = embed(copies, **common, retry_errors=True)
+    assert (last.ok, last.errors) == (INPUTS - 1, {"unidentified": 1})
+    assert not check_folder(out).faults
+    fresh = embed(copies, **common | {"out": tmp_path / "fresh"})
+    assert fresh.errors == last.errors
+    for mine, right in zip(read_commits(out), read_commits(tmp_path / "fresh"), strict=True):
+        ours, theirs = read_part(out / mine.part), read_part(tmp_path / "fresh" / right.part)
+        assert ours.schema == theirs.schema
+        assert ours.drop(["pooled", "tokens"]) == theirs.drop(["pooled", "tokens"])
+        for one, other in zip(ours["pooled"], theirs["pooled"], strict=True):
+            assert one.as_py() == pytest.approx(other.as_py(), abs=1e-4) or not one.is_valid
+    same = contents(out)
+    embed(copies, **common, retry_errors=["timeout"])
+    assert contents(out) == same
+
+
+def test_an_unfinished_job_does_its_errors_again_too(halfway: tuple[Path, Path], encoder: Encoder):
+    """Point 6 of issue 16"""
+    photos, out = halfway
+    entry = read_commits(out)[1]
+    assert "unidentified" in statuses(out).values()
+    for name in ("100a.jpg", "200a.jpg", "300a.jpg"):
+        (photos / name).unlink()
+        os.link(photos / "000.jpg", photos / name)
+    done = embed(photos, out=out, model=encoder, retry_errors=True)
+    assert (done.ok, done.errors) == (INPUTS, {})
+    assert read_commits(out)[1] != entry
+    assert not check_folder(out).faults
+
+
+def test_a_part_that_was_replaced_in_the_log_alone_is_renamed(
+    tmp_path: Path, undisturbed: Path, photos: Path, encoder: Encoder
+):
+    """A kill between the log and the rename loses no row, though inputs may be gone."""
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    table = read_part(out / "data/part-00001.parquet")
+    renamed = table.set_column(3, "note", pa.array(["again"] * len(table)))
+    staged = stage(out, 1, renamed)
+    others = [entry for entry in read_commits(out) if entry.part != staged.entry.part]
+    write_commits(out, [*others, staged.entry])
+    embed(photos, out=out, model=encoder, tokens=True)
+    assert read_part(out / "data/part-00001.parquet")["note"].to_pylist() == ["again"] * len(table)
+    assert not check_folder(out).faults

@@ -34,7 +34,17 @@ MANIFEST_MEND = (
     "over with --overwrite."
 )
 BUG = "The bytes match the log, so packvit wrote them so: start over with --overwrite."
-BESIDE = ("format", "complete", "fingerprint", "model", "inputs", "ignored", "counts", "exports")
+BESIDE = (
+    "format",
+    "complete",
+    "fingerprint",
+    "model",
+    "inputs",
+    "ignored",
+    "counts",
+    "exports",
+    "retries",
+)
 
 
 @dataclass(frozen=True, slots=True)

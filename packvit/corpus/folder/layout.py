@@ -94,13 +94,16 @@ def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
     Raises: WriteError if it cannot be written.
     """
     part = folder / staged.entry.part
+    before = read_commits(folder) if mends else ()
+    if any(entry.part == staged.entry.part for entry in before):
+        return replace_part(folder, staged, before)
     try:
         with writing(part):
             make_folder(part.parent)
             os.replace(folder / staged.file, part)
             sync_names(part.parent)
         if mends:
-            write_commits(folder, [*read_commits(folder), staged.entry])
+            write_commits(folder, [*before, staged.entry])
         else:
             append_line(folder / names_of(folder).commits, encode_commit(staged.entry))
     except WriteError:
@@ -108,6 +111,27 @@ def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
             with suppress(OSError):  # for example a folder of that name
                 path.unlink()
         raise
+    return staged.entry
+
+
+def replace_part(folder: Path, staged: Staged, before: Sequence[Commit]) -> Commit:
+    """Put a staged part in the place of one that the log lists; on failure leave the old one.
+
+    The log comes first: if it names a part that is staged alone, `finish_replacements` renames it.
+
+    Raises: WriteError if it cannot be written.
+    """
+    part, temporary = folder / staged.entry.part, folder / staged.file
+    others = [entry for entry in before if entry.part != staged.entry.part]
+    try:
+        write_commits(folder, [*others, staged.entry])
+    except WriteError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    with writing(part):
+        os.replace(temporary, part)
+        sync_names(part.parent)
     return staged.entry
 
 

@@ -17,6 +17,7 @@ from packvit.corpus.folder.layout import (
     Commit,
     decode_commit,
     encode_manifest,
+    read_commits,
     read_log,
     read_manifest,
     reading,
@@ -39,7 +40,7 @@ from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.rows import Row
 
 # Entries of a manifest that may differ without making it another job.
-BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256", "exports")
+BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256", "exports", "retries")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ def take_up(
     anything else; WriteError.
     """
     check_usable(folder, overwrite=overwrite)
+    if not overwrite:
+        finish_replacements(folder)
     with writing(folder):
         for name in own_files(folder) if overwrite else left_over(folder):
             (folder / name).unlink()
@@ -93,6 +96,20 @@ def take_up(
         made = {name: recorded.get(name) for name in ("certificate_sha256", "exports")}
         recorded = {**wanted, **made}
     return Resumed(recorded, kept, tuple(notes))
+
+
+def finish_replacements(folder: Path) -> None:
+    """Rename the parts that a killed job had entered in the log in the place of others."""
+    logged = {os.path.basename(entry.part): entry for entry in read_commits(folder)}
+    for name in left_over(folder):
+        parsed = TEMPORARY.fullmatch(name)
+        entry = logged.get(parsed[1]) if parsed else None
+        if entry is None or find_damage(folder / name, entry.bytes, entry.sha256):
+            continue
+        with writing(folder / entry.part):
+            if find_fault(folder, entry):
+                os.replace(folder / name, folder / entry.part)
+                sync_names((folder / entry.part).parent)
 
 
 def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:

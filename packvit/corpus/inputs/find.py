@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from packvit.corpus import UsageError
 from packvit.corpus.inputs import patterns as globs
@@ -23,8 +24,9 @@ from packvit.corpus.inputs.addresses import (
 from packvit.corpus.inputs.archives import list_parquet
 from packvit.corpus.inputs.listing import Listing, readable, spooling
 from packvit.corpus.inputs.lists import looks_like_list, read_list
+from packvit.corpus.inputs.retries import find_status, persist
 from packvit.corpus.inputs.sources import Input as Input
-from packvit.corpus.inputs.sources import find_kind, find_status, find_url, unreadable
+from packvit.corpus.inputs.sources import find_kind, find_url, unreadable
 from packvit.corpus.inputs.tars import list_tar
 from packvit.images.decode import ImageError, find_file
 
@@ -420,9 +422,14 @@ def read_folder(folder: bytes) -> Iterator[Entry]:
 
 def read_url_folder(folder: bytes, chain: bytes) -> Iterator[Entry]:
     """Yield the entries of a folder at a URL, whose last links are `chain`."""
-    with unreadable():
-        files, place = find_url(os.fsdecode(folder + chain))
-        found = files.ls(place, detail=True)
+    url = os.fsdecode(folder + chain)
+
+    def read() -> tuple[list[dict[str, Any]], str]:
+        with unreadable():
+            files, place = find_url(url, pages=True)
+            return files.ls(place, detail=True), place
+
+    found, place = persist(read)
     for item in found:
         name = os.fsencode(item["name"].rstrip("/").rpartition("/")[2])
         itself = item["name"].rstrip("/") == place.rstrip("/") or name in (b".", b"..")
