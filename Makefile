@@ -20,8 +20,9 @@ demo: install
 	$(BIN)/python -m demo.look demo-features
 	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --layer 4 --out demo-features.png
 
-# The pictures in README and the docs, by the model in the package as it is now.
+# The pictures in README and the docs: the recorded speeds, and the model in the package as it is now.
 pictures: install
+	$(BIN)/python -m demo.chart docs/pictures/speed.png
 	$(BIN)/python -m demo.picture docs/pictures/pack.png
 	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --layer 4 --width 1000 --out docs/pictures/pca.webp
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import packvit
+from docs.sizes import families_table
 from packvit.bench import NATIVE
 from packvit.bench.table import as_markdown, native_table
 from packvit.cli import help_page
@@ -19,9 +20,9 @@ from packvit.verification import machine as support
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-HEADLINES = ("bench-aimv2-large", "bench-siglip2-so400m")  # in README too
 RECORDED = (  # regions of docs/benchmarks.md, each the newest run of one of `MACHINES`
-    *HEADLINES,
+    "bench-aimv2-large",
+    "bench-siglip2-so400m",
     "bench-aimv2-large-train",
     "bench-siglip2-so400m-train",
     "bench-aimv2-large-equal",
@@ -100,6 +101,31 @@ def native_page() -> str:
     return native_table(reports) if reports else "No run is recorded yet.\n"
 
 
+def speed_sentence() -> str:
+    """Return what README's chart shows and what it does not, with machines and days."""
+    ratios = []
+    for name in ("bench-aimv2-large", "bench-siglip2-so400m"):
+        for run in (name, f"{name}-train"):
+            report = newest(run)
+            assert report
+            [mixed] = (load for load in report["workloads"] if load["name"] == "mixed")
+            ratios.append(f"{mixed['headline']['times_faster'][1]:.2f}")
+    first = newest("bench-aimv2-large")
+    native = [report for name in NATIVE if (report := newest(f"native/{name}"))]
+    assert first
+    assert native
+    equal = sorted(report["workloads"][0]["headline"]["times_faster"][1] for report in native)
+    where = f"one {first['gpus']}, {first['date']}"
+    elsewhere = f"one {native[0]['gpus']}, {max(report['date'] for report in native)}"
+    return (
+        f"Inference on 52 images of mixed sizes (bf16, {where}) is {ratios[0]} times\n"
+        f"as fast as the best peer's with AIMv2-large and {ratios[2]} times with SigLIP2-so400m;\n"
+        f"a training step is {ratios[1]} and {ratios[3]} times as fast. Batches of one size gain\n"
+        f"less: {equal[0]:.2f} to {equal[-1]:.2f} times as fast as the best compiled peer, in "
+        f"{len(native)} models\n({elsewhere}).\n"
+    )
+
+
 def sizing_table() -> str:
     """Return what the measured rates mean for a billion images.
 
@@ -138,6 +164,33 @@ def sizing_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+RATE, STEADY = "images_per_second", "steady_images_per_second"
+FEEDING = (  # results of benchmarks/feeding.py, in our words
+    ("encoder", RATE, "the encoder on the same packs, patches on the device"),
+    ("encoder from the host", RATE, "the same, patches on the host"),
+    ("job, gpu", RATE, "the job, `--decode gpu`, from its first input to its last part"),
+    ("job, gpu", STEADY, "the same, between a fifth and nine tenths of its rows"),
+    ("job, pil", RATE, "the job, `--decode pil`"),
+)
+
+
+def feeding_table() -> str:
+    """Return how fast whole jobs are beside their encoder's own speed."""
+    fed = newest("feeding")
+    assert fed
+    found, load = fed["results"], fed["workload"]
+    lines = [
+        f"{load['model']} in {load['dtype']}, {load['patches_each']:.0f} patches an image, "
+        f"{load['workers']} workers, {fed['gpus']}, {fed['date']}.\n",
+        "| what | images/s | of the encoder's own speed |",
+        "|---|---|---|",
+    ]
+    for name, field, words in FEEDING:
+        rate = found[name][field]
+        lines.append(f"| {words} | {rate:,.0f} | {rate / found['encoder'][RATE]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def fill(page: str, name: str, content: str) -> str:
     """Return a page with what stands between its two marks called `name` replaced."""
     marks = rf"(<!-- {name}: [^>]* -->\n).*?(<!-- /{name} -->)"
@@ -151,19 +204,21 @@ def pages() -> dict[Path, str]:
     readme, embedding = ROOT / "README.md", ROOT / "docs" / "embedding.md"
     sizing = ROOT / "docs" / "sizing.md"
     measured = ROOT / "docs" / "benchmarks.md"
-    front = fill(readme.read_text(), "families", support.families_page())
+    models, decoding = ROOT / "docs" / "models.md", ROOT / "docs" / "gpu-decoding.md"
+    front = fill(readme.read_text(), "families", families_table())
+    front = fill(front, "speed", speed_sentence())
     figures = measured.read_text()
     figures = fill(figures, "native", native_page())
     for name in RECORDED:
         figures = fill(figures, name, recorded(name))
-        if name in HEADLINES:
-            front = fill(front, name, recorded(name))
     return {
         measured: figures,
         ROOT / "docs" / "checkpoints.md": support.checkpoints_page(),
         ROOT / "docs" / "cli.md": help_page(),
         ROOT / "docs" / "reference.md": reference_page(),
         readme: front,
+        models: fill(models.read_text(), "layouts", support.families_page()),
+        decoding: fill(decoding.read_text(), "feeding", feeding_table()),
         sizing: fill(sizing.read_text(), "sizing", sizing_table()),
         embedding: fill(embedding.read_text(), "codes", codes_table()),
     }

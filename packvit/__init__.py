@@ -10,6 +10,8 @@ from packvit import version
 
 if TYPE_CHECKING:
     from packvit.checkpoints.files import CheckpointError as CheckpointError
+    from packvit.corpus.folder.reader import FeatureFolder as FeatureFolder
+    from packvit.corpus.folder.reader import read as read
     from packvit.corpus.job import embed as embed
     from packvit.encoder import Encoder as Encoder
     from packvit.families.aimv2 import AIMv2Packing as AIMv2Packing
@@ -35,6 +37,7 @@ _HOMES = {
     "DINOv3ViTPacking": "packvit.families.dinov3",
     "Dinov2Packing": "packvit.families.dinov2",
     "Encoder": "packvit.encoder",
+    "FeatureFolder": "packvit.corpus.folder.reader",
     "Features": "packvit.packs.features",
     "ImageError": "packvit.images.decode",
     "Pack": "packvit.packs.features",
@@ -45,6 +48,7 @@ _HOMES = {
     "embed": "packvit.corpus.job",
     "load": "packvit.hub",
     "plan_packs": "packvit.packs.planning",
+    "read": "packvit.corpus.folder.reader",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll] # resolved on first use

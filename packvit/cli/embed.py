@@ -16,6 +16,7 @@ from packvit.cli.command import Command
 from packvit.cli.models import MODEL_HELP, explaining, full_name
 from packvit.cli.progress import Meter, duration, show_progress
 from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
+from packvit.corpus.inputs.listing import by_suffix
 from packvit.corpus.inputs.lists import PIPED, STDIN
 from packvit.corpus.progress import Summary
 
@@ -165,7 +166,7 @@ class EmbedCommand(Command):
 @click.option(
     "--verify",
     is_flag=True,
-    help="Compare the encoder with its reference first, and write certificate.json; a passing "
+    help="Compare the encoder with its reference first, and write _certificate.json; a passing "
     "certificate beside the checkpoint is used instead.",
 )
 @click.option(
@@ -342,6 +343,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
         },
         "kept": summary.kept_rows,
         "ignored": summary.ignored,
+        "passed_over": summary.passed_over,
         "tokens": summary.tokens,
         "seconds": summary.seconds,
         "images_per_second": summary.images_per_second,
@@ -364,7 +366,7 @@ def as_table(summary: Summary) -> str:
     if summary.kept_rows:
         rows.append(("kept", f"{summary.kept_rows:,}, written before"))
     if summary.ignored:
-        rows.append(("passed over", f"{summary.ignored:,} files of other kinds"))
+        rows.append(("passed over", printable(by_suffix(summary.passed_over))))
     rows += [
         ("tokens", f"{summary.tokens:,}"),
         *effort(summary),

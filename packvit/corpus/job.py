@@ -123,7 +123,7 @@ def embed(
     them on a Ray cluster instead: its address, "auto" for the one that this machine is part of, or
     "local" to start one here; `processes` None then uses the whole cluster. `verify` compares the
     encoder with its reference before anything is written, unless a certificate lies beside the
-    checkpoint, and writes certificate.json.
+    checkpoint, and writes _certificate.json.
 
     Units: `max_patches` and `token_budget` count patches, of an image and of a pack;
     `image_timeout` seconds.
@@ -351,6 +351,7 @@ def run(
         kept_tokens=kept_tokens,
         shares=tally.progress.shares,
         halved=halved,
+        passed_over=dict(listing.passed_over.most_common()),
         on_gpu=tally.effort.on_gpu if manifest["preprocessing"]["decode"] == "gpu" else None,
     )
 

@@ -38,9 +38,9 @@ def plan_steps(
 
     A step has one share for each process, or several, whose gradients are accumulated. A share
     holds at most `budget` tokens. The cost of an image is its tokens plus the cost of attention,
-    which grows with their square: an image of `even_at` tokens costs twice its tokens. Only the last
-    step can have fewer images than shares. A share without image then repeats the shortest image of
-    the step, since collectives need every process, and does not count.
+    which grows with their square: an image of `even_at` tokens costs twice its tokens. Only the
+    last step can have fewer images than shares. A share without image then repeats the shortest
+    image of the step, since collectives need every process, and does not count.
 
     Units: `lengths` and `budget` count tokens.
     Raises: ValueError for no images, or for one that no share could hold.

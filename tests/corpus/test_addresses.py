@@ -271,6 +271,6 @@ def test_results_are_written_to_local_folders_alone(out: str, here: Path):  # ca
         done = CliRunner().invoke(command, words)
         assert done.exit_code == 2
         assert f"{name} is {out}" in done.output
-        assert "local folders alone" in " ".join(done.output.split())
+        assert "local folders only" in " ".join(done.output.split())
         assert "Traceback" not in done.output
     assert sorted(here.rglob("*")) == before

@@ -164,7 +164,7 @@ def test_an_archive_without_photographs_or_compressed_is_wrong_use(tmp_path: Pat
         with pytest.raises(UsageError, match=rf"x\.tar holds no photographs, but {count} other"):
             list_inputs([str(path)])
     for name in ("x.tar.gz", "x.TGZ", "x.tar.zst"):
-        with pytest.raises(UsageError, match=r"is compressed, .* Unpack it to a \.tar"):
+        with pytest.raises(UsageError, match=r"is compressed, .* Decompress it to a \.tar"):
             list_inputs([str(tmp_path / name)])
 
 

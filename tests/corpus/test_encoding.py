@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from features import contents
 from rotten import write_good
 
 import packvit
@@ -66,10 +67,10 @@ def test_a_pack_that_does_not_fit_is_halved_and_nothing_but_an_image_too_large_i
             assert row["status"] == "ok"
             assert np.abs(np.subtract(row["pooled"], right["pooled"])).max() <= 2e-5
     assert not check_folder(tmp_path / "out").faults
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = contents(tmp_path / "out")
     again = packvit.embed(photos, out=tmp_path / "out", model=narrow)
     assert again.kept_rows == 20
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before == contents(tmp_path / "out")
 
 
 def test_a_line_says_how_many_packs_were_halved_only_where_some_were():

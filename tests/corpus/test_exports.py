@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import duckdb
 import numpy as np
+import pandas
 import polars
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -67,37 +70,82 @@ def test_the_matrix_has_the_bits_of_the_parts_and_nan_where_a_row_is_an_error(ou
     assert np.isfinite(matrix[~bad]).all()
 
 
-def test_parts_and_ids_open_in_pyarrow_polars_duckdb_and_datasets(out: Path, tmp_path: Path):
-    ids, _, pooled = read_parts(out)
-    good = [name for name, row in zip(ids, pooled, strict=True) if not np.isnan(row).any()]
-    parts, names = str(out / "data/*.parquet"), str(out / "_exports/ids.jsonl")
+def read_pandas(out: Path, cache: Path) -> list[dict[str, Any]]:
+    return pandas.read_parquet(out).to_dict("records")
 
-    frame = polars.read_parquet(parts)
-    assert frame["id"].to_list() == ids
-    assert frame.filter(polars.col("status") == "ok")["id"].to_list() == good
-    assert np.array_equal(frame["pooled"].drop_nulls().to_numpy(), pooled[~np.isnan(pooled[:, 0])])
-    first = frame.row(0, named=True)
-    assert np.shape(first["tokens"]) == (first["rows"] * first["columns"], WIDTH)
-    assert polars.read_ndjson(names)["id"].to_list() == ids
 
+def read_pyarrow(out: Path, cache: Path) -> list[dict[str, Any]]:
+    rows = pq.read_table(out).to_pylist()
+    assert pyarrow.dataset.dataset(out).to_table().to_pylist() == rows
+    return rows
+
+
+def read_polars(out: Path, cache: Path) -> list[dict[str, Any]]:
+    return polars.read_parquet(out / "data").to_dicts()
+
+
+def read_duckdb(out: Path, cache: Path) -> list[dict[str, Any]]:
     with duckdb.connect() as connection:
-        rows = connection.execute(
-            "select id, pooled from read_parquet(?) where status = 'ok'", [parts]
-        ).fetchall()
-        assert [name for name, _ in rows] == good
-        assert np.array_equal(np.float32(rows[0][1]), pooled[0])
+        query = f"from '{out}/data/*.parquet'"
+        rows = connection.execute(query)
+        names = [column[0] for column in rows.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in rows.fetchall()]
+
+
+def read_datasets(out: Path, cache: Path) -> list[dict[str, Any]]:
+    folder = str(out / "data")
+    return list(datasets.load_dataset("parquet", data_dir=folder, cache_dir=str(cache))["train"])
+
+
+def read_ray(out: Path, cache: Path) -> list[dict[str, Any]]:
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        rows = ray.data.read_parquet(str(out / "data")).take_all()
+        return sorted(rows, key=lambda row: row["id"].encode())
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        read_pandas,
+        read_pyarrow,
+        read_polars,
+        read_duckdb,
+        read_datasets,
+        pytest.param(read_ray, marks=pytest.mark.soak),
+    ],
+)
+def test_the_folder_opens_in_the_readers_that_people_have(  # W12
+    out: Path, tmp_path: Path, reader: Callable[[Path, Path], list[dict[str, Any]]]
+):
+    ids, statuses, pooled = read_parts(out)
+    (out / "_certificate.json").write_text("{}")  # as --verify writes
+    rows = reader(out, tmp_path / "cache")
+    assert [row["id"] for row in rows] == ids
+    assert [row["status"] for row in rows] == statuses
+    missing = [np.full(WIDTH, np.nan, np.float32)] * len(rows)
+    found = [
+        gap if row["pooled"] is None else np.float32(row["pooled"])
+        for row, gap in zip(rows, missing, strict=True)
+    ]
+    assert np.array_equal(np.stack(found), pooled, equal_nan=True)
+    assert {"tokens", "sha256", "width"} <= set(rows[0])
+
+
+def test_ids_open_in_polars_and_duckdb(out: Path):
+    ids, _, _ = read_parts(out)
+    names = str(out / "_exports/ids.jsonl")
+    assert polars.read_ndjson(names)["id"].to_list() == ids
+    with duckdb.connect() as connection:
         counted = connection.execute(
             "select count(*) from read_json(?) where status <> 'ok'", [names]
         ).fetchone()
-        assert counted == (2,)
-
-    files = {"parts": parts}
-    loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
-    assert loaded["parts"]["id"] == ids
-    assert np.array_equal(np.float32(loaded["parts"][0]["pooled"]), pooled[0])
-
-    scanned = pyarrow.dataset.dataset(sorted(map(str, out.glob("data/*.parquet"))))
-    assert scanned.count_rows() == len(ids)
+    assert counted == (2,)
 
 
 def test_a_finished_job_gets_its_matrix_without_reading_an_image(

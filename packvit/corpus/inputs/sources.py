@@ -252,9 +252,7 @@ def read_bounded(file: Any, most: int) -> bytes:
     data = BytesIO()
     while chunk := file.read(1 << 20):
         if data.tell() + len(chunk) > most:
-            raise ImageError(
-                "unreadable", "read", "longer than its server declared, and than allowed"
-            )
+            raise ImageError("unreadable", "read", "longer than its server said, and than allowed")
         data.write(chunk)
     return data.getvalue()
 

@@ -1,0 +1,97 @@
+"""How large the published checkpoints are: the table of families in README.
+
+Entries are those of config.json that differ from the defaults of the reference's own class, for the
+smallest and the largest checkpoint of each family. Nothing is downloaded: sizes follow from them.
+"""
+
+from typing import Any, NamedTuple
+
+from packvit.config import EncoderConfig
+from packvit.families import FAMILIES
+from packvit.model.memory import parameter_count, peak_bytes
+
+TOKENS = 16_384  # the default token budget of `packvit embed`
+BF16 = 2  # bytes
+
+
+class Published(NamedTuple):
+    """A size in which a family is published."""
+
+    label: str
+    entries: dict[str, Any]
+    names: tuple[str, ...] = ()  # tensors that say what the checkpoint has beside its blocks
+
+
+def sized(width: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[str, Any]:
+    """Return sizes under the names of config.json."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        **rest,
+    }
+
+
+HEAD = ("vision_model.head.probe",)
+SHARED = ("visual_projection.weight",)
+SIZES: dict[str, tuple[Published, Published]] = {
+    "AIMv2": (
+        Published("large", sized(1024, 24, 8, 2816, use_head=False)),
+        Published("3B", sized(3072, 24, 24, 8192, use_head=False)),
+    ),
+    "SigLIP2 NaFlex": (
+        Published("base", sized(768, 12, 12, 3072), HEAD),
+        Published("so400m", sized(1152, 27, 16, 4304), HEAD),
+    ),
+    "DINOv3": (
+        Published("small", sized(384, 12, 6, 1536, num_register_tokens=4)),
+        Published("7B", sized(4096, 40, 32, 8192, num_register_tokens=4, use_gated_mlp=True)),
+    ),
+    "DINOv2": (
+        Published("small", sized(384, 12, 6, 1536, image_size=518)),
+        Published("giant", sized(1536, 40, 24, 4096, image_size=518, use_swiglu_ffn=True)),
+    ),
+    "SigLIP": (
+        Published("base", sized(768, 12, 12, 3072), HEAD),
+        Published("so400m", sized(1152, 27, 16, 4304, image_size=384, patch_size=14), HEAD),
+    ),
+    "CLIP": (
+        Published("base", sized(768, 12, 12, 3072), SHARED),
+        Published("huge", sized(1280, 32, 16, 5120, patch_size=14, projection_dim=1024), SHARED),
+    ),
+}
+
+
+def configuration(name: str, size: Published) -> EncoderConfig:
+    """Return what describes an encoder of a family, by the family's name."""
+    [encoder] = [encoder for encoder in FAMILIES if encoder.family.name == name]
+    return encoder.family.layouts[0].read(size.entries, size.names)
+
+
+def count(parameters: int) -> str:
+    """Return a number of parameters as model cards print it."""
+    return f"{parameters / 1e6:.0f} M" if parameters < 1e9 else f"{parameters / 1e9:.1f} B"
+
+
+def families_table() -> str:
+    """Return a row for each family: what it is, how large, and what a pack takes on a GPU."""
+    lines = [
+        "| family | class | checkpoints | parameters | GPU memory | one vector an image |",
+        "|---|---|---|---|---|---|",
+    ]
+    for encoder in FAMILIES:
+        family = encoder.family
+        configs = [configuration(family.name, size) for size in SIZES[family.name]]
+        counts = [count(parameter_count(config)) for config in configs]
+        memory = [f"{peak_bytes(config, TOKENS, BF16) / 2**30:.1f}" for config in configs]
+        labels = [size.label for size in SIZES[family.name]]
+        published = f"{len(family.checkpoints)}, {labels[0]} to {labels[1]}"
+        vector = {"probe": "attention pooling", "class": "class token"}.get(
+            configs[0].pool or "", "mean of the tokens"
+        )
+        lines.append(
+            f"| {family.name} | `{encoder.__name__}` | {published} | {' to '.join(counts)} | "
+            f"{' to '.join(memory)} GiB | {vector} |"
+        )
+    return "\n".join(lines) + "\n"

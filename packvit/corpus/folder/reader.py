@@ -1,0 +1,154 @@
+"""`packvit.read`: a finished feature folder as ids, a matrix and a table. No torch."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from packvit.corpus import UsageError
+from packvit.corpus.folder.layout import encode_manifest, read_commits, read_manifest
+from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
+from packvit.corpus.folder.parts import read_part
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureFolder:
+    """The rows of a feature folder, one for every input, in their order.
+
+    Shapes: N ids and statuses; matrix [N, D] float32, NaN where a row is an error. Where the job
+    wrote `_exports/pooled.npy` (`--format npy`), the matrix is that file, memory-mapped; writing to the
+    matrix changes the copy in memory only.
+    """
+
+    folder: Path
+    ids: tuple[str, ...]
+    statuses: tuple[str, ...]  # ok, or an error code
+    matrix: np.ndarray
+    parts: tuple[str, ...]  # paths below the folder
+    only_good: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def table(self) -> pa.Table:
+        """All columns of the rows, with tokens and taps; all parts are read each time.
+
+        Raises: UsageError if a part is missing or damaged.
+        """
+        table = pa.concat_tables(read_whole(self.folder, part) for part in self.parts)
+        if not self.only_good:
+            return table
+        return table.filter(pa.array([status == "ok" for status in table["status"].to_pylist()]))
+
+    def good(self) -> "FeatureFolder":
+        """Return the rows that are ok; the matrix is then in memory."""
+        kept = np.flatnonzero([status == "ok" for status in self.statuses])
+        return replace(
+            self,
+            ids=tuple(self.ids[place] for place in kept),
+            statuses=("ok",) * len(kept),
+            matrix=self.matrix[kept],
+            only_good=True,
+        )
+
+
+def read(folder: str | os.PathLike[str]) -> FeatureFolder:
+    """Return the rows of a feature folder that a finished job wrote.
+
+    The checksum of every page that is read is verified; `packvit check` verifies all there is.
+
+    Raises: UsageError if it is not a feature folder, if its job is not finished, or if a file is
+    missing or damaged.
+    """
+    path = Path(folder)
+    manifest, names = open_finished(path), names_of(path)
+    rows, width = manifest["inputs"], manifest["config"]["width"]
+    parts = tuple(entry.part for entry in read_commits(path))
+    if sum(entry.rows for entry in read_commits(path)) != rows:
+        raise damaged(path, names.commits)
+    exported = names.pooled in manifest["exports"] and (path / names.pooled).exists()
+    columns = ["id", "status"] if exported else ["id", "status", "pooled"]
+    ids: list[str] = []
+    statuses: list[str] = []
+    if exported:
+        matrix = map_matrix(path, names.pooled, (rows, width))
+    else:
+        matrix = np.empty((rows, width), np.float32)
+    for part in parts:
+        table = read_whole(path, part, columns)
+        if not exported:
+            matrix[len(ids) : len(ids) + len(table)] = pooled_of(table, width)
+        ids += table["id"].to_pylist()
+        statuses += table["status"].to_pylist()
+    return FeatureFolder(path, tuple(ids), tuple(statuses), matrix, parts)
+
+
+def open_finished(folder: Path) -> dict[str, Any]:
+    """Return the manifest of the feature folder of a finished job.
+
+    Raises: UsageError if it is none.
+    """
+    if not folder.is_dir():
+        state = "is not a folder" if os.path.lexists(folder) else "does not exist"
+        raise UsageError(f"{folder} {state}. Name a feature folder that `packvit embed` wrote.")
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("format") not in FORMATS:
+        raise UsageError(
+            f"{folder} is not a feature folder: it has no {CURRENT.manifest} of packvit. "
+            "Name one that `packvit embed` wrote."
+        )
+    path = folder / names_of(folder).manifest
+    if path.read_bytes() != encode_manifest(manifest):
+        raise damaged(folder, path.name)
+    if not manifest["complete"]:
+        written = sum(entry.rows for entry in read_commits(folder))
+        raise UsageError(
+            f"{folder} is half done: {written:,} of {manifest['inputs']:,} rows are written. Run "
+            "the same embed command again to finish it."
+        )
+    return manifest
+
+
+def read_whole(folder: Path, part: str, columns: list[str] | None = None) -> pa.Table:
+    """Return columns of a part, all by default.
+
+    Raises: UsageError if it cannot be read.
+    """
+    try:
+        return read_part(folder / part, columns)
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(folder, part) from error
+
+
+def pooled_of(table: pa.Table, width: int) -> np.ndarray:
+    """Return the pooled vectors [rows, D] of a part, NaN where a row is an error."""
+    column = table["pooled"].combine_chunks()
+    vectors = np.full((len(column), width), np.nan, np.float32)
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    vectors[valid] = column.drop_null().flatten().to_numpy().reshape(-1, width)
+    return vectors
+
+
+def map_matrix(folder: Path, name: str, shape: tuple[int, int]) -> np.ndarray:
+    """Return the exported matrix, memory-mapped; nothing that is written to it reaches the file.
+
+    Raises: UsageError if it is missing or not a matrix of this shape.
+    """
+    try:
+        matrix = np.load(folder / name, mmap_mode="c")
+    except (OSError, ValueError) as error:
+        raise damaged(folder, name) from error
+    if (matrix.shape, matrix.dtype) != (shape, np.float32):
+        raise damaged(folder, name)
+    return matrix
+
+
+def damaged(folder: Path, name: str) -> UsageError:
+    """Return the error for a file that cannot be used."""
+    return UsageError(
+        f"{folder / name} is missing or damaged. `packvit check {folder}` says how to repair it."
+    )
