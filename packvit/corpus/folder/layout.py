@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.names import LOCK, names_of, part_name, part_number, temporary_name
+from packvit.corpus.folder.opening import MOST_LOG, MOST_MANIFEST, decode_object, read_own
 from packvit.corpus.folder.parts import encode_parquet
 
 CHECKSUM = "manifest_sha256"
@@ -148,7 +149,7 @@ def decode_commit(line: bytes) -> Commit | None:
     try:
         values = json.loads(line)
         entry = Commit(**values)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     kinds = {"part": str, "sha256": str}
     right = all(type(getattr(entry, f.name)) is kinds.get(f.name, int) for f in fields(Commit))
@@ -163,7 +164,7 @@ def read_log(folder: Path) -> tuple[bytes, ...]:
     path = folder / names_of(folder).commits
     try:
         with reading(path):
-            data = path.read_bytes()
+            data = read_own(path, MOST_LOG)
     except FileNotFoundError:
         return ()
     *lines, rest = data.split(b"\n")
@@ -202,10 +203,10 @@ def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of `folder` without its checksum, or None if none can be read."""
     try:
-        manifest = json.loads((folder / names_of(folder).manifest).read_bytes())
-    except (OSError, ValueError):
+        manifest = decode_object(read_own(folder / names_of(folder).manifest, MOST_MANIFEST))
+    except OSError:
         return None
-    if not isinstance(manifest, dict):
+    if manifest is None:
         return None
     return {name: value for name, value in manifest.items() if name != CHECKSUM}
 
@@ -226,7 +227,7 @@ def claim(folder: Path) -> Iterator[None]:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
             with writing(folder / LOCK):

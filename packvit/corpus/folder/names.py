@@ -24,7 +24,7 @@ LOCK = ".lock"
 PENDING = "_inputs.jsonl.gz"  # in either format
 SPOOL = "shards"  # only under its temporary name: shards that wait for workers on other hosts
 DATA, EXPORTS = "data/", "_exports/"
-PART = re.compile(rf"(?:{DATA})?part-(\d{{5,}})\.parquet")
+PART = re.compile(rf"(?:{DATA})?part-(\d{{5,12}})\.parquet")
 TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9a-f]{8})?\.tmp")  # with an optional `attempt`
 
 

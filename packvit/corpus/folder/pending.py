@@ -20,6 +20,7 @@ from packvit.corpus.folder.parts import read_part
 from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.listing import Gone, Listing
 
+MOST_LINE = 1 << 20  # bytes of an id and a path; a longer line is no JSON
 MOST_NAMED = 3  # of the inputs in a message
 
 
@@ -59,7 +60,7 @@ def read_inputs(path: Path) -> Iterator[tuple[str, str | None]]:
     Raises: OSError, EOFError or ValueError if the file is damaged.
     """
     with gzip.open(path, "rb") as file:
-        for line in file:
+        while line := file.readline(MOST_LINE):
             name, *rest = json.loads(line)
             yield name, rest[0] if rest else None
 

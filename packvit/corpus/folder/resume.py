@@ -4,6 +4,7 @@ A job resumes in a folder whose manifest describes it: parts that the log lists 
 match are kept, all others are embedded again.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ from packvit.corpus.folder.names import (
     names_of,
     part_number,
 )
+from packvit.corpus.folder.opening import MOST_MANIFEST, find_export_flaw, open_own, read_own
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.rows import Row
 
@@ -90,7 +92,9 @@ def take_up(
         )
     path = folder / names_of(folder).manifest
     with writing(path):
-        whole = path.read_bytes() == encode_manifest(recorded)
+        whole = read_own(path, MOST_MANIFEST) == encode_manifest(recorded)
+    if find_export_flaw(recorded.get("exports", {}), names_of(folder)):
+        recorded, whole = {**recorded, "exports": {}}, False
     kept, notes = keep(folder, wanted["inputs"], wanted["rows_per_part"])
     if not whole:  # it describes this job, but other entries are damaged
         made = {name: recorded.get(name) for name in ("certificate_sha256", "exports")}
@@ -188,12 +192,18 @@ def find_fault(folder: Path, entry: Commit) -> str | None:
 
 def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
     """Return how a file differs from its recorded size and digest, as `find_fault` does."""
-    if not path.exists():
+    try:
+        file = open_own(path)
+    except (FileNotFoundError, NotADirectoryError):
         return "is missing"
-    size = path.stat().st_size
-    if size != bytes:
-        return f"has {size:,} bytes, but {bytes:,} were committed"
-    with path.open("rb") as file:
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EINVAL):
+            raise
+        return f"is not the file that was committed: {error.strerror}"
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size != bytes:
+            return f"has {size:,} bytes, but {bytes:,} were committed"
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return None if digest == sha256 else "is damaged: its sha256 is not what was committed"
 
@@ -209,7 +219,8 @@ def read_rows(folder: Path, entry: Commit) -> list[Row]:
 def is_ours(folder: Path) -> bool:
     """Return whether packvit wrote the manifest in `folder`, even if it was damaged since."""
     try:
-        return b'"packvit features ' in (folder / names_of(folder).manifest).read_bytes()
+        data = read_own(folder / names_of(folder).manifest, MOST_MANIFEST)
+        return b'"packvit features ' in data
     except OSError:
         return False
 
