@@ -87,10 +87,10 @@ class Commands(click.Group):
         return getattr(import_module(COMMANDS[cmd_name]), cmd_name)
 
 
-HELP = {"help_option_names": ["-h", "--help"]}  # for the commands too
+HELP = ["-h", "--help"]  # for the commands too
 
 
-@click.group(cls=Commands, context_settings=HELP)
+@click.group(cls=Commands, context_settings={"help_option_names": HELP})
 @click.version_option(VERSION, prog_name="packvit")
 def main() -> None:
     """Vision encoders on packs: one forward for images of any size.
@@ -114,6 +114,8 @@ def help_page() -> str:
         commands[f"packvit {name}"] = command
     page = ["# Command line\n\nWritten by `help_page()`; a test fails when it is out of date.\n"]
     for name, command in commands.items():
-        shown = command.make_context(name, [], resilient_parsing=True, terminal_width=88, **HELP)
+        shown = command.make_context(
+            name, [], resilient_parsing=True, terminal_width=88, help_option_names=HELP
+        )
         page.append(f"## {name}\n\n```\n{command.get_help(shown)}\n```\n")
     return "\n".join(page)

@@ -49,8 +49,7 @@ class Command(click.Command):
             said = in_options(error.format_message(), self)
             raise Mistake(said, ctx, hint=isinstance(error, click.MissingParameter)) from error
         except click.ClickException as error:
-            error.message = in_options(error.message, self)
-            raise
+            raise click.ClickException(in_options(error.message, self)) from error
 
 
 def in_options(message: str, command: click.Command) -> str:

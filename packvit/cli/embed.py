@@ -41,7 +41,7 @@ class EmbedCommand(Command):
         from packvit.images.decode import CODES
 
         said = []
-        for word, following in zip(args, [*args[1:], ""], strict=True):
+        for word, following in zip(args, [*args, ""][1:], strict=True):
             codes = following.split(",")
             alone = word == "--retry-errors" and not any(code in {ALL, *CODES} for code in codes)
             said.append(f"{word}={ALL}" if alone else word)

@@ -68,7 +68,9 @@ def kernel(backend: Backend, inputs: AttentionInputs) -> str:
         return backend.title
     sizes = (1, 1, 256, inputs.head_dim)  # batch, heads, tokens, head_dim
     heads = torch.empty(sizes, dtype=inputs.dtype, device=inputs.device)
-    choice = SDPBackend(torch._fused_sdp_choice(heads, heads, heads))
+    choice = SDPBackend(
+        torch._fused_sdp_choice(heads, heads, heads)  # pyright: ignore[reportPrivateImportUsage]
+    )
     return f"{choice.name.lower().replace('_', ' ')}, which SDPA chooses for 256 tokens"
 
 

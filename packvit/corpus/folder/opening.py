@@ -8,8 +8,9 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from packvit.corpus.folder.names import Names
 
@@ -19,22 +20,25 @@ MOST_DEPTH = 20  # of nested values in a manifest
 MOST_WIDTH = 1 << 20
 
 
-def open_own(path: Path) -> BinaryIO:
+def open_own(path: Path) -> BufferedReader:
     """Open a regular file for reading, without following a link or waiting for a pipe.
 
     Raises: FileNotFoundError; another OSError saying what it is instead.
     """
     if path.parent.is_symlink():
-        raise OSError(errno.ELOOP, f"its folder {path.parent.name} is a link")
+        raise OSError(errno.ELOOP, f"its folder {path.parent.name} is a link", str(path))
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "it is a link") from error
+            raise OSError(errno.ELOOP, "it is a link", str(path)) from error
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file")
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
 
@@ -46,7 +50,7 @@ def read_own(path: Path, most: int) -> bytes:
     with open_own(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most >> 20} MiB")
+        raise OSError(errno.EFBIG, f"it has more than {most >> 20} MiB", str(path))
     return data
 
 
