@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+import transformers
 from click.testing import CliRunner, Result
 from small_checkpoint import write_checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -243,6 +244,27 @@ def test_every_family_is_measured_on_mixed_sizes(name: str, monkeypatch: pytest.
     [work] = report["workloads"]
     assert work["wrong"] == {}
     assert {BASELINE, "packvit, sdpa"} <= work["results"].keys()
+
+
+@pytest.mark.parametrize("name", ["aimv2-l14-224", "folder"])
+def test_a_model_whose_positions_fit_one_grid_is_measured_on_that_grid(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """W5"""
+    shrink(monkeypatch)
+    if name == "folder":
+        encoder, architecture, entries = models.SIZES["aimv2-l14-224"]
+        kind = getattr(transformers, architecture)
+        encoder.from_transformers(kind(kind.config_class(**entries)).eval()).save_pretrained(
+            tmp_path / name
+        )
+        name = str(tmp_path / name)
+    report = measure(BenchOptions(name, ("mixed", "small"), rounds=2, device="cpu"), silent)
+    for work in report["workloads"]:
+        assert work["wrong"] == {}
+        assert work["fewest"] == work["most"] == 36
+        assert "own 6 x 6 patches" in work["title"]
+        assert {BASELINE, "packvit, sdpa"} <= work["results"].keys()
 
 
 def test_native_batches_are_written_one_by_one_until_time_runs_out(

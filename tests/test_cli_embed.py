@@ -134,17 +134,18 @@ def test_without_a_model_one_line_says_which_one_runs_and_how_to_choose(tmp_path
         (tmp_path / f"{number}.jpg").touch()
     result = invoke(tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    notice, *usage = result.stderr.splitlines()
-    assert notice.startswith('No --model was given, so the small "tiny" model runs: 6.6')
-    assert notice.endswith("for example --model apple/aimv2-large-patch14-native.")
-    assert "1001 inputs were found, but without a chosen model at most 1000" in usage[-1]
+    (error,) = result.stderr.splitlines()  # W9: no notice before it
+    assert error.startswith(
+        "Error: 1001 inputs were found, but without a chosen model at most 1000"
+    )
+    assert error.endswith("for example --model apple/aimv2-large-patch14-native.")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_embedded_model_tries_the_job_out(tmp_path: Path, photos: Path):
     result = invoke(photos, "--out", tmp_path / "out", "--device", "cpu")
     assert result.exit_code == 0
-    assert result.stderr.startswith('No --model was given, so the small "tiny" model runs')
+    assert result.stderr.startswith('No --model was given, so the small "tiny" model runs: 6.6')
     assert (read_manifest(tmp_path / "out") or {})["model"] == "tiny"
 
 
@@ -156,10 +157,14 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2(
         ((*out, *model), "Missing argument 'PHOTOS...'"),
         ((photos, *model), "Missing option '--out'"),
         ((photos, *out, *model, "--token-budget", "0"), "0 is not in the range x>=1"),
-        ((photos, *out, *model, "--tap", "9"), "taps asks for layer 9, but this encoder has 3"),
+        ((photos, *out, *model, "--token-budget", "5"), "Raise --token-budget, or lower --max-pa"),
+        ((photos, *out, *model, "--tap", "9"), "--tap asks for layer 9, but this encoder has 3"),
         ((photos, *out, *model, "--device", "toaster"), 'device "toaster" cannot be used'),
         ((photos, *out, *model, "--device", "cpu", "--attention", "fa2"), '"fa2" cannot run'),
-        ((photos, *out, *model, "--device", "cpu", "--decode", "gpu"), "needs a CUDA device, but"),
+        (
+            (photos, *out, *model, "--device", "cpu", "--decode", "gpu"),
+            "Use --device cuda, or --decode pil.",
+        ),
         ((photos, *out, *model, "--decode", "cpu"), "'cpu' is not one of 'pil', 'gpu'"),
         ((photos, photos, *out, *model), "Name each path once"),
         ((checkpoint, *out, *model), "No photographs were found"),
@@ -169,7 +174,7 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2(
     ):
         result = invoke(*argv)
         assert (result.exit_code, result.stdout) == (2, ""), argv
-        assert answer in result.stderr.splitlines()[-1]
+        assert answer in result.stderr.splitlines()[0]
     assert not (tmp_path / "out").exists()
 
 

@@ -85,6 +85,15 @@ class Model:
         positions = self.config.positions
         return isinstance(positions, Table) and not positions.any_grid
 
+    @property
+    def own_grid(self) -> tuple[int, int] | None:
+        """The rows and columns of the only grid that its reference takes, or None."""
+        positions = self.config.positions
+        if not isinstance(positions, Table) or not self.resizes:
+            return None
+        fixed = not self.encoder.family.reference.interpolates
+        return (positions.rows, positions.columns) if fixed else None
+
 
 def build(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> Model:
     """Return the random model of a size, or the checkpoint `name`.

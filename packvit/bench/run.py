@@ -38,7 +38,7 @@ from packvit.bench.measuring import (
 )
 from packvit.bench.ours import OURS, Ours
 from packvit.bench.peers import BASELINE, PEERS, Peer
-from packvit.bench.workloads import encoder_flops, workload
+from packvit.bench.workloads import encoder_flops, on_own_grid, workload
 from packvit.encoder import Encoder
 from packvit.model.device import find_device
 from packvit.verification import references
@@ -91,6 +91,8 @@ def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
     for name in options.workloads:
         torch.compiler.reset()  # one workload's shapes must not make others dynamic
         work = workload(name, small=not on_gpu)
+        if model.own_grid is not None:
+            work = on_own_grid(work, *model.own_grid)
         draw = torch.Generator().manual_seed(SEED)
         patches = torch.randn(
             sum(work.lengths),

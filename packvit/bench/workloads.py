@@ -1,7 +1,7 @@
 """The grids of each workload, and the operations that an encoder needs for them."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from packvit.bench import SEED, WORKLOADS
@@ -53,6 +53,13 @@ def workload(name: str, *, small: bool) -> Workload:
         "small": lambda: ((1, 8, 8),) * 4,
     }
     return Workload(name, WORKLOADS[name], (reduced if small else full)[name](), small)
+
+
+def on_own_grid(work: Workload, rows: int, columns: int) -> Workload:
+    """Return a workload of about as many patches, for an encoder that takes one grid only."""
+    images = max(1, round(sum(work.lengths) / (rows * columns)))
+    title = f"{work.title}, each at the checkpoint's own {rows} x {columns} patches"
+    return replace(work, title=title, grid=((1, rows, columns),) * images)
 
 
 class Flops(NamedTuple):

@@ -6,11 +6,13 @@ that compute with it.
 """
 
 import signal
+from difflib import get_close_matches
 from importlib import import_module
 from types import FrameType
 
 import click
 
+from packvit.cli.command import Mistake
 from packvit.version import VERSION
 
 COMMANDS = {  # in the order of `--help`
@@ -51,6 +53,29 @@ class Commands(click.Group):
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options before the command; what they get wrong is the first line."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Mistake(error.format_message(), error.ctx or ctx, hint=True) from error
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that is named.
+
+        Raises: Mistake naming what a misspelt one may mean.
+        """
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            near = get_close_matches(name.lower(), COMMANDS, n=1)
+            meant = f"Did you mean {near[0]}?" if near else f"There are {', '.join(COMMANDS)}."
+            raise Mistake(f"No such command '{name}'. {meant}", ctx, hint=True)
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
         return list(COMMANDS)
@@ -62,7 +87,10 @@ class Commands(click.Group):
         return getattr(import_module(COMMANDS[cmd_name]), cmd_name)
 
 
-@click.group(cls=Commands)
+HELP = ["-h", "--help"]  # for the commands too
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": HELP})
 @click.version_option(VERSION, prog_name="packvit")
 def main() -> None:
     """Vision encoders on packs: one forward for images of any size.
@@ -86,6 +114,8 @@ def help_page() -> str:
         commands[f"packvit {name}"] = command
     page = ["# Command line\n\nWritten by `help_page()`; a test fails when it is out of date.\n"]
     for name, command in commands.items():
-        shown = command.make_context(name, [], resilient_parsing=True, terminal_width=88)
+        shown = command.make_context(
+            name, [], resilient_parsing=True, terminal_width=88, help_option_names=HELP
+        )
         page.append(f"## {name}\n\n```\n{command.get_help(shown)}\n```\n")
     return "\n".join(page)

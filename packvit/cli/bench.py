@@ -19,12 +19,14 @@ from packvit.bench import (
     BenchOptions,
 )
 from packvit.bench.table import as_markdown
+from packvit.cli.command import Command
+from packvit.cli.models import explaining
 
 WRONG = 1
 ALL = "all"
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.option(
     "--model",
     "models",
@@ -179,7 +181,7 @@ def whole_report(options: BenchOptions) -> dict[str, Any]:
     """Measure what is asked for, and answer what the user got wrong."""
     from packvit.bench.run import measure  # torch is imported here
 
-    with answered():
+    with answered(), explaining(options.model):
         return measure(options, remark)
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from packvit.cli.command import Command
 from packvit.corpus import UsageError, WriteError
 
 
-@click.command
+@click.command(cls=Command)
 @click.argument("folder")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context

@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from packvit.cli.command import Command
+from packvit.cli.models import explaining, full_name
 from packvit.corpus.inputs.addresses import check_local
 
 
-@click.command
+@click.command(cls=Command)
 @click.argument("name")
 @click.argument("folder")
 @click.option(
@@ -42,7 +44,8 @@ def convert(
 
     try:
         check_local(folder, name="FOLDER")
-        made = hub.convert(name, folder, layout, revision=revision)
+        with explaining(name):
+            made = hub.convert(full_name(name), folder, layout, revision=revision)
     except hub.CheckpointError as error:
         raise click.ClickException(str(error)) from error
     except ValueError as error:

@@ -12,9 +12,12 @@ from typing import Any
 import click
 
 from packvit.cli import exit_code
+from packvit.cli.command import Command
+from packvit.cli.models import MODEL_HELP, explaining, full_name
 from packvit.cli.progress import Meter, duration, show_progress
 from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
 from packvit.corpus.inputs.listing import by_suffix
+from packvit.corpus.inputs.lists import PIPED, STDIN
 from packvit.corpus.progress import Summary
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
@@ -27,24 +30,40 @@ EMBEDDED = (
 LOUD = ("asyncio", "gcsfs")
 COUNT = click.IntRange(min=1)
 DONE_WITH_ERRORS = 3
+ALL = "all"  # error codes
 
 
-@click.command(context_settings={"show_default": True})
+class EmbedCommand(Command):
+    """A command whose --retry-errors takes codes only: what else follows it is a photograph."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options."""
+        from packvit.images.decode import CODES
+
+        said = []
+        for word, following in zip(args, [*args, ""][1:], strict=True):
+            codes = following.split(",")
+            alone = word == "--retry-errors" and not any(code in {ALL, *CODES} for code in codes)
+            said.append(f"{word}={ALL}" if alone else word)
+        return super().parse_args(ctx, said)
+
+
+@click.command(cls=EmbedCommand, context_settings={"show_default": True})
 @click.argument("photos", nargs=-1)
 @click.option(
     "--list",
     "lists",
     multiple=True,
     metavar="FILE",
-    help="Also embed the paths in this file: text, one path a line, or .csv or .parquet with "
-    "--column. Paths are relative to the working directory. May be repeated.",
+    help="Also embed the paths in this file: text, one path a line, or .csv, .tsv or .parquet with "
+    "--column; - is text from stdin. Paths are relative to the working directory. May be repeated.",
 )
 @click.option("--column", default="path", help="The column of paths in a --list table.")
 @click.option(
     "--image-column", default="image", help="The column of image bytes in a Parquet file."
 )
 @click.option("--out", required=True, help="The feature folder to create or to resume.")
-@click.option("--model", help="A checkpoint's name on the hub, or its folder.")
+@click.option("--model", help=MODEL_HELP)
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
 @click.option(
@@ -155,6 +174,15 @@ DONE_WITH_ERRORS = 3
     is_flag=True,
     help="Start over: remove the features that the folder holds, of this job or another.",
 )
+@click.option(
+    "--retry-errors",
+    "retry",
+    is_flag=False,
+    flag_value=ALL,
+    metavar="[CODES]",
+    help="Do the rows again that are errors, of all codes or of those named (timeout,unreadable); "
+    "all other rows are kept.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.pass_context
 def embed(
@@ -187,6 +215,7 @@ def embed(
     ray: str | None,
     verify: bool,
     overwrite: bool,
+    retry: str | None,
     as_json: bool,
 ) -> None:
     """Write the features of PHOTOS to a feature folder.
@@ -207,16 +236,22 @@ def embed(
       packvit embed photos --out features --device cuda --decode gpu
       packvit embed 'shards/*.tar' s3://bucket/photos --out features
       packvit embed --list photos.csv --column file --out features
+      find photos -name '*.jpg' | packvit embed --list - --out features
     """
+    lists += tuple(STDIN for name in photos if name in PIPED)  # a list, as nothing else can be
+    photos = tuple(name for name in photos if name not in PIPED)
     if not photos and not lists:
         raise click.UsageError("Missing argument 'PHOTOS...', or --list with a file of paths.")
-    if model is None:
-        click.echo(EMBEDDED, err=True)
     for name in LOUD:
         logging.getLogger(name).addHandler(logging.NullHandler())
-    with stopping(context, out, overwrite) as meter, redirect_stdout(sys.stderr):
+    with (
+        stopping(context, out, overwrite) as meter,
+        redirect_stdout(sys.stderr),
+        explaining(model),
+    ):
+        if model is None:
+            meter.notices.append(EMBEDDED)  # once the job begins: an error comes first
         # torch is imported here, where Ctrl-C is handled.
-        from packvit.checkpoints.errors import CheckpointError
         from packvit.corpus.job import embed as run
         from packvit.verification import VerificationError
 
@@ -227,7 +262,7 @@ def embed(
                 column=column,
                 image_column=image_column,
                 out=out,
-                model=model,
+                model=model and full_name(model),
                 revision=revision,
                 device=device,
                 dtype=dtype,
@@ -250,12 +285,12 @@ def embed(
                 ray=ray,
                 verify=verify,
                 overwrite=overwrite,
+                retry_errors=retry is not None if retry in (None, ALL) else retry.split(","),
                 progress=meter.tell,
             )
         except UsageError as error:
             raise click.UsageError(str(error)) from error
         except (
-            CheckpointError,
             DecoderError,
             EmbedderError,
             ImportError,

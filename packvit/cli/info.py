@@ -5,8 +5,10 @@ from typing import Any
 
 import click
 
+from packvit.cli.command import Command
 
-@click.command
+
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(as_json: bool) -> None:
     """Show the machine, attention backends and why they cannot run, families and checkpoints.
@@ -26,7 +28,13 @@ def page(found: dict[str, Any]) -> str:
     """Return the survey as text."""
     lines = ["Machine"]
     lines += [f"  {name:<12} {value}" for name, value in found["machine"].items()]
+    for package, one in found["newer_than_tested"].items():
+        lines.append(
+            f"  {package} {one['installed']} is newer than {one['tested']}, the newest that "
+            "packvit was tested with: run `packvit verify`."
+        )
     lines += ["", f"Attention backends, for {found['asked']} (auto takes {found['auto']})"]
+    lines.append(f"  a call takes: {found['kernel']}")
     for backend in found["backends"]:
         state = "runs here" if backend["obstacle"] is None else f"no: {backend['obstacle']}"
         ran = "" if backend["measured"] else " (not tested by us; choose it by name)"

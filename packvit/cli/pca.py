@@ -4,16 +4,18 @@ from typing import Any
 
 import click
 
+from packvit.cli.command import Command
 from packvit.cli.embed import COUNT, DONE_WITH_ERRORS, printable
+from packvit.cli.models import MODEL_HELP, explaining, full_name
 from packvit.cli.progress import show_progress
 from packvit.corpus import UsageError, WriteError
 from packvit.images.decode import CODES
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("photos", nargs=-1, required=True)
 @click.option("--out", required=True, help="The picture to write: .png, .jpg or .webp.")
-@click.option("--model", help="A checkpoint's name on the hub, or its folder.")
+@click.option("--model", help=MODEL_HELP)
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
 @click.option(
@@ -87,18 +89,17 @@ def pca(
       packvit pca cat.jpg dog.jpg --out like.png --similar-to cat.jpg:12,20
       packvit pca cat.jpg --out near.png --neighbours features --root photos
     """
-    if model is None and neighbours is None:
-        click.echo('No --model was given, so the small "tiny" model runs.', err=True)
-    with show_progress() as meter:
+    with show_progress() as meter, explaining(model):
+        if model is None and neighbours is None:
+            meter.notices.append('No --model was given, so the small "tiny" model runs.')
         # torch is imported here, where Ctrl-C is handled.
-        from packvit.checkpoints.errors import CheckpointError
         from packvit.pictures.draw import draw
 
         try:
             drawn = draw(
                 photos,
                 out=out,
-                model=model,
+                model=model and full_name(model),
                 revision=revision,
                 device=device,
                 positions=positions,
@@ -117,7 +118,7 @@ def pca(
             )
         except UsageError as error:
             raise click.UsageError(str(error)) from error
-        except (CheckpointError, ImportError, WriteError) as error:
+        except (ImportError, WriteError) as error:
             raise click.ClickException(str(error)) from error
     for row in drawn.errors:
         why = CODES[row.status] + (f" ({row.note})" if row.note else "")

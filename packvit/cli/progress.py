@@ -19,6 +19,7 @@ class Meter:
         self.first = Progress(0)  # rows that a resumed job starts with do not count
         self.last: Progress | None = None
         self.start = 0.0
+        self.notices: list[str] = []  # said once the job begins
         self.say: Callable[[str], None] = lambda text: click.echo(text, err=True)
         self.draw: Callable[[Progress], None] = lambda progress: None
 
@@ -26,7 +27,7 @@ class Meter:
         """Store a progress and show it."""
         if self.last is None:
             self.first, self.start = progress, time.monotonic()
-            for note in opening(progress):
+            for note in (*self.notices, *opening(progress)):
                 self.say(note)
         self.last = progress
         self.draw(progress)

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import click
 
+from packvit.cli.command import Command
+from packvit.cli.models import MODEL_HELP, explaining, full_name
 from packvit.verification import Comparison, Findings, VerifyOptions
 
 MISSED = 1
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--model", help="A checkpoint's name on the hub, its folder, or tiny.")
+@click.command(cls=Command, context_settings={"show_default": True})
+@click.option("--model", help=MODEL_HELP)
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
 @click.option(
     "--family",
@@ -123,7 +125,11 @@ def search(
         )
     try:
         if model is not None:
-            yield verify_checkpoint(model, options, revision=revision, device=device)
+            with explaining(model):
+                found = verify_checkpoint(
+                    full_name(model), options, revision=revision, device=device
+                )
+            yield found
         for name, encoder in known.items():
             if family in ("all", name):
                 yield from verify_family(encoder, options, device=device)

@@ -6,9 +6,9 @@ does not hold yet. Every input ends as one row, and committed parts stay whole h
 
 import hashlib
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from packvit.corpus.encode.context import make_context
 from packvit.corpus.encode.filling import Shard
 from packvit.corpus.folder.exports import Format, check_format, export
 from packvit.corpus.folder.layout import (
+    Commit,
     claim,
     encode_certificate,
     encode_manifest,
@@ -30,12 +31,14 @@ from packvit.corpus.folder.layout import (
     read_manifest,
     writing,
 )
-from packvit.corpus.folder.names import CURRENT, names_of
+from packvit.corpus.folder.names import CURRENT, names_of, part_number
 from packvit.corpus.folder.parts import DtypeOut
+from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing
+from packvit.corpus.inputs.retries import BOUND
 from packvit.corpus.progress import Summary, Tally, Tell
 from packvit.corpus.runners import choose_runner
 from packvit.corpus.runners.embedder import Job
@@ -53,7 +56,7 @@ from packvit.corpus.settings import (
 from packvit.encoder import Encoder
 from packvit.fast.graphs import free_memory
 from packvit.gpu.nvjpeg import ask_for_queues
-from packvit.images.decode import MAX_PIXELS
+from packvit.images.decode import CODES, MAX_PIXELS
 from packvit.images.resize import Resize
 from packvit.verification.verify import vouch
 
@@ -92,12 +95,14 @@ def embed(
     ray: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
+    retry_errors: bool | Sequence[str] = False,
     progress: Tell | None = None,
 ) -> Summary:
     """Embed photographs into the feature folder `out`: one row for every input.
 
     If `out` holds a part of the same job, the job resumes after it; if it holds all of it, no image
-    is read. `overwrite` removes what packvit wrote there and starts over.
+    is read. `overwrite` removes what packvit wrote there and starts over. `retry_errors` does the
+    rows anew that are errors, of all codes or of those named, and keeps all others.
 
     `photos` are folders, which are walked, files, patterns, tar and Parquet files of images, and
     URLs of these; `lists` are files of paths. A list that is a table has its paths in `column`; a
@@ -145,6 +150,7 @@ def embed(
         options = replace(options, rows_per_part=rows_per_part)
     check_options(options)
     check_format(format)
+    codes = choose_codes(retry_errors)
     if decode == "gpu":
         ask_for_queues()
     if processes is not None and processes < 1:
@@ -153,7 +159,7 @@ def embed(
     if isinstance(model, Encoder) and not here:
         raise UsageError(
             "model is a loaded encoder, which only this process can use. Give the model's name, or "
-            "leave processes and ray out."
+            "leave `processes` and `ray` out."
         )
     check_local(out)
     folder = Path(out)
@@ -166,11 +172,12 @@ def embed(
         image_column=image_column,
         known=recorded.get("inputs_sha256"),
     )
+    notes = take_over(folder, recorded, listing)
     if model is None and len(listing) > TRIAL_INPUTS:
         raise UsageError(
             f"{len(listing)} inputs were found, but without a chosen model at most "
             f"{TRIAL_INPUTS} are embedded, since the default model is small. "
-            'Choose one, for example model "apple/aimv2-large-patch14-native".'
+            'Choose one, for example `model="apple/aimv2-large-patch14-native"`.'
         )
     with options.decoders() as decoders:
         if here and not (read_manifest(folder) or {}).get("complete"):
@@ -195,8 +202,11 @@ def embed(
         del encoder, context  # only a runner in this process keeps them; the others need the memory
         tally = Tally(len(listing), progress, options.token_budget)
         with claim(folder):
-            found = take_up(folder, manifest, overwrite=overwrite)
-            return run(runner, listing, folder, found, certificate, format, tally)
+            differ = describe(listing.gone)
+            found = take_up(folder, manifest, overwrite=overwrite, inputs=differ)
+            found = replace(found, notes=(*notes, *found.notes))
+            again = find_errors(folder, found.kept, codes)
+            return run(runner, listing, folder, found, again, certificate, format, tally)
 
 
 def choose_encoder(
@@ -223,7 +233,7 @@ def choose_encoder(
         if verify:
             raise UsageError(
                 "model is a loaded encoder, whose weights may have been trained since, so it has "
-                "no reference. Leave verify out, or give the model's name."
+                "no reference. Leave `verify` out, or give the model's name."
             )
         encoder, weights = model, digest_weights(model)
     else:
@@ -259,6 +269,7 @@ def draft(
         **settings,
         "inputs": len(listing),
         "ignored": listing.ignored,
+        "retries": asdict(BOUND),
         "certificate_sha256": None,
         "exports": {},
         "counts": None,
@@ -270,11 +281,15 @@ def run(
     listing: Listing,
     folder: Path,
     found: Resumed,
+    again: Mapping[int, tuple[int, ...]],
     certificate: Mapping[str, Any] | None,
     format: Format,
     tally: Tally,
 ) -> Summary:
-    """Run all shards that the locked folder does not hold, and commit them in order."""
+    """Run all shards that the locked folder does not hold, and commit them in order.
+
+    `again` are the rows to be done anew, by the number of their part.
+    """
     names = names_of(folder)
     manifest = found.manifest | {"complete": False, "counts": None}
     if certificate is not None:
@@ -283,20 +298,31 @@ def run(
         manifest |= {"certificate_sha256": hashlib.sha256(data).hexdigest()}
     size = manifest["rows_per_part"]
     parts = -(-len(listing) // size)
-    todo = parts - len(found.kept)
+    todo = parts - len(found.kept) + len(again)
+    exports = manifest.get("exports") or {}
+    if again:  # which they no longer match
+        manifest |= {"exports": {}}
+        format = "npy" if exports else format
+        exports = {}
     if todo:
+        write_inputs(folder, listing)
         put(folder / names.manifest, encode_manifest(manifest))
-    for _, entry in sorted(found.kept.items()):
-        tally.count(read_rows(folder, entry))
+    for number, entry in sorted(found.kept.items()):
+        rows = read_rows(folder, entry)
+        undone = again.get(number, ())
+        tally.count([row for place, row in enumerate(rows) if place not in undone])
     kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
     tally.begin(found.notes)
     halved, last = 0, max(found.kept, default=-1)
-    work = Work(shards(listing, size, found.kept), todo, folder, last, tally.settle, tally.effort)
+    inputs = shards(listing, size, folder, found.kept, again)
+    work = Work(inputs, todo, folder, last, tally.settle, tally.effort)
     if todo:
         with closing(runner(work)) as entries:
             for entry in entries:
                 halved += entry.halved
-                tally.update(committed=tally.progress.committed + entry.rows)
+                undone = again.get(part_number(entry.part) or 0)
+                rows = entry.rows if undone is None else len(undone)
+                tally.update(committed=tally.progress.committed + rows)
     seconds = tally.seconds
     counts = {
         "rows": len(listing),
@@ -308,9 +334,10 @@ def run(
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     if format == "npy":
         parts = [names.part(number) for number in range(counts["parts"])]
-        width, recorded = manifest["config"]["width"], manifest.get("exports") or {}
-        manifest |= {"exports": export(folder, names, parts, counts["rows"], width, recorded)}
+        width = manifest["config"]["width"]
+        manifest |= {"exports": export(folder, names, parts, counts["rows"], width, exports)}
     put(folder / names.manifest, encode_manifest(manifest | {"complete": True, "counts": counts}))
+    remove_inputs(folder)
     return Summary(
         folder=str(folder),
         model=str(manifest["model"]),
@@ -338,11 +365,47 @@ def put(path: Path, data: bytes) -> None:
             write_whole(path, data)
 
 
-def shards(listing: Listing, size: int, kept: Container[int]) -> Iterator[Shard]:
-    """Yield the inputs in order, `size` at a time, skipping the parts that are kept."""
+def shards(
+    listing: Listing,
+    size: int,
+    folder: Path,
+    kept: Mapping[int, Commit],
+    again: Mapping[int, tuple[int, ...]],
+) -> Iterator[Shard]:
+    """Yield the inputs in order, `size` at a time; of parts that are kept, those to do again."""
     for number in range(-(-len(listing) // size)):
+        inputs = listing.between(number * size, (number + 1) * size)
         if number not in kept:
-            yield Shard(number, tuple(listing.between(number * size, (number + 1) * size)))
+            yield Shard(number, tuple(inputs))
+        elif places := again.get(number):
+            wanted = set(places)
+            chosen = (source for place, source in enumerate(inputs) if place in wanted)
+            yield Shard(number, tuple(chosen), folder / kept[number].part, places)
+
+
+def choose_codes(retry: bool | Sequence[str]) -> frozenset[str]:
+    """Return the error codes whose rows are done again.
+
+    Raises: UsageError for a code that rows do not have.
+    """
+    if isinstance(retry, bool):
+        return frozenset(CODES) if retry else frozenset()
+    named = (retry,) if isinstance(retry, str) else tuple(retry)
+    if unknown := [code for code in named if code not in CODES]:
+        raise UsageError(f'retry_errors names "{unknown[0]}". Choose of: {", ".join(CODES)}.')
+    return frozenset(named)
+
+
+def find_errors(
+    folder: Path, kept: Mapping[int, Commit], codes: frozenset[str]
+) -> dict[int, tuple[int, ...]]:
+    """Return the places of the rows with such codes, by the number of their part."""
+    found = {}
+    for number, entry in kept.items() if codes else ():
+        rows = read_rows(folder, entry) if entry.errors else ()
+        if places := tuple(place for place, row in enumerate(rows) if row.status in codes):
+            found[number] = places
+    return found
 
 
 def fair_workers(processes: int | None) -> int:

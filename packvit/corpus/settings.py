@@ -133,8 +133,8 @@ def fit_options(encoder: Encoder, options: EmbedOptions, taps: Sequence[int]) ->
         if grids != {native}:
             raise UsageError(
                 f"This checkpoint learned positions for {native[0]} x {native[1]} patches alone, "
-                f"and photographs would be resized to other grids. Leave resize out, or ask for "
-                'positions "interpolate".'
+                f"and photographs would be resized to other grids. Leave `resize` out, or "
+                'ask for `positions="interpolate"`.'
             )
     resize = resize or ("native" if images.sizing is None else "checkpoint")
     max_patches, most = options.max_patches, 0

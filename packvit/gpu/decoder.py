@@ -105,8 +105,8 @@ class JpegDecoder:
     ) -> None:
         if device.type != "cuda":
             raise RuntimeError(
-                f"Decoding on the GPU needs a CUDA device, but the encoder is on {device}. Move it "
-                "with .to(), or decode with pil."
+                f"Decoding on the GPU needs a CUDA device, but the encoder is on {device}. Use "
+                '`device="cuda"`, or `decode="pil"`.'
             )
         if find_spec("triton") is None:
             raise ImportError(
@@ -348,7 +348,7 @@ def _engine(device: torch.device) -> NvJpeg:
         raise RuntimeError(
             f"nvJPEG cannot use a JPEG engine on {torch.cuda.get_device_name(device)} ({error}), "
             "and only the engine gives Pillow's pixels. A100, H100, H200 and newer data centre "
-            "GPUs have one; on others, decode with pil."
+            'GPUs have one; on others, use `decode="pil"`.'
         ) from error
 
 
@@ -367,5 +367,5 @@ def check_pillow() -> None:
             raise RuntimeError(
                 "Decoding on the GPU gives the same pixels as Pillow 13.0, but the installed "
                 "Pillow resizes in another way. Install: pip install 'packvit[gpu-decode]', or "
-                "decode with pil."
+                'use `decode="pil"`.'
             )

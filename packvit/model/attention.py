@@ -223,7 +223,9 @@ def resolve(name: str, inputs: AttentionInputs) -> Backend:
             f'No attention backend is called "{name}". Choose auto or one of: {", ".join(named)}.'
         )
     if obstacle := named[name].obstacle(inputs):
-        raise ValueError(f'Attention backend "{name}" cannot run: {obstacle}. Try "auto".')
+        raise ValueError(
+            f'Attention backend "{name}" cannot run: {obstacle}. Try `attention="auto"`.'
+        )
     return named[name]
 
 

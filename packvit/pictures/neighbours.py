@@ -94,7 +94,7 @@ def check_model(encoder: Encoder, manifest: dict[str, Any], folder: Path) -> Non
         mine = encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__
         raise UsageError(
             f'The features in {folder} come from the model "{manifest["model"]}", and "{mine}" has '
-            "other weights, so they cannot be compared. Leave the model out, or embed the folder's "
+            "other weights, so they cannot be compared. Leave `model` out, or embed the folder's "
             "photographs again."
         )
 

@@ -5,11 +5,12 @@ import platform
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from packvit.checkpoints.folders import EMBEDDED
 from packvit.families import FAMILIES
-from packvit.model.attention import BACKENDS, AttentionInputs, resolve
-from packvit.version import version_of
+from packvit.model.attention import BACKENDS, AttentionInputs, Backend, resolve
+from packvit.version import TESTED, newer_than_tested, version_of
 
 PACKAGES = ("torch", "safetensors", "numpy", "pillow", "pyarrow", "transformers", "flash-attn-4")
 
@@ -26,11 +27,17 @@ def survey() -> dict[str, Any]:
             "torch."
         ),
         "auto": resolve("auto", work).name,
+        "kernel": kernel(resolve("auto", work), work),
+        "newer_than_tested": {
+            package: {"installed": version, "tested": TESTED[package]}
+            for package, version in newer_than_tested().items()
+        },
         "backends": [
             {
                 "name": backend.name,
                 "title": backend.title,
                 "obstacle": backend.obstacle(work),
+                "kernel": kernel(backend, work) if backend.obstacle(work) is None else None,
                 "measured": backend.measured,
             }
             for backend in BACKENDS
@@ -46,6 +53,25 @@ def survey() -> dict[str, Any]:
         ],
         "embedded": {name: str(folder) for name, folder in EMBEDDED.items()},
     }
+
+
+def kernel(backend: Backend, inputs: AttentionInputs) -> str:
+    """Return which kernel a call of a backend that runs here takes."""
+    if backend.name == "torch":
+        from torch.nn.attention import varlen
+
+        chosen = getattr(varlen, "_should_use_cudnn", None)
+        if chosen is not None and chosen(torch.cuda.current_device()):
+            return "cuDNN, which torch chooses by itself"
+        return "FlashAttention-2 inside torch"
+    if backend.name != "sdpa":
+        return backend.title
+    sizes = (1, 1, 256, inputs.head_dim)  # batch, heads, tokens, head_dim
+    heads = torch.empty(sizes, dtype=inputs.dtype, device=inputs.device)
+    choice = SDPBackend(
+        torch._fused_sdp_choice(heads, heads, heads)  # pyright: ignore[reportPrivateImportUsage]
+    )
+    return f"{choice.name.lower().replace('_', ' ')}, which SDPA chooses for 256 tokens"
 
 
 def machine() -> dict[str, Any]:

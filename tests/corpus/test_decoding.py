@@ -465,12 +465,69 @@ def test_workers_that_cannot_start_are_an_error_and_no_row(
     write_good(tmp_path, 3)
     inputs = list(list_inputs([str(tmp_path)]))
     for executable, message in (
-        ("/bin/false", r"ended before its first image \(code 1\)"),
+        (
+            "/bin/false",
+            "ended 4 times before their first image: the last one ended with exit code 1; see what "
+            "this says: /bin/false -c",
+        ),
         ("/nowhere", "could not be started: No such file"),
     ):
         monkeypatch.setattr(sys, "executable", executable)
         with Decoders(2) as decoders, pytest.raises(DecoderError, match=message):
             list(decoders.prepare_all(inputs, PREPROCESSING, AHEAD))
+
+
+def strike_young(most: int, struck: list[int], done: Event) -> Thread:
+    """Kill new decode workers as soon as they are there, up to `most` of them."""
+
+    def strike() -> None:
+        while len(struck) < most and not done.is_set():
+            for pid in set(children(os.getpid())) - set(struck):
+                if len(struck) < most:
+                    os.kill(pid, signal.SIGKILL)
+                    struck.append(pid)
+            time.sleep(0.002)
+
+    striking = Thread(target=strike)
+    striking.start()
+    return striking
+
+
+def test_workers_that_are_killed_while_they_start_are_started_again(
+    tmp_path: Path, encoder: Encoder
+):
+    """V9"""
+    write_good(tmp_path / "photos", 12)
+    packvit.embed(tmp_path / "photos", out=tmp_path / "right", model=encoder, workers=2)
+    struck: list[int] = []
+    striking = strike_young(3, struck, done := Event())
+    summary = packvit.embed(tmp_path / "photos", out=tmp_path / "out", model=encoder, workers=2)
+    done.set()
+    striking.join()
+    assert len(struck) == 3
+    assert (summary.ok, summary.errors) == (12, {})
+    part = "part-00000.parquet"
+    (found,), (right,) = (list((tmp_path / f).rglob(part)) for f in ("out", "right"))
+    assert found.read_bytes() == right.read_bytes()
+    assert not children(os.getpid())
+
+
+def test_workers_that_are_killed_again_and_again_end_the_job_with_what_killed_them(
+    tmp_path: Path, encoder: Encoder
+):
+    """V9"""
+    write_good(tmp_path / "photos", 3)
+    striking = strike_young(1000, [], done := Event())
+    with pytest.raises(DecoderError) as ended:
+        packvit.embed(tmp_path / "photos", out=tmp_path / "out", model=encoder, workers=2)
+    done.set()
+    striking.join()
+    assert str(ended.value) == (
+        "Decode workers ended 4 times before their first image: the last one was killed by signal "
+        "9 (SIGKILL); if memory ran out, ask for fewer `workers`."
+    )
+    assert not children(os.getpid())
+    assert packvit.embed(tmp_path / "photos", out=tmp_path / "out", model=encoder).ok == 3
 
 
 def test_what_lists_the_inputs_may_fail_and_is_heard():

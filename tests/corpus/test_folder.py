@@ -191,7 +191,7 @@ def test_a_damaged_manifest_is_refused_and_can_be_started_over(tmp_path: Path):
     manifest = tmp_path / "_manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-3])
     with pytest.raises(
-        UsageError, match=r"_manifest\.json is damaged, .* start over with overwrite"
+        UsageError, match=r"_manifest\.json is damaged, .* start over with `overwrite`"
     ):
         check_usable(tmp_path)
     check_usable(tmp_path, overwrite=True)

@@ -8,20 +8,24 @@ import sys
 import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 
 import pytest
+from rotten import write_good
 from served import outcome_of, write_served
 
 from packvit.corpus import UsageError
 from packvit.corpus.folder.checking import check_folder
+from packvit.corpus.inputs import pages, retries
 from packvit.corpus.inputs.find import list_inputs
-from packvit.corpus.inputs.sources import read
+from packvit.corpus.inputs.sources import Input, read
 from packvit.corpus.job import embed
 from packvit.encoder import Encoder
 from packvit.images.decode import ImageError
 
+TRIES: dict[str, list[float]] = {}  # of the files that are refused at first
 SECONDS = 60  # that the server hangs for: longer than any test waits
 
 
@@ -41,7 +45,9 @@ class Handler(SimpleHTTPRequestHandler):
         name = self.path.rpartition("/")[2]
         code = name.partition(".")[0]
         wanted = self.headers.get("Range")
-        if code.isdigit():
+        if name.startswith("busy"):
+            self.refuse(name)
+        elif code.isdigit():
             self.send_error(int(code))
         elif name == "hangs.jpg":
             time.sleep(SECONDS)
@@ -75,6 +81,19 @@ class Handler(SimpleHTTPRequestHandler):
         else:
             super().do_GET()
 
+    def refuse(self, name: str) -> None:
+        """Refuse a file at first, with the status and the wait in its name; then serve it."""
+        _, status, wait, _ = name.replace(".", "-").split("-")
+        if self.command == "GET":
+            TRIES[name] = [*TRIES.get(name, []), time.monotonic()]
+        if self.command == "HEAD" or len(TRIES[name]) > 2:
+            self.reply(200, name.encode())
+        elif status == "0":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        else:
+            waits = ("Retry-After", wait)
+            self.reply(int(status), b"", *([waits] if wait != "0" else []))
+
     def pour(self, wanted: str | None) -> None:
         """Send what has no end, whatever HEAD said of it."""
         self.send_response(206 if wanted and "lies" in self.path else 200)
@@ -100,8 +119,10 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server of the working directory."""
+    """The address of a server of the working directory; this process soon tries again."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(retries, "BOUND", retries.Bound(pauses=(0.01, 0.02, 0.03), longest=1.5))
+    TRIES.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
         serving.block_on_close = False  # nobody waits for an answer that hangs
         thread = Thread(target=serving.serve_forever, args=(0.01,))
@@ -247,3 +268,56 @@ def test_a_server_that_hangs_costs_one_image_and_the_job_goes_on(
     assert summary.ok == len(content)
     assert summary.errors == {"timeout": 1, "unidentified": 1, "unreadable": 1}
     assert not check_folder(tmp_path / "out").faults
+
+
+@pytest.mark.parametrize(
+    "name", ["busy-429-1.jpg", "busy-503-0.jpg", "busy-500-0.jpg", "busy-0-0.jpg"]
+)
+def test_a_busy_server_is_asked_again_after_the_time_it_asks_for(server: str, name: str):
+    """S3"""
+    assert read(Input("x", f"{server}/{name}")) == name.encode()
+    assert len(TRIES[name]) == 3
+    waited = [after - before for before, after in pairwise(TRIES[name])]
+    least = float(name.split("-")[2][0])
+    assert all(each >= least for each in waited)
+
+
+def test_a_server_that_stays_busy_is_asked_a_bounded_number_of_times(server: str):
+    """S3"""
+    for name, note in (
+        ("503.jpg", "HTTP 503, 4 times"),
+        ("hangs-up.jpg", "a cut connection, 4 times"),
+        ("404.jpg", None),
+        ("403.jpg", None),
+    ):
+        with pytest.raises(ImageError) as refused:
+            read(Input("x", f"{server}/{name}"))
+        assert refused.value.note == note
+    with pytest.raises(ImageError, match="cannot be used") as refused:
+        read(Input("x", f"{server}/busy-429-3600.jpg"))
+    assert refused.value.note == "its server asks to wait for 3,600 s"
+
+
+def test_a_page_of_links_has_a_size_limit(server: str, monkeypatch: pytest.MonkeyPatch):
+    """Point 4 of issue 16: the main process reads pages of links whole."""
+    write_good(Path("photos"), 2)
+    assert len(outcome_of(f"{server}/photos/")) == 2
+    monkeypatch.setattr(pages, "MOST_PAGE", 100)
+    with pytest.raises(UsageError, match="cannot be read"):
+        outcome_of(f"{server}/photos/")
+
+
+def test_errors_of_a_server_are_tried_again_by_a_finished_job(
+    server: str, tmp_path: Path, encoder: Encoder
+):
+    """S3"""
+    names = write_good(Path("photos"), 3)
+    (gone := Path("photos") / names[1]).rename("aside.jpg")
+    urls = [f"{server}/photos/{name}" for name in names]
+    out = tmp_path / "out"
+    assert embed(urls, out=out, model=encoder).errors == {"missing": 1}
+    Path("aside.jpg").rename(gone)
+    assert embed(urls, out=out, model=encoder).errors == {"missing": 1}
+    done = embed(urls, out=out, model=encoder, retry_errors=["missing"])
+    assert (done.ok, done.errors) == (3, {})
+    assert not check_folder(out).faults

@@ -237,3 +237,31 @@ def test_what_is_no_archive_in_a_chain_is_no_unknown_protocol(
     monkeypatch.setattr("fsspec.core.url_to_fs", refuse)
     with pytest.raises(UsageError, match=r"cannot be read \(ValueError\)"):
         list_inputs(["zip://more::file:///notes.txt"])
+
+
+def test_a_table_of_tabs_is_a_list(photos: list[str]):
+    """W8"""
+    Path("a.tsv").write_text("n\tpath\n" + "".join(f"1\t{name}\n" for name in photos))
+    assert ids(list_inputs([], ["a.tsv"])) == sorted(photos)
+
+
+@pytest.mark.parametrize("argv", [["-"], ["/dev/stdin"], ["--list", "-"], ["--list", "/dev/stdin"]])
+def test_a_list_is_read_from_stdin(photos: list[str], argv: list[str]):
+    """W8"""
+    command = [sys.executable, "-m", "packvit", "embed", *argv, "--out", "out", "--device", "cpu"]
+    subprocess.run(command, input="\n".join(photos), text=True, check=True, capture_output=True)
+    entries = read_commits(Path("out"))
+    assert sum(entry.rows for entry in entries) == len(photos)
+
+
+def test_a_text_that_is_named_as_a_photograph_is_asked_about(photos: list[str]):
+    """W8"""
+    Path("list.txt").write_text("\n".join(photos))
+    Path("list.csv").write_text(f"n,path\n1,{photos[0]}\n")
+    Path("notes").write_text("no path")
+    for paths in (["list.txt"], [photos[0], "list.txt"], [photos[0], "list.csv"], ["notes"]):
+        with pytest.raises(UsageError, match=rf"Did you mean --list {paths[-1]}, which"):
+            list_inputs(paths)
+    assert ids(list_inputs([photos[0], "notes"])) == ["notes", photos[0]]
+    Path("drawing").write_text("<svg/>")
+    assert ids(list_inputs(["drawing"])) == ["drawing"]

@@ -12,12 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from features import contents
 from rotten import write_good
 
 from packvit.corpus import UsageError
-from packvit.corpus.folder.layout import CHECKSUM, claim, read_commits, read_manifest
+from packvit.corpus.folder.checking import check_folder
+from packvit.corpus.folder.layout import (
+    CHECKSUM,
+    claim,
+    read_commits,
+    read_manifest,
+    stage,
+    write_commits,
+)
+from packvit.corpus.folder.parts import read_part
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress
 from packvit.encoder import Encoder
@@ -269,13 +279,15 @@ def test_another_job_is_refused_with_every_difference_and_nothing_is_touched(
         f"{out} holds the features of another job. What differs, its -> yours:",
         "  preprocessing.max_patches: 1024 -> 9",
         "  token_budget: 16384 -> 64",
-        "Give the same options to resume it, start over with overwrite, or choose another folder.",
+        "Give the same options to resume it, start over with `overwrite`, or choose another "
+        "folder.",
     ]
     with pytest.raises(UsageError) as refused:
         embed(photos / "000.jpg", out=out, model=encoder, tokens=True)
-    first, second = str(refused.value).splitlines()[1:-1]
+    first, second, third = str(refused.value).splitlines()[1:-1]
     assert first.startswith("  inputs_sha256: ")
     assert second == f"  inputs: {INPUTS} -> 1"
+    assert third.startswith('  inputs left out though there: "000.jpg", "001.jpg", "002.jpg" and ')
     assert (states(out), contents(out)) == before
 
 
@@ -320,3 +332,154 @@ def test_a_file_of_anothers_in_a_job_s_folder_is_let_be(
     (out / "data/part-00003.parquet").unlink()
     resume(photos, out, encoder)
     assert contents(out) == contents(undisturbed) | {"notes.txt": b"mine"}
+
+
+def interrupt_second(photos: Path, out: Path, encoder: Encoder) -> None:
+    """Stop a job after its second part."""
+
+    def stop(progress: Progress) -> None:
+        if progress.committed >= 128:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(photos, out=out, model=encoder, rows_per_part=64, progress=stop)
+
+
+@pytest.fixture
+def halfway(tmp_path: Path, photos: Path, encoder: Encoder) -> tuple[Path, Path]:
+    """Photographs and the folder of an interrupted job of theirs."""
+    copies, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(photos, copies, copy_function=os.link)
+    interrupt_second(copies, out, encoder)
+    return copies, out
+
+
+def statuses(out: Path) -> dict[str, str]:
+    tables = [read_part(out / entry.part, ["id", "status"]) for entry in read_commits(out)]
+    return {row["id"]: row["status"] for table in tables for row in table.to_pylist()}
+
+
+def test_an_input_that_is_removed_before_the_job_resumes_is_a_row(
+    halfway: tuple[Path, Path], encoder: Encoder
+):
+    """V10"""
+    photos, out = halfway
+    assert (out / "_inputs.jsonl.gz").is_file()
+    kept = {name: data for name, data in contents(out).items() if name.startswith("data/")}
+    (photos / "010.jpg").unlink()  # in a part that is there
+    (photos / "380.jpg").unlink()
+    said: list[Progress] = []
+    done = embed(photos, out=out, model=encoder, progress=said.append)
+    assert said[0].notes[0] == '2 inputs of this job are no longer there: "010.jpg", "380.jpg".'
+    assert (done.rows, done.errors) == (INPUTS, {"unidentified": 3, "missing": 1})
+    assert statuses(out)["380.jpg"] == "missing"
+    assert statuses(out)["010.jpg"] == "ok"
+    assert {name: contents(out)[name] for name in kept} == kept
+    assert not (out / "_inputs.jsonl.gz").exists()
+    assert not check_folder(out).faults
+    again = contents(out)
+    with pytest.raises(UsageError, match=r'left out though there: "010\.jpg"'):
+        embed(photos, out=out, model=encoder)  # its row has features: what should become of them?
+    assert contents(out) == again
+
+
+def test_a_finished_job_with_rows_of_missing_inputs_is_finished(
+    halfway: tuple[Path, Path], encoder: Encoder
+):
+    """V10"""
+    photos, out = halfway
+    (photos / "380.jpg").unlink()
+    embed(photos, out=out, model=encoder)
+    before = contents(out)
+    assert embed(photos, out=out, model=encoder).errors["missing"] == 1
+    assert contents(out) == before
+
+
+def test_which_inputs_hinder_a_job_is_said(halfway: tuple[Path, Path], encoder: Encoder):
+    """V10"""
+    photos, out = halfway
+    before = contents(out)
+    (photos / "380.jpg").unlink()
+    (photos / "new.jpg").write_bytes(b"")
+    with pytest.raises(UsageError, match=r'inputs no longer there: "380\.jpg"; new: "new\.jpg"'):
+        embed(photos, out=out, model=encoder)
+    (photos / "new.jpg").unlink()
+    listed = photos.with_name("list.txt")
+    listed.write_text("\n".join(str(photos / f"{n:03}.jpg") for n in range(200)))
+    with pytest.raises(UsageError, match=r"left out though there: .*396 more; new: "):
+        embed(lists=[listed], out=out, model=encoder)
+    assert contents(out) == before
+
+
+def test_rows_that_are_errors_are_done_again_and_no_others(
+    tmp_path: Path, photos: Path, encoder: Encoder
+):
+    """S3, and point 6 of issue 16"""
+    copies, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(photos, copies, copy_function=os.link)
+    (copies / "050.jpg").unlink()
+    (copies / "050.jpg").symlink_to("nowhere")
+    common: dict[str, Any] = {
+        "out": out,
+        "model": encoder,
+        "rows_per_part": 64,
+        "tokens": True,
+        "format": "npy",
+    }
+    first = embed(copies, **common)
+    assert first.errors == {"unidentified": 3, "missing": 1}
+    before = contents(out)
+    for name in ("050.jpg", "100a.jpg", "200a.jpg"):
+        (copies / name).unlink()
+        os.link(photos / "000.jpg", copies / name)
+    with pytest.raises(UsageError, match='retry_errors names "missed"'):
+        embed(copies, **common, retry_errors=["missed"])
+    assert embed(copies, **common, retry_errors=["missing"]).errors == {"unidentified": 3}
+    changed = {name for name, data in contents(out).items() if data != before[name]}
+    assert changed == {
+        "data/part-00000.parquet", "_commits.jsonl", "_manifest.json",
+        "_exports/pooled.npy", "_exports/ids.jsonl",
+    }  # fmt: skip
+    last = embed(copies, **common, retry_errors=True)
+    assert (last.ok, last.errors) == (INPUTS - 1, {"unidentified": 1})
+    assert not check_folder(out).faults
+    fresh = embed(copies, **common | {"out": tmp_path / "fresh"})
+    assert fresh.errors == last.errors
+    for mine, right in zip(read_commits(out), read_commits(tmp_path / "fresh"), strict=True):
+        ours, theirs = read_part(out / mine.part), read_part(tmp_path / "fresh" / right.part)
+        assert ours.schema == theirs.schema
+        assert ours.drop(["pooled", "tokens"]) == theirs.drop(["pooled", "tokens"])
+        for one, other in zip(ours["pooled"], theirs["pooled"], strict=True):
+            assert one.as_py() == pytest.approx(other.as_py(), abs=1e-4) or not one.is_valid
+    same = contents(out)
+    embed(copies, **common, retry_errors=["timeout"])
+    assert contents(out) == same
+
+
+def test_an_unfinished_job_does_its_errors_again_too(halfway: tuple[Path, Path], encoder: Encoder):
+    """Point 6 of issue 16"""
+    photos, out = halfway
+    entry = read_commits(out)[1]
+    assert "unidentified" in statuses(out).values()
+    for name in ("100a.jpg", "200a.jpg", "300a.jpg"):
+        (photos / name).unlink()
+        os.link(photos / "000.jpg", photos / name)
+    done = embed(photos, out=out, model=encoder, retry_errors=True)
+    assert (done.ok, done.errors) == (INPUTS, {})
+    assert read_commits(out)[1] != entry
+    assert not check_folder(out).faults
+
+
+def test_a_part_that_was_replaced_in_the_log_alone_is_renamed(
+    tmp_path: Path, undisturbed: Path, photos: Path, encoder: Encoder
+):
+    """A kill between the log and the rename loses no row, though inputs may be gone."""
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    table = read_part(out / "data/part-00001.parquet")
+    renamed = table.set_column(3, "note", pa.array(["again"] * len(table)))
+    staged = stage(out, 1, renamed)
+    others = [entry for entry in read_commits(out) if entry.part != staged.entry.part]
+    write_commits(out, [*others, staged.entry])
+    embed(photos, out=out, model=encoder, tokens=True)
+    assert read_part(out / "data/part-00001.parquet")["note"].to_pylist() == ["again"] * len(table)
+    assert not check_folder(out).faults

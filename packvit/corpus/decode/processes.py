@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from threading import Lock
 
 import numpy as np
@@ -18,11 +19,16 @@ from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.find import Input
 
 SECONDS_TO_START = 120.0  # 0.15 on an idle machine
+PAUSES = (0.2, 1.0, 3.0)  # seconds, before a worker that died while starting is started again
 # A worker exits with its parent; a signal sent to both must not end it and lose its image.
 NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
+
+
+class StartError(DecoderError):
+    """A worker ended before it was ready."""
 
 
 class Worker:
@@ -43,7 +49,7 @@ class Worker:
         except OSError as error:
             self.link.close()
             raise DecoderError(
-                f"A decode worker could not be started: {error.strerror}. Ask for fewer workers."
+                f"A decode worker could not be started: {error.strerror}. Ask for fewer `workers`."
             ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -58,19 +64,21 @@ class Worker:
     def await_ready(self) -> None:
         """Wait until the process is ready.
 
-        Raises: DecoderError if it exits instead.
+        Raises: StartError if it ends instead, saying what ended it.
         """
         if self.ready:
             return
         try:
             self.link.settimeout(SECONDS_TO_START)
             self.ready = receive(self.link) == "ready"
-        except (EOFError, OSError) as error:
+        except TimeoutError as error:
             self.end()
-            raise DecoderError(
-                f"A decode worker ended before its first image (code {self.process.returncode}). "
-                f"See what this says: {sys.executable} -c 'import packvit.corpus.decode.prepare'"
-            ) from error
+            raise StartError(f"was not ready in {SECONDS_TO_START:g} seconds") from error
+        except (EOFError, OSError) as error:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)  # its own end, before ours
+            self.end()
+            raise StartError(describe_end(self.process.returncode)) from error
 
     def prepare(
         self, sources: Sequence[Input], preprocessing: Preprocessing, admit: Admit, seconds: float
@@ -145,8 +153,38 @@ class Workers:
         for _ in range(count):
             self.idle.append(Worker())
 
+    def borrow_ready(self, check: Callable[[], None]) -> Worker:
+        """Return a worker that is ready and that only the caller uses.
+
+        One that dies while starting is replaced, after growing pauses; `check` is called meanwhile
+        and may raise.
+
+        Raises: DecoderError, after the last pause, saying what ended them; what `check` raises.
+        """
+        for pause in (*PAUSES, None):
+            check()
+            worker = self.borrow()
+            try:
+                worker.await_ready()
+                return worker
+            except StartError as error:
+                self.give_back(worker)
+                if pause is None:
+                    raise DecoderError(
+                        f"Decode workers ended {len(PAUSES) + 1} times before their first image: "
+                        f"the last one {error}."
+                    ) from error
+            except BaseException:
+                self.give_back(worker)
+                raise
+            until = time.monotonic() + pause
+            while time.monotonic() < until:
+                check()
+                time.sleep(0.05)
+        raise AssertionError("the last try returns or raises")
+
     def borrow(self) -> Worker:
-        """Return a worker that only the caller uses."""
+        """Return a worker that only the caller uses; it may still be starting."""
         with self.lock:
             while self.idle:
                 worker = self.idle.pop()
@@ -178,3 +216,18 @@ class Workers:
         for worker in self.idle:
             worker.end()
         self.idle.clear()
+
+
+def describe_end(code: int) -> str:
+    """Return what ended a worker, and what to do: a predicate without its full stop."""
+    if code >= 0:
+        return (
+            f"ended with exit code {code}; see what this says: {sys.executable} -c "
+            "'import packvit.corpus.decode.prepare'"
+        )
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "no name"
+    advice = "; if memory ran out, ask for fewer `workers`" if -code == signal.SIGKILL else ""
+    return f"was killed by signal {-code} ({name}){advice}"

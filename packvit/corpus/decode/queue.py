@@ -96,7 +96,7 @@ class Decoders:
 
         Raises: DecoderError if no worker can run.
         """
-        worker = self.workers.borrow()
+        worker = self.workers.borrow_ready(lambda: None)
         try:
             return worker.prepare([source], preprocessing, lambda pixels: None, self.seconds)[0][0]
         except BaseException:
@@ -182,7 +182,10 @@ class DecodeQueue:
                 number, sources = begun
                 many = len(sources)
                 while sources:
-                    worker = worker or workers.borrow()
+                    if worker and not worker.alive:  # it died while idle: no image is lost
+                        workers.give_back(worker)
+                        worker = None
+                    worker = worker or workers.borrow_ready(self.check_wanted)
                     prepared, seconds = self.prepare(worker, sources[:many])
                     self.finish(number, prepared, seconds)
                     number, sources = number + len(prepared), sources[len(prepared) :]

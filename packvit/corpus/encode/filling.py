@@ -6,13 +6,15 @@ same shard always gives the same packs, whichever process decodes the images.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from packvit.corpus.decode.prepare import Prepared
 from packvit.corpus.encode.packs import Encoded
-from packvit.corpus.folder.parts import Outputs, build_table
+from packvit.corpus.folder.layout import reading
+from packvit.corpus.folder.parts import Outputs, build_table, read_part, replace_rows
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.find import Input
 from packvit.packs.planning import plan_packs
@@ -20,10 +22,15 @@ from packvit.packs.planning import plan_packs
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The inputs of one part, in order, and the part's number."""
+    """The inputs of one part, in order, and the part's number.
+
+    Of a part that is written already, `inputs` are those at `places`, which are done again.
+    """
 
     number: int
     inputs: tuple[Input, ...]
+    written: Path | None = None
+    places: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +74,11 @@ class Part:
     def table(self) -> pa.Table:
         """Return the table to write."""
         assert [row.id for row in self.rows] == [source.id for source in self.shard.inputs]
-        return build_table(self.outputs, self.rows, self.pooled, self.lists)
+        table = build_table(self.outputs, self.rows, self.pooled, self.lists)
+        if self.shard.written is None:
+            return table
+        with reading(self.shard.written):
+            return replace_rows(read_part(self.shard.written), table, self.shard.places)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -59,7 +59,7 @@ def run_shards(
     def write(part: Part) -> Commit:
         start = time.perf_counter()
         number = part.shard.number
-        entry = commit(folder, number, part.table(), mends=number < last, halved=part.halved)
+        entry = commit(folder, number, part.table(), mends=number <= last, halved=part.halved)
         effort.writing += time.perf_counter() - start
         return entry
 

@@ -6,6 +6,7 @@ ids of the inputs and the certificate against the manifest, the manifest against
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from packvit.corpus.folder.layout import (
     read_manifest,
 )
 from packvit.corpus.folder.names import CURRENT, Names, names_of, part_number
+from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, read_own
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.resume import files_in, find_damage, find_fault, is_ours, left_over
 from packvit.images.decode import CODES
@@ -34,7 +36,17 @@ MANIFEST_MEND = (
     "over with --overwrite."
 )
 BUG = "The bytes match the log, so packvit wrote them so: start over with --overwrite."
-BESIDE = ("format", "complete", "fingerprint", "model", "inputs", "ignored", "counts", "exports")
+BESIDE = (
+    "format",
+    "complete",
+    "fingerprint",
+    "model",
+    "inputs",
+    "ignored",
+    "counts",
+    "exports",
+    "retries",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +107,16 @@ def check_manifest(check: Check, folder: Path, names: Names) -> dict[str, Any] |
     """Check the manifest, the certificate and the exports; return the manifest if it is whole."""
     manifest = read_manifest(folder)
     if manifest is None:
-        state = (
-            "is damaged: it is not JSON." if (folder / names.manifest).exists() else "is missing."
-        )
+        state = describe_manifest(folder / names.manifest)
         check.add(names.manifest, state, MANIFEST_MEND)
         return None
-    if (folder / names.manifest).read_bytes() != encode_manifest(manifest):
+    if read_own(folder / names.manifest, MOST_MANIFEST) != encode_manifest(manifest):
         check.add(
             names.manifest, "is damaged: its checksum does not match its entries.", MANIFEST_MEND
         )
+        return None
+    if flaw := find_flaw(manifest, names):
+        check.add(names.manifest, flaw, MANIFEST_MEND)
         return None
     beside = (*BESIDE, "certificate_sha256")
     settings = {name: value for name, value in manifest.items() if name not in beside}
@@ -114,9 +127,11 @@ def check_manifest(check: Check, folder: Path, names: Names) -> dict[str, Any] |
             MANIFEST_MEND,
         )
         return None
-    certificate = folder / names.certificate
-    digest = sha256(certificate.read_bytes()) if certificate.is_file() else None
-    if digest != manifest["certificate_sha256"]:
+    try:
+        digest = sha256(read_own(folder / names.certificate, MOST_MANIFEST))
+    except OSError:  # also a link or a pipe
+        digest = None
+    if digest != manifest.get("certificate_sha256"):
         state = "is missing" if digest is None else "is not the one recorded in the manifest"
         check.add(
             names.certificate, f"{state}.", "Run the same embed command again, with --verify."
@@ -129,6 +144,17 @@ def check_manifest(check: Check, folder: Path, names: Names) -> dict[str, Any] |
         if name not in exports and (folder / name).exists():
             check.add(name, f"is not in {names.manifest}, so readers must not use it.")
     return manifest
+
+
+def describe_manifest(path: Path) -> str:
+    """Return why a manifest cannot be read, as the end of a sentence."""
+    if not os.path.lexists(path):
+        return "is missing."
+    try:
+        read_own(path, MOST_MANIFEST)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}."
+    return "is damaged: it is not JSON, or nested too deeply."
 
 
 def check_log(check: Check, folder: Path, names: Names) -> dict[int, Commit]:
@@ -238,12 +264,13 @@ def check_whole(
 ) -> None:
     """Check that no part is missing, and that the rows are the job's inputs."""
     parts = -(-manifest["inputs"] // manifest["rows_per_part"])
-    absent = [number for number in range(parts) if number not in entries]
-    if absent:
+    listed = sum(number < parts for number in entries)
+    if listed < parts:
+        first = next(number for number in range(listed + 1) if number not in entries)
         check.add(
             names.commits,
-            f"lists {parts - len(absent)} of {parts} parts: {names.part(absent[0])} is the first "
-            "that is not there.",
+            f"lists {listed:,} of {parts:,} parts: {names.part(first)} is the first that is not "
+            "there.",
         )
     if any(number >= parts for number in entries):
         check.add(names.commits, f"lists parts beyond the {parts} of this job.")

@@ -21,6 +21,7 @@ import pyarrow as pa
 from packvit.atomic import rename_flushed, sync, temporary_name, write_flushed, write_whole
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.names import LOCK, names_of, part_name, part_number
+from packvit.corpus.folder.opening import MOST_LOG, MOST_MANIFEST, decode_object, read_own
 from packvit.corpus.folder.parts import encode_parquet
 
 CHECKSUM = "manifest_sha256"
@@ -95,12 +96,15 @@ def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
     Raises: WriteError if it cannot be written.
     """
     part = folder / staged.entry.part
+    before = read_commits(folder) if mends else ()
+    if any(entry.part == staged.entry.part for entry in before):
+        return replace_part(folder, staged, before)
     try:
         with writing(part):
             make_folder(part.parent)
             rename_flushed(folder / staged.file, part)
         if mends:
-            write_commits(folder, [*read_commits(folder), staged.entry])
+            write_commits(folder, [*before, staged.entry])
         else:
             append_line(folder / names_of(folder).commits, encode_commit(staged.entry))
     except WriteError:
@@ -108,6 +112,26 @@ def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
             with suppress(OSError):  # for example a folder of that name
                 path.unlink()
         raise
+    return staged.entry
+
+
+def replace_part(folder: Path, staged: Staged, before: Sequence[Commit]) -> Commit:
+    """Put a staged part in the place of one that the log lists; on failure leave the old one.
+
+    The log comes first: if it names a part that is staged alone, `finish_replacements` renames it.
+
+    Raises: WriteError if it cannot be written.
+    """
+    part, temporary = folder / staged.entry.part, folder / staged.file
+    others = [entry for entry in before if entry.part != staged.entry.part]
+    try:
+        write_commits(folder, [*others, staged.entry])
+    except WriteError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    with writing(part):
+        rename_flushed(temporary, part)
     return staged.entry
 
 
@@ -124,7 +148,7 @@ def decode_commit(line: bytes) -> Commit | None:
     try:
         values = json.loads(line)
         entry = Commit(**values)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     kinds = {"part": str, "sha256": str}
     right = all(type(getattr(entry, f.name)) is kinds.get(f.name, int) for f in fields(Commit))
@@ -139,7 +163,7 @@ def read_log(folder: Path) -> tuple[bytes, ...]:
     path = folder / names_of(folder).commits
     try:
         with reading(path):
-            data = path.read_bytes()
+            data = read_own(path, MOST_LOG)
     except FileNotFoundError:
         return ()
     *lines, rest = data.split(b"\n")
@@ -182,10 +206,10 @@ def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of `folder` without its checksum, or None if none can be read."""
     try:
-        manifest = json.loads((folder / names_of(folder).manifest).read_bytes())
-    except (OSError, ValueError):
+        manifest = decode_object(read_own(folder / names_of(folder).manifest, MOST_MANIFEST))
+    except OSError:
         return None
-    if not isinstance(manifest, dict):
+    if manifest is None:
         return None
     return {name: value for name, value in manifest.items() if name != CHECKSUM}
 
@@ -206,7 +230,7 @@ def claim(folder: Path) -> Iterator[None]:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
             with writing(folder / LOCK):

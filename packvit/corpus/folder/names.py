@@ -3,6 +3,7 @@
     _manifest.json           what was run on what, its fingerprint, and the counts once complete
     _commits.jsonl           one line for each committed part: rows, errors, tokens, bytes, sha256
     _certificate.json        how the encoder was verified, if asked for
+    _inputs.jsonl.gz         the ids of the inputs, until the job is done
     data/part-00000.parquet  one row for each input, in the order of the inputs
     _exports/pooled.npy, _exports/ids.jsonl   made from the parts once all are written, if asked for
 
@@ -20,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOCK = ".lock"
+PENDING = "_inputs.jsonl.gz"  # in either format
 SPOOL = "shards"  # only under its temporary name: shards that wait for workers on other hosts
 DATA, EXPORTS = "data/", "_exports/"
-PART = re.compile(rf"(?:{DATA})?part-(\d{{5,}})\.parquet")
+PART = re.compile(rf"(?:{DATA})?part-(\d{{5,12}})\.parquet")
 TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9a-f]{8})?\.tmp")  # with an optional `attempt`
 
 
@@ -45,7 +47,7 @@ class Names:
     @property
     def fixed(self) -> tuple[str, ...]:
         """All files except the parts, the manifest last."""
-        return (self.pooled, self.ids, self.commits, self.certificate, self.manifest)
+        return (self.pooled, self.ids, PENDING, self.commits, self.certificate, self.manifest)
 
 
 CURRENT = Names(

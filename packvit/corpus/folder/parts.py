@@ -87,6 +87,14 @@ def vectors(
     return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
 
 
+def replace_rows(old: pa.Table, new: pa.Table, places: Sequence[int]) -> pa.Table:
+    """Return a part's table with the rows at `places` replaced by those of `new`."""
+    order = np.arange(old.num_rows)
+    order[np.asarray(places, np.int64)] = old.num_rows + np.arange(new.num_rows)
+    both = pa.concat_tables([old.cast(new.schema), new]).combine_chunks()
+    return both.take(pa.array(order)).combine_chunks()
+
+
 def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Return a part, or columns of it, verifying every page's checksum.
 

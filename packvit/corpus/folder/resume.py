@@ -4,6 +4,7 @@ A job resumes in a folder whose manifest describes it: parts that the log lists 
 match are kept, all others are embedded again.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packvit.atomic import sync
+from packvit.atomic import sync, rename_flushed
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import (
     Commit,
     decode_commit,
     encode_manifest,
+    read_commits,
     read_log,
     read_manifest,
     reading,
@@ -35,11 +37,12 @@ from packvit.corpus.folder.names import (
     names_of,
     part_number,
 )
+from packvit.corpus.folder.opening import MOST_MANIFEST, find_export_flaw, open_own, read_own
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.rows import Row
 
 # Entries of a manifest that may differ without making it another job.
-BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256", "exports")
+BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256", "exports", "retries")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +54,20 @@ class Resumed:
     notes: tuple[str, ...] = ()
 
 
-def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Resumed:
+def take_up(
+    folder: Path, manifest: Mapping[str, Any], *, overwrite: bool, inputs: str | None = None
+) -> Resumed:
     """Return what `folder`, which this process has locked, holds of the job of `manifest`.
 
     Temporary files of a killed job are removed, and the log is reduced to the kept parts.
-    `overwrite` removes everything that packvit wrote.
+    `overwrite` removes everything that packvit wrote. `inputs` says how they differ, if they do.
 
     Raises: UsageError with the differences if the folder holds another job, or if it holds
     anything else; WriteError.
     """
     check_usable(folder, overwrite=overwrite)
+    if not overwrite:
+        finish_replacements(folder)
     with writing(folder):
         for name in own_files(folder) if overwrite else left_over(folder):
             (folder / name).unlink()
@@ -74,20 +81,36 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Re
         return Resumed(wanted, {})
     differences = compare(recorded, wanted)
     if differences:
+        differences += [f"inputs {inputs}"] if inputs else []
         lines = "\n".join(f"  {difference}" for difference in differences)
         raise UsageError(
             f"{folder} holds the features of another job. What differs, its -> yours:\n{lines}\n"
-            "Give the same options to resume it, start over with overwrite, or choose another "
+            "Give the same options to resume it, start over with `overwrite`, or choose another "
             "folder."
         )
     path = folder / names_of(folder).manifest
     with writing(path):
-        whole = path.read_bytes() == encode_manifest(recorded)
+        whole = read_own(path, MOST_MANIFEST) == encode_manifest(recorded)
+    if find_export_flaw(recorded.get("exports", {}), names_of(folder)):
+        recorded, whole = {**recorded, "exports": {}}, False
     kept, notes = keep(folder, wanted["inputs"], wanted["rows_per_part"])
     if not whole:  # it describes this job, but other entries are damaged
         made = {name: recorded.get(name) for name in ("certificate_sha256", "exports")}
         recorded = {**wanted, **made}
     return Resumed(recorded, kept, tuple(notes))
+
+
+def finish_replacements(folder: Path) -> None:
+    """Rename the parts that a killed job had entered in the log in the place of others."""
+    logged = {os.path.basename(entry.part): entry for entry in read_commits(folder)}
+    for name in left_over(folder):
+        parsed = TEMPORARY.fullmatch(name)
+        entry = logged.get(parsed[1]) if parsed else None
+        if entry is None or find_damage(folder / name, entry.bytes, entry.sha256):
+            continue
+        with writing(folder / entry.part):
+            if find_fault(folder, entry):
+                rename_flushed(folder / name, folder / entry.part)
 
 
 def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
@@ -166,12 +189,18 @@ def find_fault(folder: Path, entry: Commit) -> str | None:
 
 def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
     """Return how a file differs from its recorded size and digest, as `find_fault` does."""
-    if not path.exists():
+    try:
+        file = open_own(path)
+    except (FileNotFoundError, NotADirectoryError):
         return "is missing"
-    size = path.stat().st_size
-    if size != bytes:
-        return f"has {size:,} bytes, but {bytes:,} were committed"
-    with path.open("rb") as file:
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EINVAL):
+            raise
+        return f"is not the file that was committed: {error.strerror}"
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size != bytes:
+            return f"has {size:,} bytes, but {bytes:,} were committed"
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return None if digest == sha256 else "is damaged: its sha256 is not what was committed"
 
@@ -187,7 +216,8 @@ def read_rows(folder: Path, entry: Commit) -> list[Row]:
 def is_ours(folder: Path) -> bool:
     """Return whether packvit wrote the manifest in `folder`, even if it was damaged since."""
     try:
-        return b'"packvit features ' in (folder / names_of(folder).manifest).read_bytes()
+        data = read_own(folder / names_of(folder).manifest, MOST_MANIFEST)
+        return b'"packvit features ' in data
     except OSError:
         return False
 
@@ -259,7 +289,7 @@ def check_usable(folder: Path, *, overwrite: bool = False) -> None:
     if not overwrite and read_manifest(folder) is None:
         raise UsageError(
             f"{folder / names_of(folder).manifest} is damaged, so this job cannot be compared with "
-            "the one that the folder holds. Restore a copy of it, start over with overwrite, or "
+            "the one that the folder holds. Restore a copy of it, start over with `overwrite`, or "
             "choose another folder."
         )
 

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from packvit.corpus import UsageError
 from packvit.corpus.inputs import patterns as globs
@@ -22,9 +23,10 @@ from packvit.corpus.inputs.addresses import (
 )
 from packvit.corpus.inputs.archives import list_parquet
 from packvit.corpus.inputs.listing import Listing, by_suffix, readable, spooling
-from packvit.corpus.inputs.lists import read_list
+from packvit.corpus.inputs.lists import looks_like_list, read_list
+from packvit.corpus.inputs.retries import find_status, persist
 from packvit.corpus.inputs.sources import Input as Input
-from packvit.corpus.inputs.sources import find_kind, find_status, find_url, unreadable
+from packvit.corpus.inputs.sources import find_kind, find_url, unreadable
 from packvit.corpus.inputs.tars import list_tar
 from packvit.images.decode import ImageError, find_file
 
@@ -145,6 +147,11 @@ class Finder:
             except ImageError as error:
                 raise no_answer(typed, error) from error
             return
+        if not remote and is_other(typed) and looks_like_list(typed, alone=alone):
+            raise UsageError(
+                f"{shown(typed)} is a text, not a photograph. Did you mean --list {shown(typed)}, "
+                "which embeds the paths in it?"
+            )
         try:
             code = self.add_named(typed, alone=alone)
         except ImageError as error:
@@ -386,6 +393,12 @@ def is_photograph(name: bytes) -> bool:
     return os.path.splitext(name)[1].lower() in PHOTOGRAPHS
 
 
+def is_other(name: bytes) -> bool:
+    """Return whether a local file has no suffix of a photograph or an archive."""
+    archive = os.path.splitext(name)[1].lower() in (b".tar", b".parquet")
+    return not (is_photograph(name) or archive) and os.path.isfile(name)
+
+
 def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
     """Return whether a path is a folder; a URL with a file's suffix is not looked up.
 
@@ -410,9 +423,14 @@ def read_folder(folder: bytes) -> Iterator[Entry]:
 
 def read_url_folder(folder: bytes, chain: bytes) -> Iterator[Entry]:
     """Yield the entries of a folder at a URL, whose last links are `chain`."""
-    with unreadable():
-        files, place = find_url(os.fsdecode(folder + chain))
-        found = files.ls(place, detail=True)
+    url = os.fsdecode(folder + chain)
+
+    def read() -> tuple[list[dict[str, Any]], str]:
+        with unreadable():
+            files, place = find_url(url, pages=True)
+            return files.ls(place, detail=True), place
+
+    found, place = persist(read)
     for item in found:
         name = os.fsencode(item["name"].rstrip("/").rpartition("/")[2])
         itself = item["name"].rstrip("/") == place.rstrip("/") or name in (b".", b"..")

@@ -9,8 +9,9 @@ import re
 import sqlite3
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs.addresses import spell_bytes
@@ -32,12 +33,25 @@ def by_suffix(passed_over: Mapping[str, int]) -> str:
     return ", ".join(named) or "none"
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """How a listing differs from a job's recorded inputs: how many, and the first of each."""
+
+    names: tuple[str, ...]  # recorded, and no longer there
+    count: int
+    there: tuple[str, ...]  # recorded and there, but left out now
+    count_there: int
+    new: tuple[str, ...]  # not recorded
+    count_new: int
+
+
 class Listing:
     """All inputs of a job, sorted by the bytes of their names, and how many files were ignored."""
 
     def __init__(self) -> None:
         self.passed_over: Counter[str] = Counter()  # files, by their suffixes
         self.length = 0
+        self.gone: Gone | None = None  # beside the recorded inputs of a job, once compared
         # No name: SQLite makes a temporary file and unlinks it at once.
         self.rows = sqlite3.connect("", check_same_thread=False, isolation_level=None)
         weakref.finalize(self, self.rows.close)
@@ -85,10 +99,61 @@ class Listing:
 
     def sha256(self) -> str:
         """Return a digest of the inputs' names and order, which determine parts and packs."""
-        digest = hashlib.sha256()
-        for (name,) in self.rows.execute("SELECT id FROM inputs ORDER BY rowid"):
-            digest.update(name.encode() + b"\0")  # `readable` leaves no NUL in a name
-        return digest.hexdigest()
+        ids = self.rows.execute("SELECT id FROM inputs ORDER BY rowid")
+        return digest_ids(name for (name,) in ids)
+
+    def compare(self, recorded: Iterable[tuple[str, str | None]]) -> Gone:
+        """Compare with the ids and local paths that a job recorded.
+
+        A path None is taken for gone, and "" for there.
+        """
+        run = self.rows.execute
+        self.rows.executescript("""
+            CREATE TABLE recorded(id TEXT, path BLOB);
+            CREATE TABLE absent(id TEXT, there INT);
+            CREATE INDEX IF NOT EXISTS by_id ON inputs(id);
+        """)
+        rows = ((name, path and path.encode("utf-8", "surrogateescape")) for name, path in recorded)
+        run("BEGIN")
+        self.rows.executemany("INSERT INTO recorded(id, path) VALUES (?, ?)", rows)
+        run("CREATE INDEX by_recorded ON recorded(id)")
+        absent = "SELECT id, path FROM recorded WHERE id NOT IN (SELECT id FROM inputs)"
+        for name, path in run(absent):
+            there = path is not None and (not path or os.path.lexists(path))
+            run("INSERT INTO absent VALUES (?, ?)", (name, there))
+        run("COMMIT")
+
+        def first(where: str) -> tuple[tuple[str, ...], int]:
+            names = run(f"SELECT id FROM {where} ORDER BY rowid LIMIT 3").fetchall()
+            return tuple(name for (name,) in names), run(
+                f"SELECT count(*) FROM {where}"
+            ).fetchone()[0]
+
+        self.gone = Gone(
+            *first("absent WHERE there = 0"),
+            *first("absent WHERE there = 1"),
+            *first("inputs WHERE id NOT IN (SELECT id FROM recorded)"),
+        )
+        return self.gone
+
+    def take_over(self, digest: str) -> bool:
+        """Become the compared job's inputs, of which those that are gone are `missing`.
+
+        Returns False, and changes nothing, if they do not have the digest.
+        """
+        ids = self.rows.execute("SELECT id FROM recorded ORDER BY rowid")
+        if digest_ids(name for (name,) in ids) != digest:
+            return False
+        self.rows.executescript("""
+            CREATE TABLE whole AS
+                SELECT recorded.id AS id, coalesce(inputs.path, CAST(recorded.id AS BLOB)) AS path,
+                    CASE WHEN inputs.id IS NULL THEN 'missing' ELSE code END AS code,
+                    first, second, column
+                FROM recorded LEFT JOIN inputs ON inputs.id = recorded.id ORDER BY recorded.rowid;
+            DROP TABLE recorded; DROP TABLE inputs; ALTER TABLE whole RENAME TO inputs;
+        """)
+        self.length = self.rows.execute("SELECT count(*) FROM inputs").fetchone()[0]
+        return True
 
     def add(
         self,
@@ -159,6 +224,14 @@ class Listing:
                 f'Two inputs are called "{name}". Name each path once, and no file that lies in a '
                 "folder you name too; an archive may hold a name once."
             )
+
+
+def digest_ids(ids: Iterable[str]) -> str:
+    """Return the digest of ids in order; `readable` leaves no NUL in them."""
+    digest = hashlib.sha256()
+    for name in ids:
+        digest.update(name.encode() + b"\0")
+    return digest.hexdigest()
 
 
 # A backslash that looks like the start of one of our escapes is escaped too, so that no two names

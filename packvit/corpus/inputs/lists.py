@@ -1,16 +1,23 @@
-"""Read lists of paths: lines of a text file, or a column of a CSV or Parquet file. No torch."""
+"""Read lists of paths: lines of a text, or a column of a CSV, TSV or Parquet file. No torch."""
 
 import codecs
 import csv
 import os
+import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from packvit.corpus import UsageError
-from packvit.corpus.inputs.addresses import bare, spell
+from packvit.corpus.inputs.addresses import bare, is_url, spell
 from packvit.corpus.inputs.archives import describe_columns
 from packvit.corpus.inputs.sources import open_source
 from packvit.images.decode import CODES, ImageError
+
+STDIN = "/dev/stdin"  # a list of lines, which a pipe may be
+PIPED = ("-", STDIN, "/dev/fd/0", "/proc/self/fd/0")
+MOST_PEEK = 4096  # bytes of a file, to tell a text
+CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
 
 
 def read_list(path: str, column: str) -> Iterator[bytes]:
@@ -19,10 +26,14 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
     Raises: UsageError if it cannot be read, has no such column, or has a row without a path.
     """
     suffix = os.path.splitext(bare(path))[1].lower()
-    kind = {".csv": read_csv, ".parquet": read_parquet}.get(suffix)
+    kind = {
+        ".csv": read_csv,
+        ".tsv": partial(read_csv, delimiter="\t"),
+        ".parquet": read_parquet,
+    }.get(suffix)
     number = 0
     try:
-        with open_source(path) as file:
+        with open_list(path) as file:
             if kind is None:
                 for line in unmarked(path, file):
                     if name := line.rstrip(b"\r\n"):
@@ -41,6 +52,37 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
         raise UsageError(f"The list {spell(path)} cannot be read after row {number}.") from error
 
 
+def open_list(path: str) -> Any:
+    """Open a list; only stdin, and what a shell gives as `<(...)`, may be a pipe."""
+    if path in PIPED:
+        return os.fdopen(os.dup(0), "rb")
+    if path.startswith("/dev/fd/"):
+        return open(path, "rb")
+    return open_source(path)
+
+
+def looks_like_list(path: bytes, *, alone: bool) -> bool:
+    """Return whether a file that is named as a photograph is a text, and likely a list.
+
+    It is if nothing else is named, or if one of its first lines holds a URL or an existing path.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(MOST_PEEK)
+    except OSError:
+        return False
+    start = start.removeprefix(codecs.BOM_UTF8)
+    if not start.strip() or start.lstrip().startswith(b"<") or CONTROLS & set(start):
+        return False  # an SVG is a text too
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    fields = [each for line in start.splitlines()[:2] for each in re.split(rb"[,;\t]", line)]
+    found = (os.path.exists(each) or is_url(os.fsdecode(each)) for each in fields if each)
+    return alone or any(found)
+
+
 def unmarked(path: str, file: Any) -> Iterator[bytes]:
     """Yield the lines of a text without a UTF-8 byte order mark.
 
@@ -54,10 +96,11 @@ def unmarked(path: str, file: Any) -> Iterator[bytes]:
     yield from file
 
 
-def read_csv(path: str, file: Any, column: str) -> Iterator[bytes]:
-    """Yield a column of a CSV file whose first line names its columns."""
+def read_csv(path: str, file: Any, column: str, *, delimiter: str = ",") -> Iterator[bytes]:
+    """Yield a column of a CSV or TSV file whose first line names its columns."""
     try:
-        rows = csv.reader(codecs.iterdecode(unmarked(path, file), "utf-8", "surrogateescape"))
+        text = codecs.iterdecode(unmarked(path, file), "utf-8", "surrogateescape")
+        rows = csv.reader(text, delimiter=delimiter)
         names = next(rows, [])
         if names.count(column) != 1:
             raise no_column(path, column, ", ".join(names))
@@ -67,7 +110,7 @@ def read_csv(path: str, file: Any, column: str) -> Iterator[bytes]:
                 name = row[place] if place < len(row) else ""
                 yield name.encode("utf-8", "surrogateescape")
     except csv.Error as error:
-        raise UsageError(f"{spell(path)} cannot be read as a CSV file: {error}.") from error
+        raise UsageError(f"{spell(path)} cannot be read as a table: {error}.") from error
 
 
 def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from packvit.corpus import UsageError
 from packvit.corpus.inputs.addresses import ALLOWED, check_protocols, is_url, protocols, spell
+from packvit.corpus.inputs.pages import get_bounded_client
+from packvit.corpus.inputs.retries import find_status, persist
 from packvit.images.decode import MAX_BYTES, ImageError, find_file, read_file
 
 # The package that fsspec needs for a protocol.
@@ -56,10 +58,17 @@ class Input:
 
 
 def read(source: Input) -> bytes:
-    """Return the bytes of an input.
+    """Return the bytes of an input; a server that is busy is asked again.
 
     Raises: ImageError missing, not_a_file, unreadable, truncated or out_of_memory.
     """
+    if is_url(source.path):
+        return persist(lambda: read_once(source))
+    return read_once(source)
+
+
+def read_once(source: Input) -> bytes:
+    """Return the bytes of an input, or raise as `read` does."""
     if isinstance(source.within, Cell):
         return read_cell(source.path, source.within)
     member = source.within
@@ -85,8 +94,10 @@ def read(source: Input) -> bytes:
     return data
 
 
-def find_url(url: str) -> tuple[Any, str]:
+def find_url(url: str, *, pages: bool = False) -> tuple[Any, str]:
     """Return the fsspec file system that a URL names, and its path there.
+
+    `pages` limits the size of pages of links, which are read whole.
 
     Raises: UsageError for a protocol that is not allowed; ImportError with what to install.
     """
@@ -95,7 +106,10 @@ def find_url(url: str) -> tuple[Any, str]:
     from fsspec.registry import get_filesystem_class
 
     try:
-        files, place = url_to_fs(url, use_listings_cache=False)
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if pages and is_web(url):
+            options["get_client"] = get_bounded_client
+        files, place = url_to_fs(url, **options)
     except ImportError as error:
         for protocol in protocols(url):  # of which one is not installed
             try:
@@ -131,6 +145,11 @@ def find_kind(url: str) -> Literal["file", "folder"]:
 
     Raises: ImageError missing or unreadable, caused by the file system's exception.
     """
+    return persist(lambda: find_kind_once(url))
+
+
+def find_kind_once(url: str) -> Literal["file", "folder"]:
+    """Return or raise as `find_kind` does."""
     with unreadable():
         files, place = find_url(url)
         options = {}
@@ -151,12 +170,17 @@ def open_source(path: str) -> Any:
 
     Raises: ImageError missing, not_a_file or unreadable.
     """
-    with unreadable():
-        if is_url(path):
+
+    def open_url() -> Any:
+        with unreadable():
             files, place = find_url(path)
             if protocols(path) == ["file"]:
                 find_file(place)  # which may be a pipe
             return files.open(place, "rb")
+
+    if is_url(path):
+        return persist(open_url)
+    with unreadable():
         find_file(path)
         return open(path, "rb")
 
@@ -265,14 +289,6 @@ def is_gone(error: OSError) -> bool:
     if status is not None:
         return status in GONE
     return not (isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp."))
-
-
-def find_status(error: BaseException | None) -> int | None:
-    """Return the HTTP status in an exception of aiohttp or the hub, or None."""
-    status = getattr(error, "status", None)
-    if status is None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
 
 
 class Cells:

@@ -37,6 +37,6 @@ def choose_runner(
         raise UsageError(
             f"{processes} processes need a GPU each, the first {processes} of this host, which has "
             f"{torch.cuda.device_count()}; device is {device}. Ask for fewer, or choose "
-            'GPUs by CUDA_VISIBLE_DEVICES and give device "cuda".'
+            'GPUs by CUDA_VISIBLE_DEVICES and give `device="cuda"`.'
         )
     return partial(run_processes, job, [f"cuda:{index}" for index in range(processes)])

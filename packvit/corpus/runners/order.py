@@ -41,7 +41,7 @@ def enter_all(finished: Iterator[Finished], work: Work) -> Generator[Commit, Non
         for shard in finished:
             work.effort.add(shard.effort)
             work.watch(shard.rows)
-            mends = shard.number < work.last_kept
+            mends = shard.number <= work.last_kept
             yield writer.submit(enter, work.folder, shard.staged, mends=mends).result()
 
 

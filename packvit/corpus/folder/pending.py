@@ -1,0 +1,124 @@
+"""The inputs of an unfinished job, kept in its folder until it is done. No torch.
+
+The manifest has only a digest of their ids. With the ids, an input that is deleted before the job
+resumes becomes a row `missing`, and the job goes on.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from packvit.atomic import replacing
+from packvit.corpus.folder.layout import read_commits, writing
+from packvit.corpus.folder.names import PENDING, part_number
+from packvit.corpus.folder.parts import read_part
+from packvit.corpus.inputs.addresses import is_url
+from packvit.corpus.inputs.listing import Gone, Listing
+
+MOST_LINE = 1 << 20  # bytes of an id and a path; a longer line is no JSON
+MOST_NAMED = 3  # of the inputs in a message
+
+
+def write_inputs(folder: Path, listing: Listing) -> None:
+    """Write the ids of all inputs, and the paths of local ones, unless the file is there.
+
+    URLs are left out: they may have credentials.
+    """
+    path = folder / PENDING
+    if path.is_file() and not path.is_symlink() and is_whole(path, listing.sha256()):
+        return
+    with writing(path), replacing(path) as (temporary,), temporary.open("wb") as file:
+        # No name and no time in its header: the same inputs give the same bytes.
+        with gzip.GzipFile("", "wb", 1, file, 0) as packed:
+            for source in listing:
+                line = [source.id] if is_url(source.path) else [source.id, source.path]
+                packed.write(json.dumps(line).encode() + b"\n")
+
+
+def remove_inputs(folder: Path) -> None:
+    """Remove the file of a job that is done."""
+    with writing(folder / PENDING):
+        (folder / PENDING).unlink(missing_ok=True)
+
+
+def read_inputs(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Yield the ids and local paths that `write_inputs` wrote.
+
+    Raises: OSError, EOFError or ValueError if the file is damaged.
+    """
+    with gzip.open(path, "rb") as file:
+        while line := file.readline(MOST_LINE):
+            name, *rest = json.loads(line)
+            yield name, rest[0] if rest else None
+
+
+def is_whole(path: Path, digest: str) -> bool:
+    """Return whether the file's ids have the digest of a manifest."""
+    ids = hashlib.sha256()
+    try:
+        for name, _ in read_inputs(path):
+            ids.update(name.encode() + b"\0")
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, RecursionError):
+        return False
+    return ids.hexdigest() == digest
+
+
+def read_missing(folder: Path) -> Iterator[tuple[str, str | None]]:
+    """Yield the ids of a job whose parts are all there; the path is "" unless it was missing.
+
+    Raises: OSError or pyarrow.ArrowException if a part cannot be read.
+    """
+    for entry in sorted(read_commits(folder), key=lambda entry: part_number(entry.part) or 0):
+        table = read_part(folder / entry.part, ["id", "status"])
+        for name, status in zip(*(table[n].to_pylist() for n in ("id", "status")), strict=True):
+            yield name, None if status == "missing" else ""
+
+
+def take_over(folder: Path, recorded: Mapping[str, Any], listing: Listing) -> tuple[str, ...]:
+    """Give a listing the inputs of a recorded job that have disappeared, and return a note on it.
+
+    If that does not make it the recorded job's, the listing stays as it is.
+    """
+    digest = recorded.get("inputs_sha256")
+    path = folder / PENDING
+    if not isinstance(digest, str) or digest == listing.sha256():
+        return ()
+    if path.is_file() and not path.is_symlink() and is_whole(path, digest):
+        known = read_inputs(path)
+    elif recorded.get("complete") is True:
+        known = read_missing(folder)
+    else:
+        return ()
+    try:
+        gone = listing.compare(known)
+    except (OSError, ValueError, pa.ArrowException):
+        return ()
+    if gone.new or gone.there or not listing.take_over(digest):
+        return ()
+    plural = "s of this job are" if gone.count > 1 else " of this job is"
+    return (f"{gone.count:,} input{plural} no longer there: {named(gone.names, gone.count)}.",)
+
+
+def describe(gone: Gone | None) -> str | None:
+    """Return how a job's inputs differ from the recorded ones, or None if that is not known."""
+    if gone is None:
+        return None
+    said = [
+        (gone.names, gone.count, "no longer there"),
+        (gone.there, gone.count_there, "left out though there"),
+        (gone.new, gone.count_new, "new"),
+    ]
+    return "; ".join(f"{what}: {named(names, count)}" for names, count, what in said if count)
+
+
+def named(names: tuple[str, ...], count: int) -> str:
+    """Return the first of so many names."""
+    shown = ", ".join(json.dumps(name, ensure_ascii=False) for name in names[:MOST_NAMED])
+    more = count - min(count, MOST_NAMED)
+    return shown + (f" and {more:,} more" if more else "")
