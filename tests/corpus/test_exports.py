@@ -137,6 +137,25 @@ def test_the_folder_opens_in_the_readers_that_people_have(  # W12
     assert {"tokens", "sha256", "width"} <= set(rows[0])
 
 
+@pytest.mark.soak
+def test_spark_reads_the_parts_where_no_column_is_float16(
+    tmp_path: Path, photos: Path, encoder: Encoder
+):
+    sql = pytest.importorskip("pyspark.sql", reason="needs Java and pip install pyspark")
+    out = tmp_path / "out"
+    embed(photos, out=out, model=encoder, tokens=True, dtype_out="float32")
+    ids, _, pooled = read_parts(out)
+    session = sql.SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
+    spark = session.getOrCreate()
+    try:
+        rows = {row["id"]: row["pooled"] for row in spark.read.parquet(str(out / "data")).collect()}
+    finally:
+        spark.stop()
+    assert set(rows) == set(ids)
+    found = np.array([rows[name] or [np.nan] * WIDTH for name in ids], np.float32)
+    assert np.array_equal(found, pooled, equal_nan=True)
+
+
 def test_ids_open_in_polars_and_duckdb(out: Path):
     ids, _, _ = read_parts(out)
     names = str(out / "_exports/ids.jsonl")
