@@ -94,7 +94,8 @@ def read_duckdb(out: Path, cache: Path) -> list[dict[str, Any]]:
 
 def read_datasets(out: Path, cache: Path) -> list[dict[str, Any]]:
     folder = str(out / "data")
-    return list(datasets.load_dataset("parquet", data_dir=folder, cache_dir=str(cache))["train"])
+    loaded = datasets.load_dataset("parquet", data_dir=folder, cache_dir=str(cache))
+    return [dict(row) for row in loaded["train"]]
 
 
 def read_ray(out: Path, cache: Path) -> list[dict[str, Any]]:
@@ -117,7 +118,14 @@ def read_ray(out: Path, cache: Path) -> list[dict[str, Any]]:
         read_polars,
         read_duckdb,
         read_datasets,
-        pytest.param(read_ray, marks=pytest.mark.soak),
+        pytest.param(
+            read_ray,
+            marks=[
+                pytest.mark.soak,
+                # Its own defaults are deprecated.
+                pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning"),
+            ],
+        ),
     ],
 )
 def test_the_folder_opens_in_the_readers_that_people_have(  # W12
