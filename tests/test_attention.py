@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -8,9 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from packvit.fast.attention import PackedFa4
-from packvit.model.attention import BACKENDS, AttentionInputs, attend, resolve, run_sdpa
+from packvit.model.attention import (
+    BACKENDS,
+    AttentionInputs,
+    attend,
+    resolve,
+    run_sdpa,
+    run_torch,
+    varlen_arguments,
+)
 from packvit.packs.segments import Segments
 
 LENGTHS = (24, 4, 15, 24, 4)  # equal lengths that are no neighbours, and a loner
@@ -178,3 +190,47 @@ def test_empty_sequences_are_nothing(backend: str):
     holes = Segments.from_lengths(lengths, device="cuda")
     found = attend(*tensors, Segments(lengths, holes.cu_seqlens, 64), backend=backend)
     assert torch.equal(found, full)
+
+
+class SeenWindows(TorchDispatchMode):
+    """The windows that torch's varlen kernel is called with; its backward takes the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.windows: list[list[int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "varlen_attn" in str(func):
+            names = [argument.name for argument in func._schema.arguments]
+            self.windows.append(dict(zip(names, args, strict=False))["window_size"])
+        return func(*args, **(kwargs or {}))
+
+
+def test_p4_the_torch_backend_asks_by_argument_for_the_kernel_that_we_measured():
+    """Row P4 of the cases: left to itself, torch 2.14 takes cuDNN on Hopper and newer."""
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fake tensor has no device to ask for its kernels
+        segments = Segments((300, 7, 200), torch.empty(4, dtype=torch.int32, device="cuda"), 300)
+        query, key, value = (
+            torch.empty(507, 2, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3)
+        )
+        with SeenWindows() as seen:
+            run_torch(query, key, value, segments, segments)
+    assert seen.windows == [[300, 300]]  # as wide as the longest: nothing is left out
+    if can_use := getattr(varlen, "_can_use_cudnn", None):
+        assert not can_use(query, key, value, 300, seen.windows[0])
+
+
+@on_gpu
+def test_p4_a_window_as_wide_as_the_longest_sequence_changes_no_bit():
+    segments = Segments.from_lengths((300, 7, 200), device="cuda")
+    query, key, value = (
+        torch.randn(507, 2, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for _ in range(3)
+    )
+    found = run_torch(query, key, value, segments, segments)
+    arguments = varlen_arguments(segments, segments)
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *arguments, 0.0, False, False
+    )
+    assert torch.equal(found, out)

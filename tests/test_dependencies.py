@@ -27,6 +27,7 @@ OPTIONAL = {
     "transformers": {"reference": "transformers"},
     "ray": {"ray": "ray"},
     "timm": {"bench": "timm"},
+    "pi_heif": {"heic": "pi-heif"},
     "flash_attn": {"flash": "flash-attn", "hopper": "flash-attn-4"},
 }
 UNDECLARED = {"triton": "comes with torch for CUDA", "flash_attn_interface": "is built by hand"}

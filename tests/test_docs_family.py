@@ -39,7 +39,10 @@ def copy(tmp_path: Path) -> Path:
     rubbish = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "packvit", tmp_path / "packvit", ignore=rubbish)
     (tmp_path / TEST).parent.mkdir(parents=True)
-    for file in ("pyproject.toml", "tests/conftest.py", "tests/reference.py"):
+    for file in (
+        "pyproject.toml",
+        *(f"tests/{name}.py" for name in ("conftest", "reference", "judged")),
+    ):
         shutil.copy(ROOT / file, tmp_path / file)
     test, *family = blocks("python")
     (tmp_path / TEST).write_text(test)

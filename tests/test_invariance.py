@@ -5,15 +5,17 @@ same, the first time. The inverse test shows that this harness sees a kernel tha
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import reference
 import torch
 from torch import Tensor
 
+from packvit.config import Activation
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
+from packvit.model.activations import ACTIVATIONS, activate
 from packvit.model.linear import Linear, affine
 
 Grid = list[tuple[int, int, int]]
@@ -146,3 +148,66 @@ def test_fp8_makes_no_such_promise():
 def test_fp8_is_refused_where_it_cannot_run():
     with pytest.raises(ValueError, match="fp8 needs a CUDA device and the encoder is on cpu"):
         FAMILIES[0].from_transformers(reference.build("aimv2"), fp8=True)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+on_threads = pytest.mark.parametrize("threads", [1, 2, 3, 7], indirect=True)
+WIDTHS = (36, 37, 2816, 4304)  # of SigLIP's so400m the last: no multiple of a vector
+
+
+@on_threads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_n6_an_activation_gives_a_row_the_same_bits_anywhere(
+    threads: int, dtype: torch.dtype, name: Activation
+):
+    """Row N6 of the cases: the formulas of a vector's tail, and where threads part the work."""
+    generator = torch.Generator().manual_seed(threads)
+    for width in WIDTHS:
+        rows = torch.randn(700, width, generator=generator).to(dtype) * 2
+        alone = activate(rows[:25], name, True)
+        for tokens in (25, 26, 31, 60, 700):
+            for at in {0, (tokens - 25) // 3, tokens - 25}:
+                pack = rows[:tokens].roll(at, 0)
+                found = activate(pack, name, True)
+                assert torch.equal(found[at : at + 25], alone), (width, tokens, at)
+        torch.set_num_threads(1)
+        assert torch.equal(activate(rows, name, True)[:25], alone)
+        torch.set_num_threads(threads)
+        plain = activate(rows.double(), name, False)
+        torch.testing.assert_close(alone.double(), plain[:25], atol=1e-2, rtol=1e-2)
+
+
+@on_threads
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("aimv2", torch.float32),  # SiLU
+        ("clip", torch.float32),  # quick-GELU
+        ("siglip2", torch.float32),  # GELU by tanh
+        ("siglip2", torch.bfloat16),  # which alone varied in 16 bits
+    ],
+)
+def test_n6_the_needle_has_its_bits_on_any_number_of_threads_and_any_width(
+    threads: int, dtype: torch.dtype, kind: str
+):
+    for width in WIDTHS:
+        changes = {"intermediate_size": width, "num_hidden_layers": 1}
+        encoder = invariant(kind, "cpu", dtype, "sdpa", **changes)
+        assert haystacks(encoder, 2, 9, width, "plain") == [], width
+
+
+def test_n6_gradients_pass_through_the_pieces():
+    x = torch.randn(3, 9000, dtype=torch.float64, requires_grad=True)
+    for name in ACTIVATIONS:
+        [found] = torch.autograd.grad(activate(x, name, True).square().sum(), x)
+        [expected] = torch.autograd.grad(activate(x, name, False).square().sum(), x)
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert activate(x[:0], "silu", True).shape == (0, 9000)

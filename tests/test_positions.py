@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,3 +151,12 @@ def test_a_grid_is_resized_once_until_the_table_changes(monkeypatch: pytest.Monk
     assert made[3:] == [(9, 10), (3, 7)]
     assert tables.bank(table, [(3, 7)]).requires_grad  # taught now, and nothing is kept
     assert not tables.kept
+
+
+def test_torch_still_antialiases_wrongly_to_one_column_on_a_cpu():
+    """When this fails torch is mended, and the way round it in model/positions.py can go."""
+    image = torch.randn(1, 16, 5, 5, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"mode": "bilinear", "antialias": True}
+    found = torch.nn.functional.interpolate(image, size=(9, 1), **options)
+    turned = torch.nn.functional.interpolate(image.mT.contiguous(), size=(1, 9), **options).mT
+    assert (found - turned).abs().max() > 0.1

@@ -14,6 +14,7 @@ import click
 from packvit.cli import exit_code
 from packvit.cli.progress import Meter, duration, show_progress
 from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
+from packvit.corpus.inputs.listing import by_suffix
 from packvit.corpus.progress import Summary
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
@@ -307,6 +308,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
         },
         "kept": summary.kept_rows,
         "ignored": summary.ignored,
+        "passed_over": summary.passed_over,
         "tokens": summary.tokens,
         "seconds": summary.seconds,
         "images_per_second": summary.images_per_second,
@@ -329,7 +331,7 @@ def as_table(summary: Summary) -> str:
     if summary.kept_rows:
         rows.append(("kept", f"{summary.kept_rows:,}, written before"))
     if summary.ignored:
-        rows.append(("passed over", f"{summary.ignored:,} files of other kinds"))
+        rows.append(("passed over", printable(by_suffix(summary.passed_over))))
     rows += [
         ("tokens", f"{summary.tokens:,}"),
         *effort(summary),

@@ -324,6 +324,7 @@ def run(
         kept_tokens=kept_tokens,
         shares=tally.progress.shares,
         halved=halved,
+        passed_over=dict(listing.passed_over.most_common()),
         on_gpu=tally.effort.on_gpu if manifest["preprocessing"]["decode"] == "gpu" else None,
     )
 

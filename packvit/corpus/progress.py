@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from packvit.corpus.folder.rows import Row
 
@@ -104,6 +104,7 @@ class Summary:
     kept_tokens: int = 0
     shares: Shares = Shares()
     halved: int = 0  # packs that were split for want of memory
+    passed_over: dict[str, int] = field(default_factory=dict)  # of `ignored`, by suffix
     on_gpu: int | None = None  # images that were decoded there, where that was asked for
 
     @property

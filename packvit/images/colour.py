@@ -12,6 +12,9 @@ from PIL import ExifTags, Image, ImageFile
 
 _ALPHA = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 _GREY16 = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+# Formats in which writers leave the fourth byte of a pixel zero: without any alpha, viewers take an
+# image of these for opaque.
+_UNUSED_ALPHA = frozenset({"BMP", "DIB", "ICO", "CUR", "TGA"})
 STRIP = 256  # rows that are scaled at a time, since that takes 8 bytes a pixel
 _CONVERTED = frozenset({"CMYK", "YCbCr", "LAB", "HSV"})
 # Not I and F: 32-bit integers and floats say nothing of what they count as white.
@@ -32,11 +35,14 @@ def rescale_colour_key(image: ImageFile.ImageFile) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Image, list[str]]:
+def to_rgb(
+    image: Image.Image, tags: Mapping[int, Any], file_format: str | None = None
+) -> tuple[Image.Image, list[str]]:
     """Return `image`, of one of MODES, as plain RGB, with notes on what that took.
 
-    `tags` are those of a TIFF. The image is used up: its pixels and file go as soon as they can,
-    so that no more than two images of this size are in memory; pixels of RGB are not even copied.
+    `tags` are those of a TIFF, and `file_format` is Pillow's name of what the image came in. The
+    image is used up: its pixels and file go as soon as they can, so that no more than two images of
+    this size are in memory; pixels of RGB are not even copied.
     """
     if image.mode in _GREY16:
         return _grey16_to_rgb(image, tags)
@@ -44,8 +50,11 @@ def to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Image, li
         if image.mode == "La":  # premultiplied; Pillow has no shorter way out of it
             image = _turn_into("LA", image)
         image = _turn_into("RGBA", image)
-        if image.getchannel("A").getextrema()[0] == 255:
+        least, most = image.getchannel("A").getextrema()
+        if least == 255:
             return _turn_into("RGB", image), []
+        if most == 0 and file_format in _UNUSED_ALPHA:
+            return _turn_into("RGB", image), ["alpha all zero, ignored"]
         canvas = Image.new("RGB", image.size, "white")
         canvas.paste(image, mask=image)
         return canvas, ["alpha on white"]

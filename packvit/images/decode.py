@@ -17,10 +17,13 @@ from threading import Lock
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile
 
 from packvit.images.colour import MODES, rescale_colour_key, to_rgb
-from packvit.images.signatures import identify
+from packvit.images.heif import INSTALL, is_heif, open_heif
+from packvit.images.png import SIGNATURE, without_large_texts
+from packvit.images.signatures import explain, identify
+from packvit.images.tiff import check_opened
 
 Stage = Literal["list", "read", "header", "decode", "resize", "encode", "write"]
 Source = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -32,7 +35,7 @@ CODES = {
     "unidentified": "these bytes are no image that can be recognised",
     "truncated": "the file is cut short or damaged; fetch it again from where it came",
     "unsupported_format": "images of this format are not read; convert it to JPEG or PNG",
-    "unsupported_mode": "the range of these pixel values is unknown; convert them to 8 or 16 bits",
+    "unsupported_mode": "pixels of this kind are not read; convert them to 8-bit RGB",
     "too_many_pixels": "it has more pixels than the limit; make it smaller, or raise max_pixels",
     "aspect_ratio": "its sides are too short or too unequal for the model's patches; "
     'crop it, or ask for resize="native"',
@@ -46,7 +49,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 100_000_000
 # Pillow takes some 16 bytes a pixel to decode these, and up to 8 for others. Their decoders give a
 # frame as bytes, to be copied; WebP's keeps two canvases too, and two copies of the file.
-HEAVY = frozenset({"AVIF", "WEBP"})
+HEAVY = frozenset({"AVIF", "HEIF", "WEBP"})
 MAX_BYTES = 2**31  # a sparse file of a terabyte costs nothing to make and all memory to read
 
 
@@ -137,6 +140,7 @@ class Opened:
     file: BytesIO
     pixels: int  # as a budget of memory counts them: those of HEAVY twice
     warns: bool  # decoding may make Pillow warn
+    notes: tuple[str, ...] = ()
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Photo:
@@ -155,12 +159,17 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
 
     Raises: ImageError.
     """
+    notes = []
+    if data.startswith(SIGNATURE):
+        data, missed = without_large_texts(data)
+        if missed:
+            notes.append("EXIF unreadable")
     file = BytesIO(data)
     image = _open(data, file)
     _check(image, max_pixels)
     warns = image.format == "TIFF" or (image.format == "PNG" and b"acTL" in data)
     pixels = image.width * image.height * (2 if image.format in HEAVY else 1)
-    return Opened(image, file, pixels, warns)
+    return Opened(image, file, pixels, warns, tuple(notes))
 
 
 def decode_opened(opened: Opened) -> Photo:
@@ -169,13 +178,19 @@ def decode_opened(opened: Opened) -> Photo:
     Raises: ImageError.
     """
     image = opened.image
-    notes = []
+    notes = [*opened.notes]
     with _boundary("header", "truncated"):
         rescale_colour_key(image)
         if _has_frames(image):
             notes.append("first frame of several")
     with _boundary("decode", "truncated"), _quiet() if opened.warns else nullcontext():
-        image.load()
+        try:
+            image.load()
+        except (MemoryError, Image.DecompressionBombError):
+            raise
+        except Exception as error:
+            code, note = explain(image.format, opened.file.getvalue(), opened=True)
+            raise ImageError(code, "decode", note) from error
     return _photo(image, image, notes, opened.file)
 
 
@@ -205,6 +220,8 @@ def load_image(source: object, *, max_pixels: int = MAX_PIXELS) -> Photo:
             "Give a tensor as tensor.numpy()."
         )
     _check(source, max_pixels)
+    if isinstance(source, ImageFile.ImageFile) and source.tile:
+        _check_opened(source, MAX_BYTES)
     with _boundary("decode", "truncated"):
         # Until it is loaded, a caller's image is a file of whatever format, warnings and all.
         with _quiet() if getattr(source, "tile", None) else nullcontext():
@@ -265,11 +282,25 @@ def _quiet() -> Iterator[None]:
 def _open(data: bytes, file: BytesIO) -> ImageFile.ImageFile:
     """Read the header with the parsers of FORMATS alone; no other parser ever sees the bytes."""
     with _boundary("header", "truncated"), _quiet():
+        if is_heif(data):
+            image = open_heif(file)
+            if image is None:
+                raise ImageError("unsupported_format", "header", f"HEIC: {INSTALL}")
+            return image
         try:
-            return Image.open(file, formats=FORMATS)
-        except UnidentifiedImageError as error:
+            image = Image.open(file, formats=FORMATS)
+        except (MemoryError, Image.DecompressionBombError):
+            raise
+        except Exception as error:
             code, note = identify(data, FORMATS)
             raise ImageError(code, "header", note) from error
+        _check_opened(image, len(data))
+        return image
+
+
+def _check_opened(image: ImageFile.ImageFile, size: int) -> None:
+    if refusal := check_opened(image, size):
+        raise ImageError(refusal[0], "header", refusal[1])
 
 
 def _check(image: Image.Image, max_pixels: int) -> None:
@@ -303,7 +334,7 @@ def _photo(
     if file:
         file.close()  # its bytes may be as many as the pixels'
     with _boundary("decode", "unsupported_mode"):
-        rgb, done = to_rgb(image, getattr(source, "tag_v2", {}))
+        rgb, done = to_rgb(image, getattr(source, "tag_v2", {}), source.format)
         image.close()  # lets go of the file, and of pixels that `rgb` does not share
         if turn is not None:
             rgb = rgb.transpose(turn)

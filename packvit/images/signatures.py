@@ -1,6 +1,6 @@
-"""What can be said of bytes that no parser took for an image: cut, of another format, or nothing.
+"""What can be said of bytes that no parser took for an image: cut, of a kind not read, or nothing.
 
-Looks at signatures and offsets alone, and parses nothing. No torch.
+Looks at signatures, headers and offsets alone, and decodes nothing. No torch.
 """
 
 import struct
@@ -9,12 +9,51 @@ from typing import Any
 
 from PIL import Image
 
-# Bytes per value of each type of a TIFF's tags. Source: TIFF 6.0, section 2; BigTIFF's 16 to 18.
-_TIFF_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)
+from packvit.images.heif import brands
+from packvit.images.tiff import Verdict, explain_tiff, jpeg_start
+
+# Formats of photographs and pictures of which Pillow knows nothing: a name, a place, what is there.
+_OTHERS = (
+    ("JPEG XL", 0, b"\xff\x0a"),
+    ("JPEG XL", 0, b"\0\0\0\x0cJXL \r\n\x87\n"),
+    ("JPEG XR", 0, b"II\xbc"),
+    ("OpenEXR", 0, b"v/1\x01"),
+    ("Radiance HDR", 0, b"#?R"),
+    ("a Fujifilm raw file", 0, b"FUJIFILMCCD-RAW"),
+    ("a Sigma raw file", 0, b"FOVb"),
+    ("a Panasonic raw file", 0, b"IIU\0"),
+    ("an Olympus raw file", 0, b"IIR"),
+    ("a Minolta raw file", 0, b"\0MRM"),
+    ("PDF", 0, b"%PDF-"),
+    ("AVI", 8, b"AVI "),
+    ("Matroska", 0, b"\x1a\x45\xdf\xa3"),
+    ("GIMP's XCF", 0, b"gimp xcf"),
+    ("BPG", 0, b"BPG\xfb"),
+    ("FLIF", 0, b"FLIF"),
+)
+_DIB_HEADERS = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
+_RLE = (1, 2)
+# Frames of a JPEG that libjpeg does not read, by the second byte of their marker.
+# Source: ITU-T T.81, table B.1; T.87 for JPEG-LS.
+_FRAMES = {
+    0xC3: "lossless JPEG",
+    0xC5: "hierarchical JPEG",
+    0xC6: "hierarchical JPEG",
+    0xC7: "hierarchical JPEG",
+    0xC9: "arithmetic JPEG",
+    0xCA: "arithmetic JPEG",
+    0xCB: "lossless JPEG",
+    0xCD: "hierarchical JPEG",
+    0xCE: "hierarchical JPEG",
+    0xCF: "hierarchical JPEG",
+    0xF7: "JPEG-LS",
+}
+_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
+_STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
 
 
-def identify(data: bytes, formats: Sequence[str]) -> tuple[str, str | None]:
-    """Return the code and the note for bytes that Pillow's parsers of `formats` did not recognise.
+def identify(data: bytes, formats: Sequence[str]) -> Verdict:
+    """Return the code and the note for bytes that Pillow's parsers of `formats` did not open.
 
     By Pillow's own checks of the first 16 bytes: a sound file of another format is told from noise
     without its parser ever seeing it.
@@ -26,12 +65,91 @@ def identify(data: bytes, formats: Sequence[str]) -> tuple[str, str | None]:
     known = next((name for name in formats if verdicts.get(name)), None)
     if known is None:
         other = next((name for name, verdict in verdicts.items() if verdict is True), None)
+        other = other or _other(data)
         return ("unsupported_format", other) if other else ("unidentified", None)
     if isinstance(verdicts[known], str):
         return "unsupported_format", f"this Pillow lacks {known}"
-    if _is_cut(known, data):
+    return explain(known, data, opened=False)
+
+
+def explain(name: str | None, data: bytes, *, opened: bool) -> Verdict:
+    """Return why Pillow did not read a file that begins as one of format `name` does.
+
+    It may have `opened` it and failed on its pixels. What is whole by its own words, and of a kind
+    that is not read, is no damaged file.
+    """
+    if name == "TIFF":
+        if data[8:10] == b"CR":
+            return "unsupported_format", "a Canon raw file"
+        if opened and (start := jpeg_start(data)):
+            return explain_jpeg(data[start:])
+        return explain_tiff(data, opened)
+    if name in ("JPEG", "MPO"):
+        return explain_jpeg(data)
+    if name == "BMP":
+        return _explain_bmp(data, opened)
+    if name == "AVIF" and not opened and _boxes_are_whole(data):
+        return "unsupported_format", "AVIF of a kind that is not read"
+    if name == "PNG" and data[12:16] == b"CgBI":
+        return "unsupported_format", "PNG as Xcode packs it"
+    return "truncated", None
+
+
+def explain_jpeg(data: bytes) -> Verdict:
+    """Return why a JPEG was not read, by its frame header."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker, place = data[place + 1], place + 2
+        if marker == 0xFF:  # filling
+            place -= 1
+        elif marker in _FRAMES:
+            return "unsupported_format", _FRAMES[marker]
+        elif marker in _PLAIN_FRAMES and place + 8 <= len(data):
+            bits, channels = data[place + 2], data[place + 7]
+            if bits != 8:
+                return "unsupported_mode", f"JPEG of {bits} bits"
+            if channels not in (1, 3, 4):
+                return "unsupported_mode", f"JPEG of {channels} channels"
+            break
+        elif marker not in _STANDALONE:
+            place += int.from_bytes(data[place : place + 2], "big")
+    return "truncated", None
+
+
+def _explain_bmp(data: bytes, opened: bool) -> Verdict:
+    """Return why a BMP was not read. Source: the headers of Windows 2 to 5 and of OS/2 1 and 2."""
+    try:
+        start, header = struct.unpack_from("<II", data, 10)
+    except struct.error:
         return "truncated", None
-    return "unidentified", f"starts like {known}"
+    if header not in _DIB_HEADERS and not 40 < header <= 124:
+        return "unidentified", "starts like BMP"  # two letters are no proof
+    try:
+        if header == 12:
+            width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
+            compression = size = 0
+        else:
+            width, height, _, bits = struct.unpack_from("<iiHH", data, 18)
+            compression = size = 0
+            if header > 16:
+                compression, size = struct.unpack_from("<II", data, 30)
+    except struct.error:
+        return "truncated", None
+    if compression in (0, 3, 6):
+        size = (width * bits + 31) // 32 * 4 * abs(height)
+    if start + size > len(data) or (opened and compression in _RLE):
+        return "truncated", None
+    return "unsupported_format", f"BMP of {bits} bits, compression {compression}"
+
+
+def _other(data: bytes) -> str | None:
+    """Name a format that Pillow does not know."""
+    for name, place, signature in _OTHERS:
+        if data.startswith(signature, place):
+            return name
+    if found := brands(data):
+        return "a Canon raw file" if found[0] == b"crx " else "video"
+    return None
 
 
 def _verdict(accept: Callable[[bytes], Any] | None, prefix: bytes) -> Any:
@@ -42,48 +160,19 @@ def _verdict(accept: Callable[[bytes], Any] | None, prefix: bytes) -> Any:
         return False
 
 
-def _is_cut(name: str, data: bytes) -> bool:
-    """Tell whether a TIFF's or AVIF's own offsets point past its end.
+def _boxes_are_whole(data: bytes) -> bool:
+    """Tell whether the outermost boxes of an AVIF are all there: what describes it, and its data.
 
-    Both may keep what a parser needs first behind the pixels. Without this, most cuts of them would
-    pass for bytes that never were an image.
+    Source: ISO/IEC 14496-12, section 4.2.
     """
-    if name == "TIFF":
-        try:
-            return _tiff_end(data) > len(data)
-        except struct.error:  # the cut went through what says where the rest is
-            return True
-    return name == "AVIF" and _boxes_end(data) > len(data)
-
-
-def _tiff_end(data: bytes) -> int:
-    """Return where the first directory of a TIFF ends, with the values it points to."""
-    order = "<" if data[:2] == b"II" else ">"
-    big = 43 in data[2:4]
-    place, counts, entry, inside = ("Q", "Q", "HHQQ", 8) if big else ("L", "H", "HHLL", 4)
-    (table,) = struct.unpack_from(order + place, data, inside)
-    (entries,) = struct.unpack_from(order + counts, data, table)
-    first = table + struct.calcsize(order + counts)
-    step = struct.calcsize(order + entry)
-    end = first + entries * step + inside
-    if end > len(data):
-        return end
-    for index in range(entries):
-        _, kind, values, offset = struct.unpack_from(order + entry, data, first + index * step)
-        size = values * _TIFF_SIZES[kind] if kind < len(_TIFF_SIZES) else 0
-        if size > inside:
-            end = max(end, offset + size)
-    return end
-
-
-def _boxes_end(data: bytes) -> int:
-    """Return where the outermost boxes of an AVIF end. Source: ISO/IEC 14496-12, section 4.2."""
-    place = 0
+    place, kinds = 0, set()
     for _ in range(64):  # an image has a handful of boxes; junk may look like millions
         header = data[place : place + 16]
         size = int.from_bytes(header[:4], "big")
         size = int.from_bytes(header[8:], "big") if size == 1 else size
         if place >= len(data) or size < 8:  # the end; a box to the end of the file; junk
             break
+        kinds.add(header[4:8])
         place += size
-    return place
+    stored = b"mdat" in kinds or b"idat" in data[:4096]
+    return place <= len(data) and stored and not kinds.isdisjoint({b"meta", b"moov"})

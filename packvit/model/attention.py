@@ -145,10 +145,17 @@ def fa2_obstacle(inputs: AttentionInputs) -> str | None:
 def run_torch(
     query: Queries, key: Heads, value: Heads, queries: Segments, keys: Segments
 ) -> Queries:
-    """All sequences in one kernel, whatever their lengths."""
+    """All sequences in one kernel, whatever their lengths: torch's FlashAttention-2.
+
+    Since 2.14 torch takes cuDNN by itself, forward and backward, unless a window is asked for. One
+    as wide as the longest sequence leaves nothing out, and FlashAttention takes it for none.
+
+    Source: torch 2.14.1, nn/attention/varlen.py, `_can_use_cudnn`; pytorch#187770.
+    """
     from torch.nn.attention.varlen import varlen_attn  # only where a CUDA device wants it
 
-    out = varlen_attn(query, key, value, *varlen_arguments(queries, keys))
+    window = (keys.max_seqlen, keys.max_seqlen)
+    out = varlen_attn(query, key, value, *varlen_arguments(queries, keys), window_size=window)
     assert isinstance(out, Tensor)  # a tuple comes back only when auxiliary outputs are asked for
     return out
 

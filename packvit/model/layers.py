@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from packvit.config import Activation, EncoderConfig
-from packvit.model.activations import ACTIVATIONS
+from packvit.model.activations import activate
 from packvit.model.attention import Backend
 from packvit.model.embeddings import CosSin
 from packvit.model.linear import KeylessBiasLinear, Linear
@@ -52,6 +52,8 @@ def qkv_projection(config: EncoderConfig) -> Linear:
 class MLP(nn.Module):
     """down(act(up(x)))."""
 
+    invariant: bool = False  # see `model/linear.py`
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.up: nn.Module = Linear(config.width, config.mlp_width, bias=config.bias)
@@ -60,7 +62,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tokens) -> Tokens:
         """Transform each token by itself."""
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        return self.down(activate(self.up(x), self.activation, self.invariant))
 
 
 class GatedMLP(nn.Module):
@@ -68,6 +70,8 @@ class GatedMLP(nn.Module):
 
     Gate and up projection are one matrix, whose rows alternate: gate, up, gate, up.
     """
+
+    invariant: bool = False
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -78,7 +82,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tokens) -> Tokens:
         """Transform each token by itself."""
         gate, up = split_gate_up(self.gate_up(x))
-        return self.down(ACTIVATIONS[self.activation](gate) * up)
+        return self.down(activate(gate, self.activation, self.invariant) * up)
 
 
 def split_gate_up(gate_up: Float[Tensor, "T both"]) -> tuple[Tensor, Tensor]:

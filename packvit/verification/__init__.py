@@ -1,14 +1,11 @@
 """Compare our encoders with their reference implementations. This module imports no torch.
 
-`verify.py` verifies a checkpoint or a family, `comparison.py` compares outputs, `files.py` compares
-saved weights and preprocessing, `references.py` runs transformers, `certificate.py` records it.
+`verify.py` verifies a checkpoint or a family, `comparison.py` compares outputs by the rule in
+`rule.py` and `files.py` what goes in and out of files, `references.py` runs transformers,
+`certificate.py` writes it all down.
 """
 
 from dataclasses import dataclass
-
-LIMIT = 5e-6  # scaled difference in fp32: the reference's own two attention paths differ by more
-OWN_LIMIT = 2.0  # as a multiple of the reference's own distance to float64, where LIMIT is exceeded
-LOWER_LIMIT = 1.2  # our error in a lower precision, as a multiple of the reference's own
 
 
 class VerificationError(Exception):
@@ -17,17 +14,18 @@ class VerificationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One comparison: the worst difference found, and the limit on it.
+    """One comparison: how far off we are, and the most that we may be.
 
-    Units: in float32, of outputs, max|ours - reference| / max(1, max|reference| / 4), and where
-    that exceeds `LIMIT` the reference's `own` distance to float64; in lower precision the distance
-    to the float32 reference, ‖ours - reference‖ / ‖reference‖, and the reference's `own` in that
-    precision; a count of tensors for weights; of normalised pixels max|ours - reference|.
+    Units: by `measure`. "rms" and "largest" are errors of outputs beside float64, as multiples of
+    the root mean square of what float64 says, with the reference's `own` error; "bits" the largest
+    difference where there may be none; "count" a number of tensors; "pixels" the largest
+    difference of normalised pixels.
     """
 
     what: str  # an output, "neighbours of NaN", "pixels" or "weights"
     where: str  # the images, or the files
-    pack: str  # alone, among others, reordered; or none if nothing is packed
+    measure: str  # rms, largest, bits, count or pixels
+    pack: str  # alone, among others, reordered; or none, where nothing is packed
     dtype: str
     backend: str
     worst: float
@@ -40,16 +38,13 @@ class Comparison:
         return self.worst <= self.limit
 
     @property
-    def widened(self) -> bool:
-        """Whether it passed in float32 only because the reference itself is far from float64."""
-        return self.passed and self.dtype == "float32" and self.own is not None
-
-    @property
     def said(self) -> str:
         """The comparison as a sentence."""
         how = (self.where, self.pack, self.dtype, self.backend)
         listed = ", ".join(part for part in how if part != "none")
-        return f"{self.what} off by {self.worst:.1e}, where {self.limit:.1e} is allowed ({listed})"
+        named = {"rms": " (root mean square)", "largest": " at most"}.get(self.measure, "")
+        off = f"{self.what} off by {self.worst:.1e}{named}"
+        return f"{off}, where {self.limit:.1e} is allowed ({listed})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +60,8 @@ class Findings:
     reference: str  # the class in transformers
     device: str
     rows: tuple[Comparison, ...]
-    not_compared: tuple[str, ...]  # each with its reason
-    remarks: tuple[str, ...]  # how the reference was run, and limits widened by its own error
+    not_compared: tuple[str, ...]  # what, and why not
+    remarks: tuple[str, ...]  # how the reference was run
 
     @property
     def missed(self) -> tuple[Comparison, ...]:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from packvit.checkpoints.files import Checkpoint
-from packvit.verification import LIMIT, LOWER_LIMIT, OWN_LIMIT, Comparison, Findings
+from packvit.verification import Comparison, Findings
 from packvit.verification.machine import machine
+from packvit.verification.rule import FLOOR, LARGEST_FLOOR, LARGEST_TIMES, RMS_TIMES
 from packvit.version import version_of
 
-FORMAT = "packvit certificate 1"
+FORMAT = "packvit certificate 2"
 NAME = "packvit-certificate.json"  # beside a checkpoint
 
 
@@ -26,9 +27,11 @@ def certify(findings: Sequence[Findings]) -> dict[str, Any]:
         "passed": all(not found.missed for found in findings),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "limits": {
-            "float32": f"scaled difference at most {LIMIT} or, if that is more, {OWN_LIMIT} times "
-            "the reference's own distance to float64",
-            "lower precision": f"at most {LOWER_LIMIT} times the reference's own error",
+            "rms": f"at most {RMS_TIMES} times the reference's own, beside float64",
+            "largest": f"at most {LARGEST_TIMES} times the reference's own, beside float64",
+            "floor": "or, if that is more, rms of roundoff * sqrt(1 + blocks) times "
+            f"{ {str(dtype).removeprefix('torch.'): x for dtype, x in FLOOR.items()} }, and "
+            f"largest of {LARGEST_FLOOR} times that",
         },
         "machine": machine(),
         "models": [as_object(found) for found in findings],

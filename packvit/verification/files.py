@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from packvit.checkpoints.downloads import PREPROCESSOR, PROCESSOR
 from packvit.checkpoints.files import Checkpoint
+from packvit.config import Table
 from packvit.encoder import Encoder
-from packvit.verification import LIMIT, Comparison, VerifyOptions
-from packvit.verification.comparison import draw, scaled_difference
+from packvit.verification import Comparison, VerifyOptions
+from packvit.verification.drawing import draw, draw_photograph
 from packvit.verification.references import (
     ReferenceModel,
     image_processor,
@@ -25,6 +26,7 @@ from packvit.verification.references import (
     run,
     vision_weights,
 )
+from packvit.verification.rule import judge
 
 PHOTOGRAPHS = ((300, 421), (640, 97), (97, 640), (61, 50), (1024, 683), (224, 224))  # height, width
 # Of processors that resize in floating point: Pillow, which we resize with, rounds to 8 bits twice,
@@ -43,6 +45,7 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
         name = written.get("architectures", [reference.architecture])[0]
         alone = name != reference.architecture
         config = before.config if two and not alone else None
+        exact = reference.load(torch.float64, "cpu")
         after, left = load_model(name, Path(folder), torch.float32, config=config)
     ours, theirs = vision_weights(after), vision_weights(before)
     skipped = {name for layout in reference.family.layouts for name in layout.skipped}
@@ -53,15 +56,19 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
         if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
     }
     where = f"saved by us, loaded as {name}"
-    yield Comparison("weights", where, "none", "float32", "none", float(len(wrong)), 0.0)
-    # The outputs depend on the saved settings too. They are not equal bit for bit, since kernels
-    # round differently by the alignment of the weights in memory.
+    yield Comparison("weights", where, "count", "none", "float32", "none", float(len(wrong)), 0.0)
+    # The settings that were saved beside the weights show in what the model says. Not to the bit:
+    # kernels round by where in memory a file's weights happen to start.
     table = encoder.config.positions
-    rows, columns = getattr(table, "rows", 5), getattr(table, "columns", 7)
-    patches = draw(((1, rows, columns),), encoder, seed=0)
-    before_us, after_us = (run(model, patches, ((1, rows, columns),)) for model in (before, after))
-    apart = max(scaled_difference(after_us[kind][0], before_us[kind][0]) for kind in before_us)
-    yield Comparison("tokens", where, "alone", "float32", "none", apart, LIMIT)
+    rows, columns = (5, 7)
+    if isinstance(table, Table) and not table.any_grid:
+        rows, columns = table.rows, table.columns
+    grid = ((1, rows, columns),) * (1 + 256 // (rows * columns))
+    patches = draw(grid, encoder, seed=0)
+    said, own, truth = (run(model, patches, grid)["tokens"] for model in (after, before, exact))
+    for judged in judge(said, own, truth, dtype=torch.float32, blocks=encoder.config.layers):
+        numbers = (judged.worst, judged.limit, judged.own)
+        yield Comparison("tokens", where, judged.measure, "alone", "float32", "none", *numbers)
 
 
 def compare_taken_over(encoder: Encoder, model: nn.Module) -> Comparison:
@@ -71,9 +78,8 @@ def compare_taken_over(encoder: Encoder, model: nn.Module) -> Comparison:
         name not in ours or name not in theirs or not torch.equal(ours[name].cpu(), theirs[name])
         for name in ours.keys() | theirs.keys()
     )
-    return Comparison(
-        "weights", "taken over from memory", "none", "float32", "none", float(wrong), 0.0
-    )
+    where = "taken over from memory"
+    return Comparison("weights", where, "count", "none", "float32", "none", float(wrong), 0.0)
 
 
 def obstacle_to_photographs(reference: ReferenceModel, checkpoint: Checkpoint) -> str | None:
@@ -114,15 +120,7 @@ def compare_photographs(
                 if sides == tuple(pack.grid_thw[0, 1:].tolist()):
                     worst = (ours.double() - theirs.double()).abs().max().item()
                 where = f"{suffix}, {height} x {width} pixels"
-                yield Comparison("pixels", where, "none", "float32", "none", worst, limit)
-
-
-def draw_photograph(draw: np.random.Generator, height: int, width: int) -> Image.Image:
-    """Return a synthetic photograph: large soft shapes, and grain."""
-    soft = Image.fromarray(draw.integers(0, 256, (7, 9, 3), np.uint8))
-    large = np.asarray(soft.resize((width, height), Image.Resampling.BICUBIC), np.int16)
-    grain = draw.integers(-20, 21, (height, width, 3), np.int16)
-    return Image.fromarray((large + grain).clip(0, 255).astype(np.uint8))
+                yield Comparison("pixels", where, "pixels", "none", "float32", "none", worst, limit)
 
 
 def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tuple[int, int]]:

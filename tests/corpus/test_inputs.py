@@ -3,6 +3,7 @@ import re
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from packvit.corpus import UsageError
 from packvit.corpus.inputs.find import SUFFIXES, Listing, list_inputs
-from packvit.corpus.inputs.listing import readable
+from packvit.corpus.inputs.listing import by_suffix, readable
 
 
 def touch(*paths: Path) -> None:
@@ -42,12 +43,12 @@ def test_folders_are_walked_and_other_files_are_counted(tmp_path: Path):
     assert listing.ignored == 4
 
 
-def test_every_suffix_of_the_seven_formats_counts_in_any_case(tmp_path: Path):
+def test_every_suffix_of_a_photograph_counts_in_any_case(tmp_path: Path):
     for number, suffix in enumerate(SUFFIXES):
         touch(
             tmp_path / f"{number}{suffix.decode()}", tmp_path / f"{number}{suffix.decode().upper()}"
         )
-    assert len(list_inputs([str(tmp_path)])) == 2 * len(SUFFIXES) == 22
+    assert len(list_inputs([str(tmp_path)])) == 2 * len(SUFFIXES) == 28
 
 
 def test_the_order_is_that_of_the_bytes_of_the_path_wherever_it_stands(tmp_path: Path):
@@ -295,6 +296,32 @@ def test_the_digest_tells_names_and_order_apart(tmp_path: Path):
 def test_listing_does_not_load_torch():
     code = "import sys, packvit.corpus.inputs.find; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_w3_what_is_passed_over_is_named_by_its_suffix_and_heic_never_is(tmp_path: Path):
+    """Row W3 of the cases."""
+    for name in ("a.HEIC", "b.heif", "c.hif", "d.CR2", "e.cr2", "f.mov", "README", f"g.{'x' * 30}"):
+        (tmp_path / name).write_bytes(b"")
+    with tarfile.open(tmp_path / "more.tar", "w") as tar:
+        for name in ("h.heic", "i.cr2", "j.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    listing = list_inputs([str(tmp_path), str(tmp_path / "more.tar")])
+    assert [source.id.rpartition("/")[2] for source in listing] == [
+        "a.HEIC",
+        "b.heif",
+        "c.hif",
+        "h",
+    ]
+    assert listing.passed_over == {".cr2": 3, ".mov": 1, "": 2, ".tar": 1, ".txt": 1}
+    assert by_suffix(listing.passed_over) == "3 .cr2, 1 .mov, 1 .tar, 1 .txt, 2 others"
+    assert listing.ignored == 8
+
+
+def test_w3_suffixes_without_end_are_counted_in_little_memory():
+    listing = Listing()
+    for number in range(3000):
+        listing.pass_over(b"x.%d" % number)
+    assert (len(listing.passed_over), listing.ignored) == (1001, 3000)
 
 
 def test_the_old_name_of_usage_errors_still_works_and_warns():

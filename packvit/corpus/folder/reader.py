@@ -19,8 +19,8 @@ class FeatureFolder:
     """The rows of a feature folder, one for every input, in their order.
 
     Shapes: N ids and statuses; matrix [N, D] float32, NaN where a row is an error. Where the job
-    wrote `_exports/pooled.npy` (`--format npy`), the matrix is that file, memory-mapped; writing to the
-    matrix changes the copy in memory only.
+    wrote `_exports/pooled.npy` (`--format npy`), the matrix is that file, memory-mapped; writing to
+    the matrix changes the copy in memory only.
     """
 
     folder: Path

@@ -21,15 +21,15 @@ from packvit.corpus.inputs.addresses import (
     spell_bytes,
 )
 from packvit.corpus.inputs.archives import list_parquet
-from packvit.corpus.inputs.listing import Listing, readable, spooling
+from packvit.corpus.inputs.listing import Listing, by_suffix, readable, spooling
 from packvit.corpus.inputs.lists import read_list
 from packvit.corpus.inputs.sources import Input as Input
 from packvit.corpus.inputs.sources import find_kind, find_status, find_url, unreadable
 from packvit.corpus.inputs.tars import list_tar
 from packvit.images.decode import ImageError, find_file
 
-# Of the seven formats that images.py decodes.
-SUFFIXES = (b".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif").split()
+# Of the formats that images/ decodes; HEIC with an extra, without which each is a row that says so.
+SUFFIXES = b".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .hif".split()
 PHOTOGRAPHS = frozenset(SUFFIXES)
 COMPRESSED = re.compile(rb"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 
@@ -83,7 +83,8 @@ def list_inputs(
             raise UsageError(
                 "No photographs were found in "
                 f"{', '.join(map(spell, [*paths, *lists])) or 'nothing'}; {listing.ignored} other "
-                "files were passed over. Photographs in a folder end in "
+                f"files were passed over ({by_suffix(listing.passed_over)}). "
+                "Photographs in a folder end in "
                 f"{b' '.join(SUFFIXES).decode()}; name a file itself to take it whatever its "
                 "suffix."
             )
@@ -216,7 +217,7 @@ class Finder:
                     code = find_obstacle(entry.path)
                 self.listing.add(name, entry.path + chain, code)
             elif not entry.is_folder:
-                self.listing.ignored += 1
+                self.listing.pass_over(entry.name)
 
     def entries(self, chain: bytes, *, remote: bool) -> Iterator[tuple[Entry, bytes]]:
         """Yield the entries of all pending folders, with their names.
@@ -290,12 +291,12 @@ class Finder:
             else:
                 found = list_parquet(source, self.image_column)
             for item in found:
-                if item is not None:
+                if isinstance(item, bytes):
+                    self.listing.pass_over(item)
+                elif item is not None:
                     short, whole, within, code = item
                     whole = prefix + whole
                     self.listing.add(prefix + short, path, code, within, whole=whole)
-                elif suffix == b".tar":
-                    self.listing.ignored += 1
                 else:
                     distinct = False
         except ImageError as error:

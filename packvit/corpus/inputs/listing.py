@@ -8,19 +8,35 @@ import os
 import re
 import sqlite3
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs.addresses import spell_bytes
 from packvit.corpus.inputs.sources import Cell, Input, Member
 
+MOST_SUFFIXES = 1000  # that are told apart; names may have as many as there are files
+LONGEST_SUFFIX = 12
+SUFFIXES_SHOWN = 5
+
+
+def by_suffix(passed_over: Mapping[str, int]) -> str:
+    """Return the suffixes of most files that were passed over, and how many others there are."""
+    ranked = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    shown = [(suffix, count) for suffix, count in ranked if suffix][:SUFFIXES_SHOWN]
+    others = sum(passed_over.values()) - sum(count for _, count in shown)
+    named = [f"{count:,} {suffix}" for suffix, count in shown]
+    if others:
+        named.append(f"{others:,} others")
+    return ", ".join(named) or "none"
+
 
 class Listing:
     """All inputs of a job, sorted by the bytes of their names, and how many files were ignored."""
 
     def __init__(self) -> None:
-        self.ignored = 0
+        self.passed_over: Counter[str] = Counter()  # files, by their suffixes
         self.length = 0
         # No name: SQLite makes a temporary file and unlinks it at once.
         self.rows = sqlite3.connect("", check_same_thread=False, isolation_level=None)
@@ -37,6 +53,17 @@ class Listing:
 
     def __len__(self) -> int:
         return self.length
+
+    @property
+    def ignored(self) -> int:
+        """How many files were passed over."""
+        return self.passed_over.total()
+
+    def pass_over(self, name: bytes) -> None:
+        """Count a file that is not called like a photograph."""
+        suffix = spell_bytes(os.path.splitext(name)[1].lower()).decode()
+        known = suffix in self.passed_over or len(self.passed_over) < MOST_SUFFIXES
+        self.passed_over[suffix if known and len(suffix) <= LONGEST_SUFFIX else ""] += 1
 
     def __iter__(self) -> Iterator[Input]:
         return self.between(0, self.length)

@@ -48,8 +48,8 @@ class Header(tarfile.TarInfo):
         return header
 
 
-def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[ArchiveEntry | None]:
-    """Yield the photographs of a tar, and None for every other file in it.
+def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[ArchiveEntry | bytes]:
+    """Yield the photographs of a tar, and the name of every other file in it.
 
     Folders and links named like photographs, and sparse files, are errors.
 
@@ -78,7 +78,7 @@ def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[ArchiveEntry | N
 
 def list_archive(
     file: Any, start: int, length: int, suffixes: frozenset[bytes]
-) -> Generator[ArchiveEntry | None, None, int | None]:
+) -> Generator[ArchiveEntry | bytes, None, int | None]:
     """Yield the photographs of the archive at `start`; return the start of the next, or None.
 
     Raises: ImageError truncated; tarfile's errors.
@@ -105,12 +105,12 @@ def list_archive(
 
 def describe_member(
     member: Any, length: int, suffixes: frozenset[bytes]
-) -> Iterator[ArchiveEntry | None]:
-    """Yield the entry of a member, None for other files, nothing for folders."""
+) -> Iterator[ArchiveEntry | bytes]:
+    """Yield the entry of a member, the name of other files, nothing for folders."""
     name = member.name.encode("utf-8", "surrogateescape")
     if os.path.splitext(name)[1].lower() not in suffixes:
         if not member.isdir():
-            yield None
+            yield name
         return
     key = KEY.fullmatch(name)
     code = None

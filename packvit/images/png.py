@@ -1,0 +1,64 @@
+"""PNGs without the texts and profiles that Pillow refuses to unpack. No torch."""
+
+import struct
+import zlib
+
+from PIL import PngImagePlugin
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
+# Pillow looks for the orientation in these.
+UPRIGHT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+
+
+def without_large_texts(data: bytes) -> tuple[bytes, bool]:
+    """Return a PNG without texts and profiles beyond Pillow's limits, and whether one is missed.
+
+    Pixels need none of them; only a text that may say which way is up is missed. Nothing is
+    unpacked further than to the limit. A damaged chunk stays, so that it is found to be damaged.
+    """
+    kept, start, place, memory, missed = [], 0, len(SIGNATURE), 0, False
+    while place + 12 <= len(data):
+        (size,) = struct.unpack_from(">I", data, place)
+        kind, end = data[place + 4 : place + 8], place + 12 + size
+        if end > len(data):
+            break
+        if kind in TEXTS:
+            body = data[place + 8 : end - 4]
+            length = unpacked_length(kind, body)
+            refused = length is None or memory + length > PngImagePlugin.MAX_TEXT_MEMORY
+            if refused and zlib.crc32(kind + body) == int.from_bytes(data[end - 4 : end], "big"):
+                kept.append(data[start:place])
+                start = end
+                missed |= body.startswith(UPRIGHT)
+            else:
+                memory += length or 0
+        place = end
+    if not kept:
+        return data, False
+    return b"".join([*kept, data[start:]]), missed
+
+
+def unpacked_length(kind: bytes, body: bytes) -> int | None:
+    """Return how many bytes of text Pillow keeps of a chunk, or None where it refuses the image.
+
+    Source: PNG (third edition), 11.3.2.3 and 11.3.3: name, NUL, method, and what is packed; of an
+    iTXt name, NUL, whether it is packed, method, language, NUL, translated name, NUL.
+    """
+    _, _, rest = body.partition(b"\0")
+    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] == b"\0"):
+        return len(body)
+    if kind == b"iTXt":
+        packed = rest[2:].partition(b"\0")[2].partition(b"\0")[2]
+    elif rest[:1] == b"\0" or (not rest and kind == b"zTXt"):
+        packed = rest[1:]
+    else:
+        return None  # packed in a way that there is not
+    unpacker = zlib.decompressobj()
+    try:
+        text = unpacker.decompress(packed, PngImagePlugin.MAX_TEXT_CHUNK)
+    except zlib.error:  # Pillow passes over it
+        return 0
+    if unpacker.unconsumed_tail:
+        return None
+    return 0 if kind == b"iCCP" else len(text)
