@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from packvit.config import Rotary, SinCos, Table
 from packvit.encoder import Encoder
 from packvit.model import positions
-from packvit.packs.segments import PatchPlaces
+from packvit.packs.places import PatchPlaces
 
 Mutate = Callable[[Encoder, pytest.MonkeyPatch], None]
 

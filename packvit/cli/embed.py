@@ -216,7 +216,7 @@ def embed(
         logging.getLogger(name).addHandler(logging.NullHandler())
     with stopping(context, out, overwrite) as meter, redirect_stdout(sys.stderr):
         # torch is imported here, where Ctrl-C is handled.
-        from packvit.checkpoints.files import CheckpointError
+        from packvit.checkpoints.errors import CheckpointError
         from packvit.corpus.job import embed as run
         from packvit.verification import VerificationError
 

@@ -91,7 +91,7 @@ def pca(
         click.echo('No --model was given, so the small "tiny" model runs.', err=True)
     with show_progress() as meter:
         # torch is imported here, where Ctrl-C is handled.
-        from packvit.checkpoints.files import CheckpointError
+        from packvit.checkpoints.errors import CheckpointError
         from packvit.pictures.draw import draw
 
         try:

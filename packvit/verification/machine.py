@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from packvit.checkpoints.files import EMBEDDED
+from packvit.checkpoints.folders import EMBEDDED
 from packvit.families import FAMILIES
 from packvit.model.attention import BACKENDS, AttentionInputs, resolve
 from packvit.version import version_of

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packvit.atomic import sync
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import (
     Commit,
@@ -20,7 +21,6 @@ from packvit.corpus.folder.layout import (
     read_log,
     read_manifest,
     reading,
-    sync_names,
     write_commits,
     writing,
 )
@@ -67,10 +67,8 @@ def take_up(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> Re
         for name in (DATA, EXPORTS) if overwrite else ():
             if (folder / name).is_dir():
                 (folder / name).rmdir()
-        sync_names(folder)
-    wanted: dict[str, Any] = json.loads(
-        json.dumps(manifest)
-    )  # lists for tuples, as when read from a file
+        sync(folder)
+    wanted: dict[str, Any] = json.loads(json.dumps(manifest))  # with lists for tuples, as if read
     recorded = read_manifest(folder)
     if recorded is None:
         return Resumed(wanted, {})
