@@ -69,12 +69,12 @@ def change(**entries: Any) -> Callable[[Path], None]:
     return act
 
 
-def nest(name: str) -> Callable[[Path], None]:
+def nest(name: str) -> Callable[[Path], object]:
     return lambda out: (out / name).write_bytes(b"[" * 100_000 + b"\n")
 
 
 RECORD = {"bytes": 1, "sha256": "0" * 64}
-ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
+ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pipe as the manifest": (lambda out: to_pipe(out / MANIFEST), MANIFEST),
     "a link as the manifest": (lambda out: to_link(out / MANIFEST), MANIFEST),
     "a pipe as the log": (lambda out: to_pipe(out / LOG), "no regular file"),
