@@ -4,7 +4,6 @@ import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -46,10 +45,11 @@ def test_info_names_the_kernel_of_a_call_and_what_is_newer_than_tested(
 ):
     """P4"""
     found = json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)
-    inputs = [torch.zeros(1, 1, 256, 128, device="cpu")] * 3
-    choose: Any = getattr(torch, "_fused_sdp_choice")  # noqa: B009 # torch exports it nowhere
+    heads = torch.zeros(1, 1, 256, 128, device="cpu")
     if found["auto"] == "sdpa":
-        taken = SDPBackend(choose(*inputs)).name
+        taken = SDPBackend(
+            torch._fused_sdp_choice(heads, heads, heads)  # pyright: ignore[reportPrivateImportUsage]
+        ).name
         assert found["kernel"].startswith(taken.lower().replace("_", " "))
     assert found["newer_than_tested"] == {
         package: {"installed": metadata.version(package), "tested": tested}

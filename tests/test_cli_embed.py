@@ -238,6 +238,7 @@ def check_whole(out: Path) -> int:
         assert hashlib.sha256(data).hexdigest() == entry.sha256
         assert pq.read_table(out / entry.part).num_rows == entry.rows
     names = {".lock", "_manifest.json", *(entry.part for entry in entries)}
+    names |= {"_inputs.jsonl.gz"}  # of an unfinished job
     assert set(contents(out)) == names | ({"_commits.jsonl"} if entries else set())
     manifest = read_manifest(out)
     assert manifest

@@ -443,7 +443,8 @@ def test_rows_that_are_errors_are_done_again_and_no_others(
     last = embed(copies, **common, retry_errors=True)
     assert (last.ok, last.errors) == (INPUTS - 1, {"unidentified": 1})
     assert not check_folder(out).faults
-    fresh = embed(copies, **common | {"out": tmp_path / "fresh"})
+    common["out"] = tmp_path / "fresh"
+    fresh = embed(copies, **common)
     assert fresh.errors == last.errors
     for mine, right in zip(read_commits(out), read_commits(tmp_path / "fresh"), strict=True):
         ours, theirs = read_part(out / mine.part), read_part(tmp_path / "fresh" / right.part)
@@ -451,7 +452,7 @@ def test_rows_that_are_errors_are_done_again_and_no_others(
         assert ours.drop(["pooled", "tokens"]) == theirs.drop(["pooled", "tokens"])
         for one, other in zip(ours["pooled"], theirs["pooled"], strict=True):
             assert one.as_py() == pytest.approx(other.as_py(), abs=1e-4) or not one.is_valid
-    same = contents(out)
+    common["out"], same = out, contents(out)
     embed(copies, **common, retry_errors=["timeout"])
     assert contents(out) == same
 

@@ -200,7 +200,7 @@ def test_processes_that_die_again_and_again_end_the_job_with_a_sentence(
         pytest.raises(EmbedderError, match=r"loaded the model died 3 times, .* exit status -9"),
     ):
         embed(photos, out=tmp_path, model=checkpoint, device="cpu", tokens=True, processes=2)
-    assert set(contents(tmp_path)) == {".lock", "_manifest.json"}
+    assert set(contents(tmp_path)) == {".lock", "_inputs.jsonl.gz", "_manifest.json"}
     assert descendants(os.getpid()) == []
 
 
@@ -278,7 +278,7 @@ def test_a_disk_that_is_full_for_a_worker_ends_the_job_with_a_sentence(
     assert done.returncode == 1
     assert "could not be written: File too large. Fix that" in done.stderr
     assert "Traceback" not in done.stderr
-    assert set(contents(tmp_path)) == {".lock", "_manifest.json"}
+    assert set(contents(tmp_path)) == {".lock", "_inputs.jsonl.gz", "_manifest.json"}
 
 
 def test_a_worker_that_would_write_other_numbers_refuses_and_says_what_differs(
