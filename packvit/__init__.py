@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from packvit import version
 
 if TYPE_CHECKING:
-    from packvit.checkpoints.files import CheckpointError as CheckpointError
+    from packvit.checkpoints.errors import CheckpointError as CheckpointError
     from packvit.corpus.folder.reader import FeatureFolder as FeatureFolder
     from packvit.corpus.folder.reader import read as read
     from packvit.corpus.job import embed as embed
@@ -32,7 +32,7 @@ __version__ = version.VERSION
 
 _HOMES = {
     "AIMv2Packing": "packvit.families.aimv2",
-    "CheckpointError": "packvit.checkpoints.files",
+    "CheckpointError": "packvit.checkpoints.errors",
     "ClipPacking": "packvit.families.clip",
     "DINOv3ViTPacking": "packvit.families.dinov3",
     "Dinov2Packing": "packvit.families.dinov2",

@@ -4,12 +4,16 @@ Two families differ in these values and in the names of their weights, in nothin
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+if TYPE_CHECKING:  # workers that decode read this file, and never torch
+    import torch
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
 Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 PatchOrder = Literal["hwc", "chw"]
+GridPolicy = Literal["checkpoint", "interpolate"]
 Statistics = tuple[float, float, float]  # one number a channel: red, green, blue
 
 # Mean and standard deviation of each channel, of values from 0 to 1.
@@ -140,3 +144,49 @@ class EncoderConfig:
     def prefix(self) -> int:
         """R, the tokens that stand before the patches of every sequence."""
         return self.class_token + self.registers
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a caller chooses when an encoder is loaded; `packvit.load` says what each means.
+
+    Raises: ValueError for a word that is no choice, or for choices that exclude each other.
+    """
+
+    device: "torch.device | str | None" = None
+    dtype: "torch.dtype | str | None" = None
+    attention: str = "auto"
+    patch_order: PatchOrder = "hwc"
+    positions: GridPolicy = "checkpoint"
+    invariant: bool = False
+    compile: bool = False
+    fp8: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("patch_order", self.patch_order, ("hwc", "chw"))
+        check_choice("positions", self.positions, ("checkpoint", "interpolate"))
+        if self.fp8 and self.invariant:
+            raise ValueError(
+                "fp8=True and invariant=True exclude each other: matmuls in fp8 are not batch "
+                "invariant. Leave one of them out."
+            )
+
+
+class LoadKeywords(TypedDict, total=False):
+    """The fields of `LoadOptions` as keyword arguments, for type checkers."""
+
+    device: "torch.device | str | None"
+    dtype: "torch.dtype | str | None"
+    attention: str
+    patch_order: PatchOrder
+    positions: GridPolicy
+    invariant: bool
+    compile: bool
+    fp8: bool
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError listing the choices if `value` is not one of them."""
+    if value not in choices:
+        listed = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f'{name} is "{value}", but must be {listed}.')

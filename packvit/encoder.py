@@ -1,30 +1,43 @@
 """The encoder: one forward for all images of a pack.
 
-This is the public API: it checks its arguments and reports errors to the user; the modules it calls
-trust what they are given. cu_seqlens and patch places are computed here, once, on the host.
+This is the public API: it checks what comes in and speaks to the user; what it calls trusts its
+arguments. Segments and places are worked out here, once, on the host.
 """
 
 import os
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Unpack
+from warnings import warn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from packvit.checkpoints import files as checkpoints
-from packvit.checkpoints import pretrained
+from packvit.checkpoints import saving
+from packvit.checkpoints.description import describe
 from packvit.checkpoints.files import Checkpoint
-from packvit.checkpoints.layouts import Family
-from packvit.config import EncoderConfig, ImageConfig, PatchOrder, SinCos
+from packvit.checkpoints.in_memory import read_model
+from packvit.checkpoints.layouts import Family, LayoutName
+from packvit.checkpoints.parameters import fill_parameters
+from packvit.config import (
+    EncoderConfig,
+    GridPolicy,
+    ImageConfig,
+    LoadKeywords,
+    LoadOptions,
+    PatchOrder,
+    SinCos,
+    check_choice,
+)
+from packvit.fast import modes
 from packvit.fast.blocks import choose_blocks
 from packvit.fast.graphs import Graphs
 from packvit.images.decode import Source
 from packvit.images.patches import Resize
-from packvit.loading import AnyEncoder, fill
 from packvit.model.attention import AttentionInputs, Backend, opaque, resolve
+from packvit.model.device import current, find_device, find_dtype
 from packvit.model.embeddings import PatchEmbeddings, normalize, rotary_cos_sin
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear
@@ -32,19 +45,22 @@ from packvit.model.memory import peak
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
 from packvit.model.positions import sine_cosine
-from packvit.options import GridPolicy, Options
-from packvit.packs.features import Features, Pack, make_pack
-from packvit.packs.segments import (
+from packvit.packs.checks import check_patches, count_from_front
+from packvit.packs.embedding import embed_images
+from packvit.packs.features import Features, Pack, as_pack, make_pack
+from packvit.packs.grid import (
     Grid,
-    PatchPlaces,
-    PrefixPlaces,
-    Segments,
+    GridLike,
     frame_table,
     read_grid,
     segment_images,
     sequence_lengths,
     to_device,
 )
+from packvit.packs.places import PatchPlaces, PrefixPlaces
+from packvit.packs.segments import Segments
+
+AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
 
 class Ran(NamedTuple):
@@ -56,12 +72,6 @@ class Ran(NamedTuple):
     grid: Grid
     lengths: tuple[int, ...]  # tokens of each sequence
     backend: Backend
-
-
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one, which is where kernels that are no operators of torch launch."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    return torch.cuda.device(device) if on_gpu else nullcontext()
 
 
 class Encoder(nn.Module):
@@ -127,7 +137,11 @@ class Encoder(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if cast else self.dtype
         return AttentionInputs(self.device, dtype, self.config.head_dim)
 
-    def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Tensor:
+    def __call__(self, hidden_states: Tensor | Pack, grid_thw: GridLike | None = None) -> Tensor:
+        """Return what `forward` returns of two tensors, or of one pack; hooks see the tensors."""
+        return super().__call__(*as_pack(hidden_states, grid_thw))
+
+    def forward(self, hidden_states: Tensor, grid_thw: GridLike) -> Tensor:
         """Return the tokens of every patch of the pack: the reference's `last_hidden_state`.
 
         Patches stand image after image, in raster order, each flattened in the order (row, column,
@@ -144,52 +158,48 @@ class Encoder(nn.Module):
 
     def encode(
         self,
-        hidden_states: Tensor,
-        grid_thw: Tensor,
+        hidden_states: Tensor | Pack,
+        grid_thw: GridLike | None = None,
         *,
         taps: Sequence[int] = (),
+        pooled: bool = True,
         projected: bool = False,
         projection: bool | None = None,
     ) -> Features:
-        """Return all outputs of the encoder for a pack; `forward` describes the arguments.
+        """Return everything the encoder says about a pack, or about what `forward` takes.
 
         `taps` names layers, negative ones from the end, whose patch tokens are wanted as they
         leave the block, before any final norm. `projected` asks for the pooled vectors in the
-        space shared with text. Only outputs that were asked for are kept. `projection` is the
-        old name of `projected` and warns.
+        space shared with text; `projection` is its old name. `pooled` False leaves out the pooling
+        head. Nothing unasked is kept.
 
         Raises: as `forward`; ValueError for a layer that is not there, or a projection that the
         checkpoint does not have.
         """
+        hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
         if projection is not None:
-            warnings.warn(
-                "encode(projection=...) was renamed: write projected=... instead.",
-                DeprecationWarning,
-                stacklevel=2,
-            )
+            said = "encode(projection=...) was renamed: write projected=... instead."
+            warn(said, DeprecationWarning, stacklevel=2)
             projected = projection
-        if projected and self.projection is None:
-            raise ValueError(
-                f"projected=True asks for a space shared with text, but this {self.family.name} "
-                "checkpoint has no projection. Use `pooled`."
-            )
+        self.check_projection(projected, pooled)
         asked = [self.check_layer(layer) for layer in taps]
         with current(self.device):
             ran = self.run(hidden_states, grid_thw, asked)
-            pooled = self.pool(ran)
+            vectors = self.pool(ran) if pooled else None
+            shared = self.projection(vectors) if projected and self.projection else None
         return Features(
             tokens=ran.tokens,
             prefix=ran.prefix,
-            pooled=pooled,
-            projected=self.projection(pooled) if projected and self.projection else None,
+            pooled=vectors,
+            projected=shared,
             taps=ran.taps,
             segment_image=to_device(segment_images(ran.grid), self.device),
             grid=ran.grid,
         )
 
-    def run(self, hidden_states: Tensor, grid_thw: Tensor, taps: Collection[int] = ()) -> Ran:
+    def run(self, hidden_states: Tensor, grid_thw: GridLike, taps: Collection[int] = ()) -> Ran:
         """Check what came in, embed it, run the blocks, norm, and part prefixes from patches."""
-        self.check_patches(hidden_states)
+        check_patches(hidden_states, self.config, self.device)
         config, device = self.config, self.device
         grid = read_grid(grid_thw, patches=len(hidden_states))
         lengths = sequence_lengths(grid, config.prefix)
@@ -266,21 +276,11 @@ class Encoder(nn.Module):
             self.graphs.forget()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
         """Load weights, also of a model that this is part of; graphs read them where they were."""
         if self.graphs is not None:
             self.graphs.forget()
-        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(*args, **named)
 
     def pool(self, ran: Ran) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
@@ -299,7 +299,7 @@ class Encoder(nn.Module):
         resize: Resize | None = None,
         max_patches: int | None = None,
     ) -> Pack:
-        """Make one pack of paths, PIL images or uint8 arrays [height, width, 3].
+        """Make one pack of paths, bytes of files, PIL images or uint8 arrays [height, width, 3].
 
         `resize` "checkpoint" does as the checkpoint's own preprocessing; "native" keeps the aspect
         ratio, rounds each side to the nearest patch, never enlarges beyond that, and shrinks to
@@ -316,34 +316,58 @@ class Encoder(nn.Module):
             device=self.device,
         )
 
-    def check_layer(self, layer: int) -> int:
-        """Return the number of a tapped layer, counted from the front."""
-        if not -self.config.layers <= layer < self.config.layers:
-            raise ValueError(
-                f"taps asks for layer {layer}, but this encoder has {self.config.layers}: "
-                f"0 to {self.config.layers - 1}, or -1 to {-self.config.layers} from the end."
-            )
-        return layer % self.config.layers
+    def embed(
+        self,
+        images: Sequence[Source],
+        *,
+        token_budget: int = 16384,
+        projected: bool = False,
+        resize: Resize | None = None,
+        max_patches: int | None = None,
+        errors: Literal["raise", "nan"] = "raise",
+    ) -> np.ndarray:
+        """Return one vector for each image: pooled, or the mean of its tokens without a head.
 
-    def check_patches(self, hidden_states: Tensor) -> None:
-        """Refuse what cannot be a pack's patches."""
-        side = self.config.patch
-        if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.patch_dim:
-            raise ValueError(
-                f"hidden_states is {list(hidden_states.shape)}, but must be "
-                f"[total_patches, {self.config.patch_dim}]: flattened patches of {side} x {side} "
-                "pixels and 3 channels. `encoder.pack(images)` makes them."
+        Takes images as `pack` does, of any number, and makes packs of at most `token_budget`
+        patches. `projected` gives vectors in the space shared with text. Runs in inference mode.
+
+        Shapes: N images -> float32 [N, D].
+        Raises: ImageError with the index of the first image that cannot be used, which is a row of
+        NaN instead where `errors` is "nan"; ValueError for an image larger than a pack.
+        """
+        check_choice("errors", errors, ("raise", "nan"))
+        self.check_projection(projected)
+        with torch.inference_mode():
+            return embed_images(
+                images,
+                lambda pack: self.encode(pack, projected=projected).vectors(),
+                self.images,
+                width=(projected and self.config.projection) or self.config.width,
+                token_budget=token_budget,
+                resize=resize,
+                max_patches=max_patches,
+                skip_errors=errors == "nan",
+                patch_order=self.patch_order,
+                device=self.device,
             )
-        if hidden_states.dtype != torch.uint8 and not hidden_states.is_floating_point():
-            raise TypeError(
-                f"hidden_states holds {hidden_states.dtype}, but must be uint8 (raw pixels) or "
-                "floating point (already normalised)."
+
+    def check_projection(self, projected: bool, pooled: bool = True) -> None:
+        """Refuse to project where there is nothing to project by, or nothing to project."""
+        if projected and (self.projection is None or not pooled):
+            reason = (
+                "needs pooled=True"
+                if self.projection
+                else f"asks for a space shared with text, but this {self.family.name} checkpoint "
+                "has no projection"
             )
-        if hidden_states.device != self.device:
-            raise ValueError(
-                f"hidden_states is on {hidden_states.device}, but the encoder is on {self.device}. "
-                f'Move it: hidden_states.to("{self.device}").'
-            )
+            raise ValueError(f"projected=True {reason}. Use `pooled`.")
+
+    def check_layer(self, layer: object) -> int:
+        """Return the number of a tapped layer, counted from the front.
+
+        Raises: ValueError for a layer that is not there; TypeError.
+        """
+        return count_from_front(layer, self.config.layers)
 
     def to_values(self, hidden_states: Tensor) -> Tensor:
         """Return patches in the encoder's dtype, raw pixels normalised."""
@@ -361,66 +385,84 @@ class Encoder(nn.Module):
         cls: type[AnyEncoder],
         name_or_folder: str | os.PathLike[str],
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        attention: str = "auto",
         revision: str | None = None,
-        patch_order: PatchOrder = "hwc",
-        positions: GridPolicy = "checkpoint",
-        invariant: bool = False,
-        compile: bool = False,
-        fp8: bool = False,
+        **options: Unpack[LoadKeywords],
     ) -> AnyEncoder:
         """Load a checkpoint of this family by its name on the hub, or from a folder.
 
         Takes what `packvit.load` takes, and refuses other families' checkpoints.
 
-        Raises: CheckpointError saying what is wrong with the checkpoint.
+        Raises: as `packvit.load`; TypeError on `Encoder` itself, which is of no family.
         """
-        checkpoint = checkpoints.read(name_or_folder, revision=revision)
-        options = Options(device, dtype, attention, patch_order, positions, invariant, compile, fp8)
-        return cls.from_checkpoint(checkpoint, options)
+        chosen = LoadOptions(**options)
+        cls.check_family()
+        return cls.from_checkpoint(checkpoints.read(name_or_folder, revision=revision), chosen)
 
     @classmethod
     def from_transformers(
-        cls: type[AnyEncoder],
-        model: nn.Module,
-        *,
-        attention: str = "auto",
-        patch_order: PatchOrder = "hwc",
-        positions: GridPolicy = "checkpoint",
-        invariant: bool = False,
-        compile: bool = False,
-        fp8: bool = False,
+        cls: type[AnyEncoder], model: nn.Module, **options: Unpack[LoadKeywords]
     ) -> AnyEncoder:
-        """Copy the weights of a transformers model in memory, to its device, in its dtype.
+        """Copy the weights of a transformers model in memory.
+
+        Takes the options of `packvit.load`; device and dtype are by default the model's own.
 
         Raises: CheckpointError if it is not a vision model of this family.
         """
-        checkpoint = pretrained.in_memory(model)
+        cls.check_family()
+        checkpoint = read_model(model)
         first = next(model.parameters())
-        options = Options(
-            first.device,
-            first.dtype,
-            attention,
-            patch_order,
-            positions,
-            invariant,
-            compile,
-            fp8,
-        )
-        return cls.from_checkpoint(checkpoint, options)
+        options = {"device": first.device, "dtype": first.dtype, **options}
+        return cls.from_checkpoint(checkpoint, LoadOptions(**options))
+
+    @classmethod
+    def check_family(cls) -> None:
+        """Refuse to load by the class that all families share."""
+        if not hasattr(cls, "family"):
+            raise TypeError(
+                f"{cls.__name__} is what all families share, and is of none itself. Use "
+                "packvit.load, which finds a checkpoint's family, or a family's own class."
+            )
 
     @classmethod
     def from_checkpoint(
-        cls: type[AnyEncoder], checkpoint: Checkpoint, options: "Options"
+        cls: type[AnyEncoder], checkpoint: Checkpoint, options: LoadOptions
     ) -> AnyEncoder:
-        """Build the encoder that a checkpoint describes and fill in every one of its weights."""
+        """Build the encoder that a checkpoint describes and fill in every one of its weights.
+
+        Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option
+        that cannot be taken here.
+        """
+        device = find_device(options.device)
+        dtype = find_dtype(options.dtype, device)
+        described = describe(cls.family, checkpoint)
         with torch.inference_mode(False):  # so that it can be trained, wherever it is loaded
-            return fill(cls, checkpoint, options)
+            with torch.device("meta"):
+                encoder = cls(
+                    described.config,
+                    described.images,
+                    attention=options.attention,
+                    patch_order=options.patch_order,
+                    positions=options.positions,
+                )
+            encoder.carried, encoder.skipped = fill_parameters(
+                encoder, checkpoint, described.layout, options.patch_order, device, dtype
+            )
+        # A model in memory is copied, and must not be kept alive by its copy.
+        encoder.checkpoint = checkpoint if checkpoint.files else None
+        resolve(options.attention, encoder.attention_inputs)  # refused here, not in a forward
+        encoder.eval().switch_on(options)
+        return encoder
+
+    def switch_on(self, options: LoadOptions) -> None:
+        """Run from now on in 8 bits, invariant or compiled, as `options` ask.
+
+        Raises: ValueError for 8 bits that cannot run here.
+        """
+        modes.switch_on(self, self.encoder, options)
+        self.fp8, self.invariant, self.compiled = options.fp8, options.invariant, options.compile
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], layout: pretrained.LayoutName = "transformers"
+        self, folder: str | os.PathLike[str], layout: LayoutName = "transformers"
     ) -> None:
         """Write config.json and model.safetensors in a published layout, in the encoder's dtype.
 
@@ -433,7 +475,7 @@ class Encoder(nn.Module):
                 "This encoder was loaded with fp8=True, and its rounded weights are no checkpoint. "
                 "Load it without fp8 to save it."
             )
-        pretrained.write(
+        saving.write(
             folder,
             self.family,
             layout,

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 from packvit.checkpoints import files as checkpoints
-from packvit.checkpoints import pretrained
-from packvit.checkpoints.downloads import WEIGHTS, listing
-from packvit.checkpoints.files import Checkpoint, CheckpointError
-from packvit.checkpoints.pretrained import LayoutName
-from packvit.config import PatchOrder
+from packvit.checkpoints import saving
+from packvit.checkpoints.description import describe
+from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.folders import WEIGHTS, listing
+from packvit.checkpoints.layouts import LayoutName
+from packvit.config import GridPolicy, LoadOptions, PatchOrder
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
-from packvit.options import GridPolicy, Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ def load(
     name_or_folder: str | os.PathLike[str],
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     attention: str = "auto",
     revision: str | None = None,
     patch_order: PatchOrder = "hwc",
@@ -55,24 +56,9 @@ def load(
 
     Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option.
     """
+    options = LoadOptions(device, dtype, attention, patch_order, positions, invariant, compile, fp8)
     checkpoint = checkpoints.read(name_or_folder, revision=revision)
-    options = Options(device, dtype, attention, patch_order, positions, invariant, compile, fp8)
     return family_of(checkpoint).from_checkpoint(checkpoint, options)
-
-
-def check_device(device: torch.device | str | None) -> None:
-    """Refuse a device that is not there, or that holds no numbers.
-
-    Raises: ValueError with torch's reason.
-    """
-    try:
-        if torch.empty(0, dtype=torch.uint8, device=device or "cpu").is_meta:
-            raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError) as error:  # torch says either of a GPU that is not there
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(
-            f'device "{device}" cannot be used: {reason}. Try `device="cpu"`.'
-        ) from error
 
 
 def family_of(checkpoint: Checkpoint) -> type[Encoder]:
@@ -110,10 +96,10 @@ def convert(
     check_free(folder)
     checkpoint = checkpoints.read(name_or_folder, revision=revision)
     encoder = family_of(checkpoint)
-    described = pretrained.describe_checkpoint(encoder.family, checkpoint)
+    described = describe(encoder.family, checkpoint)
     with torch.device("meta"):
         parameters = encoder(described.config, described.images).state_dict()
-    made = pretrained.convert(parameters, checkpoint, encoder.family, described, layout)
+    made = saving.convert(parameters, checkpoint, encoder.family, described, layout)
     checkpoints.write(
         folder, config=made.config, tensors=made.tensors, preprocessor=made.preprocessor
     )

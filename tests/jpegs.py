@@ -74,7 +74,7 @@ def embed_with(
 
 
 def parts(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.glob("data/*.parquet"))}
+    return {f"data/{path.name}": path.read_bytes() for path in sorted(out.glob("data/*.parquet"))}
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from packvit.config import Rotary, SinCos, Table
 from packvit.encoder import Encoder
 from packvit.model import positions
-from packvit.packs.segments import PatchPlaces
+from packvit.packs.places import PatchPlaces
 
 Mutate = Callable[[Encoder, pytest.MonkeyPatch], None]
 
@@ -92,7 +92,7 @@ def change_epsilon(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
     other = 1e-5 if encoder.config.norm_eps < 1e-5 else 1e-6
     for module in encoder.modules():
         if hasattr(module, "eps"):
-            module.eps = other  # pyright: ignore[reportAttributeAccessIssue]
+            vars(module)["eps"] = other
 
 
 def use_the_other_gelu(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:

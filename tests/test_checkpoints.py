@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import Aimv2VisionModel
 
 from packvit.checkpoints import files as checkpoints
-from packvit.checkpoints.downloads import CONFIG, INDEX, PREPROCESSOR, WEIGHTS
-from packvit.checkpoints.files import EMBEDDED, CheckpointError
+from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.folders import CONFIG, EMBEDDED, INDEX, PREPROCESSOR, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 CONTENTS = {"model_type": "example", "hidden_size": 8}

@@ -4,6 +4,7 @@ import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,11 +46,10 @@ def test_info_names_the_kernel_of_a_call_and_what_is_newer_than_tested(
 ):
     """P4"""
     found = json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)
-    heads = torch.zeros(1, 1, 256, 128, device="cpu")
+    inputs = [torch.zeros(1, 1, 256, 128, device="cpu")] * 3
+    choose: Any = getattr(torch, "_fused_sdp_choice")  # noqa: B009 # torch exports it nowhere
     if found["auto"] == "sdpa":
-        taken = SDPBackend(
-            torch._fused_sdp_choice(heads, heads, heads)  # pyright: ignore[reportPrivateImportUsage]
-        ).name
+        taken = SDPBackend(choose(*inputs)).name
         assert found["kernel"].startswith(taken.lower().replace("_", " "))
     assert found["newer_than_tested"] == {
         package: {"installed": metadata.version(package), "tested": tested}

@@ -12,7 +12,7 @@ from rotten import write_good
 from small_checkpoint import write_checkpoint
 
 import packvit
-from packvit.checkpoints.pretrained import LayoutName
+from packvit.checkpoints.layouts import LayoutName
 from packvit.cli import main
 from packvit.cli.embed import embed
 from packvit.cli.verify import verify

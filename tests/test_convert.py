@@ -21,7 +21,7 @@ from transformers import (
 
 import packvit
 from packvit import hub
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"

@@ -111,9 +111,9 @@ def test_every_dependency_is_imported_and_every_optional_one_is_in_its_extra():
         (
             "transformers",
             "reference",
-            "from packvit.checkpoints.pretrained import in_memory; import torch\n"
+            "from packvit.checkpoints.in_memory import read_model; import torch\n"
             "model = torch.nn.Linear(1, 1); model.config = type('C', (), {'to_dict': dict})()\n"
-            "in_memory(model)",
+            "read_model(model)",
         ),
         (
             "ray",

@@ -12,7 +12,7 @@ import torch
 from hub_server import Hub, Repository
 from safetensors.torch import save
 
-from packvit.checkpoints.downloads import CONFIG, INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
+from packvit.checkpoints.folders import CONFIG, INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 CONTENTS = {"model_type": "example", "hidden_size": 8}

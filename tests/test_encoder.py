@@ -1,7 +1,9 @@
 """The door: what comes in is checked and answered in words, what goes out keeps its promises."""
 
 import copy
+import dataclasses
 import gc
+import inspect
 import json
 import pickle
 import shutil
@@ -17,8 +19,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import packvit
+from packvit.config import LoadKeywords, LoadOptions, check_choice
 from packvit.families.aimv2 import AIMv2Packing
-from packvit.options import check_choice
 
 GRID = [(1, 3, 4), (2, 2, 5), (1, 1, 7), (1, 3, 4)]
 
@@ -168,6 +170,9 @@ def test_a_projection_that_is_not_there_is_refused(encoder):
 def test_options_are_checked_when_loading():
     with pytest.raises(ValueError, match='patch_order is "whc", but must be "hwc" or "chw"'):
         check_choice("patch_order", "whc", ("hwc", "chw"))
+    for load in (packvit.load, AIMv2Packing.from_pretrained):
+        with pytest.raises(ValueError, match="exclude each other"):
+            load("tiny", fp8=True, invariant=True)
     model = reference.aimv2()
     with pytest.raises(ValueError, match='backend "torch" cannot run: it needs CUDA tensors'):
         AIMv2Packing.from_transformers(model, attention="torch")
@@ -175,6 +180,17 @@ def test_options_are_checked_when_loading():
         packvit.CheckpointError, match="takes a model of transformers, not a Linear"
     ):
         AIMv2Packing.from_transformers(torch.nn.Linear(2, 2))
+
+
+def test_load_options_are_the_same_wherever_they_are_taken():
+    fields = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
+    assert LoadKeywords.__annotations__.keys() == fields.keys()
+    taken = {
+        name: one.default
+        for name, one in inspect.signature(packvit.load).parameters.items()
+        if name not in ("name_or_folder", "revision")
+    }
+    assert taken == fields
 
 
 def test_loading_never_shares_memory_with_the_source():

@@ -3,7 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packvit.packs.segments import PatchPlaces, Segments, segment_images
+from packvit.packs.grid import segment_images
+from packvit.packs.places import PatchPlaces
+from packvit.packs.segments import Segments
 
 GRID = torch.tensor([[1, 4, 6], [1, 3, 5], [2, 2, 2]])  # 3 images, 4 sequences, 47 patches
 

@@ -19,7 +19,7 @@ from packvit.model.positions import (
     sine_cosine,
     sine_cosine_axis,
 )
-from packvit.packs.segments import PatchPlaces
+from packvit.packs.places import PatchPlaces
 
 CPU = torch.device("cpu")
 GRID = ((1, 3, 17), (2, 1, 9), (1, 64, 2), (1, 1, 1))

@@ -15,7 +15,7 @@ from transformers import SiglipImageProcessorPil
 
 import packvit
 from packvit import hub
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.processors import PROCESSORS, image_config_from, processor_name
 from packvit.config import Exact, ImageConfig, MostPatches
 from packvit.images.patches import Patches, to_patches

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import packvit
 from packvit.config import Table
 from packvit.encoder import Encoder
-from packvit.packs.segments import Grid
+from packvit.packs.grid import Grid
 from packvit.verification import VerifyOptions
 from packvit.verification.comparison import Round, ask_reference, judge_pack
 from packvit.verification.drawing import draw, repeated

@@ -4,8 +4,11 @@ On fake CUDA tensors the varlen backend runs without a GPU, so its calls can be 
 """
 
 import inspect
+import re
+import tomllib
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,3 +182,47 @@ def test_public_names_resolve():
         assert getattr(packvit, name) is not None
     with pytest.raises(AttributeError, match=r"no attribute 'lod'\. It offers: AIMv2"):
         packvit.lod  # noqa: B018 # the access is what is tested
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_list_of_packages_is_the_order_that_the_import_linter_holds_us_to():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    assert tools["exclude_type_checking_imports"] is False
+    [order] = [one for one in tools["contracts"] if one["type"] == "layers"]
+    layers = [name for layer in order["layers"] for name in re.split(r" [|:] ", layer)]
+    page = (ROOT / "ARCHITECTURE.md").read_text().partition("## The packages")[2]
+    listed = re.findall(r"^\| `([a-z]+)(?:/|\.py)` \|", page.partition("\n## ")[0], re.M)
+    assert listed == layers
+    assert "ignore_imports" not in order
+
+
+def test_every_module_of_the_package_is_in_that_list():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    [order] = [one for one in tools["contracts"] if one["type"] == "layers"]
+    assert order["exhaustive"] is True  # the linter itself names the missing ones
+    modules = {path.name for path in (ROOT / "packvit").glob("*.py")} - {"__init__.py"}
+    assert modules == {
+        "__main__.py",
+        "hub.py",
+        "encoder.py",
+        "config.py",
+        "version.py",
+        "atomic.py",
+    }
+
+
+def test_encoder_opens_no_file_and_imports_nothing_that_imports_it():
+    code = (
+        "import sys, packvit.encoder\n"
+        "found = [m for m in sys.modules if m.startswith(('packvit.families', 'packvit.hub'))]\n"
+        "sys.exit(str(found) if found else 0)"
+    )
+    import subprocess
+    import sys
+
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    source = (ROOT / "packvit" / "encoder.py").read_text()
+    assert not re.search(r"\bopen\(|read_text|write_text|read_bytes|write_bytes", source)

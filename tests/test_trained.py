@@ -19,7 +19,7 @@ import packvit
 from demo.photographs import photographs
 from packvit.cli import main
 from packvit.encoder import Encoder
-from packvit.packs.segments import Grid
+from packvit.packs.grid import Grid
 from packvit.verification import VerifyOptions
 from packvit.verification.comparison import Round, ask, ask_reference, judge_pack
 from packvit.verification.drawing import draw_pixels

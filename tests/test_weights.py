@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from packvit.checkpoints import rules as weights
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.rules import (
     conv_to_linear,
     fuse,

@@ -71,7 +71,7 @@ def fetch(folder: Path) -> Path:
 
 def write_checkpoint(model: Path, folder: Path) -> Path:
     """Write the backbone of an ONNX file as transformers names and shapes its tensors."""
-    import onnx
+    import onnx  # pyright: ignore[reportMissingImports] # `make soak` installs it
 
     graph = onnx.load(model).graph
     arrays = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
@@ -111,8 +111,8 @@ class Runtime:
     """The same backbone run by onnxruntime, up to its last norm."""
 
     def __init__(self, model: Path) -> None:
-        import onnx
-        import onnxruntime
+        import onnx  # pyright: ignore[reportMissingImports] # `make soak` installs both
+        import onnxruntime  # pyright: ignore[reportMissingImports]
 
         whole = onnx.load(model)
         last = next(n for n in whole.graph.node if n.name == "/backbone/layernorm/Add_1")

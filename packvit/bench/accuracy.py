@@ -5,7 +5,6 @@ No published weights were measured, so how accurate fp8 is on those is not known
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,12 @@ from packvit import hub
 from packvit.bench import SEED
 from packvit.bench.models import Model
 from packvit.bench.workloads import mixed_sizes
+from packvit.config import LoadOptions
 from packvit.encoder import Encoder
 from packvit.fast.steps import first_linear
 from packvit.images.patches import cut_patches
-from packvit.loading import take
 from packvit.model.layers import Block
-from packvit.options import Options
-from packvit.packs.segments import Grid
+from packvit.packs.grid import Grid
 
 IMAGES = 8
 OUTLIERS, FACTOR = 3, 100  # channels of every norm
@@ -39,7 +37,7 @@ def fp8_accuracy(model: Model, device: torch.device) -> list[dict[str, Any]]:
         grid = mixed_sizes(IMAGES, 240, 1008)
         patches = torch.from_numpy(pictures(grid, encoder.config.patch)).to(device)
         fp8, whole = copy.deepcopy(encoder), copy.deepcopy(encoder).float()
-        take(fp8, replace(NOTHING, fp8=True))
+        fp8.switch_on(LoadOptions(fp8=True))
         with torch.inference_mode():
             exact, *others = (
                 candidate(patches, torch.tensor(grid, dtype=torch.int64, device="cpu")).float()
@@ -48,9 +46,6 @@ def fp8_accuracy(model: Model, device: torch.device) -> list[dict[str, Any]]:
         near = [F.cosine_similarity(tokens, exact) for tokens in others]
         found.append({"weights": title} | dict(zip(("bf16", "fp8"), map(said, near), strict=True)))
     return found
-
-
-NOTHING = Options(None, None, "auto", "hwc", "checkpoint")
 
 
 def said(cosines: Tensor) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from packvit.bench.contenders import Call, Contender, Subject, Unavailable
 from packvit.config import SinCos, Table
 from packvit.model.positions import sine_cosine, sine_cosine_axis
-from packvit.packs.segments import PatchPlaces
+from packvit.packs.places import PatchPlaces
 from packvit.verification.references import inputs, tower
 
 Mode = Literal["default", "max-autotune"]  # of torch.compile

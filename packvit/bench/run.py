@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from packvit import hub
 from packvit.bench import DTYPES, SEED, WORKLOADS, BenchError, BenchOptions, models
 from packvit.bench.accuracy import fp8_accuracy
 from packvit.bench.contenders import (
@@ -41,6 +40,7 @@ from packvit.bench.ours import OURS, Ours
 from packvit.bench.peers import BASELINE, PEERS, Peer
 from packvit.bench.workloads import encoder_flops, on_own_grid, workload
 from packvit.encoder import Encoder
+from packvit.model.device import find_device
 from packvit.verification import references
 from packvit.verification.rule import judge
 from packvit.version import version_of
@@ -142,7 +142,7 @@ def choose(options: BenchOptions) -> tuple[torch.device, torch.dtype]:
     Raises: BenchError for an invalid device, dtype, workload or number of rounds.
     """
     try:
-        hub.check_device(options.device)
+        find_device(options.device)
     except ValueError as error:
         raise BenchError(str(error)) from error
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

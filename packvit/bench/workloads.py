@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from packvit.bench import SEED, WORKLOADS
 from packvit.config import EncoderConfig
-from packvit.packs.segments import Grid, sequence_lengths
+from packvit.packs.grid import Grid, sequence_lengths
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import torch
@@ -20,13 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from packvit.checkpoints.downloads import (
+from packvit.atomic import replacing
+from packvit.checkpoints.downloads import download
+from packvit.checkpoints.errors import CheckpointError as CheckpointError
+from packvit.checkpoints.folders import (
     CONFIG,
     INDEX,
     PREPROCESSOR,
     PROCESSOR,
     WEIGHTS,
-    download,
     find_file,
     find_folder,
     listing,
@@ -35,10 +35,6 @@ from packvit.checkpoints.downloads import (
     read_json,
     read_weight_map,
 )
-from packvit.checkpoints.downloads import (
-    EMBEDDED as EMBEDDED,  # users and other modules find them here
-)
-from packvit.checkpoints.downloads import CheckpointError as CheckpointError
 
 METADATA = {"format": "pt"}  # transformers asks for it; a second key would not be reproducible
 FINITE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -306,33 +302,15 @@ def write(
             f"{folder} already has {PROCESSOR} with other image settings, which would be read as "
             "part of the new checkpoint. Remove it, or write to another folder."
         )
-    suffix = f"{token_hex(4)}.tmp"
-    staged = {name: folder / f".{name}.{suffix}" for name in (WEIGHTS, *texts)}
+    targets = [folder / name for name in (WEIGHTS, *texts)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, value in texts.items():
-            staged[name].write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
-        save_file(storable(tensors), staged[WEIGHTS], METADATA)
-        # safetensors makes files that only their owner may read; the others follow the umask.
-        staged[WEIGHTS].chmod(staged[CONFIG].stat().st_mode)
-        for temporary in staged.values():
-            flush(temporary)
-        for name, temporary in staged.items():
-            os.replace(temporary, folder / name)
-        flush(folder)
+        with replacing(*targets) as (weights, *others):
+            for path, value in zip(others, texts.values(), strict=True):
+                path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+            save_file(storable(tensors), weights, METADATA)
+            # safetensors makes files that only their owner may read; the others follow the umask.
+            weights.chmod(others[0].stat().st_mode)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"The checkpoint cannot be written to {folder}: {reason}.") from error
-    finally:
-        for temporary in staged.values():
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until the disk holds a file's contents, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import isclose
 from typing import Any
 
-from packvit.checkpoints.downloads import PREPROCESSOR
+from packvit.checkpoints.folders import PREPROCESSOR
 from packvit.config import (
     CLIP_STATISTICS,
     HALF_STATISTICS,

@@ -15,7 +15,7 @@ from math import isqrt
 import torch
 from torch import Size, Tensor
 
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 from packvit.config import PatchOrder
 
 

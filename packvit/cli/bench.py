@@ -217,7 +217,7 @@ def native_reports(
 @contextmanager
 def answered() -> Iterator[None]:
     """Say in a sentence why something cannot be measured."""
-    from packvit.checkpoints.files import CheckpointError
+    from packvit.checkpoints.errors import CheckpointError
 
     try:
         yield

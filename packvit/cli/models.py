@@ -34,7 +34,7 @@ def full_name(model: str) -> str:
 @contextmanager
 def explaining(model: str | None) -> Iterator[None]:
     """Say which known name a model may mean, where a checkpoint cannot be read."""
-    from packvit.checkpoints.files import CheckpointError
+    from packvit.checkpoints.errors import CheckpointError
 
     try:
         yield
@@ -46,7 +46,7 @@ def meant(model: str | None) -> Iterator[str]:
     """Yield what a name that is not known may mean, if any name is near."""
     if model is None or os.path.exists(model):
         return
-    from packvit.checkpoints.files import EMBEDDED
+    from packvit.checkpoints.folders import EMBEDDED
     from packvit.families import FAMILIES
 
     published = [name for encoder in FAMILIES for name in encoder.family.checkpoints]

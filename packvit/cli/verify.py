@@ -94,7 +94,7 @@ def verify(
 
 def folder_of(model: str | None) -> Path | None:
     """Return the folder that `model` names, or None."""
-    from packvit.checkpoints.files import EMBEDDED
+    from packvit.checkpoints.folders import EMBEDDED
 
     return Path(model) if model and model not in EMBEDDED and Path(model).is_dir() else None
 
@@ -110,12 +110,12 @@ def search(
 
     Raises: click.UsageError for an unknown device or family, ClickException for other errors.
     """
-    from packvit.checkpoints.files import CheckpointError
-    from packvit.hub import check_device
+    from packvit.checkpoints.errors import CheckpointError
+    from packvit.model.device import find_device
     from packvit.verification.verify import family_names, verify_checkpoint, verify_family
 
     try:
-        check_device(device)
+        find_device(device)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     known = family_names()

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from packvit.atomic import write_whole
+from packvit.config import GridPolicy
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT
@@ -27,7 +29,7 @@ from packvit.corpus.folder.layout import (
     encode_manifest,
     fingerprint,
     read_manifest,
-    write_whole,
+    writing,
 )
 from packvit.corpus.folder.names import CURRENT, names_of, part_number
 from packvit.corpus.folder.parts import DtypeOut
@@ -51,7 +53,7 @@ from packvit.corpus.settings import (
     fit_options,
     load_encoder,
 )
-from packvit.encoder import Encoder, GridPolicy
+from packvit.encoder import Encoder
 from packvit.fast.graphs import free_memory
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import CODES, MAX_PIXELS
@@ -359,7 +361,8 @@ def run(
 def put(path: Path, data: bytes) -> None:
     """Write a file unless it already holds these bytes, so that a finished job changes nothing."""
     if not (path.is_file() and path.read_bytes() == data):
-        write_whole(path, data)
+        with writing(path):
+            write_whole(path, data)
 
 
 def shards(

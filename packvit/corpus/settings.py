@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from packvit import hub
-from packvit.checkpoints.files import CheckpointError
-from packvit.config import MostPatches, Table
+from packvit.checkpoints.errors import CheckpointError
+from packvit.config import GridPolicy, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
 from packvit.corpus.folder.parts import DtypeOut, Outputs
-from packvit.encoder import Encoder, GridPolicy
+from packvit.encoder import Encoder
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
+from packvit.model.device import find_device
 from packvit.model.memory import peak
 from packvit.packs.planning import PLAN_VERSION
 from packvit.version import version_of
@@ -81,7 +82,7 @@ def load_encoder(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
     try:
-        hub.check_device(device)
+        find_device(device)
         return hub.load(
             model,
             device=device,

@@ -8,10 +8,21 @@ Source: "AIMv2", arXiv:2411.14402; transformers 5.17, models/aimv2.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints import layouts as family
+from packvit.checkpoints.config_json import (
+    Json,
+    activation,
+    agreed,
+    entry,
+    sizes,
+    square,
+    tower,
+    write_sizes,
+)
+from packvit.checkpoints.layouts import Family, Layout, Reference, Variant, beside_text
 from packvit.checkpoints.rules import convolution, gated, layers, rename, reshape
 from packvit.config import EncoderConfig, SinCos, Table
 from packvit.encoder import Encoder
+from packvit.families.clip_siglip import clip_images
 from packvit.model.embeddings import PatchEmbeddings
 from packvit.model.layers import Attention, Block, Blocks
 
@@ -63,37 +74,35 @@ TRANSFORMERS_RULES = (
 )
 
 
-def read(config: family.Json, names: Collection[str]) -> EncoderConfig:
+def read(config: Json, names: Collection[str]) -> EncoderConfig:
     """Read config.json of either layout; Apple's native variant is the one without image_size."""
-    inner = family.tower(config)
+    inner = tower(config)
     rewritten = inner.get("model_type") == "aimv2_vision_model"
-    native = family.entry(inner, "is_native", bool, not rewritten and "image_size" not in inner)
+    native = entry(inner, "is_native", bool, not rewritten and "image_size" not in inner)
     headed = any(name.endswith("head.cls_token") for name in names)
-    patch = family.square(inner, "patch_size", 14)
-    side = 0 if native else family.square(inner, "image_size", 224) // patch
-    bias = family.agreed(inner, "qkv_bias", "mlp_bias", "use_bias")
+    patch = square(inner, "patch_size", 14)
+    side = 0 if native else square(inner, "image_size", 224) // patch
+    bias = agreed(inner, "qkv_bias", "mlp_bias", "use_bias")
     return EncoderConfig(
-        **family.sizes(inner, width=1024, layers=24, heads=8, mlp_width=2816),
+        **sizes(inner, width=1024, layers=24, heads=8, mlp_width=2816),
         patch=patch,
         positions=SinCos() if native else Table(side, side, resize="bicubic_antialias"),
         norm="rms",
-        norm_eps=family.entry(inner, "rms_norm_eps", float, 1e-5),
-        activation=family.activation(inner, "silu"),
+        norm_eps=entry(inner, "rms_norm_eps", float, 1e-5),
+        activation=activation(inner, "silu"),
         gated=True,
         bias=bias,
         qkv_bias="qkv" if bias else "",
         embedding_norm="patches",
-        pool="query" if family.entry(inner, "use_head", bool, rewritten or headed) else None,
-        projection=family.entry(config, "projection_dim", int, 512)
-        if {*SHARED} & {*names}
-        else None,
+        pool="query" if entry(inner, "use_head", bool, rewritten or headed) else None,
+        projection=entry(config, "projection_dim", int, 512) if {*SHARED} & {*names} else None,
     )
 
 
 def write(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json as transformers' Aimv2VisionConfig, or Aimv2Config with a projection."""
     table = config.positions
-    written = family.write_sizes(config) | {
+    written = write_sizes(config) | {
         "model_type": "aimv2_vision_model",
         "architectures": ["Aimv2VisionModel"],
         "image_size": table.rows * config.patch if isinstance(table, Table) else 224,
@@ -107,32 +116,32 @@ def write(config: EncoderConfig) -> dict[str, Any]:
     return both if config.projection else written
 
 
-TRANSFORMERS = family.Layout("transformers", "rms_norm.weight", TRANSFORMERS_RULES, read, write)
-ORIGINAL = family.Layout(
+TRANSFORMERS = Layout("transformers", "rms_norm.weight", TRANSFORMERS_RULES, read, write)
+ORIGINAL = Layout(
     "original", "trunk.post_trunk_norm.weight", APPLE, read, lambda c: write(c) | APPLE_TYPE
 )
 
-FAMILY = family.Family(
+FAMILY = Family(
     name="AIMv2",
     model_types=("aimv2_vision_model", "aimv2"),
     layouts=(
         TRANSFORMERS,
         ORIGINAL,
-        family.beside_text(TRANSFORMERS, TEXT, projection=SHARED[0]),
-        family.beside_text(ORIGINAL, TEXT_APPLE, prefix="image_encoder.", projection=SHARED[1]),
+        beside_text(TRANSFORMERS, TEXT, projection=SHARED[0]),
+        beside_text(ORIGINAL, TEXT_APPLE, prefix="image_encoder.", projection=SHARED[1]),
     ),
-    images=family.clip_images,
+    images=clip_images,
     checkpoints=tuple(
         f"apple/aimv2-{size}-patch14-{kind}"
         for size in ("large", "huge", "1B", "3B")
         for kind in (224, 336, 448, *(VARIANTS if size == "large" else ()))
     ),
-    reference=family.Reference(
+    reference=Reference(
         variants=(
-            family.Variant("native", "Aimv2VisionModel", {"is_native": True}),
-            family.Variant("fixed", "Aimv2VisionModel"),
-            family.Variant("headless", "Aimv2VisionModel", {"is_native": True, "use_head": False}),
-            family.Variant("LiT", "Aimv2Model"),
+            Variant("native", "Aimv2VisionModel", {"is_native": True}),
+            Variant("fixed", "Aimv2VisionModel"),
+            Variant("headless", "Aimv2VisionModel", {"is_native": True, "use_head": False}),
+            Variant("LiT", "Aimv2Model"),
         ),
         processor="CLIPImageProcessorPil",
     ),

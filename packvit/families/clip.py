@@ -9,25 +9,20 @@ transformers 5.17, models/clip (`pre_layrnorm` is spelt so in every checkpoint).
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints.layouts import (
-    CLIP_BLOCK,
-    Family,
+from packvit.checkpoints.config_json import (
     Json,
-    Layout,
-    Reference,
-    Variant,
     activation,
-    beside_text,
-    clip_images,
     entry,
     sizes,
     square,
     tower,
     write_sizes,
 )
+from packvit.checkpoints.layouts import Family, Layout, Reference, Variant, beside_text
 from packvit.checkpoints.rules import convolution, layers, rename
 from packvit.config import EncoderConfig, Table
 from packvit.encoder import Encoder
+from packvit.families.clip_siglip import CLIP_BLOCK, clip_images
 
 RULES = (
     *convolution("embeddings.patches", "embeddings.patch_embedding"),

@@ -9,18 +9,8 @@ transformers 5.17, models/dinov2 and models/dinov2_with_registers.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints.layouts import (
-    Family,
-    Json,
-    Layout,
-    Reference,
-    Variant,
-    activation,
-    entry,
-    sizes,
-    square,
-    write_sizes,
-)
+from packvit.checkpoints.config_json import Json, activation, entry, sizes, square, write_sizes
+from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import Rule, convolution, gated, layers, rename, reshape
 from packvit.config import (
     IMAGENET_STATISTICS,

@@ -9,19 +9,9 @@ Source: "DINOv3", arXiv:2508.10104; transformers 5.17, models/dinov3_vit.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints.files import CheckpointError
-from packvit.checkpoints.layouts import (
-    Family,
-    Json,
-    Layout,
-    Reference,
-    Variant,
-    activation,
-    entry,
-    sizes,
-    square,
-    write_sizes,
-)
+from packvit.checkpoints.config_json import Json, activation, entry, sizes, square, write_sizes
+from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import Rule, convolution, fuse, gated, layers, rename, reshape
 from packvit.config import IMAGENET_STATISTICS, EncoderConfig, Exact, ImageConfig, Rotary
 from packvit.encoder import Encoder

@@ -7,25 +7,20 @@ models/siglip.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints.layouts import (
-    CLIP_BLOCK,
-    PROBE_HEAD,
-    Family,
+from packvit.checkpoints.config_json import (
     Json,
-    Layout,
-    Reference,
-    Variant,
     activation,
-    beside_text,
     entry,
     sizes,
     square,
     tower,
     write_sizes,
 )
+from packvit.checkpoints.layouts import Family, Layout, Reference, Variant, beside_text
 from packvit.checkpoints.rules import convolution, layers, rename
 from packvit.config import HALF_STATISTICS, EncoderConfig, Exact, ImageConfig, Table
 from packvit.encoder import Encoder
+from packvit.families.clip_siglip import CLIP_BLOCK, PROBE_HEAD
 
 RULES = (
     *convolution("embeddings.patches", "embeddings.patch_embedding"),

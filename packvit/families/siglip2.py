@@ -10,25 +10,20 @@ from collections.abc import Collection
 from math import isqrt
 from typing import Any
 
-from packvit.checkpoints.layouts import (
-    CLIP_BLOCK,
-    PROBE_HEAD,
-    Family,
+from packvit.checkpoints.config_json import (
     Json,
-    Layout,
-    Reference,
-    Variant,
     activation,
-    beside_text,
     entry,
     sizes,
     square,
     tower,
     write_sizes,
 )
+from packvit.checkpoints.layouts import Family, Layout, Reference, Variant, beside_text
 from packvit.checkpoints.rules import layers, rename
 from packvit.config import HALF_STATISTICS, EncoderConfig, ImageConfig, MostPatches, Table
 from packvit.encoder import Encoder
+from packvit.families.clip_siglip import CLIP_BLOCK, PROBE_HEAD
 from packvit.model.embeddings import PatchEmbeddings
 from packvit.model.layers import Attention, Block, Blocks
 

@@ -20,7 +20,8 @@ from packvit.fast.attention import is_batch
 from packvit.fast.hooks import is_hooked
 from packvit.model.attention import Backend
 from packvit.model.memory import Peak, free_memory
-from packvit.packs.segments import Segments, make_cu_seqlens, to_device
+from packvit.packs.grid import to_device
+from packvit.packs.segments import Segments, make_cu_seqlens
 
 MOST_TOKENS = 2**16  # at half of it AIMv2-large is still 6 % faster on an H100, in bf16 and in fp8
 KEPT_TOKENS = 2**18  # of all graphs kept: each holds what it reads and writes, 4 D bytes a token

@@ -26,7 +26,7 @@ from packvit.images.signatures import explain, identify
 from packvit.images.tiff import check_opened
 
 Stage = Literal["list", "read", "header", "decode", "resize", "encode", "write"]
-Source = str | os.PathLike[str] | Image.Image | np.ndarray
+Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 CODES = {
     "missing": "there is no file at this path",
@@ -195,7 +195,7 @@ def decode_opened(opened: Opened) -> Photo:
 
 
 def load_image(source: object, *, max_pixels: int = MAX_PIXELS) -> Photo:
-    """Return the photo in a path, a PIL image or a uint8 array [height, width, 3].
+    """Return the photo in a path, a file's bytes, a PIL image or a uint8 array [height, width, 3].
 
     `source` is a Source; anything else is answered here, in words. Of several frames, a PIL image
     gives the one that it stands on. The caller's image or array is neither changed nor shared.
@@ -209,14 +209,16 @@ def load_image(source: object, *, max_pixels: int = MAX_PIXELS) -> Photo:
         except ImageError as error:
             error.add_note(f"Path: {os.fspath(source)!r}")  # for a traceback; never part of a row
             raise
+    if isinstance(source, bytes):
+        return decode(source, max_pixels=max_pixels)
     if isinstance(source, np.ndarray):
         image = _from_array(source)
         _check(image, max_pixels)
         return _photo(image, image, [])
     if not isinstance(source, Image.Image):
         raise TypeError(
-            f"An image is a path, a PIL image or a uint8 array [height, width, 3], but this is "
-            f"a {type(source).__module__}.{type(source).__qualname__}. "
+            "An image is a path, the bytes of a file, a PIL image or a uint8 array [height, width, "
+            f"3], but this is a {type(source).__module__}.{type(source).__qualname__}. "
             "Give a tensor as tensor.numpy()."
         )
     _check(source, max_pixels)

@@ -10,7 +10,8 @@ from packvit.config import EncoderConfig, Rotary, SinCos, Statistics, Table
 from packvit.model.linear import Linear
 from packvit.model.norms import Tokens, norm
 from packvit.model.positions import Axes, ResizedTables, check_grid, look_up, rotary, sine_cosine
-from packvit.packs.segments import Grid, PatchPlaces, PrefixPlaces
+from packvit.packs.grid import Grid
+from packvit.packs.places import PatchPlaces, PrefixPlaces
 
 AnyModule = TypeVar("AnyModule", bound="PatchEmbeddings")
 CosSin = tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]  # of each token's rotary angles

@@ -7,14 +7,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from packvit.packs.segments import (
-    Grid,
-    PatchPlaces,
-    Segments,
-    read_grid,
-    sequence_lengths,
-    to_device,
-)
+from packvit.packs.grid import Grid, read_grid, sequence_lengths, to_device
+from packvit.packs.places import PatchPlaces
+from packvit.packs.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,19 +37,25 @@ class ProbePool(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.probe = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
-        self.qkv = Linear(config.width, 3 * config.width)
+        self.qkv: nn.Module = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
         self.norm = norm(config)
         self.mlp = MLP(config)
 
     def forward(self, tokens: Tokens, segments: Segments, backend: Backend) -> Pooled:
         """Return one vector for each sequence."""
-        width = len(self.probe)
-        weights, biases = (x.split([width, 2 * width]) for x in (self.qkv.weight, self.qkv.bias))
-        query = affine(self.probe, weights[0], biases[0], False)
-        held = affine(tokens, weights[1], biases[1], self.qkv.invariant)
+        query, held = self.project(tokens)
         pooled = self.out(attend_once(query, held, self.heads, segments, backend))
         return pooled + self.mlp(self.norm(pooled))
+
+    def project(self, tokens: Tokens) -> tuple[Float[Tensor, " D"], Float[Tensor, "T 2*D"]]:
+        """Return the probe's query, and keys and values of the tokens side by side."""
+        parts, qkv = [len(self.probe), 2 * len(self.probe)], self.qkv
+        if not isinstance(qkv, Linear):  # adapted: what it does is known to itself alone
+            return qkv(self.probe[None]).split(parts, -1)[0][0], qkv(tokens).split(parts, -1)[1]
+        weights, biases = qkv.weight.split(parts), qkv.bias.split(parts)
+        query = affine(self.probe, weights[0], biases[0], False)
+        return query, affine(tokens, weights[1], biases[1], qkv.invariant)
 
 
 def attend_once(

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from packvit.config import Rotary, SinCos, Table
-from packvit.packs.segments import Grid, PatchPlaces, to_device
+from packvit.packs.grid import Grid, to_device
+from packvit.packs.places import PatchPlaces
 
 MODES = {
     "bilinear_antialias": ("bilinear", True),

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,20 +12,40 @@ from torch import Tensor
 
 from packvit.config import ImageConfig, PatchOrder
 from packvit.images.decode import ImageError, Source, load_image
-from packvit.images.patches import to_patches
+from packvit.images.patches import Patches, to_patches
 from packvit.images.resize import Resize
-from packvit.packs.segments import Grid
+from packvit.packs.grid import Grid, GridLike, as_tensor, sequence_lengths, to_device
 
 
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """The input of one forward.
+class Pack(NamedTuple):
+    """What one forward takes: `encoder(pack)`, `encoder(*pack)` and `encoder.encode(pack)`.
 
     Shapes: hidden_states [T, P] uint8 on the encoder's device; grid_thw [N, 3] int64 on the host.
     """
 
     hidden_states: Tensor
     grid_thw: Tensor
+
+    def to(self, device: torch.device | str) -> "Pack":
+        """Return the pack with its patches on a device; the grid stays on the host."""
+        return Pack(self.hidden_states.to(device, non_blocking=True), self.grid_thw)
+
+
+def as_pack(hidden_states: Tensor | Pack, grid_thw: GridLike | None) -> Pack:
+    """Return what a call was given as one pack.
+
+    Raises: TypeError for a pack with another grid beside it, or patches without one.
+    """
+    if isinstance(hidden_states, Pack):
+        if grid_thw is not None:
+            raise TypeError("A Pack brings its own grid_thw. Leave the other one out.")
+        return hidden_states
+    if grid_thw is None:
+        raise TypeError(
+            "grid_thw is missing, which says how many patches each image has. Give a Pack, or both "
+            "of its tensors: encoder(pack.hidden_states, pack.grid_thw)."
+        )
+    return Pack(hidden_states, as_tensor(grid_thw))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +69,27 @@ class Features:
         parts = self.tokens.split([frames * rows * columns for frames, rows, columns in self.grid])
         return [part.unflatten(0, sides) for part, sides in zip(parts, self.grid, strict=True)]
 
+    def vectors(self) -> Tensor:
+        """Return one vector a sequence in fp32: projected where asked for, or pooled, or the mean.
+
+        Shapes: [S, D]; the mean of the tokens where the checkpoint has no head.
+        """
+        found = self.pooled if self.projected is None else self.projected
+        if found is None:
+            return image_means(self.tokens, sequence_lengths(self.grid))
+        return found.float()
+
+
+def image_means(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the mean of each image's tokens in fp32, in one call that adds in a fixed order.
+
+    `index_add` would add in whatever order a GPU's threads arrive.
+
+    Shapes: tokens [T, D], lengths N host ints that sum to T -> [N, D].
+    """
+    counts = to_device(np.array(lengths), tokens.device)
+    return torch.segment_reduce(tokens.float(), "mean", lengths=counts, unsafe=True)
+
 
 def make_pack(
     images: Sequence[Source],
@@ -58,32 +100,47 @@ def make_pack(
     patch_order: PatchOrder,
     device: torch.device,
 ) -> Pack:
-    """Make one pack from paths, PIL images or uint8 arrays, for `Encoder.pack`."""
-    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
-        raise TypeError(
-            f"images is one {type(images).__name__}, but must be a list of them: "
-            "encoder.pack([image])."
-        )
+    """Make one pack of paths, PIL images or uint8 arrays, as `Encoder.pack` says."""
+    check_list(images)
     if not images:
         raise ValueError("images is empty, but a pack holds at least one image.")
     cut = []
     for index, source in enumerate(images):
         try:
-            photo = load_image(source)
-            cut.append(
-                to_patches(
-                    photo.image,
-                    config,
-                    resize=resize,
-                    max_patches=max_patches,
-                    patch_order=patch_order,
-                )
-            )
+            cut.append(cut_image(source, config, resize, max_patches, patch_order))
         except ImageError as error:
             error.index = index
             raise
-    patches = torch.from_numpy(np.concatenate([one.patches for one in cut]))
-    grid = torch.tensor(
-        [[1, one.rows, one.columns] for one in cut], dtype=torch.int64, device="cpu"
+    return join(cut, device)
+
+
+def check_list(images: object) -> None:
+    """Refuse one image where a list of them is meant."""
+    if isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray):
+        raise TypeError(
+            f"images is one {type(images).__name__}, but must be a list of them: [image]."
+        )
+
+
+def cut_image(
+    source: Source,
+    config: ImageConfig,
+    resize: Resize | None,
+    max_patches: int | None,
+    patch_order: PatchOrder,
+) -> Patches:
+    """Return the patches of one image, as `Encoder.pack` says."""
+    return to_patches(
+        load_image(source).image,
+        config,
+        resize=resize,
+        max_patches=max_patches,
+        patch_order=patch_order,
     )
-    return Pack(patches.to(device), grid)
+
+
+def join(cut: Sequence[Patches], device: torch.device) -> Pack:
+    """Lay the patches of images end to end, on a device."""
+    patches = torch.from_numpy(np.concatenate([one.patches for one in cut]))
+    grid = [[1, one.rows, one.columns] for one in cut]
+    return Pack(patches.to(device), torch.tensor(grid, dtype=torch.int64, device="cpu"))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from packvit.atomic import write_whole
+from packvit.config import GridPolicy
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.addresses import check_local
@@ -18,7 +20,6 @@ from packvit.corpus.inputs.find import Input, list_inputs
 from packvit.corpus.job import MOST_WORKERS, TRIAL_MODEL, count_cpus
 from packvit.corpus.progress import Tally, Tell
 from packvit.corpus.settings import EmbedOptions, load_encoder
-from packvit.encoder import GridPolicy
 from packvit.images.resize import Resize
 from packvit.pictures.maps import Background, pca_sheet, similarity_sheet
 from packvit.pictures.neighbours import (
@@ -197,12 +198,7 @@ def write_picture(sheet: Image.Image, target: Path) -> None:
         sheet.save(data, kind, quality=QUALITY)
     else:
         sheet.save(data, kind)
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        try:
-            temporary.write_bytes(data.getvalue())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(target, data.getvalue())
     except OSError as error:
         raise WriteError(f"{target} could not be written: {error.strerror}.") from error

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 
 from packvit.corpus import UsageError
 from packvit.corpus.settings import EmbedOptions
-from packvit.encoder import Encoder, Source
+from packvit.encoder import Encoder
+from packvit.images.decode import Source
 from packvit.images.resize import Resize
 from packvit.pictures.colours import BLANK, find_range, ramp, rescale, to_bytes
 from packvit.pictures.components import Basis, find_foreground, fit

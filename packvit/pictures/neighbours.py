@@ -15,8 +15,8 @@ from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import read_commits, read_manifest
 from packvit.corpus.folder.names import CURRENT, FORMATS
 from packvit.corpus.settings import EmbedOptions, digest_weights
-from packvit.encoder import Encoder, Source
-from packvit.images.decode import ImageError, load_image
+from packvit.encoder import Encoder
+from packvit.images.decode import ImageError, Source, load_image
 from packvit.pictures.colours import BLANK
 from packvit.pictures.maps import count, short, unit
 from packvit.pictures.sheet import APART, WIDTH, Panel, draw_sheet

@@ -20,8 +20,8 @@ from packvit.corpus.encode.packs import encode_halved
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.find import Input
 from packvit.corpus.settings import EmbedOptions, check_options, fit_options
-from packvit.encoder import Encoder, Source
-from packvit.images.decode import ImageError, load_image
+from packvit.encoder import Encoder
+from packvit.images.decode import ImageError, Source, load_image
 from packvit.images.patches import to_patches
 from packvit.packs.planning import plan_packs
 

@@ -41,8 +41,7 @@ def freeze(encoder: Encoder, blocks: int | None = None) -> None:
 def block_linears(encoder: Encoder) -> list[str]:
     """Return the names of all linear layers of blocks: `target_modules` of a peft LoraConfig.
 
-    They are whole names, so that nothing outside the blocks is adapted: a pooling head reads slices
-    of its weights, which would bypass an adapter.
+    Whole names, so that nothing outside the blocks is meant, such as a pooling head.
     """
     layers = encoder.encoder.layers
     return [

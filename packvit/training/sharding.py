@@ -28,7 +28,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from packvit.checkpoints import pretrained
+from packvit.atomic import rename_flushed
+from packvit.checkpoints import saving
 from packvit.encoder import Encoder
 from packvit.model.layers import Block
 
@@ -111,7 +112,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     if is_first():
         before = saved(folder)
         shutil.rmtree(whole, ignore_errors=True)
-        os.replace(partial, whole)
+        rename_flushed(partial, whole)
         for old in before:
             if old != whole:
                 shutil.rmtree(old)
@@ -150,7 +151,7 @@ def export(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
     state = get_model_state_dict(encoder, options=options)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if is_first():
-        pretrained.write(
+        saving.write(
             folder,
             encoder.family,
             "transformers",

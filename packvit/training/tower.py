@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from packvit.encoder import Encoder
 from packvit.model.merging import Merging
+from packvit.packs.features import Pack
+from packvit.packs.grid import GridLike
 from packvit.packs.segments import Segments
 
 
@@ -40,13 +42,13 @@ class Tower(nn.Module):
             nn.LayerNorm(merged), nn.Linear(merged, width), nn.GELU(), nn.Linear(width, width)
         ).to(encoder.device, encoder.dtype)
 
-    def forward(self, hidden_states: Tensor, grid_thw: Tensor) -> Seen:
-        """Return the projected tokens of a pack; the arguments are an encoder's."""
-        # `run`, not `encode`: no pooling head is needed.
-        ran = self.encoder.run(hidden_states, grid_thw, self.taps)
-        tokens = torch.cat([*(ran.taps[layer] for layer in self.taps), ran.tokens], -1)
+    def forward(self, hidden_states: Tensor | Pack, grid_thw: GridLike | None = None) -> Seen:
+        """Return the projected tokens of a pack; it takes what an encoder takes."""
+        # `encode` makes its GPU current, and FSDP gathers the weights for it.
+        found = self.encoder.encode(hidden_states, grid_thw, taps=self.taps, pooled=False)
+        tokens = torch.cat([*(found.taps[layer] for layer in self.taps), found.tokens], -1)
         merging = Merging.from_grid(
-            torch.tensor(ran.grid, dtype=torch.int64, device="cpu"),
+            torch.tensor(found.grid, dtype=torch.int64, device="cpu"),
             patches=len(tokens),
             side=self.side,
             device=tokens.device,

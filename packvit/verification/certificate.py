@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from packvit.atomic import write_whole
 from packvit.checkpoints.files import Checkpoint
 from packvit.verification import Comparison, Findings
 from packvit.verification.machine import machine
@@ -55,12 +55,7 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
 
     Raises: OSError if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
 
 
 def settings_digest(checkpoint: Checkpoint) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from packvit.encoder import Encoder
 from packvit.model.attention import BACKENDS
-from packvit.packs.segments import Grid
+from packvit.packs.grid import Grid
 from packvit.verification import Comparison, VerifyOptions
 from packvit.verification.drawing import Shapes, describe_grid, draw, plan_shapes
 from packvit.verification.references import PER_FRAME, Answers, ReferenceModel, run

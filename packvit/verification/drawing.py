@@ -13,7 +13,7 @@ from packvit.config import Table
 from packvit.encoder import Encoder
 from packvit.images.patches import cut_patches
 from packvit.model.embeddings import normalize
-from packvit.packs.segments import Grid
+from packvit.packs.grid import Grid
 from packvit.verification import VerifyOptions
 
 SHAPES: Grid = (  # (frames, rows, columns); square grids alone would hide swapped axes

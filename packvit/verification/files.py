@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from packvit.checkpoints.downloads import PREPROCESSOR, PROCESSOR
 from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.folders import PREPROCESSOR, PROCESSOR
 from packvit.config import Table
 from packvit.encoder import Encoder
 from packvit.verification import Comparison, VerifyOptions

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from packvit.checkpoints.files import EMBEDDED
+from packvit.checkpoints.folders import EMBEDDED
 from packvit.families import FAMILIES
 from packvit.model.attention import BACKENDS, AttentionInputs, Backend, resolve
 from packvit.version import TESTED, newer_than_tested, version_of

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Variant
 from packvit.checkpoints.processors import PROCESSORS, processor_name
-from packvit.packs.segments import Grid
+from packvit.packs.grid import Grid
 
 SIZES: Mapping[str, Any] = {  # of the small random models
     "hidden_size": 64,

@@ -13,8 +13,8 @@ from torch import nn
 
 from packvit import hub
 from packvit.checkpoints.layouts import Variant
-from packvit.config import Table
-from packvit.encoder import Encoder, Options
+from packvit.config import LoadOptions, Table
+from packvit.encoder import Encoder
 from packvit.families import FAMILIES
 from packvit.verification import Comparison, Findings, VerificationError, VerifyOptions, certificate
 from packvit.verification.comparison import compare_outputs
@@ -99,9 +99,7 @@ def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
     ):
         return found
     import_transformers()
-    exact = type(encoder).from_checkpoint(
-        checkpoint, Options(encoder.device, torch.float32, "auto", "hwc", "checkpoint")
-    )
+    exact = type(encoder).from_checkpoint(checkpoint, LoadOptions(encoder.device, torch.float32))
     lower = tuple({"bfloat16", dtype} - {"float32"})
     findings = verify(exact, VerifyOptions(quick=True, lower=lower))
     if findings.missed:
@@ -171,7 +169,7 @@ def readable_by_transformers(encoder: Encoder) -> bool:
     """Return whether transformers reads the files of this checkpoint as they are."""
     checkpoint = encoder.checkpoint
     assert checkpoint is not None
-    layout = encoder.family.layout(checkpoint.tensors).name
+    layout = encoder.family.layout(checkpoint.tensors, checkpoint.config).name
     without_text = encoder.projection is not None and not checkpoint.config.get("architectures")
     return layout == "transformers" and not without_text
 

@@ -24,7 +24,7 @@ class Narrow(AIMv2Packing):
 
     room = 60
 
-    def encode(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **asked: Any) -> Features:
+    def encode(self, hidden_states: Any, grid_thw: Any = None, **asked: Any) -> Features:
         if len(hidden_states) > self.room:
             raise torch.OutOfMemoryError(f"{len(hidden_states)} tokens do not fit.")
         return super().encode(hidden_states, grid_thw, **asked)

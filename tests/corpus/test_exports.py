@@ -94,7 +94,8 @@ def read_duckdb(out: Path, cache: Path) -> list[dict[str, Any]]:
 
 def read_datasets(out: Path, cache: Path) -> list[dict[str, Any]]:
     folder = str(out / "data")
-    return list(datasets.load_dataset("parquet", data_dir=folder, cache_dir=str(cache))["train"])
+    loaded = datasets.load_dataset("parquet", data_dir=folder, cache_dir=str(cache))
+    return [dict(row) for row in loaded["train"]]
 
 
 def read_ray(out: Path, cache: Path) -> list[dict[str, Any]]:
@@ -117,7 +118,14 @@ def read_ray(out: Path, cache: Path) -> list[dict[str, Any]]:
         read_polars,
         read_duckdb,
         read_datasets,
-        pytest.param(read_ray, marks=pytest.mark.soak),
+        pytest.param(
+            read_ray,
+            marks=[
+                pytest.mark.soak,
+                # Its own defaults are deprecated.
+                pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning"),
+            ],
+        ),
     ],
 )
 def test_the_folder_opens_in_the_readers_that_people_have(  # W12
@@ -135,6 +143,25 @@ def test_the_folder_opens_in_the_readers_that_people_have(  # W12
     ]
     assert np.array_equal(np.stack(found), pooled, equal_nan=True)
     assert {"tokens", "sha256", "width"} <= set(rows[0])
+
+
+@pytest.mark.soak
+def test_spark_reads_the_parts_where_no_column_is_float16(
+    tmp_path: Path, photos: Path, encoder: Encoder
+):
+    sql = pytest.importorskip("pyspark.sql", reason="needs Java and pip install pyspark")
+    out = tmp_path / "out"
+    embed(photos, out=out, model=encoder, tokens=True, dtype_out="float32")
+    ids, _, pooled = read_parts(out)
+    session = sql.SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
+    spark = session.getOrCreate()
+    try:
+        rows = {row["id"]: row["pooled"] for row in spark.read.parquet(str(out / "data")).collect()}
+    finally:
+        spark.stop()
+    assert set(rows) == set(ids)
+    found = np.array([rows[name] or [np.nan] * WIDTH for name in ids], np.float32)
+    assert np.array_equal(found, pooled, equal_nan=True)
 
 
 def test_ids_open_in_polars_and_duckdb(out: Path):

@@ -19,9 +19,11 @@ from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.layout import (
     claim,
     commit,
+    enter,
     fingerprint,
     read_commits,
     read_manifest,
+    stage,
     write_commits,
     write_manifest,
 )
@@ -113,6 +115,17 @@ def test_the_log_holds_what_anyone_can_count_again(tmp_path: Path):
         "data/part-00000.parquet",
         "data/part-00001.parquet",
     ]
+
+
+def test_a_part_comes_into_data_only_when_it_is_committed(tmp_path: Path):
+    commit(tmp_path, 0, table())
+    staged = stage(tmp_path, 1, table(), attempt="0000000a")
+    assert os.listdir(tmp_path / "data") == ["part-00000.parquet"]
+    assert staged.file.startswith(".")  # readers of the folder pass over it
+    assert pq.read_table(tmp_path).num_rows == 4
+    enter(tmp_path, staged)
+    assert pq.read_table(tmp_path).num_rows == 8
+    assert not (tmp_path / staged.file).exists()
 
 
 def test_the_same_rows_give_the_same_bytes_in_another_process(tmp_path: Path):

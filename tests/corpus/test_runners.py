@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,13 @@ from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit.corpus import EmbedderError, UsageError
+from packvit.corpus.encode.filling import Shard
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress, Shares
 from packvit.corpus.runners.embedder import Job, load_alike
+from packvit.corpus.runners.host import Embedder, Pool
+from packvit.corpus.runners.order import Sequencer
 from packvit.corpus.settings import EmbedOptions, describe_job
 from packvit.encoder import Encoder
 
@@ -121,6 +125,26 @@ def test_two_processes_write_the_bytes_of_one(
     assert 0 < shares.decoding < 1
     assert 0 < shares.writing < 1
     assert 0 < shares.fill <= 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_small_job_goes_to_all_processes_though_one_is_ready_first(count: int):
+    pool = Pool(Job("out", EmbedOptions(), {}, "checkpoint"), ["cpu"] * 3)
+    ends = [Pipe() for _ in pool.devices]
+    for slot, (ours, _) in enumerate(ends):
+        with subprocess.Popen(["true"]) as process:
+            pool.embedders[ours] = Embedder(slot, process, ours)
+    first, *others = pool.embedders.values()
+    source, order = (Shard(number, ()) for number in range(count)), Sequencer()
+    pool.unsent = count
+    first.ready = True
+    pool.hand_out(source, order)
+    assert len(first.shards) == (2 if count > 3 else 1)  # a second only if three are left
+    for other in others:
+        other.ready = True
+    pool.hand_out(source, order)
+    assert all(embedder.shards for embedder in list(pool.embedders.values())[:count])
+    assert sum(len(embedder.shards) for embedder in pool.embedders.values()) == count
 
 
 @pytest.mark.soak

@@ -13,8 +13,8 @@ from transformers import Aimv2Config, Aimv2Model, Aimv2VisionConfig, Aimv2Vision
 
 import packvit
 from packvit.checkpoints import rules as weights
-from packvit.checkpoints.files import CheckpointError
-from packvit.checkpoints.pretrained import LayoutName
+from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.layouts import LayoutName
 from packvit.config import ShortestEdge, SinCos, Table
 from packvit.families.aimv2 import FAMILY, AIMv2Packing
 
@@ -139,7 +139,7 @@ def test_every_published_size_has_a_place_for_every_tensor(name: str):
     )
     with torch.device("meta"):
         theirs = Aimv2VisionModel(config).state_dict()
-        layout = FAMILY.layout(theirs)
+        layout = FAMILY.layout(theirs, {})
         ours = layout.read(config.to_dict(), theirs)
         encoder = AIMv2Packing(ours, FAMILY.images(ours))
     found = weights.store(encoder.state_dict(), layout.rules)

@@ -15,10 +15,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 import packvit
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.processors import image_config_from
-from packvit.config import Exact, ImageConfig, Table
-from packvit.encoder import Encoder, GridPolicy
+from packvit.config import Exact, GridPolicy, ImageConfig, Table
+from packvit.encoder import Encoder
 from packvit.families import FAMILIES
 
 ODD = [(1, 1, 1), (1, 1, 23), (1, 19, 1), (1, 3, 17), (2, 4, 6), (1, 5, 5), (1, 17, 3)]

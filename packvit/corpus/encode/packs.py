@@ -19,7 +19,7 @@ from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
-from packvit.packs.segments import to_device
+from packvit.packs.features import image_means
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
@@ -235,17 +235,6 @@ def encode_whole(
         if ready is not None:
             return collect(submit(encoder, ready, options), options.dtype_out)
     return None
-
-
-def image_means(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the mean of each image's tokens in fp32, added in a fixed order.
-
-    `index_add` on a GPU adds in no fixed order.
-
-    Shapes: tokens [T, D], lengths N host ints that sum to T -> [N, D].
-    """
-    counts = to_device(np.array(lengths), tokens.device)
-    return torch.segment_reduce(tokens.float(), "mean", lengths=counts, unsafe=True)
 
 
 def settle(row: Row, finite: bool, fits: bool, dtype_out: DtypeOut) -> Row:

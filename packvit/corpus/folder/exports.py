@@ -9,16 +9,16 @@ made again without reading an image. Tokens and taps are in the parts alone.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from packvit.atomic import replacing
 from packvit.corpus import UsageError
-from packvit.corpus.folder.layout import make_folder, sync_names, writing
-from packvit.corpus.folder.names import Names, temporary_name
+from packvit.corpus.folder.layout import make_folder, writing
+from packvit.corpus.folder.names import Names
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.resume import find_damage
 
@@ -62,21 +62,13 @@ def export(
 def make(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
     """Write a file by `write` and rename it to `name`; return its size and digest."""
     path = folder / name
-    temporary = folder / temporary_name(path.name)
-    with writing(path):
-        try:
-            with temporary.open("w+b") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                size = file.tell()
-                file.seek(0)
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            make_folder(path.parent)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_names(path.parent)
+    with writing(path), replacing(path, beside=folder) as (temporary,):
+        with temporary.open("w+b") as file:
+            write(file)
+            size = file.tell()
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        make_folder(path.parent)
     return {"bytes": size, "sha256": digest}
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from packvit.atomic import rename_flushed, sync, temporary_name, write_flushed, write_whole
 from packvit.corpus import UsageError, WriteError
-from packvit.corpus.folder.names import LOCK, names_of, part_name, part_number, temporary_name
+from packvit.corpus.folder.names import LOCK, names_of, part_name, part_number
 from packvit.corpus.folder.opening import MOST_LOG, MOST_MANIFEST, decode_object, read_own
 from packvit.corpus.folder.parts import encode_parquet
 
@@ -101,8 +102,7 @@ def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
     try:
         with writing(part):
             make_folder(part.parent)
-            os.replace(folder / staged.file, part)
-            sync_names(part.parent)
+            rename_flushed(folder / staged.file, part)
         if mends:
             write_commits(folder, [*before, staged.entry])
         else:
@@ -131,8 +131,7 @@ def replace_part(folder: Path, staged: Staged, before: Sequence[Commit]) -> Comm
             temporary.unlink()
         raise
     with writing(part):
-        os.replace(temporary, part)
-        sync_names(part.parent)
+        rename_flushed(temporary, part)
     return staged.entry
 
 
@@ -181,7 +180,9 @@ def write_commits(folder: Path, entries: Sequence[Commit]) -> None:
     """Replace the log by `entries`, in the order of their parts."""
     ordered = sorted(entries, key=lambda entry: part_number(entry.part) or 0)
     text = "".join(encode_commit(entry) + "\n" for entry in ordered)
-    write_whole(folder / names_of(folder).commits, text.encode())
+    path = folder / names_of(folder).commits
+    with writing(path):
+        write_whole(path, text.encode())
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
@@ -192,7 +193,9 @@ def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Replace the manifest in one step."""
-    write_whole(folder / names_of(folder).manifest, encode_manifest(manifest))
+    path = folder / names_of(folder).manifest
+    with writing(path):
+        write_whole(path, encode_manifest(manifest))
 
 
 def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
@@ -269,33 +272,6 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write `data` to `path` atomically."""
-    temporary = path.with_name(temporary_name(path.name))
-    with writing(path):
-        try:
-            write_flushed(temporary, data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_names(path.parent)
-
-
-def write_flushed(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write a file and flush it to disk; on failure leave nothing.
-
-    Raises: OSError.
-    """
-    try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-
-
 def append_line(path: Path, line: str) -> None:
     """Append a line to `path` and flush it; on failure remove what was appended."""
     data = line.encode() + b"\n"
@@ -305,7 +281,7 @@ def append_line(path: Path, line: str) -> None:
             if file.write(data) < len(data):  # a disk that fills up writes only a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
-            sync_names(path.parent)
+            sync(path.parent)
         except OSError:
             file.truncate(before)
             raise
@@ -318,13 +294,4 @@ def make_folder(path: Path) -> None:
     """
     if not path.is_dir():
         path.mkdir()
-        sync_names(path.parent)
-
-
-def sync_names(folder: Path) -> None:
-    """Flush the names in `folder` to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path.parent)

@@ -90,8 +90,3 @@ def part_number(path: str) -> int | None:
     found = PART.fullmatch(path)
     right = found and part_name(int(found[1])) == path.removeprefix(DATA)
     return int(found[1]) if found and right else None
-
-
-def temporary_name(name: str, attempt: str = "") -> str:
-    """Return the name, at the top of the folder, under which the file `name` is written."""
-    return f".{name}.{attempt}.tmp" if attempt else f".{name}.tmp"

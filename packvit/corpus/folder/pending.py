@@ -14,8 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from packvit.corpus.folder.layout import read_commits, sync_names, writing
-from packvit.corpus.folder.names import PENDING, part_number, temporary_name
+from packvit.atomic import replacing
+from packvit.corpus.folder.layout import read_commits, writing
+from packvit.corpus.folder.names import PENDING, part_number
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.listing import Gone, Listing
@@ -29,23 +30,15 @@ def write_inputs(folder: Path, listing: Listing) -> None:
 
     URLs are left out: they may have credentials.
     """
-    path, temporary = folder / PENDING, folder / temporary_name(PENDING)
+    path = folder / PENDING
     if path.is_file() and not path.is_symlink() and is_whole(path, listing.sha256()):
         return
-    with writing(path):
-        try:
-            with temporary.open("wb") as file:
-                # No name and no time in its header: the same inputs give the same bytes.
-                with gzip.GzipFile("", "wb", 1, file, 0) as packed:
-                    for source in listing:
-                        line = [source.id] if is_url(source.path) else [source.id, source.path]
-                        packed.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_names(folder)
+    with writing(path), replacing(path) as (temporary,), temporary.open("wb") as file:
+        # No name and no time in its header: the same inputs give the same bytes.
+        with gzip.GzipFile("", "wb", 1, file, 0) as packed:
+            for source in listing:
+                line = [source.id] if is_url(source.path) else [source.id, source.path]
+                packed.write(json.dumps(line).encode() + b"\n")
 
 
 def remove_inputs(folder: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packvit.atomic import sync, rename_flushed
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import (
     Commit,
@@ -22,7 +23,6 @@ from packvit.corpus.folder.layout import (
     read_log,
     read_manifest,
     reading,
-    sync_names,
     write_commits,
     writing,
 )
@@ -74,10 +74,8 @@ def take_up(
         for name in (DATA, EXPORTS) if overwrite else ():
             if (folder / name).is_dir():
                 (folder / name).rmdir()
-        sync_names(folder)
-    wanted: dict[str, Any] = json.loads(
-        json.dumps(manifest)
-    )  # lists for tuples, as when read from a file
+        sync(folder)
+    wanted: dict[str, Any] = json.loads(json.dumps(manifest))  # with lists for tuples, as if read
     recorded = read_manifest(folder)
     if recorded is None:
         return Resumed(wanted, {})
@@ -112,8 +110,7 @@ def finish_replacements(folder: Path) -> None:
             continue
         with writing(folder / entry.part):
             if find_fault(folder, entry):
-                os.replace(folder / name, folder / entry.part)
-                sync_names((folder / entry.part).parent)
+                rename_flushed(folder / name, folder / entry.part)
 
 
 def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:

@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from packvit.atomic import temporary_name
 from packvit.corpus import EmbedderError, UsageError
 from packvit.corpus.encode.context import EmbedContext, make_context
 from packvit.corpus.encode.shard import embed_shards
 from packvit.corpus.folder.layout import Commit, writing
-from packvit.corpus.folder.names import SPOOL, part_name, temporary_name
+from packvit.corpus.folder.names import SPOOL, part_name
 from packvit.corpus.folder.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
+from packvit.config import GridPolicy
 from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
 from packvit.corpus.encode.filling import Part
 from packvit.corpus.folder.layout import Staged, stage
@@ -19,7 +20,7 @@ from packvit.corpus.folder.resume import differences
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.progress import Effort
 from packvit.corpus.settings import EmbedOptions, describe_job, load_encoder
-from packvit.encoder import Encoder, GridPolicy
+from packvit.encoder import Encoder
 
 # Errors whose message is for the user.
 FOR_USERS = (UsageError, WriteError, EmbedderError, DecoderError, CheckpointError, ImportError)

@@ -1,0 +1,109 @@
+"""Entries of a checkpoint's config.json, each checked for its kind, and how they are written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from packvit.checkpoints.errors import CheckpointError
+from packvit.config import Activation, EncoderConfig
+
+Json = Mapping[str, Any]
+
+ACTIVATION_NAMES: dict[str, Activation] = {  # transformers' words to ours
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+
+SIZES = {  # ours to transformers' words
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+}
+
+
+def entry(config: Json, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+    """Return an entry of config.json, checked for its kind.
+
+    Raises: CheckpointError if it is absent and has no default, or is of another kind.
+    """
+    value = config.get(name, default)
+    if kind is float and type(value) is int:
+        value = float(value)  # JSON writes 100.0 as 100 as well
+    number = isinstance(value, int | float)
+    if (
+        value is None
+        or isinstance(value, bool) is not (kind is bool)
+        or not isinstance(value, kind)
+        or (number and not 0 <= value < 1e9)  # nor is NaN
+    ):
+        raise CheckpointError(
+            f'config.json says "{name}": {value!r}, which describes no encoder that we know.'
+        )
+    return value
+
+
+def tower(config: Json) -> Json:
+    """Return the part of config.json that is about images, where it has two towers.
+
+    Raises: CheckpointError if that part is no object.
+    """
+    return entry(config, "vision_config", dict) if "vision_config" in config else config
+
+
+def sizes(config: Json, **defaults: int) -> dict[str, Any]:
+    """Return the sizes in config.json, which leaves out what equals its class's `defaults`.
+
+    Raises: CheckpointError for one that is no number, or for channels other than three.
+    """
+    channels = entry(config, "num_channels", int, 3)
+    if channels != 3:
+        raise CheckpointError(f'config.json says "num_channels": {channels}; we know 3, for RGB.')
+    found = {ours: entry(config, SIZES[ours], int, default) for ours, default in defaults.items()}
+    if 0 in found.values():
+        raise CheckpointError(f"config.json says {found}; every size is 1 or more.")
+    return found
+
+
+def write_sizes(config: EncoderConfig) -> dict[str, Any]:
+    """Write the sizes, the activation and the patch as transformers' config.json words them."""
+    return {theirs: getattr(config, ours) for ours, theirs in SIZES.items()} | {
+        "num_channels": 3,
+        "patch_size": config.patch,
+        "hidden_act": next(t for t, ours in ACTIVATION_NAMES.items() if ours == config.activation),
+    }
+
+
+def agreed(config: Json, *names: str) -> bool:
+    """Return the one answer that config.json gives to several yes-or-no entries, absent ones aside.
+
+    Raises: CheckpointError if they differ, which no published checkpoint's do.
+    """
+    answers = {name: entry(config, name, bool) for name in names if name in config}
+    if len(set(answers.values())) > 1:
+        raise CheckpointError(f"config.json says {answers}; we know encoders where they agree.")
+    return next(iter(answers.values()), False)
+
+
+def activation(config: Json, default: str) -> Activation:
+    """Return our name of config.json's hidden_act.
+
+    Raises: CheckpointError for one that no published encoder has.
+    """
+    name = entry(config, "hidden_act", str, default)
+    if name not in ACTIVATION_NAMES:
+        known = ", ".join(ACTIVATION_NAMES)
+        raise CheckpointError(f'config.json says "hidden_act": "{name}"; we know {known}.')
+    return ACTIVATION_NAMES[name]
+
+
+def square(config: Json, name: str, default: int | None = None) -> int:
+    """Return a size that config.json gives as one number, or as two equal ones.
+
+    Raises: CheckpointError for anything else.
+    """
+    value = config.get(name, default)
+    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
+        return entry({name: value[0]}, name, int)
+    return entry(config, name, int, default) or entry({}, name, int)  # 0 is no size

@@ -1,0 +1,68 @@
+"""What a checkpoint says it is: the configuration of its encoder, and how it wants its images."""
+
+from math import isfinite
+from typing import NamedTuple
+
+from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.layouts import Family, Layout
+from packvit.checkpoints.processors import image_config_from
+from packvit.config import EncoderConfig, ImageConfig
+
+
+class Described(NamedTuple):
+    """What a checkpoint says it is."""
+
+    layout: Layout
+    config: EncoderConfig
+    images: ImageConfig
+
+
+def describe(family: Family, checkpoint: Checkpoint) -> Described:
+    """Return a checkpoint's layout and configurations, told by its config.json and its names.
+
+    Raises: CheckpointError if it is not one of `family`.
+    """
+    if not family.claims(checkpoint.config):
+        raise CheckpointError(
+            f'{checkpoint.name} is of model type "{checkpoint.config.get("model_type")}", but '
+            f"{family.name} is {' or '.join(family.model_types)}. "
+            "packvit.load finds the right family by itself."
+        )
+    layout = family.layout(checkpoint.tensors, checkpoint.config)
+    config = layout.read(checkpoint.config, checkpoint.tensors)
+    check_sizes(config, checkpoint)
+    file = checkpoint.settings_file
+    try:
+        images = image_config_from(checkpoint.preprocessor, family.images(config), file=file)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    except (TypeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{file} of {checkpoint.name} holds an entry of another kind than its processor's "
+            f"({error}). Compare it with the published one."
+        ) from error
+    numbers = (*images.mean, *images.std)
+    if not all(map(isfinite, numbers)) or min(images.std) <= 0:
+        raise CheckpointError(
+            f"{file} says image_mean {images.mean} and image_std {images.std}, but they must be "
+            "finite, and the latter above 0."
+        )
+    return Described(layout, config, images)
+
+
+def check_sizes(config: EncoderConfig, checkpoint: Checkpoint) -> None:
+    """Refuse sizes that no encoder can have, before anything is built by them.
+
+    Raises: CheckpointError saying which.
+    """
+    if config.width % config.heads or config.head_dim % 2:
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} says {config.heads} heads for a width of "
+            f"{config.width}, which does not part into heads of an even width."
+        )
+    if config.layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} says {config.layers} layers, but there are "
+            f"{len(checkpoint.tensors)} tensors in all."
+        )

@@ -1,0 +1,63 @@
+"""Where an encoder runs and in which numbers: a caller's words to torch's."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+def find_device(device: torch.device | str | None) -> torch.device:
+    """Return the device that is meant; None is CUDA if there is one.
+
+    Raises: ValueError for one that is not there, or that holds no numbers; TypeError.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(
+            f'device is {device!r}, but must be a torch.device or a word such as "cpu", "cuda" or '
+            '"cuda:1".'
+        )
+    if reason := obstacle(device):
+        raise ValueError(f'device "{device}" cannot be used: {reason}. Try "cpu".')
+    return torch.device(device)
+
+
+def obstacle(device: torch.device | str) -> str | None:
+    """Return why nothing can run on a device, or None if it can."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        return "torch knows no device of that name"
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            return f"torch finds {count} CUDA devices here"
+    try:
+        if torch.empty(0, dtype=torch.uint8, device=found).is_meta:
+            return "it holds no numbers"
+    except (RuntimeError, AssertionError):  # torch says either of a device that is not there
+        return "torch cannot use it here"
+    return None
+
+
+def find_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """Return the dtype that is meant; None is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises: ValueError for one that no encoder runs in; TypeError.
+    """
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise TypeError(f'dtype is {dtype!r}, but must be a torch.dtype or a word as "bfloat16".')
+    for name, found in DTYPES.items():
+        if dtype in (name, found):
+            return found
+    raise ValueError(f'dtype is "{dtype}", but must be one of: {", ".join(DTYPES)}.')
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one, which is where kernels that are no operators of torch launch."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if on_gpu else nullcontext()

@@ -1,0 +1,56 @@
+"""What is asked of an encoder, checked once and answered in words."""
+
+from operator import index
+
+import torch
+from torch import Tensor
+
+from packvit.config import EncoderConfig
+
+
+def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.device) -> None:
+    """Refuse what cannot be the patches of a pack for an encoder on `device`.
+
+    Raises: ValueError for a shape or a device that does not fit; TypeError for other kinds.
+    """
+    side = config.patch
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(
+            f"hidden_states is a {type(hidden_states).__name__}, but must be a tensor "
+            f"[total_patches, {config.patch_dim}]. `encoder.pack(images)` makes it."
+        )
+    if hidden_states.ndim != 2 or hidden_states.shape[1] != config.patch_dim:
+        raise ValueError(
+            f"hidden_states is {list(hidden_states.shape)}, but must be "
+            f"[total_patches, {config.patch_dim}]: flattened patches of {side} x {side} "
+            "pixels and 3 channels. `encoder.pack(images)` makes them."
+        )
+    if hidden_states.dtype != torch.uint8 and not hidden_states.is_floating_point():
+        raise TypeError(
+            f"hidden_states holds {hidden_states.dtype}, but must be uint8 (raw pixels) or "
+            "floating point (already normalised)."
+        )
+    if hidden_states.device != device:
+        raise ValueError(
+            f"hidden_states is on {hidden_states.device}, but the encoder is on {device}. "
+            f'Move it: hidden_states.to("{device}").'
+        )
+
+
+def count_from_front(layer: object, layers: int) -> int:
+    """Return the number of a tapped layer, counted from the front.
+
+    Raises: ValueError for a layer that is not there; TypeError for what is no whole number.
+    """
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+        raise TypeError(
+            f"taps holds {layer!r}, but must hold whole numbers: 0 to {layers - 1}, or -1 to "
+            f"{-layers} from the end."
+        )
+    number = index(layer)  # pyright: ignore[reportArgumentType] # it has __index__
+    if not -layers <= number < layers:
+        raise ValueError(
+            f"taps asks for layer {number}, but this encoder has {layers}: "
+            f"0 to {layers - 1}, or -1 to {-layers} from the end."
+        )
+    return number % layers
