@@ -7,7 +7,6 @@ resumes becomes a row `missing`, and the job goes on.
 import gzip
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packvit.atomic import sync, rename_flushed
+from packvit.atomic import rename_flushed, sync
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import (
     Commit,
