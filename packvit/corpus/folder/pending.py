@@ -32,12 +32,16 @@ def write_inputs(folder: Path, listing: Listing) -> None:
     path = folder / PENDING
     if path.is_file() and not path.is_symlink() and is_whole(path, listing.sha256()):
         return
-    with writing(path), replacing(path) as (temporary,):
+    with (
+        writing(path),
+        replacing(path) as (temporary,),
+        temporary.open("wb") as file,
         # No name and no time in its header: the same inputs give the same bytes.
-        with temporary.open("wb") as file, gzip.GzipFile("", "wb", 1, file, 0) as packed:
-            for source in listing:
-                line = [source.id] if is_url(source.path) else [source.id, source.path]
-                packed.write(json.dumps(line).encode() + b"\n")
+        gzip.GzipFile("", "wb", 1, file, 0) as packed,
+    ):
+        for source in listing:
+            line = [source.id] if is_url(source.path) else [source.id, source.path]
+            packed.write(json.dumps(line).encode() + b"\n")
 
 
 def remove_inputs(folder: Path) -> None:
