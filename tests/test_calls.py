@@ -69,9 +69,9 @@ def test_bytes_of_a_file_are_an_image(encoder, tmp_path: Path):
 
 WRONG = {
     "packvit.load('tiny', device='banana')": 'ValueError: device "banana" cannot be used: torch '
-    'knows no device of that name. Try "cpu".',
+    'knows no device of that name. Try `device="cpu"`.',
     "packvit.load('tiny', device='cuda:9')": 'ValueError: device "cuda:9" cannot be used: torch '
-    'finds 0 CUDA devices here. Try "cpu".',
+    'finds 0 CUDA devices here. Try `device="cpu"`.',
     "packvit.load('tiny', device=3)": "TypeError: device is 3, but must be a torch.device",
     "packvit.load('tiny', dtype='int8')": 'ValueError: dtype is "int8", but must be one of: float3',
     "packvit.load('tiny', dtype=torch.int8)": 'ValueError: dtype is "torch.int8", but must be',

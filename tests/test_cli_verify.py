@@ -165,7 +165,7 @@ def test_embed_verifies_first_and_puts_the_certificate_with_the_features(
 ):
     result = run_embed(photos, checkpoint, tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    said = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    said = json.loads((tmp_path / "out" / "_certificate.json").read_text())
     manifest = read_manifest(tmp_path / "out") or {}
     assert said["passed"] is True
     assert [model["weights"] for model in said["models"]] == [manifest["weights_sha256"]]
@@ -180,7 +180,7 @@ def test_embed_takes_over_the_certificate_beside_the_checkpoint(
     monkeypatch.setattr(rule, "floor_of", lambda dtype, blocks: 0.0)
     result = run_embed(photos, checkpoint, tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    said = (tmp_path / "out" / "certificate.json").read_text()
+    said = (tmp_path / "out" / "_certificate.json").read_text()
     assert json.loads(said) == json.loads((checkpoint / NAME).read_text())
 
     write_checkpoint(checkpoint, scale=2.0)  # other weights beside the same certificate

@@ -28,6 +28,7 @@ OPTIONAL = {
     "ray": {"ray": "ray"},
     "timm": {"bench": "timm"},
     "pi_heif": {"heic": "pi-heif"},
+    "aiohttp": {"http": "aiohttp"},
     "flash_attn": {"flash": "flash-attn", "hopper": "flash-attn-4"},
 }
 UNDECLARED = {"triton": "comes with torch for CUDA", "flash_attn_interface": "is built by hand"}

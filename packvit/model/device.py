@@ -20,7 +20,7 @@ def find_device(device: torch.device | str | None) -> torch.device:
             '"cuda:1".'
         )
     if reason := obstacle(device):
-        raise ValueError(f'device "{device}" cannot be used: {reason}. Try "cpu".')
+        raise ValueError(f'device "{device}" cannot be used: {reason}. Try `device="cpu"`.')
     return torch.device(device)
 
 

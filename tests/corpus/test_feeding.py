@@ -260,7 +260,7 @@ def test_one_pack_is_decoded_while_another_is_encoded_and_pillows_wait_for_none(
 def test_asking_for_a_gpu_where_there_is_none_is_refused_in_a_sentence(
     tmp_path: Path, encoder: Encoder, checkpoint: Path, photos: Path
 ):
-    with pytest.raises(UsageError, match=r"needs a CUDA device, but the encoder is on cpu\. Move"):
+    with pytest.raises(UsageError, match=r"needs a CUDA device, but the encoder is on cpu\. Use"):
         packvit.embed(photos, out=tmp_path / "out", model=encoder, decode="gpu")
     with pytest.raises(UsageError, match=r"needs a CUDA device"):
         packvit.embed(

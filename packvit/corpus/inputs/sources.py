@@ -21,7 +21,8 @@ from packvit.corpus.inputs.retries import find_status, persist
 from packvit.images.decode import MAX_BYTES, ImageError, find_file, read_file
 
 # The package that fsspec needs for a protocol.
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"}
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "http": "'packvit[http]'"}
+PACKAGES["https"] = PACKAGES["http"]
 # The most bytes of a file whose length is unknown or may be wrong, as with compressed transfers.
 MOST_UNDECLARED = 256 << 20
 MOST_RATIO = 200  # of unpacked to packed size, above that: photographs hardly compress
