@@ -54,10 +54,10 @@ from packvit.corpus.settings import (
     load_encoder,
 )
 from packvit.encoder import Encoder
-from packvit.fast.graphs import free_memory
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import CODES, MAX_PIXELS
 from packvit.images.resize import Resize
+from packvit.model.memory import free_memory
 from packvit.verification.verify import vouch
 
 TRIAL_MODEL = "tiny"
