@@ -12,7 +12,7 @@ from types import FrameType
 
 import click
 
-from packvit.cli.command import Mistake
+from packvit.cli.command import Mistake, mistakes_first
 from packvit.version import VERSION
 
 COMMANDS = {  # in the order of `--help`
@@ -55,12 +55,8 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the options before the command; what they get wrong is the first line."""
-        try:
+        with mistakes_first(ctx):
             return super().parse_args(ctx, args)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            raise Mistake(error.format_message(), error.ctx or ctx, hint=True) from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

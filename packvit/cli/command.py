@@ -5,6 +5,8 @@ marks them by an underscore, by `name=value`, by backquotes, or by starting a se
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import click
@@ -29,17 +31,24 @@ class Mistake(click.UsageError):
             click.echo(f"Try '{self.ctx.command_path} -h' for help.", file=file, err=file is None)
 
 
+@contextmanager
+def mistakes_first(ctx: click.Context) -> Iterator[None]:
+    """Turn click's errors of wrong use into mistakes, whose first line says what is wrong."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        raise Mistake(error.format_message(), error.ctx or ctx, hint=True) from error
+
+
 class Command(click.Command):
     """A command that answers mistakes in its own options' words."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the options; what they get wrong is the first line."""
-        try:
+        with mistakes_first(ctx):
             return super().parse_args(ctx, args)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            raise Mistake(error.format_message(), error.ctx or ctx, hint=True) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

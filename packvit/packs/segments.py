@@ -72,6 +72,6 @@ class Segments:
 
 def make_cu_seqlens(lengths: Sequence[int]) -> Int32[np.ndarray, " boundaries"]:
     """Return where each of S sequences begins, and where the last one ends: [S + 1]."""
-    seams = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=seams[1:])
-    return seams
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    return cu_seqlens
