@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from packvit.config import EncoderConfig
+from packvit.config import TransformerConfig
 
 Tokens = Float[Tensor, "T D"]
 
@@ -33,8 +33,8 @@ class RMSNorm(nn.Module):
 Norm = RMSNorm | nn.LayerNorm
 
 
-def norm(config: EncoderConfig) -> Norm:
-    """Return the norm that `config` names, over the encoder's width."""
+def norm(config: TransformerConfig) -> Norm:
+    """Return the norm that `config` names, over the width of the stream."""
     if config.norm == "rms":
         return RMSNorm(config.width, config.norm_eps)
     return nn.LayerNorm(config.width, config.norm_eps)
