@@ -31,10 +31,8 @@ test: install
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 
 # What depends on others' versions most: loading, families, preprocessing, hub, command line.
-VERSIONED := tests/test_dependencies.py tests/test_checkpoints.py tests/test_convert.py \
-	tests/test_downloads.py tests/test_weights.py tests/test_preprocessing.py tests/families \
-	tests/test_cli.py tests/test_cli_convert.py tests/test_cli_embed.py tests/test_cli_verify.py \
-	tests/corpus/test_hub.py tests/corpus/test_hub_model.py
+VERSIONED := tests/test_dependencies.py tests/checkpoints tests/families tests/cli \
+	tests/images/test_preprocessing.py tests/corpus/inputs/test_hub.py tests/corpus/test_hub_model.py
 
 # They pass with the newest of everything, which a user gets; torch is the CPU's newest build.
 test-newest: .venv-newest/ready

@@ -42,6 +42,7 @@ from packvit.model.embeddings import PatchEmbeddings, normalize, rotary_cos_sin
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear
 from packvit.model.memory import peak
+from packvit.model.merging import Mergers
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
 from packvit.model.positions import sine_cosine
@@ -52,13 +53,14 @@ from packvit.packs.grid import (
     Grid,
     GridLike,
     frame_table,
+    join_frames,
     read_grid,
     segment_images,
     sequence_lengths,
     to_device,
 )
-from packvit.packs.places import PatchPlaces, PrefixPlaces
-from packvit.packs.segments import Segments
+from packvit.packs.places import PatchPlaces, PrefixPlaces, WindowPlaces
+from packvit.packs.segments import Segments, WindowSegments
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
@@ -70,6 +72,7 @@ class Ran(NamedTuple):
     prefix: Tensor  # [S, R, D]
     taps: dict[int, Tensor]
     grid: Grid
+    sequences: Grid  # of which each is a frame, or a clip
     lengths: tuple[int, ...]  # tokens of each sequence
     backend: Backend
 
@@ -107,10 +110,13 @@ class Encoder(nn.Module):
         self.fp8 = self.invariant = self.compiled = False
         self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
         self.skipped: tuple[str, ...] = ()  # its names left unread, of another tower's tensors
-        self.embeddings = PatchEmbeddings(config, interpolate=positions == "interpolate")
+        self.embeddings = PatchEmbeddings(
+            config, interpolate=positions == "interpolate", patch_order=patch_order
+        )
         self.encoder = Blocks(config)
-        self.norm = norm(config)
+        self.norm = norm(config) if config.final_norm else nn.Identity()
         self.head = pooling_head(config)
+        self.merger = Mergers(config, config.merger) if config.merger else None
         shared = config.projection
         self.projection = Linear(config.width, shared, bias=False) if shared else None
 
@@ -164,17 +170,19 @@ class Encoder(nn.Module):
         taps: Sequence[int] = (),
         pooled: bool = True,
         projected: bool = False,
+        merged: bool = False,
         projection: bool | None = None,
     ) -> Features:
         """Return everything the encoder says about a pack, or about what `forward` takes.
 
         `taps` names layers, negative ones from the end, whose patch tokens are wanted as they
         leave the block, before any final norm. `projected` asks for the pooled vectors in the
-        space shared with text; `projection` is its old name. `pooled` False leaves out the pooling
-        head. Nothing unasked is kept.
+        space shared with text; `projection` is its old name. `merged` asks for what a language
+        model is given: a token for each square of patches, and for each square of its deepstack's
+        layers. `pooled` False leaves out the pooling head. Nothing unasked is kept.
 
-        Raises: as `forward`; ValueError for a layer that is not there, or a projection that the
-        checkpoint does not have.
+        Raises: as `forward`; ValueError for a layer that is not there, a projection or a merger
+        that the checkpoint does not have, or an image that does not part into squares.
         """
         hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
         if projection is not None:
@@ -183,8 +191,11 @@ class Encoder(nn.Module):
             projected = projection
         self.check_projection(projected, pooled)
         asked = [self.check_layer(layer) for layer in taps]
+        merger = self.check_merger() if merged else None
+        deep = merger.layers if merger else ()
         with current(self.device):
-            ran = self.run(hidden_states, grid_thw, asked)
+            ran = self.run(hidden_states, grid_thw, {*asked, *deep})
+            tokens = merger(ran.tokens, ran.taps, ran.grid) if merger else None
             vectors = self.pool(ran) if pooled else None
             shared = self.projection(vectors) if projected and self.projection else None
         return Features(
@@ -192,9 +203,12 @@ class Encoder(nn.Module):
             prefix=ran.prefix,
             pooled=vectors,
             projected=shared,
-            taps=ran.taps,
-            segment_image=to_device(segment_images(ran.grid), self.device),
+            taps={layer: tap for layer, tap in ran.taps.items() if layer in asked},
+            segment_image=to_device(segment_images(ran.sequences), self.device),
             grid=ran.grid,
+            merged=tokens.merged if tokens else None,
+            deepstack=tokens.deepstack if tokens else {},
+            vector_rows=tokens.lengths if tokens else sequence_lengths(ran.sequences),
         )
 
     def run(self, hidden_states: Tensor, grid_thw: GridLike, taps: Collection[int] = ()) -> Ran:
@@ -202,10 +216,11 @@ class Encoder(nn.Module):
         check_patches(hidden_states, self.config, self.device)
         config, device = self.config, self.device
         grid = read_grid(grid_thw, patches=len(hidden_states))
-        lengths = sequence_lengths(grid, config.prefix)
-        places = (
-            PrefixPlaces.from_grid(grid, config.prefix, device=device) if config.prefix else None
-        )
+        sequences = join_frames(grid) if config.segments == "clip" else grid
+        lengths = sequence_lengths(sequences, config.prefix)
+        places = None
+        if config.prefix:
+            places = PrefixPlaces.from_grid(sequences, config.prefix, device=device)
         backend = resolve(self.backend, self.attention_inputs)
         if self.compiled:
             backend = opaque(backend)
@@ -217,8 +232,15 @@ class Encoder(nn.Module):
         else:
             stream = self.embeddings(values, grid, places)
             rows = [stream, *(rotary_cos_sin(config, grid, places, stream) or ())]
-        work = partial(self.compute, grid, axis, backend, taps)
-        eager = self.training or self.compiled
+        order = windows = None
+        if config.windows:
+            order = WindowPlaces.from_grid(grid, config.windows.side, device=device)
+            rows = [row.index_select(0, order.order) for row in rows]
+            inside = Segments.from_lengths(order.lengths, device=device)
+            windows = WindowSegments(inside, config.windows.full)
+        work = partial(self.compute, grid, axis, backend, taps, windows)
+        # Graphs fill up one set of segments, and windows would be a second one.
+        eager = self.training or self.compiled or windows
         if self.graphs is not None and not eager and self.graphs.serve(rows[0], backend):
             bound = peak(config, self.dtype.itemsize, taps=len(taps))
             stream, tapped = self.graphs(
@@ -227,14 +249,18 @@ class Encoder(nn.Module):
         else:
             frames = None if table is None else to_device(table, device)
             stream, tapped = work(rows, frames, Segments.from_lengths(lengths, device=device))
+        if order is not None:
+            stream = stream.index_select(0, order.back)
+            tapped = {layer: tap.index_select(0, order.back) for layer, tap in tapped.items()}
         if places is None:
             prefix = stream.new_empty(len(lengths), 0, config.width)
-            return Ran(stream, prefix, tapped, grid, lengths, backend)
+            return Ran(stream, prefix, tapped, grid, sequences, lengths, backend)
         return Ran(
             stream.index_select(0, places.patches),
             stream.index_select(0, places.prefix).unflatten(0, (-1, config.prefix)),
             {layer: tap.index_select(0, places.patches) for layer, tap in tapped.items()},
             grid,
+            sequences,
             lengths,
             backend,
         )
@@ -245,6 +271,7 @@ class Encoder(nn.Module):
         axis: Tensor | None,
         backend: Backend,
         taps: Collection[int],
+        windows: WindowSegments | None,
         rows: Sequence[Tensor],
         table: Tensor | None,
         segments: Segments,
@@ -259,7 +286,7 @@ class Encoder(nn.Module):
             sines = sine_cosine(axis, PatchPlaces.from_table(table, len(stream)))
             stream = self.embeddings(stream, grid, None, sines)
         run = choose_blocks(self.encoder, stream)
-        stream, tapped = run(stream, segments, tuple(rotary) or None, backend, taps)
+        stream, tapped = run(stream, segments, tuple(rotary) or None, backend, taps, windows)
         return self.norm(stream) if self.config.final_norm == "tokens" else stream, tapped
 
     def train(self: AnyEncoder, mode: bool = True) -> AnyEncoder:
@@ -328,6 +355,8 @@ class Encoder(nn.Module):
     ) -> np.ndarray:
         """Return one vector for each image: pooled, or the mean of its tokens without a head.
 
+        Where the checkpoint has a merger, that is the mean of the merged tokens.
+
         Takes images as `pack` does, of any number, and makes packs of at most `token_budget`
         patches. `projected` gives vectors in the space shared with text. Runs in inference mode.
 
@@ -340,9 +369,11 @@ class Encoder(nn.Module):
         with torch.inference_mode():
             return embed_images(
                 images,
-                lambda pack: self.encode(pack, projected=projected).vectors(),
+                lambda pack: self.encode(
+                    pack, projected=projected, merged=bool(self.merger) and not projected
+                ).vectors(),
                 self.images,
-                width=(projected and self.config.projection) or self.config.width,
+                width=(projected and self.config.projection) or self.config.vector_width,
                 token_budget=token_budget,
                 resize=resize,
                 max_patches=max_patches,
@@ -361,6 +392,15 @@ class Encoder(nn.Module):
                 "has no projection"
             )
             raise ValueError(f"projected=True {reason}. Use `pooled`.")
+
+    def check_merger(self) -> Mergers:
+        """Return the merger. Raises: ValueError where the checkpoint has none."""
+        if self.merger is None:
+            raise ValueError(
+                f"merged=True asks for a language model's tokens, but this {self.family.name} "
+                "checkpoint has no merger. Leave it out; packvit.merging lays squares together."
+            )
+        return self.merger
 
     def check_layer(self, layer: object) -> int:
         """Return the number of a tapped layer, counted from the front.

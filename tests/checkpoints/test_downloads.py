@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from packvit.checkpoints.folders import CONFIG, INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONTENTS = {"model_type": "example", "hidden_size": 8}
 IMAGES = {"image_mean": [0.5, 0.5, 0.5]}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

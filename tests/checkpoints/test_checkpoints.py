@@ -24,7 +24,7 @@ from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.folders import CONFIG, EMBEDDED, INDEX, PREPROCESSOR, WEIGHTS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONTENTS = {"model_type": "example", "hidden_size": 8}
 IMAGES = {"image_mean": [0.5, 0.5, 0.5]}
 

@@ -23,7 +23,7 @@ import packvit
 from packvit import hub
 from packvit.checkpoints.errors import CheckpointError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 IMAGES = {"image_mean": [0.5, 0.5, 0.5], "do_resize": False, "our_own": "note"}
 TEXT = {
