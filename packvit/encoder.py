@@ -5,7 +5,7 @@ arguments. Segments and places are worked out here, once, on the host.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Literal, TypeVar, Unpack
 from warnings import warn
 
@@ -37,9 +37,10 @@ from packvit.model.device import current, find_device, find_dtype
 from packvit.model.embeddings import PatchEmbeddings, normalize
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear, make_invariant
+from packvit.model.merging import Mergers
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
-from packvit.model.trunk import Trunk, TrunkOutput, part_prefix, plan_forward, run_trunk
+from packvit.model.trunk import Trunk, TrunkOutput, plan_forward, run_trunk, trunk_output
 from packvit.packs.checks import check_patches, count_from_front
 from packvit.packs.embedding import embed_images
 from packvit.packs.features import Features, Pack, as_pack, make_pack
@@ -47,6 +48,7 @@ from packvit.packs.grid import (
     GridLike,
     read_grid,
     segment_images,
+    sequence_lengths,
     to_device,
 )
 from packvit.packs.segments import Segments
@@ -86,10 +88,13 @@ class Encoder(nn.Module):
         self.fp8 = self.invariant = self.compiled = False
         self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
         self.skipped: tuple[str, ...] = ()  # its names left unread, of another tower's tensors
-        self.embeddings = PatchEmbeddings(config, interpolate=positions == "interpolate")
+        self.embeddings = PatchEmbeddings(
+            config, interpolate=positions == "interpolate", patch_order=patch_order
+        )
         self.encoder = Blocks(config)
-        self.norm = norm(config)
+        self.norm = norm(config) if config.final_norm else nn.Identity()
         self.head = pooling_head(config)
+        self.merger = Mergers(config, config.merger) if config.merger else None
         shared = config.projection
         self.projection = Linear(config.width, shared, bias=False) if shared else None
         self.fast: FastForward | None = FastForward()  # None: `model/trunk.py` as it is
@@ -144,17 +149,19 @@ class Encoder(nn.Module):
         taps: Sequence[int] = (),
         pooled: bool = True,
         projected: bool = False,
+        merged: bool = False,
         projection: bool | None = None,
     ) -> Features:
         """Return everything the encoder says about a pack, or about what `forward` takes.
 
         `taps` names layers, negative ones from the end, whose patch tokens are wanted as they
         leave the block, before any final norm. `projected` asks for the pooled vectors in the
-        space shared with text; `projection` is its old name. `pooled` False leaves out the pooling
-        head. Nothing unasked is kept.
+        space shared with text; `projection` is its old name. `merged` asks for what a language
+        model is given: a token for each square of patches, and for each square of its deepstack's
+        layers. `pooled` False leaves out the pooling head. Nothing unasked is kept.
 
-        Raises: as `forward`; ValueError for a layer that is not there, or a projection that the
-        checkpoint does not have.
+        Raises: as `forward`; ValueError for a layer that is not there, a projection or a merger
+        that the checkpoint does not have, or an image that does not part into squares.
         """
         hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
         if projection is not None:
@@ -163,8 +170,11 @@ class Encoder(nn.Module):
             projected = projection
         self.check_projection(projected, pooled)
         asked = [self.check_layer(layer) for layer in taps]
+        merger = self.check_merger() if merged else None
+        deep = merger.layers if merger else ()
         with current(self.device):
-            ran = self.run(hidden_states, grid_thw, asked)
+            ran = self.run(hidden_states, grid_thw, {*asked, *deep})
+            tokens = merger(ran.tokens, ran.taps, ran.plan.grid) if merger else None
             vectors = self.pool(ran) if pooled else None
             shared = self.projection(vectors) if projected and self.projection else None
         return Features(
@@ -172,9 +182,12 @@ class Encoder(nn.Module):
             prefix=ran.prefix,
             pooled=vectors,
             projected=shared,
-            taps=ran.taps,
-            segment_image=to_device(segment_images(ran.plan.grid), self.device),
+            taps={layer: tap for layer, tap in ran.taps.items() if layer in asked},
+            segment_image=to_device(segment_images(ran.plan.sequences), self.device),
             grid=ran.plan.grid,
+            merged=tokens.merged if tokens else None,
+            deepstack=tokens.deepstack if tokens else {},
+            vector_rows=tokens.lengths if tokens else sequence_lengths(ran.plan.sequences),
         )
 
     @property
@@ -183,7 +196,7 @@ class Encoder(nn.Module):
         return Trunk(self.config, self.embeddings, self.encoder, self.norm)
 
     def run(
-        self, hidden_states: Tensor, grid_thw: GridLike, taps: Sequence[int] = ()
+        self, hidden_states: Tensor, grid_thw: GridLike, taps: Collection[int] = ()
     ) -> TrunkOutput:
         """Check what came in, and run it through the trunk."""
         check_patches(hidden_states, self.config, self.device)
@@ -197,7 +210,7 @@ class Encoder(nn.Module):
             x, tapped = run_trunk(self.trunk, values, plan)
         else:
             x, tapped = self.fast(self, self.trunk, values, plan)
-        return part_prefix(x, tapped, plan)
+        return trunk_output(x, tapped, plan)
 
     def pool(self, ran: TrunkOutput) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
@@ -245,6 +258,8 @@ class Encoder(nn.Module):
     ) -> np.ndarray:
         """Return one vector for each image: pooled, or the mean of its tokens without a head.
 
+        Where the checkpoint has a merger, that is the mean of the merged tokens.
+
         Takes images as `pack` does, of any number, and makes packs of at most `token_budget`
         patches. `projected` gives vectors in the space shared with text. Runs in inference mode.
 
@@ -257,9 +272,11 @@ class Encoder(nn.Module):
         with torch.inference_mode():
             return embed_images(
                 images,
-                lambda pack: self.encode(pack, projected=projected).vectors(),
+                lambda pack: self.encode(
+                    pack, projected=projected, merged=bool(self.merger) and not projected
+                ).vectors(),
                 self.images,
-                width=(projected and self.config.projection) or self.config.width,
+                width=(projected and self.config.projection) or self.config.vector_width,
                 token_budget=token_budget,
                 resize=resize,
                 max_patches=max_patches,
@@ -278,6 +295,15 @@ class Encoder(nn.Module):
                 "has no projection"
             )
             raise ValueError(f"projected=True {reason}. Use `pooled`.")
+
+    def check_merger(self) -> Mergers:
+        """Return the merger. Raises: ValueError where the checkpoint has none."""
+        if self.merger is None:
+            raise ValueError(
+                f"merged=True asks for a language model's tokens, but this {self.family.name} "
+                "checkpoint has no merger. Leave it out; packvit.merging lays squares together."
+            )
+        return self.merger
 
     def check_layer(self, layer: object) -> int:
         """Return the number of a tapped layer, counted from the front.

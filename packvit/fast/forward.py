@@ -11,11 +11,10 @@ from packvit.config import SinCos
 from packvit.fast.blocks import choose_blocks
 from packvit.fast.fp8 import to_fp8
 from packvit.fast.graphs import Graphs
-from packvit.model.embeddings import rotary_cos_sin
 from packvit.model.layers import Blocks
 from packvit.model.memory import peak
 from packvit.model.positions import sine_cosine
-from packvit.model.trunk import ForwardPlan, Trunk, last_norm, run_trunk
+from packvit.model.trunk import ForwardPlan, Trunk, embed, last_norm, run_trunk, window_segments
 from packvit.packs.grid import frame_table, to_device
 from packvit.packs.places import PatchPlaces
 from packvit.packs.segments import Segments
@@ -40,9 +39,10 @@ class FastForward(nn.Module):
         """Return what `run_trunk` returns, to rounding; `owner` is the encoder of the trunk."""
         if not values.is_cuda:
             return run_trunk(trunk, values, plan)
-        rows, table, axis = embed(trunk, values, plan)
+        rows, table, axis = embed_or_wait(trunk, values, plan)
         work = partial(compute, trunk, plan, axis)
-        graphs = None if self.training else self.graphs
+        # Graphs fill up one set of segments, and windows would be a second one.
+        graphs = None if self.training or plan.windows else self.graphs
         if graphs is not None and graphs.serve(rows[0], plan.backend):
             return graphs(
                 work,
@@ -87,20 +87,18 @@ class FastForward(nn.Module):
         super()._load_from_state_dict(*args, **named)
 
 
-def embed(
+def embed_or_wait(
     trunk: Trunk, values: Tensor, plan: ForwardPlan
 ) -> tuple[list[Tensor], np.ndarray | None, Tensor | None]:
-    """Return what `compute` takes: rows, and where sine-cosine positions are to be computed, by it,
-    the table of frames and the axis.
+    """Return rows, and the table of frames and the axis where `compute` embeds them by those.
 
-    `rows` are then the patches, and else the embedded stream, with the cosines and sines of rotary
-    positions.
+    Sine-cosine positions are computed from little on the device, so that a graph can do that.
     """
     config = trunk.config
-    if isinstance(config.positions, SinCos) and plan.places is None:
+    sines = isinstance(config.positions, SinCos) and not config.rotary
+    if sines and plan.places is None and plan.windows is None:
         return [values], frame_table(plan.grid), trunk.embeddings.axis(plan.grid)
-    x = trunk.embeddings(values, plan.grid, plan.places)
-    return [x, *(rotary_cos_sin(config, plan.grid, plan.places, x) or ())], None, None
+    return embed(trunk, values, plan), None, None
 
 
 def compute(
@@ -111,11 +109,15 @@ def compute(
     table: Tensor | None,
     segments: Segments,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Return the normed stream, and taps: all that a CUDA graph holds."""
+    """Return the normed stream, and taps: all that a CUDA graph holds.
+
+    `rows` are patches, where `axis` and `table` tell their places, or else what `embed` returns.
+    """
     x, *rotary = rows
     if axis is not None and table is not None:
         sines = sine_cosine(axis, PatchPlaces.from_table(table, len(x)))
         x = trunk.embeddings(x, plan.grid, None, sines)
     run = choose_blocks(trunk.blocks, x)
-    x, tapped = run(x, segments, tuple(rotary) or None, plan.backend, plan.taps)
+    windows = window_segments(trunk.config, plan, x.device)
+    x, tapped = run(x, segments, tuple(rotary) or None, plan.backend, plan.taps, windows)
     return last_norm(trunk, x), tapped

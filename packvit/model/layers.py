@@ -19,7 +19,7 @@ from packvit.model.embeddings import CosSin
 from packvit.model.linear import KeylessBiasLinear, Linear
 from packvit.model.norms import Tokens, norm
 from packvit.model.positions import rotate
-from packvit.packs.segments import Segments
+from packvit.packs.segments import Segments, WindowSegments
 
 
 class Attention(nn.Module):
@@ -156,14 +156,16 @@ class Blocks(nn.Module):
         rotary: CosSin | None,
         backend: Backend,
         taps: Collection[int] = (),
+        windows: WindowSegments | None = None,
     ) -> tuple[Tokens, dict[int, Tokens]]:
         """Return the residual stream after the last block, and after each layer in `taps`."""
         tapped = {}
         for layer, block in enumerate(self.blocks()):
+            own = WindowSegments.of_layer(layer, segments, windows)
             if block.recomputed and torch.is_grad_enabled():
-                x = checkpoint(block, x, segments, rotary, backend, use_reentrant=False)
+                x = checkpoint(block, x, own, rotary, backend, use_reentrant=False)
             else:
-                x = block(x, segments, rotary, backend)
+                x = block(x, own, rotary, backend)
             if layer in taps:
                 tapped[layer] = x
         return x, tapped

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +69,18 @@ class Segments:
         return cls.from_lengths(
             sequence_lengths(read_grid(grid_thw, patches=patches), prefix), device=device
         )
+
+
+class WindowSegments(NamedTuple):
+    """The segments of layers that attend within windows, and which layers do not."""
+
+    segments: Segments
+    full: tuple[int, ...]
+
+    @staticmethod
+    def of_layer(layer: int, whole: Segments, windows: "WindowSegments | None") -> Segments:
+        """Return the segments of a layer, where `whole` are those without windows."""
+        return whole if windows is None or layer in windows.full else windows.segments
 
 
 def make_cu_seqlens(lengths: Sequence[int]) -> Int32[np.ndarray, " boundaries"]:
