@@ -1,6 +1,7 @@
 """Ids beside transformers' tokenizers, which read the same folders."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import two_towers
+from hub_server import Hub, Repository
 from transformers import AutoTokenizer, CLIPTokenizer, GemmaTokenizer, Siglip2Tokenizer
 from two_towers import LONGEST
 
@@ -187,3 +189,34 @@ def test_a_checkpoint_without_a_tokenizer_takes_ids_alone(tmp_path: Path):
     text = packvit.load_text(tmp_path)
     with pytest.raises(ValueError, match=r"has no tokenizer.*encode"):
         text.embed(["a cat"])
+
+
+def test_the_hubs_tokenizer_comes_from_the_commit_of_the_weights(tmp_path: Path):
+    commits = {}
+    for commit, seed in (("a" * 40, 0), ("b" * 40, 1)):
+        folder = tmp_path / commit
+        two_towers.build("clip", seed).save_pretrained(folder)
+        if seed == 0:
+            two_towers.write_clip_tokenizer(folder)
+        commits[commit] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code = (
+        "import packvit\n"
+        "text = packvit.load_text('owner/name', revision='v1', device='cpu')\n"
+        "print(text.checkpoint.revision, text.embed(['a cat']).sum())"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings = kept | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with Hub() as hub:
+        hub.repositories["owner/name"] = Repository(commits, {"main": "b" * 40, "v1": "a" * 40})
+        said = [
+            subprocess.run(
+                [sys.executable, "-W", "error", "-c", code],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=settings | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": offline},
+            ).stdout
+            for offline in "01"
+        ]
+    expected = packvit.load_text(tmp_path / ("a" * 40), device="cpu").embed(["a cat"]).sum()
+    assert said == [f"{'a' * 40} {expected!s}\n"] * 2
