@@ -115,9 +115,30 @@ def conv_to_linear(ours: str, theirs: str, *, channels: int = 3) -> Rule:
     return Rule(ours, (theirs,), flatten, unflatten)
 
 
-def convolution(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """The weight and the bias of a convolution that is a linear layer of ours."""
-    weight = conv_to_linear(f"{ours}.weight", f"{theirs}.weight")
+def video_conv_to_linear(ours: str, theirs: str, frames: int) -> Rule:
+    """A convolution over `frames` frames at once, as a linear layer over patches of them.
+
+    Shapes: Conv3d [D, 3, frames, p, p] <-> Linear [D, P], P ordered (frame, row, column, channel).
+    """
+
+    def flatten(tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].permute(0, 2, 3, 4, 1).flatten(1)
+
+    def unflatten(tensor: Tensor) -> list[Tensor]:
+        side = isqrt(tensor.shape[1] // (3 * frames))
+        parts = tensor.unflatten(1, (frames, side, side, 3))
+        return [parts.permute(0, 4, 1, 2, 3).contiguous()]
+
+    return Rule(ours, (theirs,), flatten, unflatten)
+
+
+def convolution(ours: str, theirs: str, *, frames: int = 1) -> tuple[Rule, Rule]:
+    """The weight and the bias of a convolution that is a linear layer of ours.
+
+    It reads images, or `frames` frames of a video at once.
+    """
+    names = (f"{ours}.weight", f"{theirs}.weight")
+    weight = conv_to_linear(*names) if frames == 1 else video_conv_to_linear(*names, frames)
     return weight, rename(f"{ours}.bias", f"{theirs}.bias")
 
 
