@@ -159,31 +159,45 @@ class Merger:
     deepstack: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderConfig:
-    """The size of an encoder and its named choices.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerConfig:
+    """The size of a tower's blocks and their named choices.
 
-    Units: `patch` in pixels; `width` is D, `mlp_width` the width inside each MLP.
+    Units: `width` is D, `mlp_width` the width inside each MLP.
     """
 
     width: int
     layers: int
     heads: int
     mlp_width: int
-    patch: int
-    positions: SinCos | Table | None  # added to the patches
     norm: Norm
     norm_eps: float
     activation: Activation
+    gated: bool = False  # an MLP of act(gate) * up, instead of act(up)
+    bias: bool = True  # of the linear layers in a block, other than q, k and v
+    qkv_bias: Literal["qkv", "qv", ""] = "qkv"  # which of them have one
+    layer_scale: bool = False  # a learned factor on what each half of a block adds
+
+    @property
+    def head_dim(self) -> int:
+        """K, the width of one attention head."""
+        return self.width // self.heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig(TransformerConfig):
+    """The size of an image encoder and its named choices.
+
+    Units: `patch` in pixels.
+    """
+
+    patch: int
+    positions: SinCos | Table | None  # added to the patches
     rotary: Rotary | AxialRotary | None = None  # turned into every layer's queries and keys
     temporal: int = 1  # frames of a video's patch; an image is taken for frames of one picture
     segments: Literal["frame", "clip"] = "frame"  # what attends to itself
     windows: Windows | None = None
-    gated: bool = False  # an MLP of act(gate) * up, instead of act(up)
-    bias: bool = True  # of the linear layers in a block, other than q, k and v
-    qkv_bias: Literal["qkv", "qv", ""] = "qkv"  # which of them have one
     patch_bias: bool = True
-    layer_scale: bool = False  # a learned factor on what each half of a block adds
     class_token: bool = False  # opens every sequence
     registers: int = 0  # tokens without meaning of their own, behind the class token
     embedding_norm: Literal["patches", "tokens"] | None = None  # before positions, or after all
@@ -191,11 +205,6 @@ class EncoderConfig:
     pool: Literal["query", "probe", "class"] | None = None  # what makes one vector of a sequence
     projection: int | None = None  # width of the space shared with text, where there is one
     merger: Merger | None = None
-
-    @property
-    def head_dim(self) -> int:
-        """K, the width of one attention head."""
-        return self.width // self.heads
 
     @property
     def patch_dim(self) -> int:
@@ -211,6 +220,27 @@ class EncoderConfig:
     def prefix(self) -> int:
         """R, the tokens that stand before the patches of every sequence."""
         return self.class_token + self.registers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig(TransformerConfig):
+    """The size of a text encoder and its named choices.
+
+    Units: `positions` counts the tokens of the longest text.
+    """
+
+    vocabulary: int
+    positions: int
+    causal: bool = True  # a token attends to itself and those before it
+    # Which token of a text is pooled: the first that is `end`, the first of the largest id, or the
+    # last.
+    pool: Literal["end", "largest", "last"] = "end"
+    end: int = 0
+    padded: bool = False  # texts are filled up to `positions` tokens, which all take part
+    head: int | None = None  # width of a matrix with a bias over the pooled token
+    projection: int | None = None  # width of one without, into the space shared with images
+    logit_bias: bool = False  # beside the scale: pairs are judged one by one, by a sigmoid
+    most_scale: float | None = None  # what the scale of logits is clamped to
 
 
 @dataclass(frozen=True, slots=True)

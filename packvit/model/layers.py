@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packvit.config import Activation, EncoderConfig
+from packvit.config import Activation, TransformerConfig
 from packvit.model.activations import activate
 from packvit.model.attention import Backend
 from packvit.model.embeddings import CosSin
@@ -25,7 +25,7 @@ from packvit.packs.segments import Segments, WindowSegments
 class Attention(nn.Module):
     """Every token attends to the tokens of its own sequence."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv: nn.Module = qkv_projection(config)
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         return self.out(backend.run(query, key, value, segments, segments).flatten(-2))
 
 
-def qkv_projection(config: EncoderConfig) -> Linear:
+def qkv_projection(config: TransformerConfig) -> Linear:
     """Return the matrix that makes queries, keys and values, side by side."""
     if config.qkv_bias == "qv":
         return KeylessBiasLinear(config.width)
@@ -54,7 +54,7 @@ class MLP(nn.Module):
 
     invariant: bool = False  # see `model/linear.py`
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.up: nn.Module = Linear(config.width, config.mlp_width, bias=config.bias)
         self.down: nn.Module = Linear(config.mlp_width, config.width, bias=config.bias)
@@ -73,7 +73,7 @@ class GatedMLP(nn.Module):
 
     invariant: bool = False
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.gate_up: nn.Module = Linear(config.width, 2 * config.mlp_width, bias=config.bias)
         self.down: nn.Module = Linear(config.mlp_width, config.width, bias=config.bias)
@@ -98,7 +98,7 @@ def split_gate_up(gate_up: Float[Tensor, "T both"]) -> tuple[Tensor, Tensor]:
 class LayerScale(nn.Module):
     """A learned factor on each channel."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(config.width))
 
@@ -112,7 +112,7 @@ class Block(nn.Module):
 
     recomputed = False  # its activations, in the backward pass: `training.checkpoint_activations`
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attention_norm = norm(config)
         self.attention = Attention(config)
@@ -133,7 +133,7 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """All blocks, one after another, with the outputs of some of them kept."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))

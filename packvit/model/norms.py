@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from packvit.config import EncoderConfig
 from packvit.config import Norm as Kind
+from packvit.config import TransformerConfig
 
 Tokens = Float[Tensor, "T D"]
 
@@ -34,8 +34,8 @@ class RMSNorm(nn.Module):
 Norm = RMSNorm | nn.LayerNorm
 
 
-def norm(config: EncoderConfig) -> Norm:
-    """Return the norm that `config` names, over the encoder's width."""
+def norm(config: TransformerConfig) -> Norm:
+    """Return the norm that `config` names, over the width of the stream."""
     return norm_of(config.norm, config.width, config.norm_eps)
 
 

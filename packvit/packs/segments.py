@@ -30,6 +30,7 @@ class Segments:
     lengths: tuple[int, ...]  # S host ints: tokens per sequence
     cu_seqlens: Int32[Tensor, " boundaries"]  # [S + 1] on the tokens' device, from 0 up to T
     max_seqlen: int  # host int: tokens of the longest sequence
+    causal: bool = False  # a token attends to itself and those before it, and to no later one
 
     @property
     def tokens(self) -> int:
@@ -43,10 +44,14 @@ class Segments:
 
     @classmethod
     def from_lengths(
-        cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu"
+        cls,
+        lengths: tuple[int, ...],
+        *,
+        device: torch.device | str = "cpu",
+        causal: bool = False,
     ) -> "Segments":
         """Build the segments of S >= 1 sequences that hold `lengths` tokens each."""
-        return cls(lengths, to_device(make_cu_seqlens(lengths), device), max(lengths))
+        return cls(lengths, to_device(make_cu_seqlens(lengths), device), max(lengths), causal)
 
     @classmethod
     def from_grid(

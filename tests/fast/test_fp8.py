@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from plain_steps import add_norm, made_of, norms, stands_for, swiglu
 from torch import Tensor, nn
 
-from packvit.config import Activation, EncoderConfig, SinCos
+from packvit.config import Activation, TransformerConfig
 from packvit.fast.fp8 import (
     LARGEST,
     LinearActFp8,
@@ -154,7 +154,16 @@ class Wrapped(nn.Module):
 
 
 def mlp_of(first: nn.Module, second: nn.Module, gated: bool) -> Any:
-    sizes = EncoderConfig(192, 1, 4, 320, 14, SinCos(), "rms", 1e-6, "silu", gated=gated)
+    sizes = TransformerConfig(
+        width=192,
+        layers=1,
+        heads=4,
+        mlp_width=320,
+        norm="rms",
+        norm_eps=1e-6,
+        activation="silu",
+        gated=gated,
+    )
     mlp: Any = GatedMLP(sizes) if gated else MLP(sizes)
     setattr(mlp, "gate_up" if gated else "up", first)
     mlp.down = second
