@@ -5,9 +5,8 @@ arguments. Segments and places are worked out here, once, on the host.
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Unpack
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar, Literal, TypeVar, Unpack
 from warnings import warn
 
 import numpy as np
@@ -28,53 +27,33 @@ from packvit.config import (
     LoadKeywords,
     LoadOptions,
     PatchOrder,
-    SinCos,
     check_choice,
 )
-from packvit.fast import modes
-from packvit.fast.blocks import choose_blocks
-from packvit.fast.graphs import Graphs
+from packvit.fast.forward import FastForward
 from packvit.images.decode import Source
 from packvit.images.patches import Resize
-from packvit.model.attention import AttentionInputs, Backend, opaque, resolve
+from packvit.model.attention import AttentionInputs, opaque, resolve
 from packvit.model.device import current, find_device, find_dtype
-from packvit.model.embeddings import PatchEmbeddings, normalize, rotary_cos_sin
+from packvit.model.embeddings import PatchEmbeddings, normalize
 from packvit.model.layers import Blocks
-from packvit.model.linear import Linear
-from packvit.model.memory import peak
+from packvit.model.linear import Linear, make_invariant
 from packvit.model.merging import Mergers
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
-from packvit.model.positions import sine_cosine
+from packvit.model.trunk import Trunk, TrunkOutput, plan_forward, run_trunk, trunk_output
 from packvit.packs.checks import check_patches, count_from_front
 from packvit.packs.embedding import embed_images
 from packvit.packs.features import Features, Pack, as_pack, make_pack
 from packvit.packs.grid import (
-    Grid,
     GridLike,
-    frame_table,
-    join_frames,
     read_grid,
     segment_images,
     sequence_lengths,
     to_device,
 )
-from packvit.packs.places import PatchPlaces, PrefixPlaces, WindowPlaces
-from packvit.packs.segments import Segments, WindowSegments
+from packvit.packs.segments import Segments
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
-
-
-class Ran(NamedTuple):
-    """What a run through the blocks leaves behind for pooling and bookkeeping."""
-
-    tokens: Tensor  # [T, D], of the patches
-    prefix: Tensor  # [S, R, D]
-    taps: dict[int, Tensor]
-    grid: Grid
-    sequences: Grid  # of which each is a frame, or a clip
-    lengths: tuple[int, ...]  # tokens of each sequence
-    backend: Backend
 
 
 class Encoder(nn.Module):
@@ -106,7 +85,6 @@ class Encoder(nn.Module):
         self.patch_order: PatchOrder = patch_order
         self.backend = attention
         self.checkpoint: Checkpoint | None = None  # where the weights came from
-        self.graphs: Graphs | None = Graphs()  # None: none are made
         self.fp8 = self.invariant = self.compiled = False
         self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
         self.skipped: tuple[str, ...] = ()  # its names left unread, of another tower's tensors
@@ -119,6 +97,7 @@ class Encoder(nn.Module):
         self.merger = Mergers(config, config.merger) if config.merger else None
         shared = config.projection
         self.projection = Linear(config.width, shared, bias=False) if shared else None
+        self.fast: FastForward | None = FastForward()  # None: `model/trunk.py` as it is
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +174,7 @@ class Encoder(nn.Module):
         deep = merger.layers if merger else ()
         with current(self.device):
             ran = self.run(hidden_states, grid_thw, {*asked, *deep})
-            tokens = merger(ran.tokens, ran.taps, ran.grid) if merger else None
+            tokens = merger(ran.tokens, ran.taps, ran.plan.grid) if merger else None
             vectors = self.pool(ran) if pooled else None
             shared = self.projection(vectors) if projected and self.projection else None
         return Features(
@@ -204,120 +183,44 @@ class Encoder(nn.Module):
             pooled=vectors,
             projected=shared,
             taps={layer: tap for layer, tap in ran.taps.items() if layer in asked},
-            segment_image=to_device(segment_images(ran.sequences), self.device),
-            grid=ran.grid,
+            segment_image=to_device(segment_images(ran.plan.sequences), self.device),
+            grid=ran.plan.grid,
             merged=tokens.merged if tokens else None,
             deepstack=tokens.deepstack if tokens else {},
-            vector_rows=tokens.lengths if tokens else sequence_lengths(ran.sequences),
+            vector_rows=tokens.lengths if tokens else sequence_lengths(ran.plan.sequences),
         )
 
-    def run(self, hidden_states: Tensor, grid_thw: GridLike, taps: Collection[int] = ()) -> Ran:
-        """Check what came in, embed it, run the blocks, norm, and part prefixes from patches."""
+    @property
+    def trunk(self) -> Trunk:
+        """What every patch runs through, before pooling."""
+        return Trunk(self.config, self.embeddings, self.encoder, self.norm)
+
+    def run(
+        self, hidden_states: Tensor, grid_thw: GridLike, taps: Collection[int] = ()
+    ) -> TrunkOutput:
+        """Check what came in, and run it through the trunk."""
         check_patches(hidden_states, self.config, self.device)
-        config, device = self.config, self.device
         grid = read_grid(grid_thw, patches=len(hidden_states))
-        sequences = join_frames(grid) if config.segments == "clip" else grid
-        lengths = sequence_lengths(sequences, config.prefix)
-        places = None
-        if config.prefix:
-            places = PrefixPlaces.from_grid(sequences, config.prefix, device=device)
         backend = resolve(self.backend, self.attention_inputs)
         if self.compiled:
             backend = opaque(backend)
-
+        plan = plan_forward(self.config, grid, backend, taps, self.device)
         values = self.to_values(hidden_states)
-        table = axis = None
-        if isinstance(config.positions, SinCos) and places is None:
-            rows, table, axis = [values], frame_table(grid), self.embeddings.axis(grid)
+        if self.fast is None or self.compiled:  # what is compiled is fused by the compiler
+            x, tapped = run_trunk(self.trunk, values, plan)
         else:
-            stream = self.embeddings(values, grid, places)
-            rows = [stream, *(rotary_cos_sin(config, grid, places, stream) or ())]
-        order = windows = None
-        if config.windows:
-            order = WindowPlaces.from_grid(grid, config.windows.side, device=device)
-            rows = [row.index_select(0, order.order) for row in rows]
-            inside = Segments.from_lengths(order.lengths, device=device)
-            windows = WindowSegments(inside, config.windows.full)
-        work = partial(self.compute, grid, axis, backend, taps, windows)
-        # Graphs fill up one set of segments, and windows would be a second one.
-        eager = self.training or self.compiled or windows
-        if self.graphs is not None and not eager and self.graphs.serve(rows[0], backend):
-            bound = peak(config, self.dtype.itemsize, taps=len(taps))
-            stream, tapped = self.graphs(
-                work, rows, table, lengths, backend, taps, owner=self, held=axis, peak=bound
-            )
-        else:
-            frames = None if table is None else to_device(table, device)
-            stream, tapped = work(rows, frames, Segments.from_lengths(lengths, device=device))
-        if order is not None:
-            stream = stream.index_select(0, order.back)
-            tapped = {layer: tap.index_select(0, order.back) for layer, tap in tapped.items()}
-        if places is None:
-            prefix = stream.new_empty(len(lengths), 0, config.width)
-            return Ran(stream, prefix, tapped, grid, sequences, lengths, backend)
-        return Ran(
-            stream.index_select(0, places.patches),
-            stream.index_select(0, places.prefix).unflatten(0, (-1, config.prefix)),
-            {layer: tap.index_select(0, places.patches) for layer, tap in tapped.items()},
-            grid,
-            sequences,
-            lengths,
-            backend,
-        )
+            x, tapped = self.fast(self, self.trunk, values, plan)
+        return trunk_output(x, tapped, plan)
 
-    def compute(
-        self,
-        grid: Grid,
-        axis: Tensor | None,
-        backend: Backend,
-        taps: Collection[int],
-        windows: WindowSegments | None,
-        rows: Sequence[Tensor],
-        table: Tensor | None,
-        segments: Segments,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the normed stream, and taps: what the device does once the host has planned.
-
-        `rows` are patches, where `axis` and `table` tell their places, or else the embedded stream,
-        with the cosines and sines of rotary positions.
-        """
-        stream, *rotary = rows
-        if axis is not None and table is not None:
-            sines = sine_cosine(axis, PatchPlaces.from_table(table, len(stream)))
-            stream = self.embeddings(stream, grid, None, sines)
-        run = choose_blocks(self.encoder, stream)
-        stream, tapped = run(stream, segments, tuple(rotary) or None, backend, taps, windows)
-        return self.norm(stream) if self.config.final_norm == "tokens" else stream, tapped
-
-    def train(self: AnyEncoder, mode: bool = True) -> AnyEncoder:
-        """Switch between training and inference, and forget the CUDA graphs."""
-        if self.graphs is not None and mode != self.training:
-            self.graphs.forget()
-        return super().train(mode)
-
-    def _apply(
-        self: AnyEncoder, fn: Callable[[Tensor], Tensor], recurse: bool = True
-    ) -> AnyEncoder:
-        """Move or cast; graphs read the weights where they were."""
-        if self.graphs is not None:
-            self.graphs.forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
-        """Load weights, also of a model that this is part of; graphs read them where they were."""
-        if self.graphs is not None:
-            self.graphs.forget()
-        super()._load_from_state_dict(*args, **named)
-
-    def pool(self, ran: Ran) -> Tensor | None:
+    def pool(self, ran: TrunkOutput) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
         if self.config.pool == "class":
             first = ran.prefix[:, 0]
             return self.norm(first) if self.config.final_norm == "pooled" else first
         if self.head is None:
             return None
-        segments = Segments.from_lengths(ran.lengths, device=self.device)
-        return self.head(ran.tokens, segments, ran.backend)
+        segments = Segments.from_lengths(ran.plan.lengths, device=self.device)
+        return self.head(ran.tokens, segments, ran.plan.backend)
 
     def pack(
         self,
@@ -498,7 +401,14 @@ class Encoder(nn.Module):
 
         Raises: ValueError for 8 bits that cannot run here.
         """
-        modes.switch_on(self, self.encoder, options)
+        if options.fp8:
+            assert self.fast is not None
+            self.fast.to_fp8(self, self.encoder)
+        if options.invariant:
+            make_invariant(self)
+        if options.compile:
+            for block in self.encoder.blocks():
+                block.compile(dynamic=True)  # one after another, so that all share one compilation
         self.fp8, self.invariant, self.compiled = options.fp8, options.invariant, options.compile
 
     def save_pretrained(

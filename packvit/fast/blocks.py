@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from packvit.fast.attention import attend, is_batch
 from packvit.fast.hooks import is_hooked
-from packvit.fast.steps import Delta, add_norm, first_linear, mlp_hidden, project
+from packvit.fast.steps import Delta, add_norm, mlp_hidden, project
 from packvit.model.attention import Backend
 from packvit.model.embeddings import CosSin
-from packvit.model.layers import Block, Blocks
+from packvit.model.layers import Block, Blocks, first_linear
 from packvit.model.linear import Linear
 from packvit.model.norms import RMSNorm, Tokens
 from packvit.packs.segments import Segments, WindowSegments
@@ -77,9 +77,8 @@ def run_blocks(
     if not needs_grad:
         x = x.clone(memory_format=torch.contiguous_format)
     # Another kernel for sequences of one length is another rounding, which `invariant` excludes.
-    invariant = any(isinstance(part, Linear) and part.invariant for part in blocks.modules())
     batched = {
-        kind: is_batch(kind.lengths) and not invariant
+        kind: is_batch(kind.lengths) and not blocks.invariant
         for kind in (segments, *([windows.segments] if windows else []))
     }
     tapped, delta = {}, None

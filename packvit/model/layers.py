@@ -85,6 +85,11 @@ class GatedMLP(nn.Module):
         return self.down(activate(gate, self.activation, self.invariant) * up)
 
 
+def first_linear(mlp: MLP | GatedMLP) -> nn.Module:
+    """Return the matrix that reads an MLP's input."""
+    return mlp.gate_up if isinstance(mlp, GatedMLP) else mlp.up
+
+
 def split_gate_up(gate_up: Float[Tensor, "T both"]) -> tuple[Tensor, Tensor]:
     """Return the alternating columns of gate and up as two tensors. Shapes: [T, 2 M] -> 2 x [T, M].
 
@@ -132,6 +137,8 @@ class Block(nn.Module):
 
 class Blocks(nn.Module):
     """All blocks, one after another, with the outputs of some of them kept."""
+
+    invariant: bool = False
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

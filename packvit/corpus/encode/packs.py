@@ -206,8 +206,8 @@ def encode_halved(
     whole = encode_whole(encoder, images, options, make_ready)
     if whole is not None:
         return *whole, 1
-    if encoder.graphs is not None:
-        encoder.graphs.forget()  # to free their memory
+    if encoder.fast is not None:
+        encoder.fast.forget()  # to free the memory of its graphs
     if encoder.device.type == "cuda":
         torch.cuda.empty_cache()
     if len(images) == 1:
