@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from packvit.packs.features import Pack as Pack
     from packvit.packs.planning import plan_packs as plan_packs
     from packvit.packs.segments import Segments as Segments
+    from packvit.retrieval.search import search as search
 
 __version__ = version.VERSION
 
@@ -49,6 +50,7 @@ _HOMES = {
     "load": "packvit.hub",
     "plan_packs": "packvit.packs.planning",
     "read": "packvit.corpus.folder.reader",
+    "search": "packvit.retrieval.search",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll] # resolved on first use

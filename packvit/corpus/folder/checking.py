@@ -43,6 +43,7 @@ BESIDE = (
     "model",
     "inputs",
     "ignored",
+    "root",
     "counts",
     "exports",
     "retries",
