@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from packvit.packs.features import Pack as Pack
     from packvit.packs.planning import plan_packs as plan_packs
     from packvit.packs.segments import Segments as Segments
+    from packvit.text.encoder import TextEncoder as TextEncoder
+    from packvit.text.loading import load_text as load_text
 
 __version__ = version.VERSION
 
@@ -44,9 +46,11 @@ _HOMES = {
     "Segments": "packvit.packs.segments",
     "Siglip2NaflexPacking": "packvit.families.siglip2",
     "SiglipPacking": "packvit.families.siglip",
+    "TextEncoder": "packvit.text.encoder",
     "attend": "packvit.model.attention",
     "embed": "packvit.corpus.job",
     "load": "packvit.hub",
+    "load_text": "packvit.text.loading",
     "plan_packs": "packvit.packs.planning",
     "read": "packvit.corpus.folder.reader",
 }

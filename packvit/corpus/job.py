@@ -32,7 +32,7 @@ from packvit.corpus.folder.layout import (
     writing,
 )
 from packvit.corpus.folder.names import CURRENT, names_of, part_number
-from packvit.corpus.folder.parts import DtypeOut
+from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
 from packvit.corpus.inputs.addresses import check_local
@@ -331,7 +331,7 @@ def run(
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     if format == "npy":
         parts = [names.part(number) for number in range(counts["parts"])]
-        width = manifest["config"]["width"]
+        width = Outputs.of_manifest(manifest).vector_width
         manifest |= {"exports": export(folder, names, parts, counts["rows"], width, exports)}
     put(folder / names.manifest, encode_manifest(manifest | {"complete": True, "counts": counts}))
     remove_inputs(folder)

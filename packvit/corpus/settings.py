@@ -12,7 +12,7 @@ import torch
 from packvit import hub
 from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import GridPolicy, LoadOptions, MostPatches, Table
+from packvit.config import EncoderConfig, GridPolicy, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
@@ -56,10 +56,12 @@ class EmbedOptions:
     pixels_in_flight: int = PIXELS_IN_FLIGHT
     rows_per_part: int = FEWEST_ROWS  # of every part but the last, which may have fewer
 
-    def outputs(self, width: int) -> Outputs:
+    def outputs(self, config: EncoderConfig) -> Outputs:
         """Return which features a part holds."""
         lists = ("tokens",) if self.tokens else ()
-        return Outputs(width, (*lists, *(f"tap_{tap}" for tap in self.taps)), self.dtype_out)
+        lists += tuple(f"tap_{tap}" for tap in self.taps)
+        merged = config.merger.width if config.merger else None
+        return Outputs(config.width, lists, self.dtype_out, merged)
 
     def decoders(self) -> Decoders:
         """Return the decoders of one embedding process; no worker is started yet."""
@@ -189,8 +191,9 @@ def check_memory(encoder: Encoder, options: EmbedOptions, free: int | None) -> N
         free = max(0, free - decoding)
         beside += f" and {decoding / 2**30:.1f} GiB for decoding"
     config, budget = encoder.config, options.token_budget
-    taps = len(options.taps)
-    bound = peak(config, encoder.dtype.itemsize, taps=taps, lists=taps + options.tokens)
+    taps, merged = len(options.taps), len(config.merger.deepstack) if config.merger else 0
+    lists = taps + options.tokens
+    bound = peak(config, encoder.dtype.itemsize, taps=taps + merged, lists=lists)
     rows = 1 + config.prefix / 64  # of the stream for each patch: images have 64 or more
     needed = bound.activations(round(budget * rows))
     if 2 * needed <= 3 * free:
@@ -206,7 +209,7 @@ def check_memory(encoder: Encoder, options: EmbedOptions, free: int | None) -> N
 
 def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[str, Any]:
     """Return all settings that decide what is written, for the fingerprint and the manifest."""
-    outputs = options.outputs(encoder.config.width)
+    outputs = options.outputs(encoder.config)
     return {
         "revision": encoder.checkpoint.revision if encoder.checkpoint else None,
         "weights_sha256": weights,
@@ -229,12 +232,19 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "compiled": encoder.compiled,
         "token_budget": options.token_budget,
         "plan_version": PLAN_VERSION,
-        "pooled": "checkpoint" if encoder.config.pool else "mean of tokens",
+        "pooled": pooled_from(encoder.config),
         "lists": list(outputs.lists),
         "dtype_out": options.dtype_out,
         "rows_per_part": options.rows_per_part,
         "versions": {package: version_of(package) for package in ("packvit", *NUMBERS_FROM)},
     }
+
+
+def pooled_from(config: EncoderConfig) -> str:
+    """Return in words what an image's one vector is."""
+    if config.pool:
+        return "checkpoint"
+    return "mean of merged tokens" if config.merger else "mean of tokens"
 
 
 def digest_weights(encoder: Encoder) -> str:

@@ -52,7 +52,7 @@ class Part:
     def of(cls, shard: Shard, outputs: Outputs) -> "Part":
         """Return an empty part."""
         count = len(shard.inputs)
-        pooled = np.zeros((count, outputs.width), np.float32)
+        pooled = np.zeros((count, outputs.vector_width), np.float32)
         return cls(shard, outputs, pooled, {name: [None] * count for name in outputs.lists})
 
     @property

@@ -19,7 +19,6 @@ from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
-from packvit.packs.features import image_means
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
@@ -103,17 +102,15 @@ def submit(encoder: Encoder, images: Sequence[Ready], options: EmbedOptions) -> 
             device="cpu",
         ),
         taps=options.taps,
+        merged=encoder.merger is not None,
     )
-    lengths = [image.row.patches for image in good]
-    pooled = features.pooled
-    pooled = image_means(features.tokens, lengths) if pooled is None else pooled.float()
     lists = {"tokens": features.tokens} if options.tokens else {}
     lists |= {f"tap_{layer}": features.taps[layer] for layer in options.taps}
     stored = {name: t.to(getattr(torch, options.dtype_out)) for name, t in lists.items()}
     pending = PendingPack(
         rows=rows,
         lengths=tuple(0 if image.patches is None else image.row.patches for image in images),
-        pooled=to_host(pooled),
+        pooled=to_host(features.vectors()),
         lists={name: to_host(tokens) for name, tokens in stored.items()},
         finite={name: to_host(t.isfinite().all(1)) for name, t in lists.items()},
         fits={name: to_host(t.isfinite().all(1)) for name, t in stored.items()},
@@ -209,8 +206,8 @@ def encode_halved(
     whole = encode_whole(encoder, images, options, make_ready)
     if whole is not None:
         return *whole, 1
-    if encoder.graphs is not None:
-        encoder.graphs.forget()  # to free their memory
+    if encoder.fast is not None:
+        encoder.fast.forget()  # to free the memory of its graphs
     if encoder.device.type == "cuda":
         torch.cuda.empty_cache()
     if len(images) == 1:

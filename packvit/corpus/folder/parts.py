@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +21,25 @@ DtypeOut = Literal["float16", "float32"]
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Which features a part holds: `pooled` [D] always, and a list of [D] for each of `lists`."""
+    """Which features a part holds: `pooled` always, and a list of [D] for each of `lists`."""
 
     width: int  # D
     lists: tuple[str, ...] = ()  # tokens, tap_11 ...
     dtype_out: DtypeOut = "float16"  # of the lists; pooled is float32
+    merged: int | None = None  # the width of pooled, where it is one of merged tokens
+
+    @classmethod
+    def of_manifest(cls, manifest: Mapping[str, Any]) -> "Outputs":
+        """Return what the parts of a folder with this manifest hold."""
+        merger = manifest["config"].get("merger")
+        merged = merger and merger["width"]
+        lists = tuple(manifest["lists"])
+        return cls(manifest["config"]["width"], lists, manifest["dtype_out"], merged)
+
+    @property
+    def vector_width(self) -> int:
+        """The width of pooled."""
+        return self.merged or self.width
 
     @property
     def schema(self) -> pa.Schema:
@@ -38,7 +52,7 @@ class Outputs:
                 *(pa.field(name, pa.string()) for name in ("stage", "note", "sha256")),
                 *(pa.field(name, pa.int32()) for name in ("width", "height")),
                 *(pa.field(name, pa.int32()) for name in ("frames", "rows", "columns")),
-                pa.field("pooled", pa.list_(pa.field("element", pa.float32()), self.width)),
+                pa.field("pooled", pa.list_(pa.field("element", pa.float32()), self.vector_width)),
                 *(pa.field(n, pa.list_(pa.field("element", vector))) for n in self.lists),
             ]
         )

@@ -11,7 +11,7 @@ import pyarrow as pa
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import encode_manifest, read_commits, read_manifest
 from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
-from packvit.corpus.folder.parts import read_part
+from packvit.corpus.folder.parts import Outputs, read_part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +66,7 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
     """
     path = Path(folder)
     manifest, names = open_finished(path), names_of(path)
-    rows, width = manifest["inputs"], manifest["config"]["width"]
+    rows, width = manifest["inputs"], Outputs.of_manifest(manifest).vector_width
     parts = tuple(entry.part for entry in read_commits(path))
     if sum(entry.rows for entry in read_commits(path)) != rows:
         raise damaged(path, names.commits)
