@@ -186,6 +186,8 @@ def embed(
             model, device, dtype, attention, revision, positions, verify
         )
         options = fit_options(encoder, options, taps)
+        if not recorded or "text_space" in recorded:  # folders of before are finished as they are
+            options = replace(options, text_space=encoder.text_space)
         if rows_per_part is None:
             large = tokens or bool(taps)
             rows = rows_before(recorded) or choose_rows(encoder.device, len(listing), large=large)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -55,13 +55,15 @@ class EmbedOptions:
     workers: int = 1
     pixels_in_flight: int = PIXELS_IN_FLIGHT
     rows_per_part: int = FEWEST_ROWS  # of every part but the last, which may have fewer
+    text_space: Literal["pooled", "projected"] | None = None  # the column that texts compare with
 
     def outputs(self, config: EncoderConfig) -> Outputs:
         """Return which features a part holds."""
         lists = ("tokens",) if self.tokens else ()
         lists += tuple(f"tap_{tap}" for tap in self.taps)
         merged = config.merger.width if config.merger else None
-        return Outputs(config.width, lists, self.dtype_out, merged)
+        projected = config.projection if self.text_space == "projected" else None
+        return Outputs(config.width, lists, self.dtype_out, merged, projected)
 
     def decoders(self) -> Decoders:
         """Return the decoders of one embedding process; no worker is started yet."""
@@ -233,6 +235,7 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "token_budget": options.token_budget,
         "plan_version": PLAN_VERSION,
         "pooled": pooled_from(encoder.config),
+        **({"text_space": options.text_space} if options.text_space else {}),
         "lists": list(outputs.lists),
         "dtype_out": options.dtype_out,
         "rows_per_part": options.rows_per_part,
