@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from packvit.packs.features import Pack as Pack
     from packvit.packs.planning import plan_packs as plan_packs
     from packvit.packs.segments import Segments as Segments
+    from packvit.retrieval.search import search as search
     from packvit.text.encoder import TextEncoder as TextEncoder
     from packvit.text.loading import load_text as load_text
 
@@ -53,6 +54,7 @@ _HOMES = {
     "load_text": "packvit.text.loading",
     "plan_packs": "packvit.packs.planning",
     "read": "packvit.corpus.folder.reader",
+    "search": "packvit.retrieval.search",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll] # resolved on first use

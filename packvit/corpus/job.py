@@ -268,6 +268,7 @@ def draft(
         **settings,
         "inputs": len(listing),
         "ignored": listing.ignored,
+        "root": listing.root,
         "retries": asdict(BOUND),
         "certificate_sha256": None,
         "exports": {},
