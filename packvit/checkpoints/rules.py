@@ -8,15 +8,19 @@ back bit for bit.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from math import isqrt
+from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
 
 from packvit.checkpoints.errors import CheckpointError
 from packvit.config import PatchOrder
+
+READERS = 4  # threads that read tensors: reading, checking and copying one leave Python free
 
 
 @cache
@@ -176,6 +180,14 @@ def find(ours: str, rules: Sequence[Rule]) -> tuple[Rule, tuple[str, ...]]:
     return claims[0]
 
 
+class One(NamedTuple):
+    """What was read for one of our parameters."""
+
+    names: tuple[str, ...]  # the checkpoint's
+    problems: list[str]
+    tensor: Tensor | None = None
+
+
 def load(
     shapes: Mapping[str, Size],
     checkpoint: Mapping[str, Tensor],
@@ -192,24 +204,33 @@ def load(
 
     Raises: CheckpointError listing everything that does not fit, so that one run shows it all.
     """
-    state, read, problems = {}, set(), []
-    for ours, shape in shapes.items():
+
+    def read_one(ours: str, shape: Size) -> One:
         rule, names = find(ours, rules)
-        read.update(names)
         if absent := [name for name in names if name not in checkpoint]:
-            problems.append(f"missing: {', '.join(absent)} (our {ours})")
-            continue
+            return One(names, [f"missing: {', '.join(absent)} (our {ours})"])
         wanted = [
             part.shape
             for part in rule.store(torch.empty(shape, dtype=torch.float32, device="meta"))
         ]
         tensors = [checkpoint[name] for name in names]
-        problems += misfits(names, tensors, wanted)
+        found = misfits(names, tensors, wanted)
         if place is None and len({tensor.dtype for tensor in tensors}) > 1:
             held = ", ".join(f"{n} {t.dtype}" for n, t in zip(names, tensors, strict=True))
-            problems.append(f"of different dtypes, but one tensor of ours: {held}")
+            found.append(f"of different dtypes, but one tensor of ours: {held}")
         elif all(tensor.shape == part for tensor, part in zip(tensors, wanted, strict=True)):
-            state[ours] = place(rule.load(tensors)) if place else rule.load(tensors)
+            return One(names, found, place(rule.load(tensors)) if place else rule.load(tensors))
+        return One(names, found)
+
+    state, read, problems = {}, set(), []
+    with ThreadPoolExecutor(READERS, "packvit-read") as readers:
+        for ours, one in zip(
+            shapes, readers.map(read_one, shapes.keys(), shapes.values()), strict=True
+        ):
+            read.update(one.names)
+            problems += one.problems
+            if one.tensor is not None:
+                state[ours] = one.tensor
     problems += [
         f"unexpected: {name}" for name in sorted(set(checkpoint) - read) if not unread(name)
     ]

@@ -22,6 +22,7 @@ COMMANDS = {  # in the order of `--help`
     "bench": "packvit.cli.bench",
     "convert": "packvit.cli.convert",
     "info": "packvit.cli.info",
+    "warmup": "packvit.cli.warmup",
     "pca": "packvit.cli.pca",
     "search": "packvit.cli.search",
 }
