@@ -110,6 +110,13 @@ class Encoder(nn.Module):
         return self.embeddings.patches.weight.dtype
 
     @property
+    def text_space(self) -> Literal["pooled", "projected"] | None:
+        """Which output is in the space that texts share, or None where none is."""
+        if self.projection is not None:
+            return "projected"
+        return "pooled" if self.family.pools_to_text and self.config.pool else None
+
+    @property
     def attention(self) -> str:
         """The name of the attention backend that inference would take now."""
         return resolve(self.backend, self.attention_inputs).name

@@ -222,6 +222,8 @@ def run_job(
             decoders.start(len(listing))  # while the model is loaded
         encoder, weights = choose_encoder(choice, verify=how.verify)
         options = fit_options(encoder, options)
+        if not recorded or "text_space" in recorded:  # folders of before are finished as they are
+            options = replace(options, text_space=encoder.text_space)
         if how.rows_per_part is None:
             large = options.tokens or bool(options.taps)
             rows = rows_before(recorded) or choose_rows(encoder.device, len(listing), large=large)
@@ -263,9 +265,7 @@ def choose_encoder(choice: ModelChoice, *, verify: bool) -> tuple[Encoder, str]:
             )
         encoder, weights = choice.model, digest_weights(choice.model)
     else:
-        encoder = load_encoder(choice)
-        assert encoder.checkpoint
-        weights = encoder.checkpoint.sha256()
+        encoder, weights = load_encoder(choice)
     if verify and choice.positions == "interpolate" and not encoder.family.reference.interpolates:
         raise UsageError(
             'verify cannot check positions="interpolate": no reference defines it for '
@@ -293,6 +293,7 @@ def draft(
         **settings,
         "inputs": len(listing),
         "ignored": listing.ignored,
+        "root": listing.root,
         "retries": asdict(BOUND),
         "certificate_sha256": None,
         "exports": {},

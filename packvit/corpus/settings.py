@@ -3,20 +3,23 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from packvit import hub
+from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import EncoderConfig, GridPolicy, MostPatches, Table
+from packvit.config import EncoderConfig, GridPolicy, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
 from packvit.corpus.folder.exports import Format
 from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder
+from packvit.fast.caches import import_ahead
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
@@ -94,13 +97,15 @@ class EmbedOptions:
     workers: int = 1
     pixels_in_flight: int = PIXELS_IN_FLIGHT
     rows_per_part: int = FEWEST_ROWS  # of every part but the last, which may have fewer
+    text_space: Literal["pooled", "projected"] | None = None  # the column that texts compare with
 
     def outputs(self, config: EncoderConfig) -> Outputs:
         """Return which features a part holds."""
         lists = ("tokens",) if self.tokens else ()
         lists += tuple(f"tap_{tap}" for tap in self.taps)
         merged = config.merger.width if config.merger else None
-        return Outputs(config.width, lists, self.dtype_out, merged)
+        projected = config.projection if self.text_space == "projected" else None
+        return Outputs(config.width, lists, self.dtype_out, merged, projected)
 
     def decoders(self) -> Decoders:
         """Return the decoders of one embedding process; no worker is started yet."""
@@ -111,25 +116,30 @@ class EmbedOptions:
         )
 
 
-def load_encoder(choice: ModelChoice) -> Encoder:
-    """Load the encoder that is named; report wrong arguments as UsageError.
+def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
+    """Return the encoder, and the digest of its weights, which is computed while they are loaded.
 
-    Raises: UsageError; CheckpointError if the checkpoint itself is wrong.
+    Raises: UsageError for wrong arguments; CheckpointError if the checkpoint itself is wrong.
     """
     model, dtype = choice.model, choice.dtype
     assert not isinstance(model, Encoder)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
     try:
-        find_device(choice.device)
-        return hub.load(
-            TRIAL_MODEL if model is None else model,
+        if find_device(choice.device).type == "cuda":
+            import_ahead()
+        options = LoadOptions(
             device=choice.device,
             dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
             attention=choice.attention,
-            revision=choice.revision,
             positions=choice.positions,
         )
+        name = TRIAL_MODEL if model is None else model
+        checkpoint = checkpoints.read(name, revision=choice.revision)
+        with ThreadPoolExecutor(1, "packvit-digest") as other:
+            digest = other.submit(checkpoint.sha256)
+            encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, options)
+            return encoder, digest.result()
     except CheckpointError:
         raise
     except ValueError as error:
@@ -263,6 +273,7 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "token_budget": options.token_budget,
         "plan_version": PLAN_VERSION,
         "pooled": pooled_from(encoder.config),
+        **({"text_space": options.text_space} if options.text_space else {}),
         "lists": list(outputs.lists),
         "dtype_out": options.dtype_out,
         "rows_per_part": options.rows_per_part,

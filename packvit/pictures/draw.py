@@ -95,7 +95,7 @@ def draw(
     if folder:
         model, revision = model or manifest["model"], revision or manifest["revision"]
         options, positions = options_of(manifest), manifest["positions"]
-    encoder = load_encoder(
+    encoder, _ = load_encoder(
         ModelChoice(model=model, device=device, revision=revision, positions=positions)
     )
     if folder:
