@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from packvit.families.clip import ClipPacking as ClipPacking
     from packvit.families.dinov2 import Dinov2Packing as Dinov2Packing
     from packvit.families.dinov3 import DINOv3ViTPacking as DINOv3ViTPacking
+    from packvit.families.qwen2_5_vl import (
+        Qwen25VisionTransformerPacking as Qwen25VisionTransformerPacking,
+    )
+    from packvit.families.qwen2_vl import (
+        Qwen2VisionTransformerPacking as Qwen2VisionTransformerPacking,
+    )
+    from packvit.families.qwen3_vl import Qwen3VLVisionPacking as Qwen3VLVisionPacking
     from packvit.families.siglip import SiglipPacking as SiglipPacking
     from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
     from packvit.hub import load as load
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
     from packvit.packs.features import Pack as Pack
     from packvit.packs.planning import plan_packs as plan_packs
     from packvit.packs.segments import Segments as Segments
+    from packvit.retrieval.search import search as search
     from packvit.text.encoder import TextEncoder as TextEncoder
     from packvit.text.loading import load_text as load_text
 
@@ -43,6 +51,9 @@ _HOMES = {
     "Features": "packvit.packs.features",
     "ImageError": "packvit.images.decode",
     "Pack": "packvit.packs.features",
+    "Qwen25VisionTransformerPacking": "packvit.families.qwen2_5_vl",
+    "Qwen2VisionTransformerPacking": "packvit.families.qwen2_vl",
+    "Qwen3VLVisionPacking": "packvit.families.qwen3_vl",
     "Segments": "packvit.packs.segments",
     "Siglip2NaflexPacking": "packvit.families.siglip2",
     "SiglipPacking": "packvit.families.siglip",
@@ -53,6 +64,7 @@ _HOMES = {
     "load_text": "packvit.text.loading",
     "plan_packs": "packvit.packs.planning",
     "read": "packvit.corpus.folder.reader",
+    "search": "packvit.retrieval.search",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll] # resolved on first use

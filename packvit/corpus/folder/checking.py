@@ -43,6 +43,7 @@ BESIDE = (
     "model",
     "inputs",
     "ignored",
+    "root",
     "counts",
     "exports",
     "retries",
@@ -120,7 +121,9 @@ def check_manifest(check: Check, folder: Path, names: Names) -> dict[str, Any] |
         return None
     beside = (*BESIDE, "certificate_sha256")
     settings = {name: value for name, value in manifest.items() if name not in beside}
-    if manifest["format"] != names.format or manifest["fingerprint"] != fingerprint(settings):
+    if manifest.get("format") != names.format or manifest.get("fingerprint") != fingerprint(
+        settings
+    ):
         check.add(
             names.manifest,
             f'is not in format "{names.format}", or its fingerprint does not match its settings.',
