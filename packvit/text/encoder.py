@@ -88,8 +88,9 @@ class TextEncoder(nn.Module):
         shared = config.projection
         self.projection = Linear(config.width, shared, bias=False) if shared else None
         # Logarithm of what cosines are multiplied by, and what is added: as checkpoints keep them.
-        self.logit_scale = nn.Parameter(torch.zeros((), dtype=torch.float32))
-        bias = nn.Parameter(torch.zeros((), dtype=torch.float32)) if config.logit_bias else None
+        # Vectors of one number, since FSDP2 shards nothing without a dimension.
+        self.logit_scale = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        bias = nn.Parameter(torch.zeros(1, dtype=torch.float32)) if config.logit_bias else None
         self.logit_bias = bias
 
     @property

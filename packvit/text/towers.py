@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from packvit.checkpoints.config_json import Json, activation, agreed, entry, sizes
 from packvit.checkpoints.errors import CheckpointError
-from packvit.checkpoints.rules import Rule, layers, prefixed, rename, reshape
+from packvit.checkpoints.rules import Rule, layers, prefixed, rename
 from packvit.config import TextConfig
 from packvit.families.aimv2 import APPLE_BLOCKS, TRANSFORMERS_BLOCKS
 from packvit.families.clip_siglip import CLIP_BLOCK
@@ -121,6 +121,11 @@ def read_aimv2(config: Json) -> TextConfig:
     )
 
 
+def number(ours: str, theirs: str) -> Rule:
+    """A vector of one number, of which the checkpoint keeps the number."""
+    return Rule(ours, (theirs,), lambda t: t[0].reshape(1), lambda t: [t.reshape(())])
+
+
 EMBEDDINGS = (
     rename("embeddings.tokens.weight", "embeddings.token_embedding.weight"),
     rename("embeddings.positions", "embeddings.position_embedding.weight"),
@@ -133,7 +138,7 @@ CLIP_RULES = (
 )
 PROJECTED = (
     rename("projection.weight", "text_projection.weight"),
-    rename("logit_scale", "logit_scale"),
+    number("logit_scale", "logit_scale"),
 )
 
 CLIP = TextTower(
@@ -154,8 +159,8 @@ SIGLIP_LAYOUT = TextLayout(
     "text_model.final_layer_norm.weight",
     (
         *prefixed((*CLIP_RULES, *layers("", "", {"head": "head"})), "text_model."),
-        reshape("logit_scale", "logit_scale", 1),
-        reshape("logit_bias", "logit_bias", 1),
+        rename("logit_scale", "logit_scale"),
+        rename("logit_bias", "logit_bias"),
     ),
     ("vision_model", POSITION_IDS),
 )
@@ -188,7 +193,7 @@ AIMV2 = TextTower(
                 rename("embeddings.positions", "text_encoder.preprocessor.positional_embedding"),
                 *prefixed(APPLE_BLOCKS, "text_encoder."),
                 rename("projection.weight", "text_projector.weight"),
-                rename("logit_scale", "log_logit_scale"),
+                number("logit_scale", "log_logit_scale"),
             ),
             ("image_encoder", "image_projector"),
         ),
