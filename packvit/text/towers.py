@@ -7,6 +7,7 @@ from packvit.checkpoints.config_json import Json, activation, agreed, entry, siz
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.rules import Rule, layers, prefixed, rename
 from packvit.config import TextConfig
+from packvit.families import clip, siglip, siglip2
 from packvit.families.aimv2 import APPLE_BLOCKS, TRANSFORMERS_BLOCKS
 from packvit.families.clip_siglip import CLIP_BLOCK
 
@@ -31,7 +32,8 @@ class TextTower:
     layouts: tuple[TextLayout, ...]
     read: Callable[[Json], TextConfig]
     tokenizer: str  # transformers' class, where the checkpoint names none
-    space: str  # which output shares a space with which of the image's
+    space: str  # the image encoder's output that texts compare with
+    checkpoints: tuple[str, ...]  # published, by their names on the hub
 
     def layout(self, names: Collection[str]) -> TextLayout:
         """Return the layout whose marker is among the tensors' names, or behind one prefix.
@@ -154,6 +156,7 @@ CLIP = TextTower(
     read=read_clip,
     tokenizer="CLIPTokenizer",
     space="projected",
+    checkpoints=clip.FAMILY.checkpoints,
 )
 SIGLIP_LAYOUT = TextLayout(
     "text_model.final_layer_norm.weight",
@@ -171,9 +174,14 @@ SIGLIP = TextTower(
     read=read_siglip,
     tokenizer="SiglipTokenizer",
     space="pooled",
+    checkpoints=siglip.FAMILY.checkpoints,
 )
 SIGLIP2 = replace(
-    SIGLIP, name="SigLIP2 NaFlex", model_types=("siglip2",), tokenizer="Siglip2Tokenizer"
+    SIGLIP,
+    name="SigLIP2 NaFlex",
+    model_types=("siglip2",),
+    tokenizer="Siglip2Tokenizer",
+    checkpoints=siglip2.FAMILY.checkpoints,
 )
 AIMV2 = TextTower(
     name="AIMv2 LiT",
@@ -201,6 +209,7 @@ AIMV2 = TextTower(
     read=read_aimv2,
     tokenizer="CLIPTokenizer",
     space="projected",
+    checkpoints=("apple/aimv2-large-patch14-224-lit",),
 )
 
 TEXT_TOWERS = (CLIP, SIGLIP, SIGLIP2, AIMV2)
