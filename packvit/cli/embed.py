@@ -120,7 +120,8 @@ class EmbedCommand(Command):
     "--rows-per-part",
     type=COUNT,
     help="Rows in one Parquet file, which is written once all of them are embedded; by default 64 "
-    "on a CPU or with tokens, 1024 on a GPU (fewer in a small job), or what the folder has.",
+    "on a CPU or with tokens, 1024 on a GPU or of a --shard (fewer in a small job), or what the "
+    "folder has.",
 )
 @click.option(
     "--decode",
@@ -183,6 +184,12 @@ class EmbedCommand(Command):
     help="Do the rows again that are errors, of all codes or of those named (timeout,unreadable); "
     "all other rows are kept.",
 )
+@click.option(
+    "--shard",
+    metavar="K/N",
+    help="Do the K-th of N runs of parts, for example on one of N machines; `packvit merge` puts "
+    "their folders together.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.pass_context
 def embed(
@@ -216,6 +223,7 @@ def embed(
     verify: bool,
     overwrite: bool,
     retry: str | None,
+    shard: str | None,
     as_json: bool,
 ) -> None:
     """Write the features of PHOTOS to a feature folder.
@@ -286,6 +294,7 @@ def embed(
                 verify=verify,
                 overwrite=overwrite,
                 retry_errors=retry is not None if retry in (None, ALL) else retry.split(","),
+                shard=shard,
                 progress=meter.tell,
             )
         except UsageError as error:

@@ -42,7 +42,16 @@ from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.rows import Row
 
 # Entries of a manifest that may differ without making it another job.
-BESIDE = ("complete", "counts", "ignored", "model", "certificate_sha256", "exports", "retries")
+BESIDE = (
+    "complete",
+    "counts",
+    "ignored",
+    "model",
+    "certificate_sha256",
+    "exports",
+    "retries",
+    "device_names",
+)
 
 
 @dataclass(frozen=True, slots=True)
