@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from packvit.packs.features import Pack as Pack
     from packvit.packs.planning import plan_packs as plan_packs
     from packvit.packs.segments import Segments as Segments
+    from packvit.text.encoder import TextEncoder as TextEncoder
+    from packvit.text.loading import load_text as load_text
 
 __version__ = version.VERSION
 
@@ -45,9 +47,11 @@ _HOMES = {
     "Segments": "packvit.packs.segments",
     "Siglip2NaflexPacking": "packvit.families.siglip2",
     "SiglipPacking": "packvit.families.siglip",
+    "TextEncoder": "packvit.text.encoder",
     "attend": "packvit.model.attention",
     "embed": "packvit.corpus.job",
     "load": "packvit.hub",
+    "load_text": "packvit.text.loading",
     "merge": "packvit.corpus.folder.merging",
     "plan_packs": "packvit.packs.planning",
     "read": "packvit.corpus.folder.reader",

@@ -13,6 +13,14 @@ Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
 Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 PatchOrder = Literal["hwc", "chw"]
+TableResize = Literal[
+    "bilinear",
+    "bilinear_antialias",
+    "bilinear_corners",
+    "bicubic",
+    "bicubic_antialias",
+    "square_then_crop",
+]
 GridPolicy = Literal["checkpoint", "interpolate"]
 Statistics = tuple[float, float, float]  # one number a channel: red, green, blue
 
@@ -52,7 +60,15 @@ class MostPatches:
     patches: int = 256
 
 
-Sizing = ShortestEdge | Exact | MostPatches
+@dataclass(frozen=True, slots=True)
+class PixelRange:
+    """Resize to `least` to `most` pixels in all, each side rounded to what a merger takes: Qwen."""
+
+    least: int
+    most: int
+
+
+Sizing = ShortestEdge | Exact | MostPatches | PixelRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +83,7 @@ class ImageConfig:
     std: Statistics
     resample: Filter
     sizing: Sizing | None = None  # None: the checkpoint takes images as they are
+    multiple: int = 1  # rows and columns of patches are multiples of it: a merger's side
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,72 +95,152 @@ class SinCos:
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Rotary positions, computed for any grid and turned into every layer's queries and keys."""
+    """Rotary positions from -1 to 1 over each side of an image, of each patch's centre: DINOv3."""
 
     base: float = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class AxialRotary:
+    """Rotary positions that count patches: 0, 1, 2, ... along each side, plus `offset`.
+
+    Half of the angles are of the row, half of the column, by frequencies that fall from 1. `order`
+    says which comes first, `layout` whether it comes first as a whole or in each frequency. All
+    turn pairs (k, k + K/2); weights that turn neighbours are permuted when they are loaded.
+    """
+
+    base: float = 10000.0
+    order: Literal["row_column", "column_row"] = "row_column"
+    layout: Literal["concatenated", "interleaved"] = "concatenated"
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
     """Learned positions for a grid of `rows` x `columns` patches, added to them.
 
-    `resize` says how another grid's positions are interpolated, always in fp32; `any_grid` whether
-    the reference does so unasked. Where it refuses, so do we, unless the user says otherwise.
+    `resize` says how another grid's positions are interpolated, always in fp32: "bilinear_corners"
+    lays corners on corners, "square_then_crop" is bilinear to the square of the longer side, of
+    which the grid is the top left. `any_grid` says whether the reference does so unasked. Where it
+    refuses, so do we, unless the user says otherwise.
     `class_row` says whether the table opens with a row for the class token.
     """
 
     rows: int
     columns: int
-    resize: Literal["bilinear_antialias", "bicubic", "bicubic_antialias"]
+    resize: TableResize
     any_grid: bool = False
     class_row: bool = False
 
 
-Positions = SinCos | Rotary | Table
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Attention within squares of `side` x `side` patches of a frame, but for the `full` layers.
+
+    Squares are cut from the top left; what is left over right and below is smaller.
+    """
+
+    side: int
+    full: tuple[int, ...]  # layers, counted from the front
 
 
 @dataclass(frozen=True, slots=True)
-class EncoderConfig:
-    """The size of an encoder and its named choices.
+class Merger:
+    """Squares of `side` x `side` patches to one token of a language model's `width`.
 
-    Units: `patch` in pixels; `width` is D, `mlp_width` the width inside each MLP.
+    Patches are normed, laid side by side, and go through an MLP with GELU. `deepstack` are layers
+    whose outputs are merged too, each by weights of its own, normed after they are laid together.
+    """
+
+    width: int
+    norm: Norm
+    norm_eps: float
+    side: int = 2
+    deepstack: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerConfig:
+    """The size of a tower's blocks and their named choices.
+
+    Units: `width` is D, `mlp_width` the width inside each MLP.
     """
 
     width: int
     layers: int
     heads: int
     mlp_width: int
-    patch: int
-    positions: Positions
     norm: Norm
     norm_eps: float
     activation: Activation
     gated: bool = False  # an MLP of act(gate) * up, instead of act(up)
     bias: bool = True  # of the linear layers in a block, other than q, k and v
     qkv_bias: Literal["qkv", "qv", ""] = "qkv"  # which of them have one
-    patch_bias: bool = True
     layer_scale: bool = False  # a learned factor on what each half of a block adds
-    class_token: bool = False  # opens every sequence
-    registers: int = 0  # tokens without meaning of their own, behind the class token
-    embedding_norm: Literal["patches", "tokens"] | None = None  # before positions, or after all
-    final_norm: Literal["tokens", "pooled"] = "tokens"  # "pooled": of the class token alone
-    pool: Literal["query", "probe", "class"] | None = None  # what makes one vector of a sequence
-    projection: int | None = None  # width of the space shared with text, where there is one
 
     @property
     def head_dim(self) -> int:
         """K, the width of one attention head."""
         return self.width // self.heads
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig(TransformerConfig):
+    """The size of an image encoder and its named choices.
+
+    Units: `patch` in pixels.
+    """
+
+    patch: int
+    positions: SinCos | Table | None  # added to the patches
+    rotary: Rotary | AxialRotary | None = None  # turned into every layer's queries and keys
+    temporal: int = 1  # frames of a video's patch; an image is taken for frames of one picture
+    segments: Literal["frame", "clip"] = "frame"  # what attends to itself
+    windows: Windows | None = None
+    patch_bias: bool = True
+    class_token: bool = False  # opens every sequence
+    registers: int = 0  # tokens without meaning of their own, behind the class token
+    embedding_norm: Literal["patches", "tokens"] | None = None  # before positions, or after all
+    final_norm: Literal["tokens", "pooled"] | None = "tokens"  # "pooled": of the class token alone
+    pool: Literal["query", "probe", "class"] | None = None  # what makes one vector of a sequence
+    projection: int | None = None  # width of the space shared with text, where there is one
+    merger: Merger | None = None
+
     @property
     def patch_dim(self) -> int:
-        """P, the values of one flattened patch of three channels."""
+        """P, the values of one flattened patch of an image, of three channels."""
         return 3 * self.patch**2
+
+    @property
+    def vector_width(self) -> int:
+        """The width of an image's one vector, where it is not projected."""
+        return self.merger.width if self.merger else self.width
 
     @property
     def prefix(self) -> int:
         """R, the tokens that stand before the patches of every sequence."""
         return self.class_token + self.registers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig(TransformerConfig):
+    """The size of a text encoder and its named choices.
+
+    Units: `positions` counts the tokens of the longest text.
+    """
+
+    vocabulary: int
+    positions: int
+    causal: bool = True  # a token attends to itself and those before it
+    # Which token of a text is pooled: the first that is `end`, the first of the largest id, or the
+    # last.
+    pool: Literal["end", "largest", "last"] = "end"
+    end: int = 0
+    padded: bool = False  # texts are filled up to `positions` tokens, which all take part
+    head: int | None = None  # width of a matrix with a bias over the pooled token
+    projection: int | None = None  # width of one without, into the space shared with images
+    logit_bias: bool = False  # beside the scale: pairs are judged one by one, by a sigmoid
+    most_scale: float | None = None  # what the scale of logits is clamped to
 
 
 @dataclass(frozen=True, slots=True)

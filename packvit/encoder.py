@@ -5,9 +5,8 @@ arguments. Segments and places are worked out here, once, on the host.
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Unpack
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar, Literal, TypeVar, Unpack
 from warnings import warn
 
 import numpy as np
@@ -28,50 +27,33 @@ from packvit.config import (
     LoadKeywords,
     LoadOptions,
     PatchOrder,
-    SinCos,
     check_choice,
 )
-from packvit.fast import modes
-from packvit.fast.blocks import choose_blocks
-from packvit.fast.graphs import Graphs
+from packvit.fast.forward import FastForward
 from packvit.images.decode import Source
 from packvit.images.patches import Resize
-from packvit.model.attention import AttentionInputs, Backend, opaque, resolve
+from packvit.model.attention import AttentionInputs, opaque, resolve
 from packvit.model.device import current, find_device, find_dtype
-from packvit.model.embeddings import PatchEmbeddings, normalize, rotary_cos_sin
+from packvit.model.embeddings import PatchEmbeddings, normalize
 from packvit.model.layers import Blocks
-from packvit.model.linear import Linear
-from packvit.model.memory import peak
+from packvit.model.linear import Linear, make_invariant
+from packvit.model.merging import Mergers
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
-from packvit.model.positions import sine_cosine
+from packvit.model.trunk import Trunk, TrunkOutput, plan_forward, run_trunk, trunk_output
 from packvit.packs.checks import check_patches, count_from_front
 from packvit.packs.embedding import embed_images
 from packvit.packs.features import Features, Pack, as_pack, make_pack
 from packvit.packs.grid import (
-    Grid,
     GridLike,
-    frame_table,
     read_grid,
     segment_images,
     sequence_lengths,
     to_device,
 )
-from packvit.packs.places import PatchPlaces, PrefixPlaces
 from packvit.packs.segments import Segments
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
-
-
-class Ran(NamedTuple):
-    """What a run through the blocks leaves behind for pooling and bookkeeping."""
-
-    tokens: Tensor  # [T, D], of the patches
-    prefix: Tensor  # [S, R, D]
-    taps: dict[int, Tensor]
-    grid: Grid
-    lengths: tuple[int, ...]  # tokens of each sequence
-    backend: Backend
 
 
 class Encoder(nn.Module):
@@ -103,16 +85,19 @@ class Encoder(nn.Module):
         self.patch_order: PatchOrder = patch_order
         self.backend = attention
         self.checkpoint: Checkpoint | None = None  # where the weights came from
-        self.graphs: Graphs | None = Graphs()  # None: none are made
         self.fp8 = self.invariant = self.compiled = False
         self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
         self.skipped: tuple[str, ...] = ()  # its names left unread, of another tower's tensors
-        self.embeddings = PatchEmbeddings(config, interpolate=positions == "interpolate")
+        self.embeddings = PatchEmbeddings(
+            config, interpolate=positions == "interpolate", patch_order=patch_order
+        )
         self.encoder = Blocks(config)
-        self.norm = norm(config)
+        self.norm = norm(config) if config.final_norm else nn.Identity()
         self.head = pooling_head(config)
+        self.merger = Mergers(config, config.merger) if config.merger else None
         shared = config.projection
         self.projection = Linear(config.width, shared, bias=False) if shared else None
+        self.fast: FastForward | None = FastForward()  # None: `model/trunk.py` as it is
 
     @property
     def device(self) -> torch.device:
@@ -123,6 +108,13 @@ class Encoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the weights, and so the tokens, are made of."""
         return self.embeddings.patches.weight.dtype
+
+    @property
+    def text_space(self) -> Literal["pooled", "projected"] | None:
+        """Which output is in the space that texts share, or None where none is."""
+        if self.projection is not None:
+            return "projected"
+        return "pooled" if self.family.pools_to_text and self.config.pool else None
 
     @property
     def attention(self) -> str:
@@ -164,17 +156,19 @@ class Encoder(nn.Module):
         taps: Sequence[int] = (),
         pooled: bool = True,
         projected: bool = False,
+        merged: bool = False,
         projection: bool | None = None,
     ) -> Features:
         """Return everything the encoder says about a pack, or about what `forward` takes.
 
         `taps` names layers, negative ones from the end, whose patch tokens are wanted as they
         leave the block, before any final norm. `projected` asks for the pooled vectors in the
-        space shared with text; `projection` is its old name. `pooled` False leaves out the pooling
-        head. Nothing unasked is kept.
+        space shared with text; `projection` is its old name. `merged` asks for what a language
+        model is given: a token for each square of patches, and for each square of its deepstack's
+        layers. `pooled` False leaves out the pooling head. Nothing unasked is kept.
 
-        Raises: as `forward`; ValueError for a layer that is not there, or a projection that the
-        checkpoint does not have.
+        Raises: as `forward`; ValueError for a layer that is not there, a projection or a merger
+        that the checkpoint does not have, or an image that does not part into squares.
         """
         hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
         if projection is not None:
@@ -183,8 +177,11 @@ class Encoder(nn.Module):
             projected = projection
         self.check_projection(projected, pooled)
         asked = [self.check_layer(layer) for layer in taps]
+        merger = self.check_merger() if merged else None
+        deep = merger.layers if merger else ()
         with current(self.device):
-            ran = self.run(hidden_states, grid_thw, asked)
+            ran = self.run(hidden_states, grid_thw, {*asked, *deep})
+            tokens = merger(ran.tokens, ran.taps, ran.plan.grid) if merger else None
             vectors = self.pool(ran) if pooled else None
             shared = self.projection(vectors) if projected and self.projection else None
         return Features(
@@ -192,105 +189,45 @@ class Encoder(nn.Module):
             prefix=ran.prefix,
             pooled=vectors,
             projected=shared,
-            taps=ran.taps,
-            segment_image=to_device(segment_images(ran.grid), self.device),
-            grid=ran.grid,
+            taps={layer: tap for layer, tap in ran.taps.items() if layer in asked},
+            segment_image=to_device(segment_images(ran.plan.sequences), self.device),
+            grid=ran.plan.grid,
+            merged=tokens.merged if tokens else None,
+            deepstack=tokens.deepstack if tokens else {},
+            vector_rows=tokens.lengths if tokens else sequence_lengths(ran.plan.sequences),
         )
 
-    def run(self, hidden_states: Tensor, grid_thw: GridLike, taps: Collection[int] = ()) -> Ran:
-        """Check what came in, embed it, run the blocks, norm, and part prefixes from patches."""
+    @property
+    def trunk(self) -> Trunk:
+        """What every patch runs through, before pooling."""
+        return Trunk(self.config, self.embeddings, self.encoder, self.norm)
+
+    def run(
+        self, hidden_states: Tensor, grid_thw: GridLike, taps: Collection[int] = ()
+    ) -> TrunkOutput:
+        """Check what came in, and run it through the trunk."""
         check_patches(hidden_states, self.config, self.device)
-        config, device = self.config, self.device
         grid = read_grid(grid_thw, patches=len(hidden_states))
-        lengths = sequence_lengths(grid, config.prefix)
-        places = (
-            PrefixPlaces.from_grid(grid, config.prefix, device=device) if config.prefix else None
-        )
         backend = resolve(self.backend, self.attention_inputs)
         if self.compiled:
             backend = opaque(backend)
-
+        plan = plan_forward(self.config, grid, backend, taps, self.device)
         values = self.to_values(hidden_states)
-        table = axis = None
-        if isinstance(config.positions, SinCos) and places is None:
-            rows, table, axis = [values], frame_table(grid), self.embeddings.axis(grid)
+        if self.fast is None or self.compiled:  # what is compiled is fused by the compiler
+            x, tapped = run_trunk(self.trunk, values, plan)
         else:
-            stream = self.embeddings(values, grid, places)
-            rows = [stream, *(rotary_cos_sin(config, grid, places, stream) or ())]
-        work = partial(self.compute, grid, axis, backend, taps)
-        eager = self.training or self.compiled
-        if self.graphs is not None and not eager and self.graphs.serve(rows[0], backend):
-            bound = peak(config, self.dtype.itemsize, taps=len(taps))
-            stream, tapped = self.graphs(
-                work, rows, table, lengths, backend, taps, owner=self, held=axis, peak=bound
-            )
-        else:
-            frames = None if table is None else to_device(table, device)
-            stream, tapped = work(rows, frames, Segments.from_lengths(lengths, device=device))
-        if places is None:
-            prefix = stream.new_empty(len(lengths), 0, config.width)
-            return Ran(stream, prefix, tapped, grid, lengths, backend)
-        return Ran(
-            stream.index_select(0, places.patches),
-            stream.index_select(0, places.prefix).unflatten(0, (-1, config.prefix)),
-            {layer: tap.index_select(0, places.patches) for layer, tap in tapped.items()},
-            grid,
-            lengths,
-            backend,
-        )
+            x, tapped = self.fast(self, self.trunk, values, plan)
+        return trunk_output(x, tapped, plan)
 
-    def compute(
-        self,
-        grid: Grid,
-        axis: Tensor | None,
-        backend: Backend,
-        taps: Collection[int],
-        rows: Sequence[Tensor],
-        table: Tensor | None,
-        segments: Segments,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the normed stream, and taps: what the device does once the host has planned.
-
-        `rows` are patches, where `axis` and `table` tell their places, or else the embedded stream,
-        with the cosines and sines of rotary positions.
-        """
-        stream, *rotary = rows
-        if axis is not None and table is not None:
-            sines = sine_cosine(axis, PatchPlaces.from_table(table, len(stream)))
-            stream = self.embeddings(stream, grid, None, sines)
-        run = choose_blocks(self.encoder, stream)
-        stream, tapped = run(stream, segments, tuple(rotary) or None, backend, taps)
-        return self.norm(stream) if self.config.final_norm == "tokens" else stream, tapped
-
-    def train(self: AnyEncoder, mode: bool = True) -> AnyEncoder:
-        """Switch between training and inference, and forget the CUDA graphs."""
-        if self.graphs is not None and mode != self.training:
-            self.graphs.forget()
-        return super().train(mode)
-
-    def _apply(
-        self: AnyEncoder, fn: Callable[[Tensor], Tensor], recurse: bool = True
-    ) -> AnyEncoder:
-        """Move or cast; graphs read the weights where they were."""
-        if self.graphs is not None:
-            self.graphs.forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
-        """Load weights, also of a model that this is part of; graphs read them where they were."""
-        if self.graphs is not None:
-            self.graphs.forget()
-        super()._load_from_state_dict(*args, **named)
-
-    def pool(self, ran: Ran) -> Tensor | None:
+    def pool(self, ran: TrunkOutput) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
         if self.config.pool == "class":
             first = ran.prefix[:, 0]
             return self.norm(first) if self.config.final_norm == "pooled" else first
         if self.head is None:
             return None
-        segments = Segments.from_lengths(ran.lengths, device=self.device)
-        return self.head(ran.tokens, segments, ran.backend)
+        segments = Segments.from_lengths(ran.plan.lengths, device=self.device)
+        return self.head(ran.tokens, segments, ran.plan.backend)
 
     def pack(
         self,
@@ -328,6 +265,8 @@ class Encoder(nn.Module):
     ) -> np.ndarray:
         """Return one vector for each image: pooled, or the mean of its tokens without a head.
 
+        Where the checkpoint has a merger, that is the mean of the merged tokens.
+
         Takes images as `pack` does, of any number, and makes packs of at most `token_budget`
         patches. `projected` gives vectors in the space shared with text. Runs in inference mode.
 
@@ -340,9 +279,11 @@ class Encoder(nn.Module):
         with torch.inference_mode():
             return embed_images(
                 images,
-                lambda pack: self.encode(pack, projected=projected).vectors(),
+                lambda pack: self.encode(
+                    pack, projected=projected, merged=bool(self.merger) and not projected
+                ).vectors(),
                 self.images,
-                width=(projected and self.config.projection) or self.config.width,
+                width=(projected and self.config.projection) or self.config.vector_width,
                 token_budget=token_budget,
                 resize=resize,
                 max_patches=max_patches,
@@ -361,6 +302,15 @@ class Encoder(nn.Module):
                 "has no projection"
             )
             raise ValueError(f"projected=True {reason}. Use `pooled`.")
+
+    def check_merger(self) -> Mergers:
+        """Return the merger. Raises: ValueError where the checkpoint has none."""
+        if self.merger is None:
+            raise ValueError(
+                f"merged=True asks for a language model's tokens, but this {self.family.name} "
+                "checkpoint has no merger. Leave it out; packvit.merging lays squares together."
+            )
+        return self.merger
 
     def check_layer(self, layer: object) -> int:
         """Return the number of a tapped layer, counted from the front.
@@ -458,7 +408,14 @@ class Encoder(nn.Module):
 
         Raises: ValueError for 8 bits that cannot run here.
         """
-        modes.switch_on(self, self.encoder, options)
+        if options.fp8:
+            assert self.fast is not None
+            self.fast.to_fp8(self, self.encoder)
+        if options.invariant:
+            make_invariant(self)
+        if options.compile:
+            for block in self.encoder.blocks():
+                block.compile(dynamic=True)  # one after another, so that all share one compilation
         self.fp8, self.invariant, self.compiled = options.fp8, options.invariant, options.compile
 
     def save_pretrained(

@@ -36,7 +36,7 @@ def swap_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
 
         patch.setattr("packvit.encoder.sine_cosine", swapped)
     else:
-        assert isinstance(kind, Rotary)
+        assert isinstance(encoder.config.rotary, Rotary)
         turn = positions.rotate
 
         def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def move_positions_by_half_a_patch(encoder: Encoder, patch: pytest.MonkeyPatch) 
 
         patch.setattr(positions, "sine_cosine_axis", moved)
     else:
-        assert isinstance(kind, Rotary)
+        assert isinstance(encoder.config.rotary, Rotary)
 
         def rotary(
             kind: Rotary, places: PatchPlaces, head_dim: int, dtype: torch.dtype
@@ -123,8 +123,8 @@ def drop_a_bias(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
 def turn_antialiasing_over(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
     table = encoder.config.positions
     assert isinstance(table, Table)
-    mode, antialias = positions.MODES[table.resize]
-    patch.setitem(positions.MODES, table.resize, (mode, not antialias))
+    mode = positions.MODES[table.resize]
+    patch.setitem(positions.MODES, table.resize, mode._replace(antialias=not mode.antialias))
 
 
 def pool_the_first_register(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:

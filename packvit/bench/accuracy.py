@@ -18,9 +18,8 @@ from packvit.bench.models import Model
 from packvit.bench.workloads import mixed_sizes
 from packvit.config import LoadOptions
 from packvit.encoder import Encoder
-from packvit.fast.steps import first_linear
 from packvit.images.patches import cut_patches
-from packvit.model.layers import Block
+from packvit.model.layers import Block, first_linear
 from packvit.packs.grid import Grid
 
 IMAGES = 8

@@ -289,14 +289,14 @@ def without_graphs(module: nn.Module, run: Run) -> Run:
     """Return `run` with the CUDA graphs of our encoder turned off."""
 
     def plain() -> None:
-        if not isinstance(module, Encoder):
+        if not isinstance(module, Encoder) or module.fast is None:
             run()
             return
-        graphs, module.graphs = module.graphs, None
+        graphs, module.fast.graphs = module.fast.graphs, None
         try:
             run()
         finally:
-            module.graphs = graphs
+            module.fast.graphs = graphs
 
     return plain
 

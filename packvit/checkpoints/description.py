@@ -7,7 +7,7 @@ from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.layouts import Family, Layout
 from packvit.checkpoints.processors import image_config_from
-from packvit.config import EncoderConfig, ImageConfig
+from packvit.config import EncoderConfig, ImageConfig, TransformerConfig
 
 
 class Described(NamedTuple):
@@ -51,7 +51,7 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
     return Described(layout, config, images)
 
 
-def check_sizes(config: EncoderConfig, checkpoint: Checkpoint) -> None:
+def check_sizes(config: TransformerConfig, checkpoint: Checkpoint) -> None:
     """Refuse sizes that no encoder can have, before anything is built by them.
 
     Raises: CheckpointError saying which.

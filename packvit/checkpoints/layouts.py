@@ -66,6 +66,7 @@ class Family:
     images: Callable[[EncoderConfig], ImageConfig]  # where the checkpoint says nothing
     checkpoints: tuple[str, ...]  # published, by their names on the hub
     reference: Reference
+    pools_to_text: bool = False  # whether a text tower shares the space of the pooled vectors
 
     def claims(self, config: Json) -> bool:
         """Return whether a checkpoint with this config.json is one of ours."""

@@ -31,7 +31,7 @@ from packvit.corpus.folder.layout import (
     read_manifest,
 )
 from packvit.corpus.folder.names import CURRENT, names_of, part_number
-from packvit.corpus.folder.parts import DtypeOut
+from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
 from packvit.corpus.folder.sharding import WHOLE, parse_shard, parts_of, rows_of
@@ -194,6 +194,8 @@ def embed(
             model, device, dtype, attention, revision, positions, verify
         )
         options = fit_options(encoder, options, taps)
+        if not recorded or "text_space" in recorded:  # folders of before are finished as they are
+            options = replace(options, text_space=encoder.text_space)
         if rows_per_part is None:
             large = tokens or bool(taps)
             kind = encoder.device if part_of == WHOLE else None
@@ -353,7 +355,7 @@ def run(
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     if format == "npy":
         written = [names.part(number) for number in parts]
-        width = manifest["config"]["width"]
+        width = Outputs.of_manifest(manifest).vector_width
         manifest |= {"exports": export(folder, names, written, counts["rows"], width, exports)}
     put(folder / names.manifest, encode_manifest(manifest | {"complete": True, "counts": counts}))
     remove_inputs(folder)

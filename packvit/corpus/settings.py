@@ -4,13 +4,13 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from packvit import hub
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import GridPolicy, MostPatches, Table
+from packvit.config import EncoderConfig, GridPolicy, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
@@ -52,11 +52,15 @@ class EmbedOptions:
     workers: int = 1
     pixels_in_flight: int = PIXELS_IN_FLIGHT
     rows_per_part: int = FEWEST_ROWS  # of every part but the last, which may have fewer
+    text_space: Literal["pooled", "projected"] | None = None  # the column that texts compare with
 
-    def outputs(self, width: int) -> Outputs:
+    def outputs(self, config: EncoderConfig) -> Outputs:
         """Return which features a part holds."""
         lists = ("tokens",) if self.tokens else ()
-        return Outputs(width, (*lists, *(f"tap_{tap}" for tap in self.taps)), self.dtype_out)
+        lists += tuple(f"tap_{tap}" for tap in self.taps)
+        merged = config.merger.width if config.merger else None
+        projected = config.projection if self.text_space == "projected" else None
+        return Outputs(config.width, lists, self.dtype_out, merged, projected)
 
     def decoders(self) -> Decoders:
         """Return the decoders of one embedding process; no worker is started yet."""
@@ -183,8 +187,9 @@ def check_memory(encoder: Encoder, options: EmbedOptions, free: int | None) -> N
         free = max(0, free - decoding)
         beside += f" and {decoding / 2**30:.1f} GiB for decoding"
     config, budget = encoder.config, options.token_budget
-    taps = len(options.taps)
-    bound = peak(config, encoder.dtype.itemsize, taps=taps, lists=taps + options.tokens)
+    taps, merged = len(options.taps), len(config.merger.deepstack) if config.merger else 0
+    lists = taps + options.tokens
+    bound = peak(config, encoder.dtype.itemsize, taps=taps + merged, lists=lists)
     rows = 1 + config.prefix / 64  # of the stream for each patch: images have 64 or more
     needed = bound.activations(round(budget * rows))
     if 2 * needed <= 3 * free:
@@ -200,7 +205,7 @@ def check_memory(encoder: Encoder, options: EmbedOptions, free: int | None) -> N
 
 def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[str, Any]:
     """Return all settings that decide what is written, for the fingerprint and the manifest."""
-    outputs = options.outputs(encoder.config.width)
+    outputs = options.outputs(encoder.config)
     return {
         "revision": encoder.checkpoint.revision if encoder.checkpoint else None,
         "weights_sha256": weights,
@@ -223,12 +228,20 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "compiled": encoder.compiled,
         "token_budget": options.token_budget,
         "plan_version": PLAN_VERSION,
-        "pooled": "checkpoint" if encoder.config.pool else "mean of tokens",
+        "pooled": pooled_from(encoder.config),
+        **({"text_space": options.text_space} if options.text_space else {}),
         "lists": list(outputs.lists),
         "dtype_out": options.dtype_out,
         "rows_per_part": options.rows_per_part,
         "versions": {package: version_of(package) for package in ("packvit", *NUMBERS_FROM)},
     }
+
+
+def pooled_from(config: EncoderConfig) -> str:
+    """Return in words what an image's one vector is."""
+    if config.pool:
+        return "checkpoint"
+    return "mean of merged tokens" if config.merger else "mean of tokens"
 
 
 def digest_weights(encoder: Encoder) -> str:

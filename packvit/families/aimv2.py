@@ -32,9 +32,7 @@ SHARED = ("visual_projection.weight", "image_projector.weight")  # of LiT, by la
 TEXT = ("text_model", "text_projection", "logit_scale")  # the other tower, by layout
 TEXT_APPLE = ("text_encoder", "text_projector", "log_logit_scale")
 
-APPLE = (
-    *convolution("embeddings.patches", "preprocessor.patchifier.proj"),
-    reshape("embeddings.positions", "preprocessor.pos_embed", 1),
+APPLE_BLOCKS = (
     *layers(
         "encoder.layers.{i}.",
         "trunk.blocks.{i}.",
@@ -47,15 +45,18 @@ APPLE = (
         },
     ),
     *gated("encoder.layers.{i}.mlp.gate_up", "trunk.blocks.{i}.mlp.", "fc1 fc3"),
-    *layers("", "", {"embeddings.norm": "preprocessor.patchifier.norm"}),
     *layers("", "", {"norm": "trunk.post_trunk_norm"}),
+)
+APPLE = (
+    *convolution("embeddings.patches", "preprocessor.patchifier.proj"),
+    reshape("embeddings.positions", "preprocessor.pos_embed", 1),
+    *layers("", "", {"embeddings.norm": "preprocessor.patchifier.norm"}),
+    *APPLE_BLOCKS,
     reshape("head.query", "head.cls_token", 1, 1),
     *layers("head.", "head.", {"kv": "k v", "out": "linear"}),
 )
 
-TRANSFORMERS_RULES = (
-    *convolution("embeddings.patches", "embeddings.patch_embed"),
-    rename("embeddings.positions", "embeddings.position_embedding.weight"),
+TRANSFORMERS_BLOCKS = (
     *layers(
         "encoder.layers.{i}.",
         "encoder.layers.{i}.",
@@ -68,7 +69,13 @@ TRANSFORMERS_RULES = (
         },
     ),
     *gated("encoder.layers.{i}.mlp.gate_up", "encoder.layers.{i}.ffn.", "gate_proj up_proj"),
-    *layers("", "", {"norm": "rms_norm", "embeddings.norm": "embeddings.rms_norm"}),
+    *layers("", "", {"norm": "rms_norm"}),
+)
+TRANSFORMERS_RULES = (
+    *convolution("embeddings.patches", "embeddings.patch_embed"),
+    rename("embeddings.positions", "embeddings.position_embedding.weight"),
+    *layers("", "", {"embeddings.norm": "embeddings.rms_norm"}),
+    *TRANSFORMERS_BLOCKS,
     reshape("head.query", "head.cls_token", 1, 1),
     *layers("head.", "head.", {"kv": "k_proj v_proj", "out": "output_proj"}),
 )

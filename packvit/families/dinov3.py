@@ -65,7 +65,8 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     return EncoderConfig(
         **sizes(config, width=384, layers=12, heads=6, mlp_width=1536),
         patch=square(config, "patch_size", 16),
-        positions=Rotary(entry(config, "rope_theta", float, 100.0)),
+        positions=None,
+        rotary=Rotary(entry(config, "rope_theta", float, 100.0)),
         norm="layer",
         norm_eps=entry(config, "layer_norm_eps", float, 1e-5),
         activation=activation(config, "gelu"),
@@ -81,13 +82,13 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
 
 def write(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json as transformers' DINOv3ViTConfig."""
-    assert isinstance(config.positions, Rotary)
+    assert isinstance(config.rotary, Rotary)
     biases = {"query_bias": "q", "key_bias": "k", "value_bias": "v"}
     return write_sizes(config) | {
         "model_type": "dinov3_vit",
         "architectures": ["DINOv3ViTModel"],
         "layer_norm_eps": config.norm_eps,
-        "rope_theta": config.positions.base,
+        "rope_theta": config.rotary.base,
         "use_gated_mlp": config.gated,
         "num_register_tokens": config.registers,
         "proj_bias": config.bias,

@@ -102,6 +102,7 @@ FAMILY = Family(
         *(f"google/siglip2-so400m-patch16-{side}" for side in (256, 384, 512)),
     ),
     reference=REFERENCE,
+    pools_to_text=True,
 )
 
 

@@ -90,6 +90,7 @@ FAMILY = Family(
         "google/siglip2-so400m-patch16-naflex",
     ),
     reference=REFERENCE,
+    pools_to_text=True,
 )
 
 

@@ -102,7 +102,7 @@ def run_fa4_(
     if batched:
         sides = (len(segments.lengths), segments.max_seqlen)
         batch = (heads.unflatten(0, sides) for heads in (query, key, value))
-        out, _ = flash_attn_func(*batch, softmax_scale=scale)
+        out, _ = flash_attn_func(*batch, softmax_scale=scale, causal=segments.causal)
         return out.flatten(0, 1)
     arguments = fa4_arguments(segments, segments)
     out, _ = flash_attn_varlen_func(query, key, value, **arguments, softmax_scale=scale)

@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from packvit.fast.attention import attend, is_batch
 from packvit.fast.hooks import is_hooked
-from packvit.fast.steps import Delta, add_norm, first_linear, mlp_hidden, project
+from packvit.fast.steps import Delta, add_norm, mlp_hidden, project
 from packvit.model.attention import Backend
 from packvit.model.embeddings import CosSin
-from packvit.model.layers import Block, Blocks
+from packvit.model.layers import Block, Blocks, first_linear
 from packvit.model.linear import Linear
 from packvit.model.norms import RMSNorm, Tokens
-from packvit.packs.segments import Segments
+from packvit.packs.segments import Segments, WindowSegments
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -65,6 +65,7 @@ def run_blocks(
     rotary: CosSin | None,
     backend: Backend,
     taps: Collection[int] = (),
+    windows: WindowSegments | None = None,
 ) -> tuple[Tokens, dict[int, Tokens]]:
     """Return what `blocks` do: the residual stream after the last block, and after each in `taps`.
 
@@ -76,12 +77,15 @@ def run_blocks(
     if not needs_grad:
         x = x.clone(memory_format=torch.contiguous_format)
     # Another kernel for sequences of one length is another rounding, which `invariant` excludes.
-    invariant = any(isinstance(part, Linear) and part.invariant for part in blocks.modules())
-    batched = is_batch(segments.lengths) and not invariant
-    arguments = {"segments": segments, "rotary": rotary, "backend": backend, "batched": batched}
+    batched = {
+        kind: is_batch(kind.lengths) and not blocks.invariant
+        for kind in (segments, *([windows.segments] if windows else []))
+    }
     tapped, delta = {}, None
     for layer, block in enumerate(blocks.blocks()):
-        step = partial(run_block, block, **arguments)
+        own = WindowSegments.of_layer(layer, segments, windows)
+        arguments = {"segments": own, "rotary": rotary, "backend": backend}
+        step = partial(run_block, block, **arguments, batched=batched[own])
         if block.recomputed and needs_grad:
             x, delta = checkpoint(step, x, delta, needs_grad=needs_grad, use_reentrant=False)
         else:

@@ -199,7 +199,12 @@ def to_fp8(blocks: Blocks) -> None:
 
     That is small, and more exact in 16; where it has no bias its matmul then adds to the stream,
     which costs less than 8 bits save.
+
+    Raises: ValueError where 8 bits cannot run.
     """
+    weight = next(blocks.parameters())
+    if reason := fp8_obstacle(blocks, weight.device, weight.dtype):
+        raise ValueError(f"fp8=True cannot run: fp8 {reason}. Leave it out.")
     for block in blocks.blocks():
         qkv = block.attention.qkv
         assert isinstance(qkv, Linear)

@@ -195,6 +195,7 @@ class Graphs:
         taps: Collection[int] = (),
         *,
         owner: nn.Module,
+        invariant: bool = False,
         held: Tensor | None = None,
         peak: Peak,
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -206,7 +207,7 @@ class Graphs:
         """
         tokens, device = len(rows[0]), rows[0].device
         stream = torch.cuda.current_stream().cuda_stream
-        batched = is_batch(lengths) and not getattr(owner, "invariant", False)
+        batched = is_batch(lengths) and not invariant
         size = size_of(lengths, taps, backend, stream, batched=batched)
         filled = fill_up(lengths, size)
         frames = None if table is None else fill_table(table, filled)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from packvit.fast.autograd import AddNorm, LinearAct, SiluMul
 from packvit.fast.fp8 import LinearFp8, QuantizedRows, is_hopper, linear_act_fp8
 from packvit.model.activations import ACTIVATIONS
-from packvit.model.layers import MLP, GatedMLP, LayerScale, split_gate_up
+from packvit.model.layers import MLP, GatedMLP, LayerScale, first_linear, split_gate_up
 from packvit.model.linear import FLOOR, Linear, fill
 from packvit.model.norms import Norm, Tokens
 
@@ -78,11 +78,6 @@ def mlp_hidden(
         gated = isinstance(mlp, GatedMLP)
         return linear_act_fp8(h, first_linear(mlp), mlp.activation, gated, mlp.down)
     return gated_act(h, mlp, needs_grad) if isinstance(mlp, GatedMLP) else act(h, mlp, needs_grad)
-
-
-def first_linear(mlp: MLP | GatedMLP) -> nn.Module:
-    """Return the matrix that reads an MLP's input."""
-    return mlp.gate_up if isinstance(mlp, GatedMLP) else mlp.up
 
 
 def act(h: Tokens | QuantizedRows, mlp: MLP, needs_grad: bool) -> Tensor:

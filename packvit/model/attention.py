@@ -95,6 +95,7 @@ def run_fa4(query: Queries, key: Heads, value: Heads, queries: Segments, keys: S
 def fa4_arguments(queries: Segments, keys: Segments) -> dict[str, Any]:
     """Return the varlen arguments under FlashAttention-4's names."""
     return {
+        "causal": keys.causal,
         "cu_seqlens_q": queries.cu_seqlens,
         "cu_seqlens_k": keys.cu_seqlens,
         "max_seqlen_q": queries.max_seqlen,
@@ -115,7 +116,8 @@ def run_fa3(query: Queries, key: Heads, value: Heads, queries: Segments, keys: S
         flash_attn_varlen_func,
     )
 
-    out = flash_attn_varlen_func(query, key, value, *varlen_arguments(queries, keys))
+    arguments = varlen_arguments(queries, keys)
+    out = flash_attn_varlen_func(query, key, value, *arguments, causal=keys.causal)
     return out[0] if isinstance(out, tuple) else out  # older builds return (out, lse)
 
 
@@ -132,7 +134,8 @@ def run_fa2(query: Queries, key: Heads, value: Heads, queries: Segments, keys: S
         flash_attn_varlen_func,
     )
 
-    return flash_attn_varlen_func(query, key, value, *varlen_arguments(queries, keys))
+    arguments = varlen_arguments(queries, keys)
+    return flash_attn_varlen_func(query, key, value, *arguments, causal=keys.causal)
 
 
 def fa2_obstacle(inputs: AttentionInputs) -> str | None:
@@ -148,13 +151,14 @@ def run_torch(
     """All sequences in one kernel, whatever their lengths: torch's FlashAttention-2.
 
     Since 2.14 torch takes cuDNN by itself, forward and backward, unless a window is asked for. One
-    as wide as the longest sequence leaves nothing out, and FlashAttention takes it for none.
+    as wide as the longest sequence leaves nothing out, and FlashAttention takes it for none. A
+    window that ends at the token itself is what causal means.
 
     Source: torch 2.14.1, nn/attention/varlen.py, `_can_use_cudnn`; pytorch#187770.
     """
     from torch.nn.attention.varlen import varlen_attn  # only where a CUDA device wants it
 
-    window = (keys.max_seqlen, keys.max_seqlen)
+    window = (keys.max_seqlen, 0 if keys.causal else keys.max_seqlen)
     out = varlen_attn(query, key, value, *varlen_arguments(queries, keys), window_size=window)
     assert isinstance(out, Tensor)  # a tuple comes back only when auxiliary outputs are asked for
     return out
@@ -180,7 +184,7 @@ def run_sdpa(
     for (asked, held), sequences in members.items():
         q = batch(query, queries, sequences, asked)
         k, v = (batch(x, keys, sequences, held) for x in (key, value))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=keys.causal).transpose(1, 2)
         for sequence, result in zip(sequences, out.unbind(0), strict=True):
             results[sequence] = result
     return torch.cat(results)

@@ -6,10 +6,18 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from packvit.config import EncoderConfig, Rotary, SinCos, Statistics, Table
-from packvit.model.linear import Linear
+from packvit.config import EncoderConfig, PatchOrder, Rotary, SinCos, Statistics, Table
+from packvit.model.linear import Linear, affine
 from packvit.model.norms import Tokens, norm
-from packvit.model.positions import Axes, ResizedTables, check_grid, look_up, rotary, sine_cosine
+from packvit.model.positions import (
+    Axes,
+    ResizedTables,
+    axial_rotary,
+    check_grid,
+    look_up,
+    rotary,
+    sine_cosine,
+)
 from packvit.packs.grid import Grid
 from packvit.packs.places import PatchPlaces, PrefixPlaces
 
@@ -40,11 +48,19 @@ class PatchEmbeddings(nn.Module):
     is ever put back together into images.
     """
 
-    def __init__(self, config: EncoderConfig, *, interpolate: bool = False) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        interpolate: bool = False,
+        patch_order: PatchOrder = "hwc",
+    ) -> None:
         super().__init__()
         self.config = config
         self.interpolate = interpolate
-        self.patches = Linear(config.patch_dim, config.width, bias=config.patch_bias)
+        self.patch_order: PatchOrder = patch_order
+        video = config.temporal * config.patch_dim  # of a video's patch
+        self.patches = Linear(video, config.width, bias=config.patch_bias)
         self.norm = norm(config) if config.embedding_norm else None
         if isinstance(config.positions, Table):
             places = config.positions.rows * config.positions.columns + config.positions.class_row
@@ -71,7 +87,7 @@ class PatchEmbeddings(nn.Module):
 
         Raises: ValueError for a grid that a learned table was not made for.
         """
-        tokens = self.patches(patches)
+        tokens = self.embed(patches)
         if self.norm is not None and self.config.embedding_norm == "patches":
             tokens = self.norm(tokens)
         tokens = self.add_positions(tokens, grid) if sines is None else tokens + sines
@@ -80,6 +96,22 @@ class PatchEmbeddings(nn.Module):
         if self.norm is not None and self.config.embedding_norm == "tokens":
             tokens = self.norm(tokens)
         return tokens
+
+    def embed(self, patches: Float[Tensor, "T P"]) -> Tokens:
+        """Return the patches of images or of videos as tokens.
+
+        An image is a video's patch of frames that are the same. So its pixels meet the sum of the
+        frames' weights, which for two frames is rounded once, in whatever dtype.
+        """
+        config, layer = self.config, self.patches
+        if patches.shape[1] != config.patch_dim or config.temporal == 1:
+            return layer(patches)
+        leading = 1 if self.patch_order == "hwc" else 3  # frames stand before rows
+        if type(layer) is Linear:
+            parts = layer.weight.unflatten(1, (leading, config.temporal, -1))
+            return affine(patches, parts.sum(2).flatten(1), layer.bias, layer.invariant)
+        frames = patches.unflatten(1, (leading, 1, -1)).repeat(1, 1, config.temporal, 1)
+        return layer(frames.flatten(1))
 
     def train(self: AnyModule, mode: bool = True) -> AnyModule:
         """Switch between training and inference, and forget tables resized before."""
@@ -90,7 +122,7 @@ class PatchEmbeddings(nn.Module):
     def add_positions(self, tokens: Tokens, grid: Grid) -> Tokens:
         """Add to each patch what tells its place; rotary positions come in later."""
         positions = self.config.positions
-        if isinstance(positions, Rotary):
+        if positions is None:
             return tokens
         places = PatchPlaces.from_grid(grid, device=tokens.device)
         if isinstance(positions, SinCos):
@@ -124,12 +156,15 @@ def rotary_cos_sin(
 ) -> CosSin | None:
     """Return every token's rotary cosine and sine, made once for all layers; prefixes stay as is.
 
-    Shapes: 2 x [tokens, K], on the device and in the dtype of `like`.
+    Shapes: 2 x [tokens, K], on the device of `like`; in its dtype, or in fp32 if axial.
     """
-    if not isinstance(config.positions, Rotary):
+    if config.rotary is None:
         return None
     on_device = PatchPlaces.from_grid(grid, device=like.device)
-    cosine, sine = rotary(config.positions, on_device, config.head_dim, like.dtype)
+    if isinstance(config.rotary, Rotary):
+        cosine, sine = rotary(config.rotary, on_device, config.head_dim, like.dtype)
+    else:
+        cosine, sine = axial_rotary(config.rotary, on_device, config.head_dim)
     if places is None:
         return cosine, sine
     still = cosine.new_zeros(config.prefix, config.head_dim)

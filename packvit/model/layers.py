@@ -12,20 +12,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packvit.config import Activation, EncoderConfig
+from packvit.config import Activation, TransformerConfig
 from packvit.model.activations import activate
 from packvit.model.attention import Backend
 from packvit.model.embeddings import CosSin
 from packvit.model.linear import KeylessBiasLinear, Linear
 from packvit.model.norms import Tokens, norm
 from packvit.model.positions import rotate
-from packvit.packs.segments import Segments
+from packvit.packs.segments import Segments, WindowSegments
 
 
 class Attention(nn.Module):
     """Every token attends to the tokens of its own sequence."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv: nn.Module = qkv_projection(config)
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         return self.out(backend.run(query, key, value, segments, segments).flatten(-2))
 
 
-def qkv_projection(config: EncoderConfig) -> Linear:
+def qkv_projection(config: TransformerConfig) -> Linear:
     """Return the matrix that makes queries, keys and values, side by side."""
     if config.qkv_bias == "qv":
         return KeylessBiasLinear(config.width)
@@ -54,7 +54,7 @@ class MLP(nn.Module):
 
     invariant: bool = False  # see `model/linear.py`
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.up: nn.Module = Linear(config.width, config.mlp_width, bias=config.bias)
         self.down: nn.Module = Linear(config.mlp_width, config.width, bias=config.bias)
@@ -73,7 +73,7 @@ class GatedMLP(nn.Module):
 
     invariant: bool = False
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.gate_up: nn.Module = Linear(config.width, 2 * config.mlp_width, bias=config.bias)
         self.down: nn.Module = Linear(config.mlp_width, config.width, bias=config.bias)
@@ -83,6 +83,11 @@ class GatedMLP(nn.Module):
         """Transform each token by itself."""
         gate, up = split_gate_up(self.gate_up(x))
         return self.down(activate(gate, self.activation, self.invariant) * up)
+
+
+def first_linear(mlp: MLP | GatedMLP) -> nn.Module:
+    """Return the matrix that reads an MLP's input."""
+    return mlp.gate_up if isinstance(mlp, GatedMLP) else mlp.up
 
 
 def split_gate_up(gate_up: Float[Tensor, "T both"]) -> tuple[Tensor, Tensor]:
@@ -98,7 +103,7 @@ def split_gate_up(gate_up: Float[Tensor, "T both"]) -> tuple[Tensor, Tensor]:
 class LayerScale(nn.Module):
     """A learned factor on each channel."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(config.width))
 
@@ -112,7 +117,7 @@ class Block(nn.Module):
 
     recomputed = False  # its activations, in the backward pass: `training.checkpoint_activations`
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attention_norm = norm(config)
         self.attention = Attention(config)
@@ -133,7 +138,9 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """All blocks, one after another, with the outputs of some of them kept."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    invariant: bool = False
+
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -149,14 +156,16 @@ class Blocks(nn.Module):
         rotary: CosSin | None,
         backend: Backend,
         taps: Collection[int] = (),
+        windows: WindowSegments | None = None,
     ) -> tuple[Tokens, dict[int, Tokens]]:
         """Return the residual stream after the last block, and after each layer in `taps`."""
         tapped = {}
         for layer, block in enumerate(self.blocks()):
+            own = WindowSegments.of_layer(layer, segments, windows)
             if block.recomputed and torch.is_grad_enabled():
-                x = checkpoint(block, x, segments, rotary, backend, use_reentrant=False)
+                x = checkpoint(block, x, own, rotary, backend, use_reentrant=False)
             else:
-                x = block(x, segments, rotary, backend)
+                x = block(x, own, rotary, backend)
             if layer in taps:
                 tapped[layer] = x
         return x, tapped

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from packvit.config import EncoderConfig, Rotary, Table
+from packvit.config import AxialRotary, EncoderConfig, Merger, Table
 
 WORKSPACE = 128 * 2**20  # of cuBLAS and cuBLASLt: 32 MiB each on Hopper, and rounding
 RESIZED_ROWS = 2**16  # the most that `positions.ResizedTables` keeps
@@ -60,13 +60,19 @@ def peak(config: EncoderConfig, dtype_bytes: int, *, taps: int = 0, lists: int =
 
     `taps` counts tapped layers, `lists` columns of tokens that are written to a file.
     """
-    width, mlp, patch = config.width, config.mlp_width, config.patch_dim
-    rotary = 4 * width if isinstance(config.positions, Rotary) else 0
+    width, mlp, patch = config.width, config.mlp_width, config.temporal * config.patch_dim
+    rotary = 4 * width if config.rotary else 0
+    if isinstance(config.rotary, AxialRotary):  # which turns in fp32
+        rotary *= max(1, 4 // dtype_bytes)
     embedding = 5 * width * dtype_bytes + patch * (4 + dtype_bytes)
     attention = (13 * width + rotary) * dtype_bytes
     gated = max(5 * width + 4 * mlp, 6 * width + 3 * mlp)
     transform = (gated if config.gated else 6 * width + 2 * mlp) * dtype_bytes
     held = patch * dtype_bytes + taps * width * dtype_bytes + lists * width * 4
+    if config.windows:  # the stream in the windows' order
+        held += width * dtype_bytes
+    if isinstance(config.rotary, AxialRotary):  # cosines and sines, and both in another order
+        held += 4 * config.head_dim * 4
     fixed = WORKSPACE
     if isinstance(config.positions, Table):
         fixed += RESIZED_ROWS * width * dtype_bytes
@@ -90,7 +96,8 @@ def parameter_count(config: EncoderConfig) -> int:
     width, table = config.width, config.positions
     norm = width * (2 if config.norm == "layer" else 1)
     places = table.rows * table.columns + table.class_row if isinstance(table, Table) else 0
-    embedding = (config.patch_dim + config.patch_bias + places + config.prefix) * width
+    patch = config.temporal * config.patch_dim
+    embedding = (patch + config.patch_bias + places + config.prefix) * width
     embedding += norm if config.embedding_norm else 0
     block = 2 * norm + 4 * width**2 + mlp_count(config)
     block += (len(config.qkv_bias) + config.bias + 2 * config.layer_scale) * width
@@ -99,7 +106,18 @@ def parameter_count(config: EncoderConfig) -> int:
         head = 3 * width**2 + (2 + 2 * bool(config.qkv_bias)) * width
     elif config.pool == "probe":  # qkv and out with biases, the probe, and an MLP behind a norm
         head = 4 * width**2 + 5 * width + norm + mlp_count(config)
-    return embedding + config.layers * block + norm + head + (config.projection or 0) * width
+    last = norm if config.final_norm else 0
+    merging = merger_count(config.merger, width) if config.merger else 0
+    shared = (config.projection or 0) * width
+    return embedding + config.layers * block + last + head + merging + shared
+
+
+def merger_count(merger: Merger, width: int) -> int:
+    """Return how many numbers the weights of a merger and of its deepstack are."""
+    square, kinds = width * merger.side**2, 2 if merger.norm == "layer" else 1
+    mlp = (square + 1) * (square + merger.width)
+    deep = len(merger.deepstack) * (kinds * square + mlp)
+    return kinds * width + mlp + deep
 
 
 def mlp_count(config: EncoderConfig) -> int:

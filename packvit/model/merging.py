@@ -1,12 +1,18 @@
 """Neighbouring patches of one image merged into one token, with the merged grid and segments."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
+from packvit.config import EncoderConfig, Merger
+from packvit.model.activations import activate
+from packvit.model.linear import Linear
+from packvit.model.norms import Tokens, norm_of
 from packvit.packs.grid import Grid, read_grid, sequence_lengths, to_device
 from packvit.packs.places import PatchPlaces
 from packvit.packs.segments import Segments
@@ -62,3 +68,75 @@ class Merging:
     def merge(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "M square"]:
         """Lay the tokens of every square side by side: top left, top right, ..., bottom right."""
         return tokens.index_select(0, self.members.flatten()).view(len(self.members), -1)
+
+
+class PatchMerger(nn.Module):
+    """Squares of patches to a language model's tokens: a norm and an MLP with GELU."""
+
+    invariant: bool = False  # see `model/linear.py`
+
+    def __init__(self, merger: Merger, width: int, *, norms_squares: bool) -> None:
+        super().__init__()
+        square = width * merger.side**2
+        self.norms_squares = norms_squares
+        self.norm = norm_of(merger.norm, square if norms_squares else width, merger.norm_eps)
+        self.up = Linear(square, square)
+        self.down = Linear(square, merger.width)
+
+    def forward(self, tokens: Tokens, merging: Merging) -> Float[Tensor, "M L"]:
+        """Merge squares, normed as a whole or patch by patch."""
+        if self.norms_squares:
+            squares = self.norm(merging.merge(tokens))
+        else:
+            squares = merging.merge(self.norm(tokens))
+        return self.down(activate(self.up(squares), "gelu", self.invariant))
+
+
+class Merged(NamedTuple):
+    """What a language model is given."""
+
+    merged: Float[Tensor, "M L"]
+    deepstack: dict[int, Float[Tensor, "M L"]]  # by the layer whose output was merged
+    lengths: tuple[int, ...]  # merged tokens of each sequence
+
+
+class Mergers(nn.Module):
+    """The merger of a checkpoint, and those of its deepstack."""
+
+    def __init__(self, config: EncoderConfig, merger: Merger) -> None:
+        super().__init__()
+        self.side, self.layers = merger.side, merger.deepstack
+        self.last = PatchMerger(merger, config.width, norms_squares=False)
+        self.deepstack = nn.ModuleList(
+            PatchMerger(merger, config.width, norms_squares=True) for _ in merger.deepstack
+        )
+
+    def forward(self, tokens: Tokens, taps: Mapping[int, Tokens], grid: Grid) -> Merged:
+        """Merge the last layer's tokens, and of `taps` those of the deepstack's layers.
+
+        Raises: ValueError naming the first image that does not part into squares.
+        """
+        check_squares(grid, self.side)
+        sides = torch.tensor(grid, dtype=torch.int64, device="cpu")
+        device = tokens.device
+        merging = Merging.from_grid(sides, patches=len(tokens), side=self.side, device=device)
+        deep = zip(self.layers, self.deepstack, strict=True)
+        return Merged(
+            self.last(tokens, merging),
+            {layer: merger(taps[layer], merging) for layer, merger in deep},
+            merging.segments.lengths,
+        )
+
+
+def check_squares(grid: Grid, side: int) -> None:
+    """Refuse images that do not part into squares of patches.
+
+    Raises: ValueError naming the first one.
+    """
+    for image, (_, rows, columns) in enumerate(grid):
+        if rows % side or columns % side:
+            raise ValueError(
+                f"Image {image} is {rows} x {columns} patches, but this checkpoint merges squares "
+                f"of {side} x {side}, so rows and columns must be multiples of {side}. "
+                "`encoder.pack(images)` resizes them so."
+            )

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from packvit.config import EncoderConfig
+from packvit.config import Norm as Kind
+from packvit.config import TransformerConfig
 
 Tokens = Float[Tensor, "T D"]
 
@@ -33,8 +34,11 @@ class RMSNorm(nn.Module):
 Norm = RMSNorm | nn.LayerNorm
 
 
-def norm(config: EncoderConfig) -> Norm:
-    """Return the norm that `config` names, over the encoder's width."""
-    if config.norm == "rms":
-        return RMSNorm(config.width, config.norm_eps)
-    return nn.LayerNorm(config.width, config.norm_eps)
+def norm(config: TransformerConfig) -> Norm:
+    """Return the norm that `config` names, over the width of the stream."""
+    return norm_of(config.norm, config.width, config.norm_eps)
+
+
+def norm_of(kind: Kind, width: int, eps: float) -> Norm:
+    """Return the norm of that name."""
+    return RMSNorm(width, eps) if kind == "rms" else nn.LayerNorm(width, eps)

@@ -7,7 +7,7 @@ table built in bfloat16 is wrong by 0.08 on a 16 x 16 grid and by 1.4 on 16 x 25
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +15,26 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from packvit.config import Rotary, SinCos, Table
+from packvit.config import AxialRotary, Rotary, SinCos, Table, TableResize
 from packvit.packs.grid import Grid, to_device
 from packvit.packs.places import PatchPlaces
 
-MODES = {
-    "bilinear_antialias": ("bilinear", True),
-    "bicubic": ("bicubic", False),
-    "bicubic_antialias": ("bicubic", True),
+
+class Mode(NamedTuple):
+    """How torch interpolates."""
+
+    name: str
+    antialias: bool = False
+    corners: bool = False  # lie on corners, and not outer edges on edges
+
+
+MODES: dict[TableResize, Mode] = {
+    "bilinear": Mode("bilinear"),
+    "bilinear_antialias": Mode("bilinear", antialias=True),
+    "bilinear_corners": Mode("bilinear", corners=True),
+    "bicubic": Mode("bicubic"),
+    "bicubic_antialias": Mode("bicubic", antialias=True),
+    "square_then_crop": Mode("bilinear"),
 }
 
 
@@ -89,6 +101,26 @@ def rotary(
     angles = 2 * math.pi * coordinates[:, :, None] * (1 / positions.base**octave)
     angles = angles.flatten(1).tile(2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def axial_rotary(
+    positions: AxialRotary, places: PatchPlaces, head_dim: int
+) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]:
+    """Return cosine and sine of every patch's angles, twice K/2 of them, in fp32.
+
+    In lower precision rows and columns beyond some hundred would be taken for one another.
+
+    Source: Qwen3-VL in transformers 5.17, models/qwen3_vl, whose frequencies are fp32 too.
+    """
+    half = head_dim // 2
+    octave = torch.arange(0, half, 2, dtype=torch.float32, device=places.row.device) / half
+    frequencies = 1.0 / positions.base**octave
+    axes = (places.row, places.column)
+    axes = axes if positions.order == "row_column" else axes[::-1]
+    angles = [(axis + positions.offset).float()[:, None] * frequencies for axis in axes]
+    inner = torch.stack(angles, 2 if positions.layout == "interleaved" else 1)
+    whole = inner.flatten(1).tile(2)
+    return whole.cos(), whole.sin()
 
 
 def rotate(
@@ -212,10 +244,14 @@ def resize_together(
     places = PatchPlaces.from_grid(tuple((1, *grid) for grid in grids), device=table.device)
     sides = list(zip(*grids, strict=True))  # of all grids: rows, columns
     along = []
-    for befores, afters, place in zip(
-        (positions.rows, positions.columns), sides, (places.row, places.column), strict=True
+    wholes = list(zip(*(whole_grid(positions, *grid) for grid in grids), strict=True))
+    for before, afters, whole, place in zip(
+        (positions.rows, positions.columns), sides, wholes, (places.row, places.column), strict=True
     ):
-        weights = [side_weights(positions.resize, befores, n, table.device) for n in afters]
+        weights = [
+            side_weights(positions.resize, before, n, table.device)[:kept]
+            for n, kept in zip(whole, afters, strict=True)
+        ]
         lengths = np.array(afters)
         first = to_device(lengths.cumsum() - lengths, table.device)
         at = first.index_select(0, places.sequence) + place
@@ -227,16 +263,15 @@ def resize_together(
 
 @lru_cache(maxsize=4096)  # of some 2 KB
 def side_weights(
-    kind: str, before: int, after: int, device: torch.device
+    kind: TableResize, before: int, after: int, device: torch.device
 ) -> Float[Tensor, "after before"]:
     """Return how a side of `before` places is resized to one of `after`, as a matrix in fp32.
 
     Source: torch's own interpolation, of the unit vectors.
     """
-    mode, antialias = MODES[kind]
     with torch.inference_mode(False), torch.no_grad():
         unit = torch.eye(before, dtype=torch.float64, device="cpu").view(1, before, before, 1)
-        found = interpolate(unit, (after, 1), mode, antialias)
+        found = interpolate(unit, (after, 1), MODES[kind])
         return found[0, :, :, 0].T.float().contiguous().to(device)
 
 
@@ -244,15 +279,22 @@ def resize(
     positions: Table, table: Float[Tensor, "places D"], rows: int, columns: int
 ) -> Float[Tensor, "patches D"]:
     """Return the table for a grid of `rows` x `columns`, interpolated in fp32, rounded once."""
-    if (rows, columns) == (positions.rows, positions.columns):
+    whole = whole_grid(positions, rows, columns)
+    if whole == (rows, columns) == (positions.rows, positions.columns):
         return table
     image = table.float().T.reshape(1, -1, positions.rows, positions.columns)
-    resized = interpolate(image, (rows, columns), *MODES[positions.resize])
+    resized = interpolate(image, whole, MODES[positions.resize])[..., :rows, :columns]
     return resized[0].flatten(1).T.to(table.dtype)
 
 
+def whole_grid(positions: Table, rows: int, columns: int) -> tuple[int, int]:
+    """Return the grid that a table is resized to, of which `rows` x `columns` are taken."""
+    longer = max(rows, columns)
+    return (longer, longer) if positions.resize == "square_then_crop" else (rows, columns)
+
+
 def interpolate(
-    image: Float[Tensor, "1 D tall wide"], size: tuple[int, int], mode: str, antialias: bool
+    image: Float[Tensor, "1 D tall wide"], size: tuple[int, int], mode: Mode
 ) -> Float[Tensor, "1 D rows columns"]:
     """Return an image of D channels resized, as `F.interpolate`, but right for one column too.
 
@@ -262,5 +304,7 @@ def interpolate(
     over = size[1] == 1
     given = (image.transpose(2, 3) if over else image).contiguous()
     wanted = size[::-1] if over else size
-    resized = F.interpolate(given, wanted, mode=mode, align_corners=False, antialias=antialias)
+    resized = F.interpolate(
+        given, wanted, mode=mode.name, align_corners=mode.corners, antialias=mode.antialias
+    )
     return resized.transpose(2, 3) if over else resized

@@ -19,11 +19,14 @@ def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.de
             f"hidden_states is a {type(hidden_states).__name__}, but must be a tensor "
             f"[total_patches, {config.patch_dim}]. `encoder.pack(images)` makes it."
         )
-    if hidden_states.ndim != 2 or hidden_states.shape[1] != config.patch_dim:
+    of_video = config.temporal * config.patch_dim
+    if hidden_states.ndim != 2 or hidden_states.shape[1] not in (config.patch_dim, of_video):
+        or_video = f", or {of_video} of videos, {config.temporal} frames of them a patch"
         raise ValueError(
             f"hidden_states is {list(hidden_states.shape)}, but must be "
             f"[total_patches, {config.patch_dim}]: flattened patches of {side} x {side} "
-            "pixels and 3 channels. `encoder.pack(images)` makes them."
+            f"pixels and 3 channels{or_video if config.temporal > 1 else ''}. "
+            "`encoder.pack(images)` makes them."
         )
     if hidden_states.dtype != torch.uint8 and not hidden_states.is_floating_point():
         raise TypeError(

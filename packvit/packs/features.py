@@ -14,7 +14,7 @@ from packvit.config import ImageConfig, PatchOrder
 from packvit.images.decode import ImageError, Source, load_image
 from packvit.images.patches import Patches, to_patches
 from packvit.images.resize import Resize
-from packvit.packs.grid import Grid, GridLike, as_tensor, sequence_lengths, to_device
+from packvit.packs.grid import Grid, GridLike, as_tensor, to_device
 
 
 class Pack(NamedTuple):
@@ -52,8 +52,12 @@ def as_pack(hidden_states: Tensor | Pack, grid_thw: GridLike | None) -> Pack:
 class Features:
     """The outputs of an encoder for a pack of N images whose frames are S sequences.
 
+    Where a family attends over whole clips, each is one sequence. Merged tokens stand image after
+    image, frame after frame, their squares in raster order.
+
     Shapes: tokens [T, D]; prefix [S, R, D]; pooled [S, D] or None where the checkpoint has no
-    head; projected [S, E] or None; taps {layer: [T, D]}; segment_image [S] int64.
+    head; projected [S, E] or None; taps {layer: [T, D]}; segment_image [S] int64; merged [M, L] or
+    None where not asked for; deepstack {layer: [M, L]}.
     """
 
     tokens: Tensor
@@ -63,6 +67,9 @@ class Features:
     taps: dict[int, Tensor]
     segment_image: Tensor  # which image a row of pooled or prefix belongs to
     grid: Grid
+    merged: Tensor | None
+    deepstack: dict[int, Tensor]
+    vector_rows: tuple[int, ...]  # how many of `merged`, or else of `tokens`, a sequence has
 
     def per_image(self) -> list[Tensor]:
         """Return the patch tokens of each image: N views [frames, rows, columns, D]."""
@@ -70,13 +77,16 @@ class Features:
         return [part.unflatten(0, sides) for part, sides in zip(parts, self.grid, strict=True)]
 
     def vectors(self) -> Tensor:
-        """Return one vector a sequence in fp32: projected where asked for, or pooled, or the mean.
+        """Return one vector a sequence in fp32: projected where asked for, or pooled, or a mean.
 
-        Shapes: [S, D]; the mean of the tokens where the checkpoint has no head.
+        Shapes: [S, D]; where the checkpoint has no head, the mean of the tokens, or [S, L], that of
+        the merged ones where they were asked for.
         """
         found = self.pooled if self.projected is None else self.projected
         if found is None:
-            return image_means(self.tokens, sequence_lengths(self.grid))
+            return image_means(
+                self.tokens if self.merged is None else self.merged, self.vector_rows
+            )
         return found.float()
 
 

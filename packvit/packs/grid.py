@@ -61,6 +61,11 @@ def as_tensor(grid_thw: GridLike) -> Tensor:
         ) from error
 
 
+def join_frames(grid: Grid) -> Grid:
+    """Return clips as images of one frame, as tall as all of theirs: where clips are sequences."""
+    return tuple((1, frames * rows, columns) for frames, rows, columns in grid)
+
+
 def sequence_lengths(grid: Grid, prefix: int = 0) -> tuple[int, ...]:
     """Return the tokens of each frame of each image: S host ints."""
     return tuple(prefix + rows * columns for frames, rows, columns in grid for _ in range(frames))

@@ -66,3 +66,43 @@ class PrefixPlaces:
         gather.index_copy_(0, patches, patch + prefix)
         gather.index_copy_(0, prefixes, each.repeat(frames))
         return cls(gather, prefixes, patches)
+
+
+@dataclass(frozen=True, eq=False)
+class WindowPlaces:
+    """The order of a pack's patches in which those of a window stand together.
+
+    Windows of a frame stand in raster order, and so do the patches of a window. A frame's patches
+    stay where its patches were, so that both are sequences.
+    """
+
+    order: Int64[Tensor, " T"]  # `index_select` by it goes into windows
+    back: Int64[Tensor, " T"]  # and by this comes back
+    lengths: tuple[int, ...]  # patches of each window, host ints
+
+    @classmethod
+    def from_grid(cls, grid: Grid, side: int, *, device: torch.device | str) -> "WindowPlaces":
+        """Plan windows of `side` x `side` patches, cut from the top left of every frame."""
+        places = PatchPlaces.from_grid(grid, device=device)
+        table = frame_table(grid)
+        start = to_device(table[2], device).index_select(0, places.sequence)
+        top = places.row.div(side, rounding_mode="floor") * side
+        left = places.column.div(side, rounding_mode="floor") * side
+        tall, wide = (places.rows - top).clamp(max=side), (places.columns - left).clamp(max=side)
+        within = (places.row - top) * wide + places.column - left
+        back = start + top * places.columns + tall * left + within
+        patch = torch.arange(len(back), dtype=torch.int64, device=device)
+        order = torch.empty_like(back).index_copy_(0, back, patch)
+        return cls(order, back, window_lengths(grid, side))
+
+
+def window_lengths(grid: Grid, side: int) -> tuple[int, ...]:
+    """Return the patches of each window of each frame, on the host."""
+    lengths: list[int] = []
+    for frames, rows, columns in grid:
+        tall, wide = (
+            [min(side, total - first) for first in range(0, total, side)]
+            for total in (rows, columns)
+        )
+        lengths += [height * width for height in tall for width in wide] * frames
+    return tuple(lengths)

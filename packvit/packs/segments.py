@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class Segments:
     lengths: tuple[int, ...]  # S host ints: tokens per sequence
     cu_seqlens: Int32[Tensor, " boundaries"]  # [S + 1] on the tokens' device, from 0 up to T
     max_seqlen: int  # host int: tokens of the longest sequence
+    causal: bool = False  # a token attends to itself and those before it, and to no later one
 
     @property
     def tokens(self) -> int:
@@ -42,10 +44,14 @@ class Segments:
 
     @classmethod
     def from_lengths(
-        cls, lengths: tuple[int, ...], *, device: torch.device | str = "cpu"
+        cls,
+        lengths: tuple[int, ...],
+        *,
+        device: torch.device | str = "cpu",
+        causal: bool = False,
     ) -> "Segments":
         """Build the segments of S >= 1 sequences that hold `lengths` tokens each."""
-        return cls(lengths, to_device(make_cu_seqlens(lengths), device), max(lengths))
+        return cls(lengths, to_device(make_cu_seqlens(lengths), device), max(lengths), causal)
 
     @classmethod
     def from_grid(
@@ -68,6 +74,18 @@ class Segments:
         return cls.from_lengths(
             sequence_lengths(read_grid(grid_thw, patches=patches), prefix), device=device
         )
+
+
+class WindowSegments(NamedTuple):
+    """The segments of layers that attend within windows, and which layers do not."""
+
+    segments: Segments
+    full: tuple[int, ...]
+
+    @staticmethod
+    def of_layer(layer: int, whole: Segments, windows: "WindowSegments | None") -> Segments:
+        """Return the segments of a layer, where `whole` are those without windows."""
+        return whole if windows is None or layer in windows.full else windows.segments
 
 
 def make_cu_seqlens(lengths: Sequence[int]) -> Int32[np.ndarray, " boundaries"]:

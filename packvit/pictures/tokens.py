@@ -123,10 +123,10 @@ class Photographs:
                     self.prepared[place] = Prepared(one.row)
                     continue
                 [tokens] = one.lists.values()
-                found = Tokens(tokens, one.pooled)
+                found = Tokens(tokens, one.vectors["pooled"])
                 if len(tokens) <= room:
                     # The arrays are views of the whole pack.
-                    self.kept[place] = Tokens(tokens.copy(), one.pooled.copy())
+                    self.kept[place] = Tokens(tokens.copy(), one.vectors["pooled"].copy())
                     room -= len(tokens)
                 yield place, found
         if not self.usable:

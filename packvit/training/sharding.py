@@ -70,8 +70,8 @@ def shard(module: nn.Module, *, compute: torch.dtype | None = None) -> None:
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for part in module.modules():
-        if isinstance(part, Encoder):
-            part.graphs = None  # processes would capture at different times and deadlock
+        if isinstance(part, Encoder) and part.fast is not None:
+            part.fast.graphs = None  # processes would capture at different times and deadlock
         if isinstance(part, Block):
             fully_shard(part, mp_policy=policy)
     fully_shard(module, mp_policy=policy)

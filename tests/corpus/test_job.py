@@ -19,12 +19,12 @@ from small_checkpoint import LAYERS, WIDTH, write_checkpoint
 
 import packvit
 from packvit.corpus import UsageError
-from packvit.corpus.encode.packs import image_means
 from packvit.corpus.folder.layout import fingerprint, read_commits, read_manifest
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress, Shares
 from packvit.corpus.settings import choose_rows
 from packvit.encoder import Encoder
+from packvit.packs.features import image_means
 
 
 @pytest.fixture(scope="module")

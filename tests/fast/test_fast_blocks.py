@@ -21,7 +21,8 @@ def on_gpu(kind: str, **options: Any) -> tuple[Encoder, Tensor, Tensor]:
     model = reference.build(kind).to("cuda", torch.bfloat16)
     [family] = [f for f in FAMILIES if model.config.model_type in f.family.model_types]
     encoder = family.from_transformers(model, positions="interpolate", attention="torch", **options)
-    encoder.graphs = None
+    assert encoder.fast is not None
+    encoder.fast.graphs = None
     patches = reference.draw_patches(GRID, encoder.config.patch_dim).cuda()
     return encoder, patches, torch.tensor(GRID)
 
@@ -41,9 +42,7 @@ def test_a_cpu_and_fp32_run_the_plain_model():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.parametrize("invariant", [False, True])
-def test_fused_blocks_are_as_near_to_fp32_as_plain_ones(
-    kind: str, invariant: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_fused_blocks_are_as_near_to_fp32_as_plain_ones(kind: str, invariant: bool):
     encoder, patches, grid = on_gpu(kind, invariant=invariant)
     layers = range(encoder.config.layers)
     with torch.inference_mode():
@@ -51,7 +50,7 @@ def test_fused_blocks_are_as_near_to_fp32_as_plain_ones(
         given = patches.clone()
         found = encoder.encode(patches, grid, taps=layers)
         assert torch.equal(given, patches)
-        monkeypatch.setattr("packvit.encoder.choose_blocks", lambda blocks, x: blocks)
+        encoder.fast = None
         plain = encoder.encode(patches, grid, taps=layers)
         encoder.backend = "auto"  # varlen kernels take 16 bits alone
         exact = encoder.float().encode(patches.float(), grid, taps=layers)
@@ -83,9 +82,7 @@ def test_images_of_one_size_do_not_know_each_other(kind: str, attention: str, ba
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_fused_gradients_are_as_near_to_fp32_as_plain_ones(
-    kind: str, recomputed: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_fused_gradients_are_as_near_to_fp32_as_plain_ones(kind: str, recomputed: bool):
     encoder, patches, grid = on_gpu(kind)
     if recomputed:
         checkpoint_activations(encoder)
@@ -98,7 +95,7 @@ def test_fused_gradients_are_as_near_to_fp32_as_plain_ones(
         )
 
     found = gradients(patches)
-    monkeypatch.setattr("packvit.encoder.choose_blocks", lambda blocks, x: blocks)
+    encoder.fast = None
     plain = gradients(patches)
     encoder.float().backend = "auto"  # varlen kernels take 16 bits alone
     assert_near(found, plain, gradients(patches.float()))
@@ -125,9 +122,7 @@ def test_whatever_watches_a_module_is_called_with_what_it_may_keep():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["aimv2", "siglip2", "dinov3", "clip"])
-def test_adapters_run_on_the_fast_path_and_change_what_they_change(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_adapters_run_on_the_fast_path_and_change_what_they_change(kind: str):
     encoder, patches, grid = on_gpu(kind)
     config = peft.LoraConfig(r=2, target_modules=block_linears(encoder), init_lora_weights=False)
     with torch.inference_mode():
@@ -136,7 +131,7 @@ def test_adapters_run_on_the_fast_path_and_change_what_they_change(
     with torch.inference_mode():
         assert can_run(encoder.encoder, before)
         found = encoder(patches, grid)
-        monkeypatch.setattr("packvit.encoder.choose_blocks", lambda blocks, x: blocks)
+        encoder.fast = None
         plain = encoder(patches, grid)
         encoder.backend = "auto"
         exact = encoder.float()(patches.float(), grid)
@@ -146,7 +141,7 @@ def test_adapters_run_on_the_fast_path_and_change_what_they_change(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["aimv2", "siglip2", "dinov3", "clip"])
-def test_gradients_of_adapters_reach_every_block(kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_gradients_of_adapters_reach_every_block(kind: str):
     encoder, patches, grid = on_gpu(kind)
     adapted = block_linears(encoder)
     made = peft.LoraConfig(r=2, target_modules=adapted, init_lora_weights=False)
@@ -161,7 +156,7 @@ def test_gradients_of_adapters_reach_every_block(kind: str, monkeypatch: pytest.
         return torch.cat([grad.float().flatten() for grad in found.values() if grad is not None])
 
     found = gradients(patches)
-    monkeypatch.setattr("packvit.encoder.choose_blocks", lambda blocks, x: blocks)
+    encoder.fast = None
     plain = gradients(patches)
     encoder.backend = "auto"
     model.float()

@@ -5,12 +5,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from plain_steps import add_norm, made_of, norms, stands_for, swiglu
 from torch import Tensor, nn
 
-from packvit.config import Activation, EncoderConfig, SinCos
+from packvit.config import Activation, TransformerConfig
+from packvit.families import FAMILIES
 from packvit.fast.fp8 import (
     LARGEST,
     LinearActFp8,
@@ -154,7 +156,16 @@ class Wrapped(nn.Module):
 
 
 def mlp_of(first: nn.Module, second: nn.Module, gated: bool) -> Any:
-    sizes = EncoderConfig(192, 1, 4, 320, 14, SinCos(), "rms", 1e-6, "silu", gated=gated)
+    sizes = TransformerConfig(
+        width=192,
+        layers=1,
+        heads=4,
+        mlp_width=320,
+        norm="rms",
+        norm_eps=1e-6,
+        activation="silu",
+        gated=gated,
+    )
     mlp: Any = GatedMLP(sizes) if gated else MLP(sizes)
     setattr(mlp, "gate_up" if gated else "up", first)
     mlp.down = second
@@ -284,3 +295,8 @@ def test_a_matmul_in_8_bits_is_that_of_its_rounded_operands(bias: bool):
         _, normed = add_norm(x, None, norms(1024, "cuda", torch.bfloat16)[0], eight, False)
     assert isinstance(normed, QuantizedRows)
     assert (found - exact).norm() <= 6e-3 * exact.norm()  # of bf16's rounding, and fast sums
+
+
+def test_fp8_is_refused_where_it_cannot_run():
+    with pytest.raises(ValueError, match="fp8 needs a CUDA device and the encoder is on cpu"):
+        FAMILIES[0].from_transformers(reference.build("aimv2"), fp8=True)

@@ -110,15 +110,17 @@ def test_graphs_change_nothing(kind: str):
     encoder = encoder_of(kind)
     packs = draw_packs(encoder, 12)
     packs[3][0].fill_(float("nan"))  # what it leaves in a graph's memory must not be seen later
-    assert encoder.graphs is not None
+    fast = encoder.fast
+    assert fast is not None
+    assert fast.graphs is not None
     with torch.inference_mode():
         first = [encoder.encode(*pack, taps=[0]) for pack in packs]
         second = [encoder.encode(*pack, taps=[0]) for pack in packs]
         third = [encoder.encode(*pack, taps=[0]) for pack in reversed(packs)][::-1]
-        assert encoder.graphs.kept
-        graphs, encoder.graphs = encoder.graphs, None
+        assert fast.graphs.kept
+        graphs, fast.graphs = fast.graphs, None
         plain = [encoder.encode(*pack, taps=[0]) for pack in packs]
-        encoder.graphs = graphs
+        fast.graphs = graphs
     for runs in zip(first, second, third, plain, strict=True):
         for get in (lambda f: f.tokens, lambda f: f.taps[0], lambda f: f.prefix):
             one, two, three, without = map(get, runs)
@@ -162,8 +164,9 @@ def test_training_makes_no_graphs():
     [(patches, grid), *_] = draw_packs(encoder, 1)
     for _ in range(3):
         encoder(patches, grid).float().square().mean().backward()
-    assert encoder.graphs is not None
-    assert not encoder.graphs.met
+    assert encoder.fast is not None
+    assert encoder.fast.graphs is not None
+    assert not encoder.fast.graphs.met
     assert all(parameter.grad is not None for parameter in encoder.encoder.parameters())
 
 
@@ -308,13 +311,25 @@ def test_what_a_graph_reads_is_kept_until_it_is_forgotten(recorded: list[int]):
     assert model.graphs.fingerprint is None
 
 
-def test_loading_weights_from_a_parent_forgets_graphs():
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("change", ["loaded", "cast", "trained"])
+def test_what_moves_or_changes_weights_from_a_parent_forgets_graphs(change: str, copied: bool):
     encoder = AIMv2Packing.from_transformers(reference.build("aimv2", is_native=True))
-    assert encoder.graphs is not None
-    encoder.graphs.fingerprint = WeightFingerprint.of(encoder)
-    parent = nn.ModuleDict({"tower": encoder})
-    parent.load_state_dict(parent.state_dict())
-    assert encoder.graphs.fingerprint is None
+    if copied:
+        encoder = copy.deepcopy(encoder)
+    assert encoder.fast is not None
+    assert encoder.fast.graphs is not None
+    encoder.eval()
+    encoder.fast.graphs.fingerprint = WeightFingerprint.of(encoder)
+    parent = nn.ModuleDict({"tower": encoder}).eval()
+    assert encoder.fast.graphs.fingerprint is not None
+    if change == "loaded":
+        parent.load_state_dict(parent.state_dict())
+    elif change == "cast":
+        parent.double()
+    else:
+        parent.train()
+    assert encoder.fast.graphs.fingerprint is None
 
 
 @pytest.mark.gpu
@@ -332,8 +347,9 @@ def test_graphs_of_one_stream_share_the_memory_of_the_largest():
             del patches
             torch.cuda.empty_cache()
             held.append(torch.cuda.memory_reserved())
-    assert encoder.graphs is not None
-    assert len(encoder.graphs.kept) == 4
+    assert encoder.fast is not None
+    assert encoder.fast.graphs is not None
+    assert len(encoder.fast.graphs.kept) == 4
     # What a graph of its own memory would hold: 23 KiB a token, where rows and results take 4.
     assert held[-1] - held[0] < 10 * 1024 * (16384 + 24576 + 20480)
 

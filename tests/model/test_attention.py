@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from packvit.fast.attention import PackedFa4
 from packvit.model.attention import (
     BACKENDS,
     AttentionInputs,
@@ -170,6 +169,8 @@ def test_gradients_agree_with_the_oracle(backend: str, head_dim: int):
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if packed:
+            from packvit.fast.attention import PackedFa4
+
             packed_attention: Any = PackedFa4.apply
             return packed_attention(torch.stack([query, key, value], 1), segments)
         return attend(query, key, value, segments, backend=name)

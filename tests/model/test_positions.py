@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_position_embedding
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from packvit.config import SinCos, Table
+from packvit.config import AxialRotary, SinCos, Table
 from packvit.model.positions import (
     MODES,
     ResizedTables,
+    axial_rotary,
     look_up,
     resize,
     resize_together,
+    rotate,
     sine_cosine,
     sine_cosine_axis,
 )
@@ -59,15 +62,17 @@ def test_a_table_on_its_own_grid_is_looked_up_unchanged():
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "antialias"),
+    ("name", "options"),
     [
-        ("bilinear_antialias", "bilinear", True),
-        ("bicubic", "bicubic", False),
-        ("bicubic_antialias", "bicubic", True),
+        ("bilinear", {"mode": "bilinear"}),
+        ("bilinear_antialias", {"mode": "bilinear", "antialias": True}),
+        ("bilinear_corners", {"mode": "bilinear", "align_corners": True}),
+        ("bicubic", {"mode": "bicubic"}),
+        ("bicubic_antialias", {"mode": "bicubic", "antialias": True}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_grids_are_interpolated_in_fp32_and_rounded_once(name, mode, antialias, dtype):
+def test_other_grids_are_interpolated_in_fp32_and_rounded_once(name, options, dtype):
     table = torch.randn(15, 8, dtype=dtype)
     positions = Table(3, 5, name)
     grid = ((1, 2, 7), (1, 3, 5), (1, 9, 1), (2, 2, 7))
@@ -76,12 +81,59 @@ def test_other_grids_are_interpolated_in_fp32_and_rounded_once(name, mode, antia
     expected = []
     for frames, rows, columns in grid:
         with reference.right_interpolation():
-            bent = F.interpolate(
-                image, size=(rows, columns), mode=mode, align_corners=False, antialias=antialias
-            )
+            bent = F.interpolate(image, size=(rows, columns), **options)
         flat = bent[0].permute(1, 2, 0).reshape(-1, 8).to(dtype)
         expected += [table if (rows, columns) == (3, 5) else flat] * frames
     assert torch.equal(found, torch.cat(expected))
+
+
+@pytest.mark.parametrize("sides", [(3, 9), (9, 3), (7, 7), (6, 7), (1, 1)])
+def test_a_square_then_crop_is_the_top_left_of_the_longer_sides_square(sides):
+    table = torch.randn(49, 8)
+    found = resize(Table(7, 7, "square_then_crop"), table, *sides)
+    image = table.view(1, 7, 7, 8).permute(0, 3, 1, 2)
+    square = F.interpolate(image, size=(max(sides), max(sides)), mode="bilinear")
+    cut = square[0, :, : sides[0], : sides[1]].permute(1, 2, 0)
+    torch.testing.assert_close(found, cut.reshape(-1, 8), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "corners"),
+    [("bilinear_corners", "bilinear", True), ("bicubic", "bicubic", False)],
+)
+def test_grids_are_what_transformers_towers_take_from_their_tables(name, mode, corners):
+    table = torch.randn(100, 8)
+    for rows, columns in [(2, 46), (38, 2), (1, 1), (10, 10), (3, 64)]:
+        grid = torch.tensor([[1, rows, columns]])
+        at, weights = get_vision_interpolation_indices_and_weights(grid, 10, mode, corners)
+        expected = (table[at] * weights[:, :, None]).sum(1)
+        found = resize(Table(10, 10, name), table, rows, columns)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        AxialRotary(),
+        AxialRotary(100.0, "column_row", "interleaved", 1),
+        AxialRotary(order="column_row"),
+        AxialRotary(layout="interleaved"),
+    ],
+)
+def test_axial_positions_turn_pairs_as_complex_numbers(positions: AxialRotary):
+    places = PatchPlaces.from_grid(((1, 2, 46), (2, 38, 2)))
+    heads = torch.randn(92 + 152, 3, 16, dtype=torch.float64)
+    found = rotate(heads, *axial_rotary(positions, places, 16))
+    pairs = torch.complex(heads[..., :8], heads[..., 8:])
+    axes = [places.row, places.column]
+    axes = axes if positions.order == "row_column" else axes[::-1]
+    ladder = [(axis, positions.base ** (-k / 4)) for axis in axes for k in range(4)]
+    if positions.layout == "interleaved":
+        ladder = [ladder[4 * axis + k] for k in range(4) for axis in range(2)]
+    angles = [(axis + positions.offset).double() * omega for axis, omega in ladder]
+    turned = pairs * torch.exp(1j * torch.stack(angles, 1))[:, None]
+    expected = torch.cat([turned.real, turned.imag], -1)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
 def test_gradients_reach_the_table_through_every_grid():
@@ -114,7 +166,7 @@ def test_antialiased_grids_are_what_pillow_makes_of_them(name):
     how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     for rows, columns in [(19, 1), (3, 1), (1, 19), (1, 1), (4, 3), (9, 12)]:
         expected = [
-            np.asarray(Image.fromarray(channel).resize((columns, rows), how[MODES[name][0]]))
+            np.asarray(Image.fromarray(channel).resize((columns, rows), how[MODES[name].name]))
             for channel in table.T.reshape(8, 7, 5).numpy()
         ]
         found = resize(Table(7, 5, name), table, rows, columns)

@@ -37,12 +37,13 @@ class Shard:
 class Part:
     """A shard's rows and features, filled in as packs are encoded.
 
-    Shapes: pooled [N, D]; lists N arrays [tokens, D] under each name, None where there are none.
+    Shapes: vectors [N, D] under each name; lists N arrays [tokens, D] under each name, None where
+    there are none.
     """
 
     shard: Shard
     outputs: Outputs
-    pooled: np.ndarray
+    vectors: dict[str, np.ndarray]
     lists: dict[str, list[np.ndarray | None]]
     rows: list[Row] = field(default_factory=list)
     pending: int = 0  # images that have a row but no features yet
@@ -52,8 +53,8 @@ class Part:
     def of(cls, shard: Shard, outputs: Outputs) -> "Part":
         """Return an empty part."""
         count = len(shard.inputs)
-        pooled = np.zeros((count, outputs.width), np.float32)
-        return cls(shard, outputs, pooled, {name: [None] * count for name in outputs.lists})
+        vectors = {n: np.zeros((count, width), np.float32) for n, width in outputs.vectors.items()}
+        return cls(shard, outputs, vectors, {name: [None] * count for name in outputs.lists})
 
     @property
     def settled(self) -> bool:
@@ -65,7 +66,8 @@ class Part:
         for place, image in zip(places, encoded, strict=True):
             self.rows[place] = image.row
             if image.row.status == "ok":
-                self.pooled[place] = image.pooled
+                for name, vector in image.vectors.items():
+                    self.vectors[name][place] = vector
                 for name, values in image.lists.items():
                     self.lists[name][place] = values
         self.pending -= len(places)
@@ -74,7 +76,7 @@ class Part:
     def table(self) -> pa.Table:
         """Return the table to write."""
         assert [row.id for row in self.rows] == [source.id for source in self.shard.inputs]
-        table = build_table(self.outputs, self.rows, self.pooled, self.lists)
+        table = build_table(self.outputs, self.rows, self.vectors, self.lists)
         if self.shard.written is None:
             return table
         with reading(self.shard.written):

@@ -19,7 +19,6 @@ from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
-from packvit.packs.features import image_means
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
@@ -39,13 +38,13 @@ MakeReady = Callable[[Sequence[Prepared]], Sequence[Ready] | None]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The features of one image: pooled [D] float32, lists {name: [tokens, D]}.
+    """The features of one image: vectors {name: [D] float32}, lists {name: [tokens, D]}.
 
     Both are empty for an error.
     """
 
     row: Row
-    pooled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
     lists: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -56,12 +55,12 @@ class PendingPack:
     `end` is None if they are filled already. `rows` are those of all images, `lengths` their
     tokens: 0 for an error, which is not encoded.
 
-    Shapes: pooled [N, D]; lists [T, D] under each name; finite, fits [T] under each name.
+    Shapes: vectors [N, D] and lists [T, D] under each name; finite, fits [T] under each name.
     """
 
     rows: tuple[Row, ...]
     lengths: tuple[int, ...]
-    pooled: Tensor
+    vectors: dict[str, Tensor]
     lists: dict[str, Tensor]
     finite: dict[str, Tensor]  # whether all numbers of a token are finite
     fits: dict[str, Tensor]  # whether they still are in dtype_out
@@ -83,7 +82,7 @@ def submit(encoder: Encoder, images: Sequence[Ready], options: EmbedOptions) -> 
         return PendingPack(
             rows,
             (0,) * len(rows),
-            torch.empty(0, 0, dtype=torch.float32, device="cpu"),
+            {},
             {},
             {},
             {},
@@ -103,17 +102,18 @@ def submit(encoder: Encoder, images: Sequence[Ready], options: EmbedOptions) -> 
             device="cpu",
         ),
         taps=options.taps,
+        merged=encoder.merger is not None,
+        projected=options.text_space == "projected",
     )
-    lengths = [image.row.patches for image in good]
-    pooled = features.pooled
-    pooled = image_means(features.tokens, lengths) if pooled is None else pooled.float()
+    vectors = {"pooled": replace(features, projected=None).vectors()}
+    vectors |= {} if features.projected is None else {"projected": features.vectors()}
     lists = {"tokens": features.tokens} if options.tokens else {}
     lists |= {f"tap_{layer}": features.taps[layer] for layer in options.taps}
     stored = {name: t.to(getattr(torch, options.dtype_out)) for name, t in lists.items()}
     pending = PendingPack(
         rows=rows,
         lengths=tuple(0 if image.patches is None else image.row.patches for image in images),
-        pooled=to_host(pooled),
+        vectors={name: to_host(found) for name, found in vectors.items()},
         lists={name: to_host(tokens) for name, tokens in stored.items()},
         finite={name: to_host(t.isfinite().all(1)) for name, t in lists.items()},
         fits={name: to_host(t.isfinite().all(1)) for name, t in stored.items()},
@@ -168,9 +168,10 @@ def collect(pending: PendingPack, dtype_out: DtypeOut) -> tuple[list[Encoded], f
         return [Encoded(row) for row in pending.rows], seconds
     lengths = [tokens for tokens in pending.lengths if tokens]
     starts = list(accumulate(lengths[:-1], initial=0))
-    vectors = pending.pooled.numpy()
-    finite = np.logical_and.reduce(np.isfinite(vectors), 1)
-    fits = np.ones(len(starts), bool)
+    vectors = {name: found.numpy() for name, found in pending.vectors.items()}
+    finite, fits = (np.ones(len(starts), bool) for _ in range(2))
+    for found in vectors.values():
+        finite &= np.logical_and.reduce(np.isfinite(found), 1)
     arrays: dict[str, list[np.ndarray]] = {}
     for name, tokens in pending.lists.items():
         finite &= np.logical_and.reduceat(pending.finite[name].numpy(), starts)
@@ -181,7 +182,7 @@ def collect(pending: PendingPack, dtype_out: DtypeOut) -> tuple[list[Encoded], f
     encoded = iter(
         Encoded(
             settle(row, bool(finite[i]), bool(fits[i]), dtype_out),
-            vectors[i],
+            {name: found[i] for name, found in vectors.items()},
             {name: parts[i] for name, parts in arrays.items()},
         )
         for i, row in enumerate(rows)
@@ -209,8 +210,8 @@ def encode_halved(
     whole = encode_whole(encoder, images, options, make_ready)
     if whole is not None:
         return *whole, 1
-    if encoder.graphs is not None:
-        encoder.graphs.forget()  # to free their memory
+    if encoder.fast is not None:
+        encoder.fast.forget()  # to free the memory of its graphs
     if encoder.device.type == "cuda":
         torch.cuda.empty_cache()
     if len(images) == 1:

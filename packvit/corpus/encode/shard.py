@@ -93,7 +93,7 @@ def embed_shards(
 
     def packs(prepared: Iterator[Prepared]) -> Iterator[PreparedPack]:
         for first in prepared:
-            part = Part.of(listed.popleft(), options.outputs(config.width))
+            part = Part.of(listed.popleft(), options.outputs(config))
             unfinished.append(part)
             coming = chain([first], islice(prepared, len(part.shard.inputs) - 1))
             yield from fill_packs(part, coming, options.token_budget, watch)

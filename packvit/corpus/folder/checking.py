@@ -221,10 +221,7 @@ def check_part(
         expected = min(size, manifest["inputs"] - number * size)
         if table.num_rows != expected:
             check.add(entry.part, f"holds {table.num_rows} rows, not {expected}.", BUG)
-        outputs = Outputs(
-            manifest["config"]["width"], tuple(manifest["lists"]), manifest["dtype_out"]
-        )
-        if not table.schema.equals(outputs.schema):
+        if not table.schema.equals(Outputs.of_manifest(manifest).schema):
             check.add(entry.part, "does not have the columns that the manifest describes.", BUG)
             return
     for found in features_faults(table, plain, good, tokens):

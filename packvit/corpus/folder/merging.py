@@ -28,6 +28,7 @@ from packvit.corpus.folder.layout import (
 )
 from packvit.corpus.folder.names import CURRENT, part_name, part_number
 from packvit.corpus.folder.opening import MOST_MANIFEST, open_own, read_own
+from packvit.corpus.folder.parts import Outputs
 from packvit.corpus.folder.pending import remove_inputs
 from packvit.corpus.folder.reader import open_finished
 from packvit.corpus.folder.resume import BESIDE, Resumed, check_usable, differences, take_up
@@ -204,7 +205,7 @@ def run(
             tell(done, counts["rows"])
     if format == "npy":
         names = [CURRENT.part(number) for number, _, _ in parts]
-        width, before = manifest["config"]["width"], manifest["exports"]
+        width, before = Outputs.of_manifest(manifest).vector_width, manifest["exports"]
         made = export(folder, CURRENT, names, counts["rows"], width, before)
         manifest |= {"exports": made}
     whole = manifest | {"complete": True, "counts": counts}

@@ -89,6 +89,9 @@ def find_flaw(manifest: Mapping[str, Any], names: Names) -> str | None:
     width = config.get("width") if isinstance(config, dict) else None
     if not is_count(width, least=1, most=MOST_WIDTH):
         return "has no config with the width of features."
+    shared = config.get("projection") if isinstance(config, dict) else None
+    if manifest.get("text_space") == "projected" and not is_count(shared, least=1, most=MOST_WIDTH):
+        return "has no config with the width of projected features."
     if not isinstance(lists, list) or not all(isinstance(name, str) for name in lists):
         return "has lists that are no list of names."
     if manifest.get("dtype_out") not in ("float16", "float32"):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,15 +21,39 @@ DtypeOut = Literal["float16", "float32"]
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Which features a part holds: `pooled` [D] always, and a list of [D] for each of `lists`."""
+    """Which features a part holds: `vectors`, and a list of [D] for each of `lists`."""
 
     width: int  # D
     lists: tuple[str, ...] = ()  # tokens, tap_11 ...
     dtype_out: DtypeOut = "float16"  # of the lists; pooled is float32
+    merged: int | None = None  # the width of pooled, where it is one of merged tokens
+    projected: int | None = None  # the width of `projected`, where there is such a column
+
+    @classmethod
+    def of_manifest(cls, manifest: Mapping[str, Any]) -> "Outputs":
+        """Return what the parts of a folder with this manifest hold."""
+        merger = manifest["config"].get("merger")
+        merged = merger and merger["width"]
+        lists = tuple(manifest["lists"])
+        shared = manifest.get("text_space") == "projected"
+        projected = manifest["config"]["projection"] if shared else None
+        return cls(manifest["config"]["width"], lists, manifest["dtype_out"], merged, projected)
+
+    @property
+    def vector_width(self) -> int:
+        """The width of pooled."""
+        return self.merged or self.width
+
+    @property
+    def vectors(self) -> dict[str, int]:
+        """The columns of one vector a row, and their widths."""
+        shared = {"projected": self.projected} if self.projected else {}
+        return {"pooled": self.vector_width, **shared}
 
     @property
     def schema(self) -> pa.Schema:
         """The columns of a part and their types."""
+        element = pa.field("element", pa.float32())
         vector = pa.list_(pa.field("element", pa.type_for_alias(self.dtype_out)), self.width)
         return pa.schema(
             [
@@ -38,7 +62,7 @@ class Outputs:
                 *(pa.field(name, pa.string()) for name in ("stage", "note", "sha256")),
                 *(pa.field(name, pa.int32()) for name in ("width", "height")),
                 *(pa.field(name, pa.int32()) for name in ("frames", "rows", "columns")),
-                pa.field("pooled", pa.list_(pa.field("element", pa.float32()), self.width)),
+                *(pa.field(n, pa.list_(element, width)) for n, width in self.vectors.items()),
                 *(pa.field(n, pa.list_(pa.field("element", vector))) for n in self.lists),
             ]
         )
@@ -47,13 +71,13 @@ class Outputs:
 def build_table(
     outputs: Outputs,
     rows: Sequence[Row],
-    pooled: np.ndarray,
+    features: Mapping[str, np.ndarray],
     lists: Mapping[str, Sequence[np.ndarray | None]],
 ) -> pa.Table:
     """Return the table of a part: features are null wherever a row is an error.
 
-    Shapes: N rows; pooled [N, D] float32, ignored where a row is an error; lists N arrays
-    [tokens, D] under each name, None where a row is an error.
+    Shapes: N rows; features [N, D] float32 for each of `outputs.vectors`, ignored where a row is
+    an error; lists N arrays [tokens, D] under each name, None where a row is an error.
     """
     schema = outputs.schema
     bad = pa.array([row.status != "ok" for row in rows])
@@ -61,9 +85,9 @@ def build_table(
         pa.array([getattr(row, field.name) for row in rows], schema.field(field.name).type)
         for field in fields(Row)
     ]
-    columns.append(
-        vectors(np.where(bad.to_numpy(False)[:, None], 0, pooled), schema, "pooled", bad)
-    )
+    for name in outputs.vectors:
+        kept = np.where(bad.to_numpy(False)[:, None], 0, features[name])
+        columns.append(vectors(kept, schema, name, bad))
     for name in outputs.lists:
         kept = [array for array in lists[name] if array is not None]
         sizes = [0 if array is None else len(array) for array in lists[name]]

@@ -12,7 +12,7 @@ from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import encode_manifest, read_commits, read_manifest
 from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
 from packvit.corpus.folder.opening import find_flaw
-from packvit.corpus.folder.parts import read_part
+from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, rows_of, shard_of
 
 
@@ -30,6 +30,7 @@ class FeatureFolder:
     statuses: tuple[str, ...]  # ok, or an error code
     matrix: np.ndarray
     parts: tuple[str, ...]  # paths below the folder
+    text_space: str | None = None  # the column that texts compare with: pooled or projected
     only_good: bool = False
 
     def __len__(self) -> int:
@@ -45,6 +46,21 @@ class FeatureFolder:
         if not self.only_good:
             return table
         return table.filter(pa.array([status == "ok" for status in table["status"].to_pylist()]))
+
+    @property
+    def projected(self) -> np.ndarray | None:
+        """The vectors [N, E] of the space shared with text, or None; parts are read each time.
+
+        Raises: UsageError if a part is missing or damaged.
+        """
+        if self.text_space != "projected":
+            return None
+        found = pa.concat_tables(
+            read_whole(self.folder, part, ["status", "projected"]) for part in self.parts
+        )
+        vectors = matrix_of(found, "projected")
+        good = [status == "ok" for status in found["status"].to_pylist()]
+        return vectors[np.flatnonzero(good)] if self.only_good else vectors
 
     def good(self) -> "FeatureFolder":
         """Return the rows that are ok; the matrix is then in memory."""
@@ -73,7 +89,7 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
             f"{path} holds shard {shard} of a job alone. Put all of them together with "
             "`packvit merge` first."
         )
-    rows, width = manifest["inputs"], manifest["config"]["width"]
+    rows, width = manifest["inputs"], Outputs.of_manifest(manifest).vector_width
     parts = tuple(entry.part for entry in read_commits(path))
     if sum(entry.rows for entry in read_commits(path)) != rows:
         raise damaged(path, names.commits)
@@ -88,10 +104,11 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
     for part in parts:
         table = read_whole(path, part, columns)
         if not exported:
-            matrix[len(ids) : len(ids) + len(table)] = pooled_of(table, width)
+            matrix[len(ids) : len(ids) + len(table)] = matrix_of(table, "pooled")
         ids += table["id"].to_pylist()
         statuses += table["status"].to_pylist()
-    return FeatureFolder(path, tuple(ids), tuple(statuses), matrix, parts)
+    space = manifest.get("text_space")
+    return FeatureFolder(path, tuple(ids), tuple(statuses), matrix, parts, space)
 
 
 def open_finished(folder: Path) -> dict[str, Any]:
@@ -132,9 +149,10 @@ def read_whole(folder: Path, part: str, columns: list[str] | None = None) -> pa.
         raise damaged(folder, part) from error
 
 
-def pooled_of(table: pa.Table, width: int) -> np.ndarray:
-    """Return the pooled vectors [rows, D] of a part, NaN where a row is an error."""
-    column = table["pooled"].combine_chunks()
+def matrix_of(table: pa.Table, name: str) -> np.ndarray:
+    """Return a column of vectors [rows, D], NaN where a row is an error."""
+    column = table[name].combine_chunks()
+    width = column.type.list_size
     vectors = np.full((len(column), width), np.nan, np.float32)
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     vectors[valid] = column.drop_null().flatten().to_numpy().reshape(-1, width)

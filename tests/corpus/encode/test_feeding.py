@@ -155,10 +155,10 @@ def test_a_refused_file_that_pillow_refuses_too_is_a_row_with_its_code(
             lone, _, _ = encode_halved(encoder, images[1:2], options, jpegs.make_ready)
     assert pieces == 1
     assert [image.row.status for image in encoded] == ["ok", "truncated", "ok"]
-    assert [len(image.pooled) for image in encoded] == [32, 0, 32]
+    assert [[len(each) for each in image.vectors.values()] for image in encoded] == [[32], [], [32]]
     assert [image.row.status for image in lone] == ["truncated"]
     alone, _ = collect(submit(encoder, [ready[0], ready[2]], options), "float16")
-    assert np.array_equal(alone[1].pooled, encoded[2].pooled)
+    assert np.array_equal(alone[1].vectors["pooled"], encoded[2].vectors["pooled"])
 
 
 def test_a_pack_that_the_device_has_no_room_to_decode_is_halved_and_noted(

@@ -53,7 +53,7 @@ def table(outputs: Outputs = OUTPUTS) -> pa.Table:
         ]
         for name in outputs.lists
     }
-    return build_table(outputs, ROWS, pooled, lists)
+    return build_table(outputs, ROWS, {"pooled": pooled}, lists)
 
 
 def test_a_part_says_of_every_input_what_is_known_in_the_types_promised(tmp_path: Path):
@@ -92,7 +92,9 @@ def test_tokens_can_be_float32():
 def test_a_part_of_errors_alone_can_be_written_and_read(tmp_path: Path):
     rows = [Row("x.jpg", "missing", "list")]
     lists = {"tokens": [None], "tap_3": [None]}
-    entry = commit(tmp_path, 7, build_table(OUTPUTS, rows, np.zeros((1, 8), np.float32), lists))
+    entry = commit(
+        tmp_path, 7, build_table(OUTPUTS, rows, {"pooled": np.zeros((1, 8), np.float32)}, lists)
+    )
     assert (entry.rows, entry.errors, entry.tokens) == (1, 1, 0)
     (row,) = pq.read_table(tmp_path / "data/part-00007.parquet").to_pylist()
     assert (row["status"], row["stage"], row["pooled"], row["tokens"]) == (

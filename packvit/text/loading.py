@@ -1,0 +1,78 @@
+"""From a name or a folder to a text encoder, with its tokenizer."""
+
+import os
+
+import torch
+
+from packvit.checkpoints import files as checkpoints
+from packvit.checkpoints import rules as weights
+from packvit.checkpoints.description import check_sizes
+from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.layouts import outer_prefixes
+from packvit.model.attention import resolve
+from packvit.model.device import find_device, find_dtype
+from packvit.text.encoder import TextEncoder
+from packvit.text.tokenizing import find_tokenizer
+from packvit.text.towers import TEXT_TOWERS, TextTower
+
+
+def load_text(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    attention: str = "auto",
+) -> TextEncoder:
+    """Load the text tower of a checkpoint of two towers, with the checkpoint's own tokenizer.
+
+    Takes the names that `packvit.load` takes, where a text tower stands beside the images'.
+    `device` None is CUDA if there is one; `dtype` None is bfloat16 there and float32 elsewhere.
+    The scale and bias of logits stay in float32.
+
+    Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option;
+    ImportError with the install line of what its tokenizer needs.
+    """
+    device = find_device(device)
+    dtype = find_dtype(dtype, device)
+    checkpoint = checkpoints.read(name_or_folder, revision=revision)
+    tower = tower_of(checkpoint)
+    layout = tower.layout(checkpoint.tensors)
+    config = tower.read(checkpoint.config)
+    check_sizes(config, checkpoint)
+    tokenizer = find_tokenizer(checkpoint, tower.tokenizer, config)
+    with torch.inference_mode(False):  # so that it can be trained, wherever it is loaded
+        with torch.device("meta"):
+            encoder = TextEncoder(config, tokenizer, attention=attention)
+        shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+        state = weights.load(
+            shapes,
+            checkpoint.tensors,
+            layout.rules,
+            unread=lambda name: any(
+                outer[:-1] in layout.unread for outer in outer_prefixes(f"{name}.")
+            ),
+            # Exact numbers of two: in bf16 a scale of 100 would be off by 1 %.
+            place=lambda t: t.to(device, dtype if t.ndim else torch.float32, copy=True),
+        )
+        encoder.load_state_dict(state, assign=True)
+    encoder.checkpoint = checkpoint
+    resolve(attention, encoder.attention_inputs)  # refused here, not in a forward
+    return encoder.eval()
+
+
+def tower_of(checkpoint: Checkpoint) -> TextTower:
+    """Return the text tower that a checkpoint has by its config.json.
+
+    Raises: CheckpointError listing the model types that have one.
+    """
+    found = checkpoint.config.get("model_type")
+    for tower in TEXT_TOWERS:
+        if found in tower.model_types:
+            return tower
+    known = ", ".join(name for tower in TEXT_TOWERS for name in tower.model_types)
+    raise CheckpointError(
+        f'{checkpoint.name} is of model type "{found}", in which packvit knows no text tower. It '
+        f"knows those of: {known}."
+    )

@@ -1,0 +1,201 @@
+"""The table of text towers: how config.json describes one, and how its tensors are named."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+from packvit.checkpoints.config_json import Json, activation, agreed, entry, sizes
+from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.rules import Rule, layers, prefixed, rename, reshape
+from packvit.config import TextConfig
+from packvit.families.aimv2 import APPLE_BLOCKS, TRANSFORMERS_BLOCKS
+from packvit.families.clip_siglip import CLIP_BLOCK
+
+BROKEN_END = 2  # what CLIP's first configurations say, whose tokenizers end a text by another id
+
+
+@dataclass(frozen=True, slots=True)
+class TextLayout:
+    """One way in which checkpoints of two towers name a text tower's tensors."""
+
+    marker: str  # a tensor that tells this layout from the others
+    rules: tuple[Rule, ...]
+    unread: tuple[str, ...]  # what names of the image tower's tensors begin with, or whole names
+
+
+@dataclass(frozen=True, slots=True)
+class TextTower:
+    """Text towers that share an architecture."""
+
+    name: str
+    model_types: tuple[str, ...]  # of config.json
+    layouts: tuple[TextLayout, ...]
+    read: Callable[[Json], TextConfig]
+    tokenizer: str  # transformers' class, where the checkpoint names none
+    space: str  # which output shares a space with which of the image's
+
+    def layout(self, names: Collection[str]) -> TextLayout:
+        """Return the layout whose marker is among the tensors' names, or behind one prefix.
+
+        Raises: CheckpointError if none or more than one is.
+        """
+        found = [
+            (layout, name.removesuffix(layout.marker))
+            for layout in self.layouts
+            for name in names
+            if name == layout.marker or name.endswith(f".{layout.marker}")
+        ]
+        if len(found) != 1:
+            markers = " or ".join(layout.marker for layout in self.layouts)
+            raise CheckpointError(
+                f"This {self.name} checkpoint holds {len(found) or 'no'} text towers, told by "
+                f"{markers}; load_text takes one with one. packvit.load reads its image tower."
+            )
+        [(layout, prefix)] = found
+        return replace(
+            layout,
+            rules=prefixed(layout.rules, prefix),
+            unread=tuple(prefix + name for name in layout.unread),
+        )
+
+
+def inner(config: Json) -> Json:
+    """Return the part of config.json that is about texts."""
+    return entry(config, "text_config", dict, {})
+
+
+def read_clip(config: Json) -> TextConfig:
+    """Read CLIP's config.json; `text_config_dict` replaces `text_config`, as in transformers."""
+    text = config.get("text_config_dict") or inner(config)
+    end = entry(text, "eos_token_id", int, 49407)
+    return TextConfig(
+        **sizes(text, width=512, layers=12, heads=8, mlp_width=2048),
+        vocabulary=entry(text, "vocab_size", int, 49408),
+        positions=entry(text, "max_position_embeddings", int, 77),
+        norm="layer",
+        norm_eps=entry(text, "layer_norm_eps", float, 1e-5),
+        activation=activation(text, "quick_gelu"),
+        pool="largest" if end == BROKEN_END else "end",
+        end=end,
+        projection=entry(config, "projection_dim", int, 512),
+    )
+
+
+def read_siglip(config: Json) -> TextConfig:
+    """Read the config.json of SigLIP and of both kinds of SigLIP2."""
+    text = inner(config)
+    width = sizes(text, width=768, layers=12, heads=12, mlp_width=3072)
+    return TextConfig(
+        **width,
+        vocabulary=entry(text, "vocab_size", int, 32000),
+        positions=entry(text, "max_position_embeddings", int, 64),
+        norm="layer",
+        norm_eps=entry(text, "layer_norm_eps", float, 1e-6),
+        activation=activation(text, "gelu_pytorch_tanh"),
+        causal=False,
+        pool="last",
+        padded=True,
+        head=entry(text, "projection_size", int, width["width"]),
+        logit_bias=True,
+    )
+
+
+def read_aimv2(config: Json) -> TextConfig:
+    """Read the config.json of AIMv2's LiT checkpoint in either layout."""
+    text = inner(config)
+    bias = agreed(text, "qkv_bias", "mlp_bias", "use_bias")
+    return TextConfig(
+        **sizes(text, width=768, layers=12, heads=6, mlp_width=2048),
+        vocabulary=entry(text, "vocab_size", int, 49408),
+        positions=entry(
+            text, "max_position_embeddings", int, entry(text, "max_context_length", int, 77)
+        ),
+        norm="rms",
+        norm_eps=entry(text, "rms_norm_eps", float, 1e-5),
+        activation=activation(text, "silu"),
+        gated=True,
+        bias=bias,
+        qkv_bias="qkv" if bias else "",
+        end=entry(text, "eos_token_id", int, 49407),
+        projection=entry(config, "projection_dim", int, 512),
+        most_scale=entry(config, "max_logit_scale", float, 100.0),
+    )
+
+
+EMBEDDINGS = (
+    rename("embeddings.tokens.weight", "embeddings.token_embedding.weight"),
+    rename("embeddings.positions", "embeddings.position_embedding.weight"),
+)
+POSITION_IDS = "text_model.embeddings.position_ids"  # of older files, used by nothing
+CLIP_RULES = (
+    *EMBEDDINGS,
+    *layers("encoder.layers.{i}.", "encoder.layers.{i}.", CLIP_BLOCK),
+    *layers("", "", {"norm": "final_layer_norm"}),
+)
+PROJECTED = (
+    rename("projection.weight", "text_projection.weight"),
+    rename("logit_scale", "logit_scale"),
+)
+
+CLIP = TextTower(
+    name="CLIP",
+    model_types=("clip",),
+    layouts=(
+        TextLayout(
+            "text_model.final_layer_norm.weight",
+            (*prefixed(CLIP_RULES, "text_model."), *PROJECTED),
+            ("vision_model", "visual_projection", POSITION_IDS),
+        ),
+    ),
+    read=read_clip,
+    tokenizer="CLIPTokenizer",
+    space="projected",
+)
+SIGLIP_LAYOUT = TextLayout(
+    "text_model.final_layer_norm.weight",
+    (
+        *prefixed((*CLIP_RULES, *layers("", "", {"head": "head"})), "text_model."),
+        reshape("logit_scale", "logit_scale", 1),
+        reshape("logit_bias", "logit_bias", 1),
+    ),
+    ("vision_model", POSITION_IDS),
+)
+SIGLIP = TextTower(
+    name="SigLIP",
+    model_types=("siglip",),
+    layouts=(SIGLIP_LAYOUT,),
+    read=read_siglip,
+    tokenizer="SiglipTokenizer",
+    space="pooled",
+)
+SIGLIP2 = replace(
+    SIGLIP, name="SigLIP2 NaFlex", model_types=("siglip2",), tokenizer="Siglip2Tokenizer"
+)
+AIMV2 = TextTower(
+    name="AIMv2 LiT",
+    model_types=("aimv2",),
+    layouts=(
+        TextLayout(
+            "text_model.rms_norm.weight",
+            (*prefixed((*EMBEDDINGS, *TRANSFORMERS_BLOCKS), "text_model."), *PROJECTED),
+            ("vision_model", "visual_projection", POSITION_IDS),
+        ),
+        TextLayout(
+            "text_encoder.trunk.post_trunk_norm.weight",
+            (
+                rename(
+                    "embeddings.tokens.weight", "text_encoder.preprocessor.text_embedding.weight"
+                ),
+                rename("embeddings.positions", "text_encoder.preprocessor.positional_embedding"),
+                *prefixed(APPLE_BLOCKS, "text_encoder."),
+                rename("projection.weight", "text_projector.weight"),
+                rename("logit_scale", "log_logit_scale"),
+            ),
+            ("image_encoder", "image_projector"),
+        ),
+    ),
+    read=read_aimv2,
+    tokenizer="CLIPTokenizer",
+    space="projected",
+)
+
+TEXT_TOWERS = (CLIP, SIGLIP, SIGLIP2, AIMV2)
