@@ -258,9 +258,7 @@ def copy_part(source: Path, entry: Commit, folder: Path) -> Staged:
         raise
     if digest.hexdigest() != entry.sha256:
         temporary.unlink()
-        raise UsageError(
-            f"{path} is damaged: its sha256 is not what was committed. {mend(source)}"
-        )
+        raise UsageError(f"{path} is damaged: its sha256 is not what was committed. {mend(source)}")
     return Staged(entry, temporary.name)
 
 
