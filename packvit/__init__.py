@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from packvit.families.clip import ClipPacking as ClipPacking
     from packvit.families.dinov2 import Dinov2Packing as Dinov2Packing
     from packvit.families.dinov3 import DINOv3ViTPacking as DINOv3ViTPacking
+    from packvit.families.qwen3_vl import Qwen3VLVisionPacking as Qwen3VLVisionPacking
     from packvit.families.siglip import SiglipPacking as SiglipPacking
     from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
     from packvit.hub import load as load
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from packvit.packs.features import Pack as Pack
     from packvit.packs.planning import plan_packs as plan_packs
     from packvit.packs.segments import Segments as Segments
+    from packvit.retrieval.search import search as search
     from packvit.text.encoder import TextEncoder as TextEncoder
     from packvit.text.loading import load_text as load_text
 
@@ -44,6 +46,7 @@ _HOMES = {
     "Features": "packvit.packs.features",
     "ImageError": "packvit.images.decode",
     "Pack": "packvit.packs.features",
+    "Qwen3VLVisionPacking": "packvit.families.qwen3_vl",
     "Segments": "packvit.packs.segments",
     "Siglip2NaflexPacking": "packvit.families.siglip2",
     "SiglipPacking": "packvit.families.siglip",
@@ -55,6 +58,7 @@ _HOMES = {
     "merge": "packvit.corpus.folder.merging",
     "plan_packs": "packvit.packs.planning",
     "read": "packvit.corpus.folder.reader",
+    "search": "packvit.retrieval.search",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll] # resolved on first use

@@ -29,6 +29,7 @@ OPTIONAL = {
     "timm": {"bench": "timm"},
     "pi_heif": {"heic": "pi-heif"},
     "aiohttp": {"http": "aiohttp"},
+    "usearch": {"search": "usearch"},
     "flash_attn": {"flash": "flash-attn", "hopper": "flash-attn-4"},
 }
 UNDECLARED = {"triton": "comes with torch for CUDA", "flash_attn_interface": "is built by hand"}

@@ -23,7 +23,9 @@ COMMANDS = {  # in the order of `--help`
     "bench": "packvit.cli.bench",
     "convert": "packvit.cli.convert",
     "info": "packvit.cli.info",
+    "warmup": "packvit.cli.warmup",
     "pca": "packvit.cli.pca",
+    "search": "packvit.cli.search",
 }
 
 
@@ -97,6 +99,7 @@ def main() -> None:
       packvit embed photos --out features
       packvit embed photos --model apple/aimv2-large-patch14-native --out features
       packvit pca photos --out pca.png
+      packvit search features cat.jpg --out like.jpg
       packvit info
     """
 

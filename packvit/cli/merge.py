@@ -62,7 +62,7 @@ def merge(
             out=out,
             format="npy" if format_ == "npy" else "parquet",
             overwrite=overwrite,
-            tell=tell,
+            progress=tell,
         )
     except UsageError as error:
         raise click.UsageError(str(error)) from error

@@ -254,11 +254,8 @@ def choose_encoder(
             )
         encoder, weights = model, digest_weights(model)
     else:
-        encoder = load_encoder(
-            TRIAL_MODEL if model is None else model, device, dtype, attention, revision, positions
-        )
-        assert encoder.checkpoint
-        weights = encoder.checkpoint.sha256()
+        name = TRIAL_MODEL if model is None else model
+        encoder, weights = load_encoder(name, device, dtype, attention, revision, positions)
     if verify and positions == "interpolate" and not encoder.family.reference.interpolates:
         raise UsageError(
             'verify cannot check positions="interpolate": no reference defines it for '
@@ -286,6 +283,7 @@ def draft(
         **settings,
         "inputs": len(listing),
         "ignored": listing.ignored,
+        "root": listing.root,
         "retries": asdict(BOUND),
         "device_names": [name_device(encoder.device)],  # others that embed parts are added
         "certificate_sha256": None,

@@ -3,19 +3,22 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from packvit import hub
+from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import EncoderConfig, GridPolicy, MostPatches, Table
+from packvit.config import EncoderConfig, GridPolicy, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
 from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder
+from packvit.fast.caches import import_ahead
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
@@ -78,23 +81,27 @@ def load_encoder(
     attention: str,
     revision: str | None,
     positions: GridPolicy,
-) -> Encoder:
-    """Load the encoder; report wrong arguments as UsageError.
+) -> tuple[Encoder, str]:
+    """Return the encoder, and the digest of its weights, which is computed while they are loaded.
 
-    Raises: UsageError; CheckpointError if the checkpoint itself is wrong.
+    Raises: UsageError for wrong arguments; CheckpointError if the checkpoint itself is wrong.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
     try:
-        find_device(device)
-        return hub.load(
-            model,
+        if find_device(device).type == "cuda":
+            import_ahead()
+        options = LoadOptions(
             device=device,
             dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
             attention=attention,
-            revision=revision,
             positions=positions,
         )
+        checkpoint = checkpoints.read(model, revision=revision)
+        with ThreadPoolExecutor(1, "packvit-digest") as other:
+            digest = other.submit(checkpoint.sha256)
+            encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, options)
+            return encoder, digest.result()
     except CheckpointError:
         raise
     except ValueError as error:

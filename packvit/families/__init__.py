@@ -5,6 +5,7 @@ from packvit.families.aimv2 import AIMv2Packing
 from packvit.families.clip import ClipPacking
 from packvit.families.dinov2 import Dinov2Packing
 from packvit.families.dinov3 import DINOv3ViTPacking
+from packvit.families.qwen3_vl import Qwen3VLVisionPacking
 from packvit.families.siglip import SiglipPacking
 from packvit.families.siglip2 import Siglip2NaflexPacking
 
@@ -15,4 +16,5 @@ FAMILIES: tuple[type[Encoder], ...] = (
     Dinov2Packing,
     SiglipPacking,
     ClipPacking,
+    Qwen3VLVisionPacking,
 )

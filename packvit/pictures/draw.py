@@ -95,7 +95,7 @@ def draw(
     if folder:
         model, revision = model or manifest["model"], revision or manifest["revision"]
         options, positions = options_of(manifest), manifest["positions"]
-    encoder = load_encoder(model or TRIAL_MODEL, device, None, "auto", revision, positions)
+    encoder, _ = load_encoder(model or TRIAL_MODEL, device, None, "auto", revision, positions)
     if folder:
         check_model(encoder, manifest, folder)
     tally = Tally(len(inputs), progress)

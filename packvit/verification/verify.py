@@ -170,6 +170,8 @@ def readable_by_transformers(encoder: Encoder) -> bool:
     checkpoint = encoder.checkpoint
     assert checkpoint is not None
     layout = encoder.family.layout(checkpoint.tensors, checkpoint.config).name
+    if encoder.merger is not None and encoder.skipped:  # of a whole model, whose tower it is
+        return False
     without_text = encoder.projection is not None and not checkpoint.config.get("architectures")
     return layout == "transformers" and not without_text
 

@@ -214,6 +214,8 @@ class Workers:
     def end(self) -> None:
         """Kill all idle workers."""
         for worker in self.idle:
+            worker.process.kill()  # all before the first is waited for
+        for worker in self.idle:
             worker.end()
         self.idle.clear()
 

@@ -117,7 +117,9 @@ def check_manifest(check: Check, folder: Path, names: Names) -> dict[str, Any] |
         check.add(names.manifest, flaw, MANIFEST_MEND)
         return None
     settings = {name: value for name, value in manifest.items() if name not in UNTOLD}
-    if manifest["format"] != names.format or manifest["fingerprint"] != fingerprint(settings):
+    if manifest.get("format") != names.format or manifest.get("fingerprint") != fingerprint(
+        settings
+    ):
         check.add(
             names.manifest,
             f'is not in format "{names.format}", or its fingerprint does not match its settings.',

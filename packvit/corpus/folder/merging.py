@@ -74,7 +74,7 @@ def merge(
     out: str | os.PathLike[str],
     format: Format = "parquet",
     overwrite: bool = False,
-    tell: Told = lambda done, rows: None,
+    progress: Told | None = None,
 ) -> Merged:
     """Put the folders of all shards of a job together in the feature folder `out`.
 
@@ -94,7 +94,7 @@ def merge(
     manifest = draft(shards)
     with claim(target):
         found = take_up(target, manifest, overwrite=overwrite)
-        return run(target, shards, found, manifest["certificate_sha256"], format, tell)
+        return run(target, shards, found, manifest["certificate_sha256"], format, progress)
 
 
 def open_shard(folder: Path) -> ShardFolder:
@@ -182,7 +182,7 @@ def run(
     found: Resumed,
     certificate: str | None,
     format: Format,
-    tell: Told,
+    progress: Told | None,
 ) -> Merged:
     """Copy all parts that the locked folder does not hold, and commit them in order."""
     manifest = found.manifest | {"complete": False, "counts": None}
@@ -190,7 +190,12 @@ def run(
     counts = add_counts(shards)
     parts = [(number, entry, each) for each in shards for number, entry in each.parts.items()]
     done = sum(entry.rows for entry in found.kept.values())
-    tell(done, counts["rows"])
+
+    def report(done: int) -> None:
+        if progress:
+            progress(done, counts["rows"])
+
+    report(done)
     if certificate is not None:
         path = shards[0].folder / CURRENT.certificate
         with reading(path):
@@ -202,7 +207,7 @@ def run(
         if number not in found.kept:
             enter(folder, copy_part(each.folder, entry, folder), mends=number <= last)
             done += entry.rows
-            tell(done, counts["rows"])
+            report(done)
     if format == "npy":
         names = [CURRENT.part(number) for number, _, _ in parts]
         width, before = Outputs.of_manifest(manifest).vector_width, manifest["exports"]

@@ -6,6 +6,7 @@
     _inputs.jsonl.gz         the ids of the inputs, until the job is done
     data/part-00000.parquet  one row for each input, in the order of the inputs
     _exports/pooled.npy, _exports/ids.jsonl   made from the parts once all are written, if asked for
+    _exports/pooled.usearch, .usearch.json    an index of the vectors, if `search` was asked for it
 
 Readers of Parquet folders skip names that begin with "_" or ".", so pandas and pyarrow open the
 folder itself; others open `data`, which never holds anything but whole parts. Temporary files lie
@@ -44,10 +45,16 @@ class Names:
         """Return the path of part `number`."""
         return self.parts + part_name(number)
 
+    def index(self, column: str) -> tuple[str, str]:
+        """Return the paths of the index of a column of vectors, and of the facts about it."""
+        name = self.pooled.removesuffix("pooled.npy") + f"{column}.usearch"
+        return name, f"{name}.json"
+
     @property
     def fixed(self) -> tuple[str, ...]:
         """All files except the parts, the manifest last."""
-        return (self.pooled, self.ids, PENDING, self.commits, self.certificate, self.manifest)
+        made = (self.pooled, self.ids, *self.index("pooled"), *self.index("projected"))
+        return (*made, PENDING, self.commits, self.certificate, self.manifest)
 
 
 CURRENT = Names(

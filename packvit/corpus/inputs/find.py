@@ -25,6 +25,7 @@ from packvit.corpus.inputs.archives import list_parquet
 from packvit.corpus.inputs.listing import Listing, by_suffix, readable, spooling
 from packvit.corpus.inputs.lists import looks_like_list, read_list
 from packvit.corpus.inputs.retries import find_status, persist
+from packvit.corpus.inputs.roots import record_root
 from packvit.corpus.inputs.sources import Input as Input
 from packvit.corpus.inputs.sources import find_kind, find_url, unreadable
 from packvit.corpus.inputs.tars import list_tar
@@ -79,6 +80,7 @@ def list_inputs(
             for name in read_list(path, column):
                 finder.add_listed(name)
         listing = finder.listing
+        listing.root = record_root(paths, lists, image_column)
         if not len(listing):
             if finder.empty:
                 raise no_photographs(finder.empty)

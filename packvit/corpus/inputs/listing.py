@@ -51,6 +51,7 @@ class Listing:
     def __init__(self) -> None:
         self.passed_over: Counter[str] = Counter()  # files, by their suffixes
         self.length = 0
+        self.root: dict[str, str] = {}  # where ids start from, for the manifest
         self.gone: Gone | None = None  # beside the recorded inputs of a job, once compared
         # No name: SQLite makes a temporary file and unlinks it at once.
         self.rows = sqlite3.connect("", check_same_thread=False, isolation_level=None)

@@ -56,9 +56,8 @@ def load_alike(job: Job, device: str) -> Encoder:
     """
     wanted = job.described  # for a hub model the commit, since a branch may have moved
     dtype, attention, revision = (wanted[name] for name in ("dtype", "attention", "revision"))
-    encoder = load_encoder(job.model, device, dtype, attention, revision, job.positions)
-    assert encoder.checkpoint
-    found = describe_job(encoder, encoder.checkpoint.sha256(), job.options)
+    encoder, weights = load_encoder(job.model, device, dtype, attention, revision, job.positions)
+    found = describe_job(encoder, weights, job.options)
     if lines := differences(wanted, found):
         raise EmbedderError(
             f"An embedder on {socket.gethostname()} would write other numbers than this job. What "

@@ -184,7 +184,10 @@ def test_a_finished_job_gets_its_matrix_without_reading_an_image(
     for path in own.iterdir():
         path.write_bytes(b"")  # whoever reads finds no image
     embed(own, out=tmp_path / "plain", model=encoder, tokens=True, format="npy")
-    assert contents(tmp_path / "plain") == contents(out)
+    mine, theirs = ((read_manifest(each) or {}) for each in (tmp_path / "plain", out))
+    assert mine | {"root": None} == theirs | {"root": None}  # which says where photographs are
+    mine, theirs = (contents(each) for each in (tmp_path / "plain", out))
+    assert mine | {"_manifest.json": b""} == theirs | {"_manifest.json": b""}
 
 
 def test_a_damaged_or_missing_matrix_is_found_and_made_again_alone(

@@ -1,0 +1,1 @@
+"""Search, duplicates, labels and evaluation on finished feature folders."""

@@ -1,0 +1,139 @@
+"""The vectors of a finished feature folder, read in blocks, so that memory does not grow with it.
+
+No torch.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from packvit.corpus import UsageError
+from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.folder.names import names_of
+from packvit.corpus.folder.reader import damaged, map_matrix, open_finished, read_whole
+
+BLOCK = 4096  # rows: 12 MiB at a width of 768
+AHEAD = 2  # parts that are read while one is used
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vectors:
+    """A column of vectors of a finished folder, and the rows that they belong to."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    column: str  # pooled or projected
+    width: int  # D
+    parts: tuple[str, ...]  # paths below the folder
+    starts: tuple[int, ...]  # the first row of each part, and the number of rows
+    exported: str | None  # the matrix of the column, if the job wrote it
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def blocks(self, rows: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, vectors [rows, D] float32) in order; rows that are errors are NaN.
+
+        Raises: UsageError if a file is missing or damaged.
+        """
+        if self.exported:
+            matrix = map_matrix(self.folder, self.exported, (len(self), self.width))
+            for start in range(0, len(self), rows):
+                yield start, np.asarray(matrix[start : start + rows])
+            return
+        with ThreadPoolExecutor(AHEAD) as readers:
+            pending = [readers.submit(self.read_part, n) for n in range(min(AHEAD, self.count))]
+            for number, first in enumerate(self.starts[:-1]):
+                part = pending.pop(0).result()
+                if number + AHEAD < self.count:
+                    pending.append(readers.submit(self.read_part, number + AHEAD))
+                for start in range(0, len(part), rows):
+                    yield first + start, part[start : start + rows]
+
+    @property
+    def count(self) -> int:
+        """The number of parts."""
+        return len(self.parts)
+
+    def read_part(self, number: int) -> np.ndarray:
+        """Return the vectors of one part."""
+        table = read_whole(self.folder, self.parts[number], [self.column])
+        return to_matrix(table[self.column].combine_chunks(), self.width)
+
+    def take(self, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Return these columns of these rows, in their order; only their parts are read."""
+        found: dict[int, dict[str, Any]] = {}
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            table = read_whole(self.folder, self.parts[number], list(columns))
+            wanted = [row for row, part in zip(rows, numbers, strict=True) if part == number]
+            inner = table.take(pa.array([row - self.starts[number] for row in wanted]))
+            found.update(zip(wanted, inner.to_pylist(), strict=True))
+        return [found[row] for row in rows]
+
+    def take_vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors [rows, D] of rows in ascending order; only their parts are read."""
+        if self.exported:
+            matrix = map_matrix(self.folder, self.exported, (len(self), self.width))
+            return np.asarray(matrix[rows])
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        taken = [
+            self.read_part(number)[rows[numbers == number] - self.starts[number]]
+            for number in np.unique(numbers).tolist()
+        ]
+        return np.concatenate([np.empty((0, self.width), np.float32), *taken])
+
+    def table(self, columns: Sequence[str]) -> pa.Table:
+        """Return these columns of all rows: names and sizes, which fit in memory."""
+        tables = [read_whole(self.folder, part, list(columns)) for part in self.parts]
+        return pa.concat_tables(tables).combine_chunks()
+
+
+def open_vectors(folder: str | os.PathLike[str], column: str = "pooled") -> Vectors:
+    """Return a column of vectors of the feature folder of a finished job.
+
+    Raises: UsageError if it is none, or has no such column.
+    """
+    path = Path(folder)
+    manifest, names = open_finished(path), names_of(path)
+    entries = read_commits(path)
+    if not entries or sum(entry.rows for entry in entries) != manifest["inputs"]:
+        raise damaged(path, names.commits)
+    try:
+        with pa.OSFile(os.fsencode(path / entries[0].part)) as file:
+            schema = pq.read_schema(file)
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(path, entries[0].part) from error
+    if column not in schema.names:
+        raise UsageError(
+            f'{path} has no column {column}: the model "{manifest["model"]}" shares no space with '
+            "text, or an earlier version wrote the folder."
+        )
+    exported = column == "pooled" and names.pooled in manifest["exports"]
+    return Vectors(
+        path,
+        manifest,
+        column,
+        schema.field(column).type.list_size,
+        tuple(entry.part for entry in entries),
+        tuple(accumulate((entry.rows for entry in entries), initial=0)),
+        names.pooled if exported and (path / names.pooled).exists() else None,
+    )
+
+
+def to_matrix(column: pa.Array, width: int) -> np.ndarray:
+    """Return vectors [rows, D] of a column, NaN where a row is null; a view if none is."""
+    if not column.null_count:
+        return column.flatten().to_numpy().reshape(-1, width)
+    vectors = np.full((len(column), width), np.nan, np.float32)
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    vectors[valid] = column.drop_null().flatten().to_numpy().reshape(-1, width)
+    return vectors

@@ -1,0 +1,103 @@
+"""The encoders of a folder's space: its own model for photographs, and its text tower for words."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from packvit.config import GridPolicy
+from packvit.corpus import UsageError
+from packvit.corpus.settings import digest_weights, load_encoder
+from packvit.encoder import Encoder
+from packvit.images.decode import Source
+from packvit.retrieval.folders import Vectors
+
+
+def load_model(
+    manifest: dict[str, Any], folder: Path, model: str | None = None, device: str | None = None
+) -> Encoder:
+    """Return the encoder that wrote a folder; `model` says where it is now, if it was moved.
+
+    Raises: UsageError if its weights are others; CheckpointError.
+    """
+    positions: GridPolicy = manifest["positions"]
+    encoder = load_encoder(
+        model or manifest["model"], device, None, "auto", manifest["revision"], positions
+    )
+    check_model(encoder, manifest, folder)
+    return encoder
+
+
+def check_model(encoder: Encoder, manifest: dict[str, Any], folder: Path) -> None:
+    """Raise UsageError unless the folder's features come from the encoder's weights."""
+    known = {encoder.checkpoint.sha256()} if encoder.checkpoint else set()
+    if manifest["weights_sha256"] in known:
+        return
+    if manifest["weights_sha256"] != digest_weights(encoder):
+        mine = encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__
+        raise UsageError(
+            f'The features in {folder} come from the model "{manifest["model"]}", and "{mine}" has '
+            "other weights, so they cannot be compared. Leave `model` out, or embed the folder's "
+            "photographs again."
+        )
+
+
+def embed_photographs(
+    photos: Sequence[Source], vectors: Vectors, model: str | None, device: str | None
+) -> np.ndarray:
+    """Return the vectors of photographs, preprocessed as the folder's were.
+
+    Shapes: N photographs -> float32 [N, D].
+    Raises: ImageError with the index of the first that cannot be used; as `load_model`.
+    """
+    manifest, asked = vectors.manifest, vectors.manifest["preprocessing"]
+    encoder = load_model(manifest, vectors.folder, model, device)
+    return encoder.embed(
+        photos,
+        token_budget=manifest["token_budget"],
+        projected=vectors.column == "projected",
+        resize=asked["resize"],
+        max_patches=asked["max_patches"],
+    )
+
+
+def word_column(vectors: Vectors) -> str:
+    """Return the column of the space that the folder's model shares with words.
+
+    Raises: UsageError if it shares none.
+    """
+    named = vectors.manifest.get("text_space")
+    if named is None:
+        raise UsageError(
+            f'The model of {vectors.folder}, "{vectors.manifest["model"]}", knows no words. Search '
+            "by photographs, or embed with a model that has a text tower, such as CLIP or SigLIP."
+        )
+    return named
+
+
+def load_words(vectors: Vectors, model: str | None, device: str | None) -> Any:
+    """Return the text tower of the model that wrote a folder.
+
+    Raises: UsageError if its weights are others; CheckpointError.
+    """
+    from packvit.text import load_text
+
+    manifest = vectors.manifest
+    tower = load_text(model or manifest["model"], device=device, revision=manifest["revision"])
+    check_model(tower, manifest, vectors.folder)
+    return tower
+
+
+def embed_words(
+    texts: Sequence[str], vectors: Vectors, model: str | None, device: str | None
+) -> np.ndarray:
+    """Return the vectors of texts in the space of the folder's vectors.
+
+    Shapes: N texts -> float32 [N, D].
+    Raises: UsageError for words that the tower cannot read; as `load_words`.
+    """
+    try:
+        return load_words(vectors, model, device).embed(texts)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
