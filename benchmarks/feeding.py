@@ -97,7 +97,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     ask_for_queues()  # as a job does before it loads its encoder
     encoder = build(asked.model, torch.device(asked.device))
     options = fit_options(
-        encoder, EmbedOptions(workers=asked.workers, max_patches=asked.max_patches), ()
+        encoder, EmbedOptions(workers=asked.workers, max_patches=asked.max_patches)
     )
     load = make_load(encoder, options, scratch / "photos", asked.images, asked.distinct)
     gpu, missing = replace(options, decode="gpu"), None

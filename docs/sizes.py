@@ -70,6 +70,14 @@ SIZES: dict[str, tuple[Published, Published]] = {
         Published("0.8B", tower(768, 12, 12, 3072, out_hidden_size=1024)),
         Published("27B", tower(1152, 27, 16, 4304, out_hidden_size=5120)),
     ),
+    "Qwen2.5-VL ViT": (
+        Published("3B", tower(1280, 32, 16, 3420, out_hidden_size=2048)),
+        Published("72B", tower(1280, 32, 16, 3420, out_hidden_size=8192)),
+    ),
+    "Qwen2-VL ViT": (
+        Published("2B", {"embed_dim": 1280, "hidden_size": 1536}),
+        Published("72B", {"embed_dim": 1280, "hidden_size": 8192}),
+    ),
 }
 
 

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from packvit.families.clip import ClipPacking as ClipPacking
     from packvit.families.dinov2 import Dinov2Packing as Dinov2Packing
     from packvit.families.dinov3 import DINOv3ViTPacking as DINOv3ViTPacking
+    from packvit.families.qwen2_5_vl import (
+        Qwen25VisionTransformerPacking as Qwen25VisionTransformerPacking,
+    )
+    from packvit.families.qwen2_vl import (
+        Qwen2VisionTransformerPacking as Qwen2VisionTransformerPacking,
+    )
     from packvit.families.qwen3_vl import Qwen3VLVisionPacking as Qwen3VLVisionPacking
     from packvit.families.siglip import SiglipPacking as SiglipPacking
     from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
@@ -46,6 +52,8 @@ _HOMES = {
     "Features": "packvit.packs.features",
     "ImageError": "packvit.images.decode",
     "Pack": "packvit.packs.features",
+    "Qwen25VisionTransformerPacking": "packvit.families.qwen2_5_vl",
+    "Qwen2VisionTransformerPacking": "packvit.families.qwen2_vl",
     "Qwen3VLVisionPacking": "packvit.families.qwen3_vl",
     "Segments": "packvit.packs.segments",
     "Siglip2NaflexPacking": "packvit.families.siglip2",

@@ -37,6 +37,8 @@ def swap_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
             return make(axis, places).roll(axis.shape[1], 1)
 
         patch.setattr("packvit.encoder.sine_cosine", swapped)
+    elif isinstance(encoder.config.rotary, AxialRotary):
+        swap_rotary_axes(encoder, patch)
     else:
         assert isinstance(encoder.config.rotary, Rotary)
         turn = positions.rotate
@@ -182,6 +184,8 @@ def applies(encoder: Encoder, mistake: str) -> bool:
         return isinstance(table, Table) and (table.any_grid or interpolates)
     if mistake == "first register for class token":
         return config.registers > 0
+    if mistake == "positions half a patch off" and table is None:
+        return isinstance(config.rotary, Rotary)  # places that count turn by what lies between them
     if mistake == "rotary axes swapped":
         return isinstance(config.rotary, AxialRotary)
     if mistake == "squares laid together column by column":

@@ -11,8 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from reference import randomise
 from torch import Tensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.vision_utils import get_vision_window_index
 
 from packvit.packs.features import Features
 from packvit.verification.rule import judge
@@ -30,6 +35,11 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2]},
     ),
     "qwen3_5": (Qwen3_5VisionModel, {"num_position_embeddings": 49}),
+    "qwen2_5_vl": (
+        Qwen2_5_VisionTransformerPretrainedModel,
+        {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1]},
+    ),
+    "qwen2_vl": (Qwen2VisionTransformerPretrainedModel, {"patch_size": 14, "mlp_ratio": 2}),
 }
 
 Grid = list[tuple[int, int, int]]
@@ -47,7 +57,11 @@ class Outputs(NamedTuple):
 def build(kind: str, seed: int = 0, **changes: Any) -> Any:
     """A small random tower, every tensor of which matters."""
     model, own = KINDS[kind]
-    tower = randomise(model(model.config_class(**(SIZES | own | changes))), seed)
+    entries = SIZES | own | changes
+    if kind == "qwen2_vl":  # which has other words for the width, and for that behind the merger
+        entries |= {"embed_dim": entries["hidden_size"], "hidden_size": entries["out_hidden_size"]}
+        del entries["out_hidden_size"], entries["intermediate_size"]
+    tower = randomise(model(model.config_class(**entries)), seed)
     for name, parameter in tower.named_parameters():
         if "ln_q" in name and name.endswith("weight"):  # is named like no norm
             parameter.data = 1 + 0.6 * parameter.data
@@ -71,7 +85,11 @@ def to_theirs(patches: Tensor, side: int) -> Tensor:
 def run_image(model: Any, patches: Tensor, grid: tuple[int, int, int]) -> Outputs:
     """Forward one image or clip."""
     order = block_order(*grid)
-    back = order.argsort()
+    left = order  # as the last block leaves them: in windows of blocks, where there are windows
+    if size := getattr(model.config, "window_size", None):
+        windows, _ = get_vision_window_index(torch.tensor([grid]), 2, size, model.config.patch_size)
+        left = order.view(-1, 4)[windows].flatten()
+    back = left.argsort()
     weight = next(model.parameters())
     given = to_theirs(patches.to(weight.dtype), model.config.patch_size)[order]
     out = model(given, grid_thw=torch.tensor([grid]), output_hidden_states=True)

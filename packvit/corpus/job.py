@@ -45,6 +45,9 @@ from packvit.corpus.runners.embedder import Job
 from packvit.corpus.runners.order import Runner, Work
 from packvit.corpus.settings import (
     EmbedOptions,
+    InputOptions,
+    ModelChoice,
+    RunOptions,
     check_memory,
     check_options,
     choose_rows,
@@ -61,7 +64,6 @@ from packvit.model.device import name_device
 from packvit.model.memory import free_memory
 from packvit.verification.verify import vouch
 
-TRIAL_MODEL = "tiny"
 MOST_WORKERS = 16  # that one process starts by default
 TRIAL_INPUTS = 1000  # the most inputs of a job without a chosen model
 
@@ -137,10 +139,25 @@ def embed(
     differs from its reference. An image that cannot be used raises nothing: its row says why.
     """
     named = [photos] if isinstance(photos, (str, os.PathLike)) else photos
+    inputs = InputOptions(
+        photos=tuple(os.fspath(path) for path in named),
+        lists=tuple(os.fspath(path) for path in lists),
+        column=column,
+        image_column=image_column,
+    )
+    choice = ModelChoice(
+        model=model,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        revision=revision,
+        positions=positions,
+    )
     options = EmbedOptions(
         resize=resize,
         max_patches=max_patches,
         tokens=tokens,
+        taps=tuple(taps),
         dtype_out=dtype_out,
         token_budget=token_budget,
         max_pixels=max_pixels,
@@ -149,35 +166,58 @@ def embed(
         workers=fair_workers(processes) if workers is None else workers,
         pixels_in_flight=pixels_in_flight,
     )
-    if rows_per_part is not None:
-        options = replace(options, rows_per_part=rows_per_part)
+    how = RunOptions(
+        format=format,
+        rows_per_part=rows_per_part,
+        processes=processes,
+        ray=ray,
+        verify=verify,
+        overwrite=overwrite,
+        retry_errors=retry_errors,
+        shard=shard,
+    )
+    return run_job(out, inputs, choice, options, how, progress)
+
+
+def run_job(
+    out: str | os.PathLike[str],
+    inputs: InputOptions,
+    choice: ModelChoice,
+    options: EmbedOptions,
+    how: RunOptions,
+    progress: Tell | None,
+) -> Summary:
+    """Do what `embed` says."""
+    model, processes = choice.model, how.processes
+    if how.rows_per_part is not None:
+        options = replace(options, rows_per_part=how.rows_per_part)
     check_options(options)
-    check_format(format)
-    part_of = WHOLE if shard is None else parse_shard(shard)
-    if part_of != WHOLE and format != "parquet":
+    check_format(how.format)
+    part_of = WHOLE if how.shard is None else parse_shard(how.shard)
+    if part_of != WHOLE and how.format != "parquet":
         raise UsageError(
-            f'format is "{format}", which a shard alone cannot have. Give it to `packvit merge`.'
+            f'format is "{how.format}", which a shard alone cannot have. Give it to '
+            "`packvit merge`."
         )
-    codes = choose_codes(retry_errors)
-    if decode == "gpu":
+    codes = choose_codes(how.retry_errors)
+    if options.decode == "gpu":
         ask_for_queues()
     if processes is not None and processes < 1:
         raise UsageError(f"processes is {processes}, but must be 1 or more.")
-    here = ray is None and processes in (None, 1)
-    if isinstance(model, Encoder) and not here:
+    if isinstance(model, Encoder) and not how.here:
         raise UsageError(
             "model is a loaded encoder, which only this process can use. Give the model's name, or "
             "leave `processes` and `ray` out."
         )
     check_local(out)
     folder = Path(out)
-    check_usable(folder, overwrite=overwrite)
-    recorded = {} if overwrite else read_manifest(folder) or {}
+    check_usable(folder, overwrite=how.overwrite)
+    recorded = {} if how.overwrite else read_manifest(folder) or {}
     listing = list_inputs(
-        [os.fspath(path) for path in named],
-        [os.fspath(path) for path in lists],
-        column=column,
-        image_column=image_column,
+        inputs.photos,
+        inputs.lists,
+        column=inputs.column,
+        image_column=inputs.image_column,
         known=recorded.get("inputs_sha256"),
     )
     notes = take_over(folder, recorded, listing)
@@ -188,61 +228,49 @@ def embed(
             'Choose one, for example `model="apple/aimv2-large-patch14-native"`.'
         )
     with options.decoders() as decoders:
-        if here and not (read_manifest(folder) or {}).get("complete"):
+        if how.here and not (read_manifest(folder) or {}).get("complete"):
             decoders.start(len(listing))  # while the model is loaded
-        encoder, weights = choose_encoder(
-            model, device, dtype, attention, revision, positions, verify
-        )
-        options = fit_options(encoder, options, taps)
+        encoder, weights = choose_encoder(choice, verify=how.verify)
+        options = fit_options(encoder, options)
         if not recorded or "text_space" in recorded:  # folders of before are finished as they are
             options = replace(options, text_space=encoder.text_space)
-        if rows_per_part is None:
-            large = tokens or bool(taps)
+        if how.rows_per_part is None:
+            large = options.tokens or bool(options.taps)
             kind = encoder.device if part_of == WHOLE else None
             rows = rows_before(recorded) or choose_rows(kind, len(listing), large=large)
             options = replace(options, rows_per_part=rows)
         context = make_context(encoder, options, decoders)
         check_memory(encoder, options, free_memory(encoder.device))
-        certificate = vouch(encoder, weights) if verify else None
+        certificate = vouch(encoder, weights) if how.verify else None
         described = describe_job(encoder, weights, options)
-        format_of_folder = (CURRENT if overwrite else names_of(folder)).format
+        format_of_folder = (CURRENT if how.overwrite else names_of(folder)).format
         manifest = draft(encoder, described, listing, format_of_folder) | part_of.entry
         name = encoder.checkpoint.name if encoder.checkpoint else ""
-        job = Job(str(folder), options, described, positions, name)
-        runner = choose_runner(context, job, processes, ray)
+        job = Job(str(folder), options, described, choice.positions, name)
+        runner = choose_runner(context, job, processes, how.ray)
         device_name = name_device(encoder.device)
         del encoder, context  # only a runner in this process keeps them; the others need the memory
         tally = Tally(rows_of(manifest), progress, options.token_budget)
         with claim(folder):
             differ = describe(listing.gone)
-            found = take_up(folder, manifest, overwrite=overwrite, inputs=differ)
+            found = take_up(folder, manifest, overwrite=how.overwrite, inputs=differ)
             found = replace(found, notes=(*notes, *found.notes))
             if not rows_of(manifest) and len(listing):
                 notes = (f"Shard {part_of} has no rows: the job has fewer parts than shards.",)
                 found = replace(found, notes=(*notes, *found.notes))
             again = find_errors(folder, found.kept, codes)
             return run(
-                runner, listing, folder, found, again, certificate, format, device_name, tally
+                runner, listing, folder, found, again, certificate, how.format, device_name, tally
             )
 
 
-def choose_encoder(
-    model: str | os.PathLike[str] | Encoder | None,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    attention: str,
-    revision: str | None,
-    positions: GridPolicy,
-    verify: bool,
-) -> tuple[Encoder, str]:
+def choose_encoder(choice: ModelChoice, *, verify: bool) -> tuple[Encoder, str]:
     """Return the loaded encoder, and the digest of its weights.
 
     Raises: UsageError for arguments that do not go together; CheckpointError.
     """
-    if isinstance(model, Encoder):
-        if (device, dtype, attention, revision, positions) != (
-            (None, None, "auto", None, "checkpoint")
-        ):
+    if isinstance(choice.model, Encoder):
+        if choice != ModelChoice(model=choice.model):
             raise UsageError(
                 "model is a loaded encoder, whose device, dtype, attention, revision and positions "
                 "were chosen when it was loaded. Leave them out, or give the model's name."
@@ -252,11 +280,10 @@ def choose_encoder(
                 "model is a loaded encoder, whose weights may have been trained since, so it has "
                 "no reference. Leave `verify` out, or give the model's name."
             )
-        encoder, weights = model, digest_weights(model)
+        encoder, weights = choice.model, digest_weights(choice.model)
     else:
-        name = TRIAL_MODEL if model is None else model
-        encoder, weights = load_encoder(name, device, dtype, attention, revision, positions)
-    if verify and positions == "interpolate" and not encoder.family.reference.interpolates:
+        encoder, weights = load_encoder(choice)
+    if verify and choice.positions == "interpolate" and not encoder.family.reference.interpolates:
         raise UsageError(
             'verify cannot check positions="interpolate": no reference defines it for '
             f"{encoder.family.name}. Leave one of the two out."

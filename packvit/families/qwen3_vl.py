@@ -52,7 +52,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
         "layer",
         1e-6,
         square(inner, "spatial_merge_size", 2),
-        deepstack(inner) if deep else (),
+        qwen_vl.layer_numbers(inner, "deepstack_visual_indexes", (8, 16, 24)) if deep else (),
     )
     return EncoderConfig(
         **sizes(inner, qwen_vl.WORDS, width=1152, layers=27, heads=16, mlp_width=4304),
@@ -63,19 +63,6 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
         activation=activation(inner, "gelu_pytorch_tanh"),
         merger=merger,
     )
-
-
-def deepstack(config: Json) -> tuple[int, ...]:
-    """Return the layers that are merged besides the last one.
-
-    Raises: CheckpointError for what are no layers.
-    """
-    layers = entry(config, "deepstack_visual_indexes", (list, tuple), (8, 16, 24))
-    if not all(type(layer) is int and layer in range(config.get("depth", 27)) for layer in layers):
-        raise CheckpointError(
-            f'config.json says "deepstack_visual_indexes": {layers}, which are no layers of its.'
-        )
-    return tuple(layers)
 
 
 def write(config: EncoderConfig) -> dict[str, Any]:

@@ -19,6 +19,8 @@ WORDS = {  # of config.json, for our sizes
     "mlp_width": "intermediate_size",
     "channels": "in_channels",
 }
+MERGER = {"norm": "ln_q", "up": "mlp.0", "down": "mlp.2"}  # ours to theirs, before Qwen3
+PIXELS = PixelRange(56 * 56, 28 * 28 * 1280)  # before Qwen3
 FRAMES = 2  # of a patch: the number is in the shape of every published checkpoint's weights
 
 
@@ -69,6 +71,20 @@ def choices(config: Json) -> dict[str, Any]:
         "norm_eps": 1e-6,  # config.json says nothing about it
         "final_norm": None,
     }
+
+
+def layer_numbers(config: Json, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the layers that an entry of config.json lists.
+
+    Raises: CheckpointError for what are no layers.
+    """
+    layers = entry(config, name, (list, tuple), default)
+    depth = entry(config, WORDS["layers"], int, 1 + max(default))
+    if not all(type(layer) is int and 0 <= layer < depth for layer in layers):
+        raise CheckpointError(
+            f'config.json says "{name}": {layers}, which are no layers of {depth}.'
+        )
+    return tuple(layers)
 
 
 def write_tower(config: EncoderConfig, words: Mapping[str, str] = WORDS) -> dict[str, Any]:

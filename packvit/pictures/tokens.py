@@ -155,8 +155,9 @@ def choose_outputs(
             "Name fewer at a time."
         )
     check_options(options)
-    wanted = replace(options, tokens=layer is None, dtype_out="float32")
-    return fit_options(encoder, wanted, () if layer is None else (layer,))
+    taps = () if layer is None else (layer,)
+    wanted = replace(options, tokens=layer is None, taps=taps, dtype_out="float32")
+    return fit_options(encoder, wanted)
 
 
 def read_photographs(
