@@ -4,6 +4,7 @@ No torch.
 """
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -58,15 +59,25 @@ class Prepared:
 Admit = Callable[[int], None]
 
 
-def prepare(source: Input, preprocessing: Preprocessing, admit: Admit) -> Prepared:
-    """Read, decode, resize and cut one input; an error is recorded in its row."""
+def prepare(
+    source: Input,
+    preprocessing: Preprocessing,
+    admit: Admit,
+    *,
+    pause: Callable[[float], None] = time.sleep,
+    alone: bool = False,
+) -> Prepared:
+    """Read, decode, resize and cut one input; an error is recorded in its row.
+
+    `pause` and `alone` are as `read` takes them.
+    """
     row = Row(source.id)
     if source.error:
         code, found_in = source.error
         return Prepared(replace(row, status=code, stage=found_in))
     stage: Stage = "read"
     try:
-        data = read(source)
+        data = read(source, pause=pause, alone=alone)
         row = replace(row, sha256=hashlib.sha256(data).hexdigest())
         stage = "decode"
         if preprocessing.decode == "gpu":
