@@ -16,8 +16,10 @@ def test_every_block_of_the_page_prints_what_stands_below_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     two_towers.build("clip").save_pretrained(tmp_path / "clip")
-    size = {"size": {"shortest_edge": 70}, "crop_size": {"height": 70, "width": 70}}
-    CLIPImageProcessorPil(**size).save_pretrained(tmp_path / "clip")
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 70}, crop_size={"height": 70, "width": 70}
+    )
+    images.save_pretrained(tmp_path / "clip")
     two_towers.write_clip_tokenizer(tmp_path / "clip")
     for name in ("cat.jpg", "street.png"):
         Image.fromarray(np.full((90, 80, 3), 99, np.uint8)).save(tmp_path / name)

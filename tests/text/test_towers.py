@@ -271,7 +271,7 @@ def test_what_a_config_leaves_out_is_its_class_default(kind: str, key: str):
 
 @pytest.mark.parametrize("tower", TEXT_TOWERS, ids=lambda tower: tower.name)
 def test_sizes_left_out_are_those_of_the_reference(tower: TextTower):
-    config = CONFIG_MAPPING[tower.model_types[0]]
+    config: Any = CONFIG_MAPPING[tower.model_types[0]]
     whole = config(text_config={}, vision_config={}).to_dict()
     assert tower.read({}) == tower.read(whole)
 
