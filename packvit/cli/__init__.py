@@ -24,6 +24,7 @@ COMMANDS = {  # in the order of `--help`
     "info": "packvit.cli.info",
     "pca": "packvit.cli.pca",
     "search": "packvit.cli.search",
+    "dups": "packvit.cli.dups",
 }
 
 
