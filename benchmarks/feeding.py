@@ -97,7 +97,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     ask_for_queues()  # as a job does before it loads its encoder
     encoder = build(asked.model, torch.device(asked.device))
     options = fit_options(
-        encoder, EmbedOptions(workers=asked.workers, max_patches=asked.max_patches), ()
+        encoder, EmbedOptions(workers=asked.workers, max_patches=asked.max_patches)
     )
     load = make_load(encoder, options, scratch / "photos", asked.images, asked.distinct)
     gpu, missing = replace(options, decode="gpu"), None
@@ -202,14 +202,7 @@ def make_load(
     """Write the photographs, and prepare what the encoder alone is measured with."""
     distinct = min(distinct, images)
     say(f"writing {distinct} photographs")
-    folder.mkdir()
-    photos = [Image.open(path).convert("RGB") for path in photographs()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda n: large(photos[n % len(photos)], n), range(distinct))
-        for number, data in enumerate(made):
-            (folder / f"{number:06}.jpg").write_bytes(data)
-    for number in range(distinct, images):
-        os.link(folder / f"{number % distinct:06}.jpg", folder / f"{number:06}.jpg")
+    write_photographs(folder, images, distinct)
     inputs = list(list_inputs([str(folder)]))
     say("preparing them by Pillow, for the encoder alone")
     with options.decoders() as decoders:
@@ -224,6 +217,18 @@ def make_load(
             [start + place for place in pack] for pack in plan_packs(lengths, options.token_budget)
         ]
     return Load(folder, inputs, prepared, packs)
+
+
+def write_photographs(folder: Path, images: int, distinct: int) -> None:
+    """Write photographs as JPEGs into a new folder, the distinct ones again and again."""
+    folder.mkdir()
+    photos = [Image.open(path).convert("RGB") for path in photographs()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda n: large(photos[n % len(photos)], n), range(distinct))
+        for number, data in enumerate(made):
+            (folder / f"{number:06}.jpg").write_bytes(data)
+    for number in range(distinct, images):
+        os.link(folder / f"{number % distinct:06}.jpg", folder / f"{number:06}.jpg")
 
 
 def measure_stages(context: EmbedContext, load: Load) -> dict[str, Any]:

@@ -33,6 +33,12 @@ def sized(width: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[st
     }
 
 
+def tower(width: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[str, Any]:
+    """Return sizes under the names of config.json of Qwen's towers."""
+    named = {"hidden_size": width, "depth": layers, "num_heads": heads, "intermediate_size": mlp}
+    return named | rest
+
+
 HEAD = ("vision_model.head.probe",)
 SHARED = ("visual_projection.weight",)
 SIZES: dict[str, tuple[Published, Published]] = {
@@ -59,6 +65,18 @@ SIZES: dict[str, tuple[Published, Published]] = {
     "CLIP": (
         Published("base", sized(768, 12, 12, 3072), SHARED),
         Published("huge", sized(1280, 32, 16, 5120, patch_size=14, projection_dim=1024), SHARED),
+    ),
+    "Qwen3 ViT": (
+        Published("0.8B", tower(768, 12, 12, 3072, out_hidden_size=1024)),
+        Published("27B", tower(1152, 27, 16, 4304, out_hidden_size=5120)),
+    ),
+    "Qwen2.5-VL ViT": (
+        Published("3B", tower(1280, 32, 16, 3420, out_hidden_size=2048)),
+        Published("72B", tower(1280, 32, 16, 3420, out_hidden_size=8192)),
+    ),
+    "Qwen2-VL ViT": (
+        Published("2B", {"embed_dim": 1280, "hidden_size": 1536}),
+        Published("72B", {"embed_dim": 1280, "hidden_size": 8192}),
     ),
 }
 
@@ -88,7 +106,7 @@ def families_table() -> str:
         labels = [size.label for size in SIZES[family.name]]
         published = f"{len(family.checkpoints)}, {labels[0]} to {labels[1]}"
         vector = {"probe": "attention pooling", "class": "class token"}.get(
-            configs[0].pool or "", "mean of the tokens"
+            configs[0].pool or "", f"mean of the {'merged ' if configs[0].merger else ''}tokens"
         )
         lines.append(
             f"| {family.name} | `{encoder.__name__}` | {published} | {' to '.join(counts)} | "

@@ -10,6 +10,7 @@ from packvit import version
 
 if TYPE_CHECKING:
     from packvit.checkpoints.errors import CheckpointError as CheckpointError
+    from packvit.corpus.folder.merging import merge as merge
     from packvit.corpus.folder.reader import FeatureFolder as FeatureFolder
     from packvit.corpus.folder.reader import read as read
     from packvit.corpus.job import embed as embed
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from packvit.families.clip import ClipPacking as ClipPacking
     from packvit.families.dinov2 import Dinov2Packing as Dinov2Packing
     from packvit.families.dinov3 import DINOv3ViTPacking as DINOv3ViTPacking
+    from packvit.families.qwen2_5_vl import (
+        Qwen25VisionTransformerPacking as Qwen25VisionTransformerPacking,
+    )
+    from packvit.families.qwen2_vl import (
+        Qwen2VisionTransformerPacking as Qwen2VisionTransformerPacking,
+    )
+    from packvit.families.qwen3_vl import Qwen3VLVisionPacking as Qwen3VLVisionPacking
     from packvit.families.siglip import SiglipPacking as SiglipPacking
     from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
     from packvit.hub import load as load
@@ -44,6 +52,9 @@ _HOMES = {
     "Features": "packvit.packs.features",
     "ImageError": "packvit.images.decode",
     "Pack": "packvit.packs.features",
+    "Qwen25VisionTransformerPacking": "packvit.families.qwen2_5_vl",
+    "Qwen2VisionTransformerPacking": "packvit.families.qwen2_vl",
+    "Qwen3VLVisionPacking": "packvit.families.qwen3_vl",
     "Segments": "packvit.packs.segments",
     "Siglip2NaflexPacking": "packvit.families.siglip2",
     "SiglipPacking": "packvit.families.siglip",
@@ -52,6 +63,7 @@ _HOMES = {
     "embed": "packvit.corpus.job",
     "load": "packvit.hub",
     "load_text": "packvit.text.loading",
+    "merge": "packvit.corpus.folder.merging",
     "plan_packs": "packvit.packs.planning",
     "read": "packvit.corpus.folder.reader",
     "search": "packvit.retrieval.search",

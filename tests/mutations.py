@@ -1,14 +1,16 @@
 """Mistakes that an encoder can make, each made on purpose: a comparison must notice them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from packvit.config import Rotary, SinCos, Table
+from packvit.config import AxialRotary, Rotary, SinCos, Table
 from packvit.encoder import Encoder
 from packvit.model import positions
+from packvit.model.merging import Merging
 from packvit.packs.places import PatchPlaces
 
 Mutate = Callable[[Encoder, pytest.MonkeyPatch], None]
@@ -35,6 +37,8 @@ def swap_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
             return make(axis, places).roll(axis.shape[1], 1)
 
         patch.setattr("packvit.encoder.sine_cosine", swapped)
+    elif isinstance(encoder.config.rotary, AxialRotary):
+        swap_rotary_axes(encoder, patch)
     else:
         assert isinstance(encoder.config.rotary, Rotary)
         turn = positions.rotate
@@ -132,6 +136,26 @@ def pool_the_first_register(encoder: Encoder, patch: pytest.MonkeyPatch) -> None
     patch.setattr(encoder, "pool", lambda ran: pool(ran._replace(prefix=ran.prefix.roll(-1, 1))))
 
 
+def swap_rotary_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
+    """Take the column's angles for the row's, beside a table that is right."""
+    make = positions.axial_rotary
+
+    def swapped(kind: AxialRotary, places: PatchPlaces, head_dim: int) -> tuple[Tensor, Tensor]:
+        other = "column_row" if kind.order == "row_column" else "row_column"
+        return make(replace(kind, order=other), places, head_dim)
+
+    patch.setattr("packvit.model.embeddings.axial_rotary", swapped)
+
+
+def lay_squares_by_columns(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
+    merge = Merging.merge
+
+    def turned(merging: Merging, tokens: Tensor) -> Tensor:
+        return merge(merging, tokens).unflatten(1, (2, 2, -1)).transpose(1, 2).flatten(1)
+
+    patch.setattr(Merging, "merge", turned)
+
+
 MISTAKES: dict[str, Mutate] = {
     "queries and keys swapped": swap_queries_and_keys,
     "axes of a grid swapped": swap_axes,
@@ -143,6 +167,8 @@ MISTAKES: dict[str, Mutate] = {
     "a bias dropped": drop_a_bias,
     "antialiasing on for off": turn_antialiasing_over,
     "first register for class token": pool_the_first_register,
+    "rotary axes swapped": swap_rotary_axes,
+    "squares laid together column by column": lay_squares_by_columns,
 }
 
 
@@ -158,4 +184,10 @@ def applies(encoder: Encoder, mistake: str) -> bool:
         return isinstance(table, Table) and (table.any_grid or interpolates)
     if mistake == "first register for class token":
         return config.registers > 0
+    if mistake == "positions half a patch off" and table is None:
+        return isinstance(config.rotary, Rotary)  # places that count turn by what lies between them
+    if mistake == "rotary axes swapped":
+        return isinstance(config.rotary, AxialRotary)
+    if mistake == "squares laid together column by column":
+        return config.merger is not None
     return True

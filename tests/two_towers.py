@@ -36,7 +36,7 @@ TEXT: dict[str, Any] = {
 KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "clip": (CLIPModel, CLIPConfig, {}),
     "clip, largest id": (CLIPModel, CLIPConfig, {"eos_token_id": 2}),
-    "siglip": (SiglipModel, SiglipConfig, {"projection_size": 48}),
+    "siglip": (SiglipModel, SiglipConfig, {"hidden_size": 48, "projection_size": 64}),
     "siglip2": (Siglip2Model, Siglip2Config, {}),
     "aimv2": (Aimv2Model, Aimv2Config, {"qkv_bias": True, "mlp_bias": True}),
 }

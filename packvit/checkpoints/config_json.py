@@ -20,6 +20,7 @@ SIZES = {  # ours to transformers' words
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
     "mlp_width": "intermediate_size",
+    "channels": "num_channels",
 }
 
 
@@ -52,24 +53,30 @@ def tower(config: Json) -> Json:
     return entry(config, "vision_config", dict) if "vision_config" in config else config
 
 
-def sizes(config: Json, **defaults: int) -> dict[str, Any]:
+def sizes(config: Json, words: Mapping[str, str] = SIZES, **defaults: int) -> dict[str, Any]:
     """Return the sizes in config.json, which leaves out what equals its class's `defaults`.
+
+    `words` are config.json's for ours.
 
     Raises: CheckpointError for one that is no number, or for channels other than three.
     """
-    channels = entry(config, "num_channels", int, 3)
+    channels = entry(config, words["channels"], int, 3)
     if channels != 3:
-        raise CheckpointError(f'config.json says "num_channels": {channels}; we know 3, for RGB.')
-    found = {ours: entry(config, SIZES[ours], int, default) for ours, default in defaults.items()}
+        raise CheckpointError(
+            f'config.json says "{words["channels"]}": {channels}; we know 3, for RGB.'
+        )
+    found = {ours: entry(config, words[ours], int, default) for ours, default in defaults.items()}
     if 0 in found.values():
         raise CheckpointError(f"config.json says {found}; every size is 1 or more.")
     return found
 
 
-def write_sizes(config: EncoderConfig) -> dict[str, Any]:
+def write_sizes(config: EncoderConfig, words: Mapping[str, str] = SIZES) -> dict[str, Any]:
     """Write the sizes, the activation and the patch as transformers' config.json words them."""
-    return {theirs: getattr(config, ours) for ours, theirs in SIZES.items()} | {
-        "num_channels": 3,
+    channels = words["channels"]
+    found = {theirs: getattr(config, o) for o, theirs in words.items() if theirs != channels}
+    return found | {
+        channels: 3,
         "patch_size": config.patch,
         "hidden_act": next(t for t, ours in ACTIVATION_NAMES.items() if ours == config.activation),
     }

@@ -128,8 +128,11 @@ class Checkpoint:
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest, piece = hashlib.sha256(), memoryview(bytearray(2**24))
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(piece):
+                digest.update(piece[:count])  # large pieces: other threads run meanwhile
+        return digest.hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 

@@ -37,6 +37,8 @@ def fill_parameters(
     found = take(
         model.state_dict(), checkpoint, layout, lambda tensor: tensor.to(device, dtype, copy=True)
     )
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)  # tensors were cast on the streams of other threads
     embedding = permute_patches(found.state[EMBEDDING], patch_order).contiguous()
     model.load_state_dict({**found.state, EMBEDDING: embedding}, assign=True)
     return found.carried, found.skipped

@@ -21,6 +21,7 @@ from packvit.config import (
     Filter,
     ImageConfig,
     MostPatches,
+    PixelRange,
     ShortestEdge,
     Sizing,
     Statistics,
@@ -71,6 +72,9 @@ PROCESSORS: Mapping[str, Defaults] = {  # by their names in transformers
     "CLIPImageProcessor": CLIP,
     "DINOv3ViTImageProcessor": Defaults(
         IMAGENET_STATISTICS, "bilinear", Exact(224, 224), is_square=True, has_pillow=False
+    ),
+    "Qwen2VLImageProcessor": Defaults(
+        CLIP_STATISTICS, "bicubic", PixelRange(56 * 56, 28 * 28 * 1280)
     ),
     "SiglipImageProcessor": Defaults(HALF_STATISTICS, "bicubic", Exact(224, 224)),
     "Siglip2ImageProcessor": Defaults(HALF_STATISTICS, "bilinear", MostPatches(256)),
@@ -129,6 +133,12 @@ def _image_config(given: Mapping[str, Any], default: ImageConfig) -> ImageConfig
             f"patch_size {patch}, but the model's patches are {default.patch} pixels a side. One "
             "of the two files belongs to another checkpoint."
         )
+    merged = given.get("merge_size", default.multiple)
+    if merged != default.multiple:
+        raise ValueError(
+            f"merge_size {merged}, but the model merges squares of {default.multiple} patches a "
+            "side. One of the two files belongs to another checkpoint."
+        )
     mean, std = defaults.statistics
     return ImageConfig(
         patch=default.patch,
@@ -136,6 +146,7 @@ def _image_config(given: Mapping[str, Any], default: ImageConfig) -> ImageConfig
         std=_three(given, "image_std", std),
         resample=_resample(given, defaults.resample),
         sizing=_sizing(given, name, defaults),
+        multiple=default.multiple,
     )
 
 
@@ -216,6 +227,8 @@ def _sizing(given: Mapping[str, Any], name: str | None, defaults: Defaults) -> S
         if not is_resized:
             return None
         return MostPatches(_side(given, "max_num_patches", defaults.sizing.patches))
+    if isinstance(defaults.sizing, PixelRange):  # nor does that of Qwen crop
+        return _pixel_range(given, defaults.sizing) if is_resized else None
     crop = _crop(given, defaults.crop)
     if not is_resized:
         if crop is not None:
@@ -235,6 +248,18 @@ def _sizing(given: Mapping[str, Any], name: str | None, defaults: Defaults) -> S
     if isinstance(sizing, ShortestEdge):
         return ShortestEdge(sizing.edge, crop)
     return Exact(sizing.height, sizing.width, crop)
+
+
+def _pixel_range(given: Mapping[str, Any], default: PixelRange) -> PixelRange:
+    """Return the fewest and the most pixels, which a file calls the edges of its size."""
+    size = given.get("size", {"shortest_edge": default.least, "longest_edge": default.most})
+    if not isinstance(size, Mapping):
+        raise TypeError(f"size is {size!r}, not an object.")
+    least = _side(given, "min_pixels") if "min_pixels" in given else _side(size, "shortest_edge")
+    most = _side(given, "max_pixels") if "max_pixels" in given else _side(size, "longest_edge")
+    if least > most:
+        raise ValueError(f"min_pixels {least}, which is more than max_pixels {most}. Swap them.")
+    return PixelRange(least, most)
 
 
 def _size(size: Any, *, is_square: bool) -> ShortestEdge | Exact:

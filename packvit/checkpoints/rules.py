@@ -8,15 +8,19 @@ back bit for bit.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from math import isqrt
+from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
 
 from packvit.checkpoints.errors import CheckpointError
 from packvit.config import PatchOrder
+
+READERS = 4  # threads that read tensors: reading, checking and copying one leave Python free
 
 
 @cache
@@ -115,9 +119,30 @@ def conv_to_linear(ours: str, theirs: str, *, channels: int = 3) -> Rule:
     return Rule(ours, (theirs,), flatten, unflatten)
 
 
-def convolution(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """The weight and the bias of a convolution that is a linear layer of ours."""
-    weight = conv_to_linear(f"{ours}.weight", f"{theirs}.weight")
+def video_conv_to_linear(ours: str, theirs: str, frames: int) -> Rule:
+    """A convolution over `frames` frames at once, as a linear layer over patches of them.
+
+    Shapes: Conv3d [D, 3, frames, p, p] <-> Linear [D, P], P ordered (frame, row, column, channel).
+    """
+
+    def flatten(tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].permute(0, 2, 3, 4, 1).flatten(1)
+
+    def unflatten(tensor: Tensor) -> list[Tensor]:
+        side = isqrt(tensor.shape[1] // (3 * frames))
+        parts = tensor.unflatten(1, (frames, side, side, 3))
+        return [parts.permute(0, 4, 1, 2, 3).contiguous()]
+
+    return Rule(ours, (theirs,), flatten, unflatten)
+
+
+def convolution(ours: str, theirs: str, *, frames: int = 1) -> tuple[Rule, Rule]:
+    """The weight and the bias of a convolution that is a linear layer of ours.
+
+    It reads images, or `frames` frames of a video at once.
+    """
+    names = (f"{ours}.weight", f"{theirs}.weight")
+    weight = conv_to_linear(*names) if frames == 1 else video_conv_to_linear(*names, frames)
     return weight, rename(f"{ours}.bias", f"{theirs}.bias")
 
 
@@ -155,6 +180,14 @@ def find(ours: str, rules: Sequence[Rule]) -> tuple[Rule, tuple[str, ...]]:
     return claims[0]
 
 
+class One(NamedTuple):
+    """What was read for one of our parameters."""
+
+    names: tuple[str, ...]  # the checkpoint's
+    problems: list[str]
+    tensor: Tensor | None = None
+
+
 def load(
     shapes: Mapping[str, Size],
     checkpoint: Mapping[str, Tensor],
@@ -171,24 +204,33 @@ def load(
 
     Raises: CheckpointError listing everything that does not fit, so that one run shows it all.
     """
-    state, read, problems = {}, set(), []
-    for ours, shape in shapes.items():
+
+    def read_one(ours: str, shape: Size) -> One:
         rule, names = find(ours, rules)
-        read.update(names)
         if absent := [name for name in names if name not in checkpoint]:
-            problems.append(f"missing: {', '.join(absent)} (our {ours})")
-            continue
+            return One(names, [f"missing: {', '.join(absent)} (our {ours})"])
         wanted = [
             part.shape
             for part in rule.store(torch.empty(shape, dtype=torch.float32, device="meta"))
         ]
         tensors = [checkpoint[name] for name in names]
-        problems += misfits(names, tensors, wanted)
+        found = misfits(names, tensors, wanted)
         if place is None and len({tensor.dtype for tensor in tensors}) > 1:
             held = ", ".join(f"{n} {t.dtype}" for n, t in zip(names, tensors, strict=True))
-            problems.append(f"of different dtypes, but one tensor of ours: {held}")
+            found.append(f"of different dtypes, but one tensor of ours: {held}")
         elif all(tensor.shape == part for tensor, part in zip(tensors, wanted, strict=True)):
-            state[ours] = place(rule.load(tensors)) if place else rule.load(tensors)
+            return One(names, found, place(rule.load(tensors)) if place else rule.load(tensors))
+        return One(names, found)
+
+    state, read, problems = {}, set(), []
+    with ThreadPoolExecutor(READERS, "packvit-read") as readers:
+        for ours, one in zip(
+            shapes, readers.map(read_one, shapes.keys(), shapes.values()), strict=True
+        ):
+            read.update(one.names)
+            problems += one.problems
+            if one.tensor is not None:
+                state[ours] = one.tensor
     problems += [
         f"unexpected: {name}" for name in sorted(set(checkpoint) - read) if not unread(name)
     ]

@@ -17,11 +17,13 @@ from packvit.version import VERSION
 
 COMMANDS = {  # in the order of `--help`
     "embed": "packvit.cli.embed",
+    "merge": "packvit.cli.merge",
     "check": "packvit.cli.check",
     "verify": "packvit.cli.verify",
     "bench": "packvit.cli.bench",
     "convert": "packvit.cli.convert",
     "info": "packvit.cli.info",
+    "warmup": "packvit.cli.warmup",
     "pca": "packvit.cli.pca",
     "search": "packvit.cli.search",
     "dups": "packvit.cli.dups",

@@ -110,7 +110,6 @@ class EmbedCommand(Command):
 )
 @click.option(
     "--format",
-    "format_",
     type=click.Choice(["parquet", "npy"]),
     default="parquet",
     help="npy: also write a NumPy matrix of the pooled features, and a list of the ids.",
@@ -120,7 +119,8 @@ class EmbedCommand(Command):
     "--rows-per-part",
     type=COUNT,
     help="Rows in one Parquet file, which is written once all of them are embedded; by default 64 "
-    "on a CPU or with tokens, 1024 on a GPU (fewer in a small job), or what the folder has.",
+    "on a CPU or with tokens, 1024 on a GPU or of a --shard (fewer in a small job), or what the "
+    "folder has.",
 )
 @click.option(
     "--decode",
@@ -183,40 +183,24 @@ class EmbedCommand(Command):
     help="Do the rows again that are errors, of all codes or of those named (timeout,unreadable); "
     "all other rows are kept.",
 )
+@click.option(
+    "--shard",
+    metavar="K/N",
+    help="Do the K-th of N runs of parts, for example on one of N machines; `packvit merge` puts "
+    "their folders together.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.pass_context
 def embed(
     context: click.Context,
     photos: tuple[str, ...],
     lists: tuple[str, ...],
-    column: str,
-    image_column: str,
     out: str,
     model: str | None,
-    revision: str | None,
-    device: str | None,
-    dtype: str | None,
-    attention: str,
-    positions: Any,  # click has checked the words of these
-    resize: Any,
-    max_patches: int | None,
-    max_pixels: int,
-    tokens: bool,
-    taps: tuple[int, ...],
-    dtype_out: Any,
-    format_: Any,
-    token_budget: int,
-    rows_per_part: int | None,
-    decode: Any,
-    workers: int | None,
-    image_timeout: float,
-    pixels_in_flight: int,
-    processes: int | None,
-    ray: str | None,
-    verify: bool,
     overwrite: bool,
     retry: str | None,
     as_json: bool,
+    **options: Any,  # the others, by the names that `packvit.embed` gives them
 ) -> None:
     """Write the features of PHOTOS to a feature folder.
 
@@ -259,34 +243,12 @@ def embed(
             summary = run(
                 photos,
                 lists=lists,
-                column=column,
-                image_column=image_column,
                 out=out,
                 model=model and full_name(model),
-                revision=revision,
-                device=device,
-                dtype=dtype,
-                attention=attention,
-                positions=positions,
-                resize=resize,
-                max_patches=max_patches,
-                max_pixels=max_pixels,
-                tokens=tokens,
-                taps=taps,
-                dtype_out=dtype_out,
-                format=format_,
-                token_budget=token_budget,
-                rows_per_part=rows_per_part,
-                decode=decode,
-                workers=workers,
-                image_timeout=image_timeout,
-                pixels_in_flight=pixels_in_flight,
-                processes=processes,
-                ray=ray,
-                verify=verify,
                 overwrite=overwrite,
                 retry_errors=retry is not None if retry in (None, ALL) else retry.split(","),
                 progress=meter.tell,
+                **options,
             )
         except UsageError as error:
             raise click.UsageError(str(error)) from error

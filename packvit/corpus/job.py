@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from packvit.atomic import write_whole
 from packvit.config import GridPolicy
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
@@ -28,13 +27,14 @@ from packvit.corpus.folder.layout import (
     encode_certificate,
     encode_manifest,
     fingerprint,
+    put,
     read_manifest,
-    writing,
 )
 from packvit.corpus.folder.names import CURRENT, names_of, part_number
 from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
+from packvit.corpus.folder.sharding import WHOLE, parse_shard, parts_of, rows_of
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing
@@ -45,6 +45,9 @@ from packvit.corpus.runners.embedder import Job
 from packvit.corpus.runners.order import Runner, Work
 from packvit.corpus.settings import (
     EmbedOptions,
+    InputOptions,
+    ModelChoice,
+    RunOptions,
     check_memory,
     check_options,
     choose_rows,
@@ -57,10 +60,10 @@ from packvit.encoder import Encoder
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import CODES, MAX_PIXELS
 from packvit.images.resize import Resize
+from packvit.model.device import name_device
 from packvit.model.memory import free_memory
 from packvit.verification.verify import vouch
 
-TRIAL_MODEL = "tiny"
 MOST_WORKERS = 16  # that one process starts by default
 TRIAL_INPUTS = 1000  # the most inputs of a job without a chosen model
 
@@ -96,13 +99,15 @@ def embed(
     verify: bool = False,
     overwrite: bool = False,
     retry_errors: bool | Sequence[str] = False,
+    shard: str | None = None,
     progress: Tell | None = None,
 ) -> Summary:
     """Embed photographs into the feature folder `out`: one row for every input.
 
     If `out` holds a part of the same job, the job resumes after it; if it holds all of it, no image
     is read. `overwrite` removes what packvit wrote there and starts over. `retry_errors` does the
-    rows anew that are errors, of all codes or of those named, and keeps all others.
+    rows anew that are errors, of all codes or of those named, and keeps all others. `shard` "3/64"
+    does the third of 64 runs of the job's parts; `packvit.merge` puts the 64 folders together.
 
     `photos` are folders, which are walked, files, patterns, tar and Parquet files of images, and
     URLs of these; `lists` are files of paths. A list that is a table has its paths in `column`; a
@@ -113,7 +118,7 @@ def embed(
     matrix of the pooled features once all parts are written. `rows_per_part` inputs share a file,
     which is written once all are embedded: what a killed job loses is less than that for each
     process. None is what the folder has already, else 64 on a CPU or with tokens, and 1024 on a
-    GPU, or less for a job of few inputs. `workers` is the number of decoding
+    GPU or of a shard, or less for a job of few inputs. `workers` is the number of decoding
     processes; None is one for each CPU, up to 16. At most `pixels_in_flight` pixels are decoded or
     waiting at a time, and an image that takes longer than `image_timeout` becomes an error.
     `decode` "gpu" decodes JPEGs on the encoder's GPU if the result equals Pillow's bit for bit;
@@ -134,10 +139,25 @@ def embed(
     differs from its reference. An image that cannot be used raises nothing: its row says why.
     """
     named = [photos] if isinstance(photos, (str, os.PathLike)) else photos
+    inputs = InputOptions(
+        photos=tuple(os.fspath(path) for path in named),
+        lists=tuple(os.fspath(path) for path in lists),
+        column=column,
+        image_column=image_column,
+    )
+    choice = ModelChoice(
+        model=model,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        revision=revision,
+        positions=positions,
+    )
     options = EmbedOptions(
         resize=resize,
         max_patches=max_patches,
         tokens=tokens,
+        taps=tuple(taps),
         dtype_out=dtype_out,
         token_budget=token_budget,
         max_pixels=max_pixels,
@@ -146,30 +166,58 @@ def embed(
         workers=fair_workers(processes) if workers is None else workers,
         pixels_in_flight=pixels_in_flight,
     )
-    if rows_per_part is not None:
-        options = replace(options, rows_per_part=rows_per_part)
+    how = RunOptions(
+        format=format,
+        rows_per_part=rows_per_part,
+        processes=processes,
+        ray=ray,
+        verify=verify,
+        overwrite=overwrite,
+        retry_errors=retry_errors,
+        shard=shard,
+    )
+    return run_job(out, inputs, choice, options, how, progress)
+
+
+def run_job(
+    out: str | os.PathLike[str],
+    inputs: InputOptions,
+    choice: ModelChoice,
+    options: EmbedOptions,
+    how: RunOptions,
+    progress: Tell | None,
+) -> Summary:
+    """Do what `embed` says."""
+    model, processes = choice.model, how.processes
+    if how.rows_per_part is not None:
+        options = replace(options, rows_per_part=how.rows_per_part)
     check_options(options)
-    check_format(format)
-    codes = choose_codes(retry_errors)
-    if decode == "gpu":
+    check_format(how.format)
+    part_of = WHOLE if how.shard is None else parse_shard(how.shard)
+    if part_of != WHOLE and how.format != "parquet":
+        raise UsageError(
+            f'format is "{how.format}", which a shard alone cannot have. Give it to '
+            "`packvit merge`."
+        )
+    codes = choose_codes(how.retry_errors)
+    if options.decode == "gpu":
         ask_for_queues()
     if processes is not None and processes < 1:
         raise UsageError(f"processes is {processes}, but must be 1 or more.")
-    here = ray is None and processes in (None, 1)
-    if isinstance(model, Encoder) and not here:
+    if isinstance(model, Encoder) and not how.here:
         raise UsageError(
             "model is a loaded encoder, which only this process can use. Give the model's name, or "
             "leave `processes` and `ray` out."
         )
     check_local(out)
     folder = Path(out)
-    check_usable(folder, overwrite=overwrite)
-    recorded = {} if overwrite else read_manifest(folder) or {}
+    check_usable(folder, overwrite=how.overwrite)
+    recorded = {} if how.overwrite else read_manifest(folder) or {}
     listing = list_inputs(
-        [os.fspath(path) for path in named],
-        [os.fspath(path) for path in lists],
-        column=column,
-        image_column=image_column,
+        inputs.photos,
+        inputs.lists,
+        column=inputs.column,
+        image_column=inputs.image_column,
         known=recorded.get("inputs_sha256"),
     )
     notes = take_over(folder, recorded, listing)
@@ -180,54 +228,49 @@ def embed(
             'Choose one, for example `model="apple/aimv2-large-patch14-native"`.'
         )
     with options.decoders() as decoders:
-        if here and not (read_manifest(folder) or {}).get("complete"):
+        if how.here and not (read_manifest(folder) or {}).get("complete"):
             decoders.start(len(listing))  # while the model is loaded
-        encoder, weights = choose_encoder(
-            model, device, dtype, attention, revision, positions, verify
-        )
-        options = fit_options(encoder, options, taps)
+        encoder, weights = choose_encoder(choice, verify=how.verify)
+        options = fit_options(encoder, options)
         if not recorded or "text_space" in recorded:  # folders of before are finished as they are
             options = replace(options, text_space=encoder.text_space)
-        if rows_per_part is None:
-            large = tokens or bool(taps)
-            rows = rows_before(recorded) or choose_rows(encoder.device, len(listing), large=large)
+        if how.rows_per_part is None:
+            large = options.tokens or bool(options.taps)
+            kind = encoder.device if part_of == WHOLE else None
+            rows = rows_before(recorded) or choose_rows(kind, len(listing), large=large)
             options = replace(options, rows_per_part=rows)
         context = make_context(encoder, options, decoders)
         check_memory(encoder, options, free_memory(encoder.device))
-        certificate = vouch(encoder, weights) if verify else None
+        certificate = vouch(encoder, weights) if how.verify else None
         described = describe_job(encoder, weights, options)
-        format_of_folder = (CURRENT if overwrite else names_of(folder)).format
-        manifest = draft(encoder, described, listing, format_of_folder)
+        format_of_folder = (CURRENT if how.overwrite else names_of(folder)).format
+        manifest = draft(encoder, described, listing, format_of_folder) | part_of.entry
         name = encoder.checkpoint.name if encoder.checkpoint else ""
-        job = Job(str(folder), options, described, positions, name)
-        runner = choose_runner(context, job, processes, ray)
+        job = Job(str(folder), options, described, choice.positions, name)
+        runner = choose_runner(context, job, processes, how.ray)
+        device_name = name_device(encoder.device)
         del encoder, context  # only a runner in this process keeps them; the others need the memory
-        tally = Tally(len(listing), progress, options.token_budget)
+        tally = Tally(rows_of(manifest), progress, options.token_budget)
         with claim(folder):
             differ = describe(listing.gone)
-            found = take_up(folder, manifest, overwrite=overwrite, inputs=differ)
+            found = take_up(folder, manifest, overwrite=how.overwrite, inputs=differ)
             found = replace(found, notes=(*notes, *found.notes))
+            if not rows_of(manifest) and len(listing):
+                notes = (f"Shard {part_of} has no rows: the job has fewer parts than shards.",)
+                found = replace(found, notes=(*notes, *found.notes))
             again = find_errors(folder, found.kept, codes)
-            return run(runner, listing, folder, found, again, certificate, format, tally)
+            return run(
+                runner, listing, folder, found, again, certificate, how.format, device_name, tally
+            )
 
 
-def choose_encoder(
-    model: str | os.PathLike[str] | Encoder | None,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    attention: str,
-    revision: str | None,
-    positions: GridPolicy,
-    verify: bool,
-) -> tuple[Encoder, str]:
+def choose_encoder(choice: ModelChoice, *, verify: bool) -> tuple[Encoder, str]:
     """Return the loaded encoder, and the digest of its weights.
 
     Raises: UsageError for arguments that do not go together; CheckpointError.
     """
-    if isinstance(model, Encoder):
-        if (device, dtype, attention, revision, positions) != (
-            (None, None, "auto", None, "checkpoint")
-        ):
+    if isinstance(choice.model, Encoder):
+        if choice != ModelChoice(model=choice.model):
             raise UsageError(
                 "model is a loaded encoder, whose device, dtype, attention, revision and positions "
                 "were chosen when it was loaded. Leave them out, or give the model's name."
@@ -237,14 +280,10 @@ def choose_encoder(
                 "model is a loaded encoder, whose weights may have been trained since, so it has "
                 "no reference. Leave `verify` out, or give the model's name."
             )
-        encoder, weights = model, digest_weights(model)
+        encoder, weights = choice.model, digest_weights(choice.model)
     else:
-        encoder = load_encoder(
-            TRIAL_MODEL if model is None else model, device, dtype, attention, revision, positions
-        )
-        assert encoder.checkpoint
-        weights = encoder.checkpoint.sha256()
-    if verify and positions == "interpolate" and not encoder.family.reference.interpolates:
+        encoder, weights = load_encoder(choice)
+    if verify and choice.positions == "interpolate" and not encoder.family.reference.interpolates:
         raise UsageError(
             'verify cannot check positions="interpolate": no reference defines it for '
             f"{encoder.family.name}. Leave one of the two out."
@@ -273,6 +312,7 @@ def draft(
         "ignored": listing.ignored,
         "root": listing.root,
         "retries": asdict(BOUND),
+        "device_names": [name_device(encoder.device)],  # others that embed parts are added
         "certificate_sha256": None,
         "exports": {},
         "counts": None,
@@ -287,6 +327,7 @@ def run(
     again: Mapping[int, tuple[int, ...]],
     certificate: Mapping[str, Any] | None,
     format: Format,
+    device_name: str,
     tally: Tally,
 ) -> Summary:
     """Run all shards that the locked folder does not hold, and commit them in order.
@@ -299,15 +340,16 @@ def run(
         data = encode_certificate(certificate)
         put(folder / names.certificate, data)
         manifest |= {"certificate_sha256": hashlib.sha256(data).hexdigest()}
-    size = manifest["rows_per_part"]
-    parts = -(-len(listing) // size)
-    todo = parts - len(found.kept) + len(again)
+    parts = parts_of(manifest)
+    todo = len(parts) - len(found.kept) + len(again)
     exports = manifest.get("exports") or {}
     if again:  # which they no longer match
         manifest |= {"exports": {}}
         format = "npy" if exports else format
         exports = {}
     if todo:
+        devices = {device_name, *manifest.get("device_names", ())}
+        manifest |= {"device_names": sorted(devices)}
         write_inputs(folder, listing)
         put(folder / names.manifest, encode_manifest(manifest))
     for number, entry in sorted(found.kept.items()):
@@ -317,7 +359,8 @@ def run(
     kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
     tally.begin(found.notes)
     halved, last = 0, max(found.kept, default=-1)
-    inputs = shards(listing, size, folder, found.kept, again)
+    size = manifest["rows_per_part"]
+    inputs = shards(listing, parts, size, folder, found.kept, again)
     work = Work(inputs, todo, folder, last, tally.settle, tally.effort)
     if todo:
         with closing(runner(work)) as entries:
@@ -328,24 +371,24 @@ def run(
                 tally.update(committed=tally.progress.committed + rows)
     seconds = tally.seconds
     counts = {
-        "rows": len(listing),
+        "rows": rows_of(manifest),
         "ok": tally.codes["ok"],
         "errors": tally.errors,
         "tokens": tally.progress.tokens,
-        "parts": parts,
+        "parts": len(parts),
     }
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     if format == "npy":
-        parts = [names.part(number) for number in range(counts["parts"])]
+        written = [names.part(number) for number in parts]
         width = Outputs.of_manifest(manifest).vector_width
-        manifest |= {"exports": export(folder, names, parts, counts["rows"], width, exports)}
+        manifest |= {"exports": export(folder, names, written, counts["rows"], width, exports)}
     put(folder / names.manifest, encode_manifest(manifest | {"complete": True, "counts": counts}))
     remove_inputs(folder)
     return Summary(
         folder=str(folder),
         model=str(manifest["model"]),
         fingerprint=str(manifest["fingerprint"]),
-        rows=len(listing),
+        rows=counts["rows"],
         ok=tally.codes["ok"],
         errors=tally.errors,
         examples={code: tally.examples[code] for code in tally.errors},
@@ -361,22 +404,19 @@ def run(
     )
 
 
-def put(path: Path, data: bytes) -> None:
-    """Write a file unless it already holds these bytes, so that a finished job changes nothing."""
-    if not (path.is_file() and path.read_bytes() == data):
-        with writing(path):
-            write_whole(path, data)
-
-
 def shards(
     listing: Listing,
+    parts: range,
     size: int,
     folder: Path,
     kept: Mapping[int, Commit],
     again: Mapping[int, tuple[int, ...]],
 ) -> Iterator[Shard]:
-    """Yield the inputs in order, `size` at a time; of parts that are kept, those to do again."""
-    for number in range(-(-len(listing) // size)):
+    """Yield the inputs of parts in order; of parts that are kept, those to do again.
+
+    A part has `size` inputs, and the last what is left.
+    """
+    for number in parts:
         inputs = listing.between(number * size, (number + 1) * size)
         if number not in kept:
             yield Shard(number, tuple(inputs))

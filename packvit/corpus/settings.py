@@ -3,19 +3,23 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from packvit import hub
+from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import EncoderConfig, GridPolicy, MostPatches, Table
+from packvit.config import EncoderConfig, GridPolicy, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
+from packvit.corpus.folder.exports import Format
 from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder
+from packvit.fast.caches import import_ahead
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
@@ -24,12 +28,54 @@ from packvit.model.memory import peak
 from packvit.packs.planning import PLAN_VERSION
 from packvit.version import version_of
 
+TRIAL_MODEL = "tiny"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 # Rows of a part, a power of two. 64 are about a minute of a large model on a CPU, and with 1,000
 # tokens of 1,024 float16 each a part of 131 MB.
 FEWEST_ROWS, MOST_ROWS = 64, 1024
 FEWEST_PARTS = 16  # of a job on GPUs, as far as its rows allow: two for each GPU of a host
 NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can change what is written
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputOptions:
+    """Where photographs are found, as they were named; `packvit.embed` says what each means."""
+
+    photos: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    column: str = "path"
+    image_column: str = "image"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChoice:
+    """The encoder of a job, and how it is loaded; None is `TRIAL_MODEL`."""
+
+    model: str | os.PathLike[str] | Encoder | None = None
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    attention: str = "auto"
+    revision: str | None = None
+    positions: GridPolicy = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a job runs, and what it does to its folder; it changes no number."""
+
+    format: Format = "parquet"
+    rows_per_part: int | None = None  # None: what the folder has, or `choose_rows`
+    processes: int | None = None
+    ray: str | None = None
+    verify: bool = False
+    overwrite: bool = False
+    retry_errors: bool | Sequence[str] = False
+    shard: str | None = None
+
+    @property
+    def here(self) -> bool:
+        """Whether this process embeds by itself."""
+        return self.ray is None and self.processes in (None, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +89,7 @@ class EmbedOptions:
     resize: Resize | None = None
     max_patches: int | None = None
     tokens: bool = False
-    taps: tuple[int, ...] = ()  # layers, counted from the front
+    taps: tuple[int, ...] = ()  # layers: from the front, once `fit_options` has seen the encoder
     dtype_out: DtypeOut = "float16"
     token_budget: int = 16384
     max_pixels: int = MAX_PIXELS
@@ -71,30 +117,30 @@ class EmbedOptions:
         )
 
 
-def load_encoder(
-    model: str | os.PathLike[str],
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    attention: str,
-    revision: str | None,
-    positions: GridPolicy,
-) -> Encoder:
-    """Load the encoder; report wrong arguments as UsageError.
+def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
+    """Return the encoder, and the digest of its weights, which is computed while they are loaded.
 
-    Raises: UsageError; CheckpointError if the checkpoint itself is wrong.
+    Raises: UsageError for wrong arguments; CheckpointError if the checkpoint itself is wrong.
     """
+    model, dtype = choice.model, choice.dtype
+    assert not isinstance(model, Encoder)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
     try:
-        find_device(device)
-        return hub.load(
-            model,
-            device=device,
+        if find_device(choice.device).type == "cuda":
+            import_ahead()
+        options = LoadOptions(
+            device=choice.device,
             dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
-            attention=attention,
-            revision=revision,
-            positions=positions,
+            attention=choice.attention,
+            positions=choice.positions,
         )
+        name = TRIAL_MODEL if model is None else model
+        checkpoint = checkpoints.read(name, revision=choice.revision)
+        with ThreadPoolExecutor(1, "packvit-digest") as other:
+            digest = other.submit(checkpoint.sha256)
+            encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, options)
+            return encoder, digest.result()
     except CheckpointError:
         raise
     except ValueError as error:
@@ -116,7 +162,7 @@ def check_options(options: EmbedOptions) -> None:
         raise UsageError(f'decode is "{options.decode}". Choose pil or gpu.')
 
 
-def fit_options(encoder: Encoder, options: EmbedOptions, taps: Sequence[int]) -> EmbedOptions:
+def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
     """Check the options against the encoder, and fill in the defaults that it decides.
 
     Raises: UsageError if the encoder has no such layer, if photographs would get grids that it has
@@ -124,7 +170,7 @@ def fit_options(encoder: Encoder, options: EmbedOptions, taps: Sequence[int]) ->
     """
     images, positions, resize = encoder.images, encoder.config.positions, options.resize
     try:
-        layers = tuple(sorted({encoder.check_layer(layer) for layer in taps}))
+        layers = tuple(sorted({encoder.check_layer(layer) for layer in options.taps}))
         plans = [  # of two photographs whose grids only a fixed size makes equal
             resize_plan(*size, images, resize=resize, max_patches=options.max_patches)
             for size in ((600, 900), (3000, 1000))
@@ -156,15 +202,16 @@ def fit_options(encoder: Encoder, options: EmbedOptions, taps: Sequence[int]) ->
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
 
 
-def choose_rows(device: torch.device, inputs: int, *, large: bool) -> int:
-    """Return the rows of a part of a job of `inputs` on a kind of device.
+def choose_rows(device: torch.device | None, inputs: int, *, large: bool) -> int:
+    """Return the rows of a part of a job of `inputs` on a kind of device; None is any.
 
     What is not committed is lost when a job is killed: on a CPU, whose rows take long, and with
     `large` rows, of tokens or taps, parts are small. A GPU's parts are larger, so that more packs
     are full, unless that leaves fewer than `FEWEST_PARTS`. It does not depend on the number of
     processes, since the output does not.
     """
-    rows = FEWEST_ROWS if device.type == "cpu" or large else MOST_ROWS
+    small = large or (device is not None and device.type == "cpu")
+    rows = FEWEST_ROWS if small else MOST_ROWS
     while rows > FEWEST_ROWS and inputs <= rows * (FEWEST_PARTS - 1):
         rows //= 2
     return rows

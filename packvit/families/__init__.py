@@ -5,6 +5,9 @@ from packvit.families.aimv2 import AIMv2Packing
 from packvit.families.clip import ClipPacking
 from packvit.families.dinov2 import Dinov2Packing
 from packvit.families.dinov3 import DINOv3ViTPacking
+from packvit.families.qwen2_5_vl import Qwen25VisionTransformerPacking
+from packvit.families.qwen2_vl import Qwen2VisionTransformerPacking
+from packvit.families.qwen3_vl import Qwen3VLVisionPacking
 from packvit.families.siglip import SiglipPacking
 from packvit.families.siglip2 import Siglip2NaflexPacking
 
@@ -15,4 +18,7 @@ FAMILIES: tuple[type[Encoder], ...] = (
     Dinov2Packing,
     SiglipPacking,
     ClipPacking,
+    Qwen3VLVisionPacking,
+    Qwen25VisionTransformerPacking,
+    Qwen2VisionTransformerPacking,
 )

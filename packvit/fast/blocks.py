@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from packvit.fast.attention import attend, is_batch
+from packvit.fast.caches import keep_kernels
 from packvit.fast.hooks import is_hooked
 from packvit.fast.steps import Delta, add_norm, mlp_hidden, project
 from packvit.model.attention import Backend
@@ -29,6 +30,8 @@ RunBlocks = Callable[..., tuple[Tokens, dict[int, Tokens]]]  # what Blocks.forwa
 
 def choose_blocks(blocks: Blocks, x: Tokens) -> RunBlocks:
     """Return what runs the blocks on tokens such as `x`: `run_blocks`, or the blocks themselves."""
+    if x.is_cuda:
+        keep_kernels()  # before the first is imported
     return partial(run_blocks, blocks) if can_run(blocks, x) else blocks
 
 

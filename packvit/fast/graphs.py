@@ -273,11 +273,17 @@ class Graphs:
         with torch.cuda.stream(side):  # what libraries set up on first use must not be recorded
             run(rows, table, static)
         here.wait_stream(side)
+        if torch.cuda.mem_get_info(static.cu_seqlens.device)[0] < wanted.bytes:
+            torch.cuda.empty_cache()  # which the allocator cannot do by itself while it records
         graph = torch.cuda.CUDAGraph()
-        # This thread's mistakes alone count: another one may be decoding JPEGs meanwhile. torch's
-        # own stream to record on is of whichever device recorded first.
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            out, tapped = run(rows, table, static)
+        # Not `torch.cuda.graph`, which always empties the cache: 0.4 s of the first second of a
+        # job on an H200. This thread's mistakes alone count: another one may be decoding JPEGs.
+        with torch.cuda.stream(side):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                out, tapped = run(rows, table, static)
+            finally:
+                graph.capture_end()
         return Graph(graph, rows, table, static.cu_seqlens, wanted.held, out, tapped)
 
     def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:

@@ -1,19 +1,21 @@
 """The size an image is resized to, so that it falls into patches: the references' own, or native.
 
-Source: transformers 5.17, image_transforms.py and models/siglip2/image_processing_pil_siglip2.py,
-for the checkpoints' sizes and the arithmetic that leads to them. Plain Python on plain ints.
+Source: transformers 5.17, image_transforms.py, models/siglip2/image_processing_pil_siglip2.py and
+models/qwen2_vl/image_processing_pil_qwen2_vl.py, for the checkpoints' sizes and the arithmetic that
+leads to them. Plain Python on plain ints.
 """
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor, sqrt
 from typing import Literal
 
-from packvit.config import Exact, ImageConfig, MostPatches, ShortestEdge
+from packvit.config import Exact, ImageConfig, MostPatches, PixelRange, ShortestEdge
 from packvit.images.decode import MAX_PIXELS, ImageError
 
 Resize = Literal["checkpoint", "native"]
 
 NATIVE_MOST_PATCHES = 1024
+MOST_ASPECT = 200  # the longer side by the shorter one, that a `PixelRange` takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +44,28 @@ def resize_plan(
     """Plan what becomes of an image of `height` x `width` pixels; no pixel is touched.
 
     "checkpoint" is the checkpoint's own preprocessing. "native" keeps the aspect ratio, rounds each
-    side to the nearest multiple of the patch, and shrinks to `max_patches` (default 1024), but
-    never enlarges. None is "checkpoint" where that defines a size, else "native".
+    side to the nearest multiple of the patch, or of a merger's square of patches, and shrinks to
+    `max_patches` (default 1024), but never enlarges. None is "checkpoint" where that defines a
+    size, else "native".
 
     Raises: ImageError aspect_ratio for an image that cannot be brought to patches so; ValueError
     for options that contradict each other.
     """
     if resize not in (None, "checkpoint", "native"):
         raise ValueError(f'resize is {resize!r}. Choose "checkpoint", "native" or None.')
-    if max_patches is not None and max_patches < 1:
-        raise ValueError(f"max_patches is {max_patches}, but an image needs at least 1 patch.")
+    fewest = config.multiple**2
+    if max_patches is not None and max_patches < fewest:
+        needed = f"{fewest} patches" if fewest > 1 else "1 patch"
+        raise ValueError(f"max_patches is {max_patches}, but an image needs at least {needed}.")
     sizing, side = config.sizing, config.patch
+    unit = side * config.multiple
     if resize == "native" or (resize is None and sizing is None):
-        rows, columns = _native_grid(height, width, side, max_patches or NATIVE_MOST_PATCHES)
-        return _plan((rows * side, columns * side), None, side)
+        most = (max_patches or NATIVE_MOST_PATCHES) // fewest
+        rows, columns = _native_grid(height, width, unit, most)
+        return _plan((rows * unit, columns * unit), None, side)
+    if isinstance(sizing, PixelRange):
+        most = sizing.most if max_patches is None else max_patches * side**2
+        return _plan(_pixel_range_size(height, width, unit, sizing.least, most), None, side)
     if isinstance(sizing, MostPatches):
         rows, columns = _most_patches_grid(height, width, side, max_patches or sizing.patches)
         return _plan((rows * side, columns * side), None, side)
@@ -100,6 +110,23 @@ def _shortest_edge_size(height: int, width: int, sizing: ShortestEdge) -> tuple[
     short, long = min(height, width), max(height, width)
     longer = int(sizing.edge * long / short)  # cut off, not rounded, and in floating point: theirs
     return (longer, sizing.edge) if width <= height else (sizing.edge, longer)
+
+
+def _pixel_range_size(height: int, width: int, unit: int, least: int, most: int) -> tuple[int, int]:
+    """Return the reference's (height, width), multiples of `unit`, in its floating point.
+
+    Raises: ImageError aspect_ratio for an image that the reference refuses.
+    """
+    if max(height, width) / min(height, width) > MOST_ASPECT:
+        raise ImageError("aspect_ratio", "resize", f"height {height}, width {width}")
+    tall, wide = (round(pixels / unit) * unit for pixels in (height, width))
+    if tall * wide > most:
+        shrink = sqrt(height * width / most)
+        tall, wide = (max(unit, floor(x / shrink / unit) * unit) for x in (height, width))
+    elif tall * wide < least:
+        grow = sqrt(least / (height * width))
+        tall, wide = (ceil(pixels * grow / unit) * unit for pixels in (height, width))
+    return tall, wide
 
 
 def _most_patches_grid(height: int, width: int, side: int, most: int) -> tuple[int, int]:

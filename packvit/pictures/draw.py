@@ -17,9 +17,9 @@ from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import Input, list_inputs
-from packvit.corpus.job import MOST_WORKERS, TRIAL_MODEL, count_cpus
+from packvit.corpus.job import MOST_WORKERS, count_cpus
 from packvit.corpus.progress import Tally, Tell
-from packvit.corpus.settings import EmbedOptions, load_encoder
+from packvit.corpus.settings import EmbedOptions, ModelChoice, load_encoder
 from packvit.images.resize import Resize
 from packvit.pictures.maps import Background, pca_sheet, similarity_sheet
 from packvit.pictures.neighbours import (
@@ -95,7 +95,9 @@ def draw(
     if folder:
         model, revision = model or manifest["model"], revision or manifest["revision"]
         options, positions = options_of(manifest), manifest["positions"]
-    encoder = load_encoder(model or TRIAL_MODEL, device, None, "auto", revision, positions)
+    encoder, _ = load_encoder(
+        ModelChoice(model=model, device=device, revision=revision, positions=positions)
+    )
     if folder:
         check_model(encoder, manifest, folder)
     tally = Tally(len(inputs), progress)

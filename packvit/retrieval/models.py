@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from packvit.config import GridPolicy
 from packvit.corpus import UsageError
-from packvit.corpus.settings import digest_weights, load_encoder
+from packvit.corpus.settings import ModelChoice, digest_weights, load_encoder
 from packvit.encoder import Encoder
 from packvit.images.decode import Source
 from packvit.retrieval.folders import Vectors
@@ -21,9 +20,13 @@ def load_model(
 
     Raises: UsageError if its weights are others; CheckpointError.
     """
-    positions: GridPolicy = manifest["positions"]
-    encoder = load_encoder(
-        model or manifest["model"], device, None, "auto", manifest["revision"], positions
+    encoder, _ = load_encoder(
+        ModelChoice(
+            model=model or manifest["model"],
+            device=device,
+            revision=manifest["revision"],
+            positions=manifest["positions"],
+        )
     )
     check_model(encoder, manifest, folder)
     return encoder

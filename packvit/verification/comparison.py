@@ -13,7 +13,13 @@ from packvit.model.attention import BACKENDS
 from packvit.packs.grid import Grid
 from packvit.verification import Comparison, VerifyOptions
 from packvit.verification.drawing import Shapes, describe_grid, draw, plan_shapes
-from packvit.verification.references import PER_FRAME, Answers, ReferenceModel, run
+from packvit.verification.references import (
+    PER_FRAME,
+    PER_SQUARE,
+    Answers,
+    ReferenceModel,
+    run,
+)
 from packvit.verification.rule import Judgement, judge, judge_layers
 
 
@@ -113,19 +119,26 @@ def judge_pack(
             where = describe_grid([asked.shapes.grid[image] for image in group], asked.shapes)
             if lost := len(group) - len(kept):
                 where = f"{where}, without {lost} for which the reference returns NaN"
-            tokens, taps = ([pick([x], [kept], kind) for x in said] for kind in ("tokens", "taps"))
-            for judged in judge(*tokens, dtype=dtype, blocks=blocks):
-                yield row("tokens", where, judged)
+            for kind in ("tokens", *(kind for kind in PER_SQUARE if has(kind, said))):
+                outputs = [pick([x], [kept], kind) for x in said]
+                for judged in judge(*outputs, dtype=dtype, blocks=blocks):
+                    yield row(kind, where, judged)
+            taps = [pick([x], [kept], "taps") for x in said]
             for layer, judged in worst_layers(judge_layers(*taps, dtype=dtype)):
                 yield row("taps", f"{where}, layer {layer}", judged)
     kept = [sorted(asked.finite) for asked in rounds]
     where = f"{sum(map(len, kept))} images of all shapes"
     theirs, truth = [asked.theirs for asked in rounds], [asked.truth for asked in rounds]
     for kind in PER_FRAME:
-        if any(kind in said for said in (*theirs, *answers)):
+        if has(kind, (*theirs, *answers)):
             vectors = (pick(said, kept, kind) for said in (answers, theirs, truth))
             for judged in judge(*vectors, dtype=dtype, blocks=blocks):
                 yield row(kind, where, judged)
+
+
+def has(kind: str, answers: Iterable[Answers]) -> bool:
+    """Return whether anyone says anything of a kind."""
+    return any(kind in said for said in answers)
 
 
 def worst_layers(found: Iterable[tuple[int, Judgement]]) -> list[tuple[int, Judgement]]:
@@ -192,6 +205,7 @@ def ask(encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
         torch.tensor(grid, dtype=torch.int64, device="cpu"),
         taps=range(encoder.config.layers),
         projected=encoder.projection is not None,
+        merged=encoder.merger is not None,
     )
     lengths = [frames * rows * columns for frames, rows, columns in grid]
     taps = torch.stack(list(found.taps.values()))
@@ -199,6 +213,12 @@ def ask(encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
         "tokens": found.tokens.split(lengths),
         "taps": taps.split(lengths, dim=1),
     }
+    if found.merged is not None and encoder.merger is not None:
+        squares = [length // encoder.merger.side**2 for length in lengths]
+        answers["merged"] = found.merged.split(squares)
+        if found.deepstack:
+            deep = torch.stack(list(found.deepstack.values()))
+            answers["deepstack"] = deep.split(squares, dim=1)
     frames = [count for count, _, _ in grid]
     prefix = found.prefix if found.prefix.shape[1] else None
     rows = {"prefix": prefix, "pooled": found.pooled, "projected": found.projected}

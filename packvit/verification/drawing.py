@@ -53,11 +53,24 @@ def plan_shapes(encoder: Encoder, options: VerifyOptions, interpolates: bool) ->
     rows, columns = (table.rows, table.columns) if isinstance(table, Table) else (SQUARE, SQUARE)
     own, most = (1, rows, columns), QUICK_MOST if options.quick else MOST
     others = QUICK_SHAPES if options.quick else (*SHAPES, LARGEST)
+    if merger := encoder.config.merger:
+        own, *others = (in_squares(place, merger.side) for place in (own, *others))
     if not isinstance(table, Table) or table.any_grid:
         return [Shapes(repeated((*others, own), most), interpolate=False)]
     alone = (*repeated((own,), most), own, own, *repeated(((2, rows, columns),), most))
     rounds = [Shapes(alone, interpolate=False)]
     return [*rounds, Shapes(repeated(others, most), interpolate=True)] if interpolates else rounds
+
+
+def in_squares(place: tuple[int, int, int], side: int) -> tuple[int, int, int]:
+    """Return a shape whose sides a merger's divides: so many times as large, but for the largest.
+
+    So 1 x 23 patches become 2 x 46.
+    """
+    frames, rows, columns = place
+    if rows % side or columns % side or place != LARGEST:
+        return frames, rows * side, columns * side
+    return place
 
 
 def repeated(places: Grid, most: int = MOST) -> Grid:

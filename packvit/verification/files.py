@@ -63,6 +63,8 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
     rows, columns = (5, 7)
     if isinstance(table, Table) and not table.any_grid:
         rows, columns = table.rows, table.columns
+    if merger := encoder.config.merger:
+        rows, columns = rows * merger.side, columns * merger.side
     grid = ((1, rows, columns),) * (1 + 256 // (rows * columns))
     patches = draw(grid, encoder, seed=0)
     said, own, truth = (run(model, patches, grid)["tokens"] for model in (after, before, exact))
@@ -130,6 +132,13 @@ def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tup
     the reference's convolution drops it.
     """
     made = processor(images=image.convert("RGB"), return_tensors="pt")
+    if "image_grid_thw" in made:
+        _, rows, columns = made["image_grid_thw"][0].tolist()
+        side = processor.merge_size
+        blocks = made["pixel_values"].unflatten(1, (3, -1, patch, patch))[:, :, 0]
+        squares = blocks.view(rows // side, columns // side, side, side, 3, patch, patch)
+        # to (row of squares, row, column of squares, column, row, column, channel)
+        return squares.permute(0, 2, 1, 3, 5, 6, 4).reshape(rows * columns, -1), (rows, columns)
     if "spatial_shapes" in made:
         rows, columns = made["spatial_shapes"][0].tolist()
         return made["pixel_values"][0, : rows * columns], (rows, columns)

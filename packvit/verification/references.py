@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Variant
 from packvit.checkpoints.processors import PROCESSORS, processor_name
 from packvit.packs.grid import Grid
+from packvit.verification.towers import is_tower, run_tower, tower_inputs
 
 SIZES: Mapping[str, Any] = {  # of the small random models
     "hidden_size": 64,
@@ -29,6 +31,15 @@ SIZES: Mapping[str, Any] = {  # of the small random models
     "patch_size": 16,
     "image_size": 224,
     "num_register_tokens": 4,
+    "depth": 3,  # these four as towers of multimodal models call them
+    "num_heads": 4,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 14**2,
+}
+# Models that transformers does not offer by their names alone, and its folder of them.
+UNNAMED: Mapping[str, str] = {
+    "Qwen2VisionTransformerPretrainedModel": "qwen2_vl",
+    "Qwen2_5_VisionTransformerPretrainedModel": "qwen2_5_vl",
 }
 TEXT_SIZES: Mapping[str, Any] = {  # of a text tower, whose outputs are not used
     "hidden_size": 32,
@@ -43,7 +54,7 @@ TEXT_SIZES: Mapping[str, Any] = {  # of a text tower, whose outputs are not used
 
 # The outputs of an encoder for each image of a pack, by kind.
 # Shapes: tokens [patches, D], taps [layers, patches, D]; of each frame: prefix [R, D], pooled [D],
-# projected [E].
+# projected [E]; of each square: merged [squares, L], deepstack [layers, squares, L].
 Answers = Mapping[str, Sequence[Tensor]]
 
 
@@ -119,10 +130,19 @@ def load_model(
 ) -> tuple[nn.Module, list[str]]:
     """Return a transformers model in eval mode, and the names of weights left at random."""
     with quiet():
-        model, info = getattr(import_transformers(), name).from_pretrained(
+        model, info = model_class(name).from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True
         )
     return model.eval(), sorted(str(name) for name in info["missing_keys"])
+
+
+def model_class(name: str) -> Any:
+    """Return the class of that name in transformers."""
+    transformers = import_transformers()
+    if name in UNNAMED:
+        folder = UNNAMED[name]
+        return getattr(import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
+    return getattr(transformers, name)
 
 
 def tower(model: nn.Module) -> Any:
@@ -144,8 +164,7 @@ def vision_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def write_random(variant: Variant, family: Family, folder: Path, seed: int) -> nn.Module:
     """Write a small random model, as transformers saves it, with its preprocessing; return it."""
-    transformers = import_transformers()
-    kind = getattr(transformers, variant.model)
+    kind = model_class(variant.model)
     settings = kind.config_class
     looking = getattr(settings, "sub_configs", {}).get("vision_config")
     with quiet():
@@ -175,7 +194,8 @@ def randomise(model: nn.Module, seed: int) -> Any:
             )
             words = name.split(".")
             is_scale = words[-1] == "weight" and parameter.ndim == 1  # of a norm
-            is_matrix = words[-1].endswith("weight") and not any("position" in w for w in words)
+            is_table = any("position" in word or word == "pos_embed" for word in words)
+            is_matrix = words[-1].endswith("weight") and not is_table
             if is_scale:
                 noise = 1 + 0.3 * noise
             else:
@@ -253,6 +273,7 @@ def run(
 
 
 PER_FRAME = ("prefix", "pooled", "projected")
+PER_SQUARE = ("merged", "deepstack")
 
 
 def run_frame(
@@ -262,6 +283,8 @@ def run_frame(
     looking = tower(model)
     weight = next(looking.parameters())
     patches = patches.to(weight.device, weight.dtype)
+    if is_tower(looking):
+        return run_tower(looking, patches, rows, columns)
     options = {"interpolate_pos_encoding": True} if interpolate else {}
     with RightInterpolation():
         out = looking(
@@ -284,6 +307,8 @@ def run_frame(
 
 def inputs(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
     """Return the model's arguments for one image: pixels, or patches with mask and shape."""
+    if is_tower(model):
+        return tower_inputs(model, patches, rows, columns)
     if model.main_input_name == "pixel_values" and "num_patches" in model.config.to_dict():
         return {
             "pixel_values": patches[None],

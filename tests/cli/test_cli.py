@@ -152,3 +152,9 @@ def test_python_m_packvit_is_the_command():
     command = [sys.executable, "-m", "packvit", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("packvit, version ")
+
+
+def test_warmup_says_where_to_run_it_when_there_is_no_gpu():
+    shown = CliRunner().invoke(main, ["warmup", "tiny", "--device", "cpu"])
+    assert shown.exit_code == 2
+    assert "The model is on cpu, where no kernel is compiled." in shown.stderr

@@ -17,7 +17,7 @@ from packvit.encoder import Encoder
 from packvit.packs.grid import Grid
 from packvit.verification import VerifyOptions
 from packvit.verification.comparison import Round, ask_reference, judge_pack
-from packvit.verification.drawing import draw, repeated
+from packvit.verification.drawing import draw, in_squares, repeated
 from packvit.verification.references import Answers, ReferenceModel, run, write_random
 from packvit.verification.rule import Judgement, floor_of, judge, judge_layers
 from packvit.verification.verify import family_names
@@ -27,6 +27,10 @@ VARIANTS = {
     f"{name} {variant.name}": (encoder, variant)
     for name, encoder in family_names().items()
     for variant in encoder.family.reference.variants
+}
+SHOWN_BY = {
+    "first register for class token": {"pooled"},
+    "squares laid together column by column": {"merged"},
 }
 DRAWINGS = {torch.float32: 3000, torch.bfloat16: 1000, torch.float16: 1000}
 
@@ -127,7 +131,7 @@ def test_every_mistake_is_caught_in_float32_on_random_weights(
     if not mutations.applies(encoder, mistake):
         pytest.skip("nothing to mistake")
     mutations.MISTAKES[mistake](encoder, monkeypatch)
-    wanted = {"pooled"} if mistake == "first register for class token" else {"tokens", "taps"}
+    wanted = SHOWN_BY.get(mistake, {"tokens", "taps"})
     assert missed(encoder, rounds) >= wanted
 
 
@@ -141,6 +145,8 @@ def drawings(dtype: torch.dtype, seed: int) -> Iterator[tuple[nn.Module, Encoder
         table = encoder.config.positions
         fixed = isinstance(table, Table) and not table.any_grid
         grids = [((1, 1, 1),), ((1, 1, 23),), ((1, 3, 17),), ((2, 4, 6),), ((1, 14, 14),)]
+        if merger := encoder.config.merger:
+            grids = [(in_squares(grid[0], merger.side),) for grid in grids]
         for grid in grids[-1:] if fixed and not kind.family.reference.interpolates else grids:
             yield model, encoder, repeated(grid), fixed and grid != grids[-1]
 

@@ -19,7 +19,7 @@ from packvit.corpus.folder.layout import Staged, stage
 from packvit.corpus.folder.resume import differences
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.progress import Effort
-from packvit.corpus.settings import EmbedOptions, describe_job, load_encoder
+from packvit.corpus.settings import EmbedOptions, ModelChoice, describe_job, load_encoder
 from packvit.encoder import Encoder
 
 # Errors whose message is for the user.
@@ -56,9 +56,16 @@ def load_alike(job: Job, device: str) -> Encoder:
     """
     wanted = job.described  # for a hub model the commit, since a branch may have moved
     dtype, attention, revision = (wanted[name] for name in ("dtype", "attention", "revision"))
-    encoder = load_encoder(job.model, device, dtype, attention, revision, job.positions)
-    assert encoder.checkpoint
-    found = describe_job(encoder, encoder.checkpoint.sha256(), job.options)
+    choice = ModelChoice(
+        model=job.model,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        revision=revision,
+        positions=job.positions,
+    )
+    encoder, weights = load_encoder(choice)
+    found = describe_job(encoder, weights, job.options)
     if lines := differences(wanted, found):
         raise EmbedderError(
             f"An embedder on {socket.gethostname()} would write other numbers than this job. What "

@@ -55,10 +55,10 @@ def activate_fp8_kernel(
         pair = tl.arange(0, 2 * block)
         both = tl.load(hidden + row * 2 * width + pair, mask=pair < 2 * width, other=0.0)
         gate, up = tl.split(tl.reshape(both.to(tl.float32), (block, 2)))
-        result = activate(gate, kind) * up
+        result = activate(gate, kind, True) * up
     else:
         at = row * width + column
-        result = activate(tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32), kind)
+        result = activate(tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32), kind, True)
     if divides:
         result /= tl.load(channels + column, mask=inside, other=1.0)
     store_fp8(values, scales, row, column, inside, width, result)

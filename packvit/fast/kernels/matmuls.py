@@ -67,10 +67,10 @@ def linear_act_kernel(
             sums += tl.load(bias + at, mask=at < width, other=0.0).to(tl.float32)[None]
         if gated:
             gate, up = tl.split(tl.reshape(sums, (tile_rows, out_columns, 2)))
-            result = activate(gate, kind) * up
+            result = activate(gate, kind, out.dtype == tl.float16) * up
             column = column // 2
         else:
-            result = activate(sums, kind)
+            result = activate(sums, kind, out.dtype == tl.float16)
         if fp8:
             at = column + tl.arange(0, out_columns)
             of_column = tl.load(channels + at, mask=at < width // (1 + gated), other=1.0)

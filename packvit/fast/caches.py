@@ -1,0 +1,66 @@
+"""Where compiled kernels are kept between processes: FlashAttention-4's and Triton's."""
+
+import os
+import tempfile
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+
+# What a folder is named by, and whether it is kept at all, each read once at the first import.
+FLASH_ATTENTION = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+FLASH_ATTENTION_ON = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+TRITON = "TRITON_CACHE_DIR"
+KERNELS = ("activations", "attention", "gates", "matmuls", "norms")
+
+
+def cache_folder() -> Path:
+    """Return packvit's cache folder: $PACKVIT_CACHE, else `packvit` in the user's cache folder."""
+    if chosen := os.environ.get("PACKVIT_CACHE"):
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "packvit"
+
+
+@cache
+def keep_kernels() -> Path | None:
+    """Have compiled kernels kept in packvit's cache folder, and return it; once a process.
+
+    flash-attn-4 compiles a kernel in 8 s, and by itself keeps none. What the user has set stays.
+    Both caches may be used by many processes at once: they write under a temporary name and rename,
+    and name what they keep by sources, versions and GPU architecture. None, and nothing is kept,
+    where the folder cannot be written.
+
+    Source: flash-attn-4 4.0.0b36, `flash_attn/cute/cache_utils.py`; Triton 3.6, `knobs.py`.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # no home, a read-only one, or a full disk
+        return None
+    os.environ.setdefault(FLASH_ATTENTION_ON, "1")
+    os.environ.setdefault(FLASH_ATTENTION, str(folder / "flash_attention"))
+    os.environ.setdefault(TRITON, str(folder / "triton"))
+    return folder
+
+
+def import_ahead() -> Thread:
+    """Import what the first forward on a GPU needs in a thread, and return the thread.
+
+    These imports take 2 s, in which the caller reads weights, which needs little of Python.
+    """
+
+    def work() -> None:
+        keep_kernels()
+        if find_spec("triton") is None:
+            return
+        for name in KERNELS:
+            import_module(f"packvit.fast.kernels.{name}")
+        if find_spec("flash_attn") and find_spec("flash_attn.cute"):
+            import_module("flash_attn.cute")
+
+    thread = Thread(target=work, name="packvit-imports", daemon=True)
+    thread.start()
+    return thread
