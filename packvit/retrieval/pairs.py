@@ -71,7 +71,7 @@ def candidates(
     """Yield the pairs (left, right), left before right, whose bound is at least `least`."""
     rows, columns = TILE if device.type == "cpu" else ON_GPU
     total = len(heads)
-    buffer = torch.empty(rows * columns, device=device)
+    buffer = torch.empty(rows * columns, dtype=torch.float32, device=device)
     for start in range(0, total, rows):
         tell(start, total)
         mine = heads[start : start + rows]
