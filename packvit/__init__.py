@@ -10,6 +10,7 @@ from packvit import version
 
 if TYPE_CHECKING:
     from packvit.checkpoints.errors import CheckpointError as CheckpointError
+    from packvit.corpus.folder.merging import merge as merge
     from packvit.corpus.folder.reader import FeatureFolder as FeatureFolder
     from packvit.corpus.folder.reader import read as read
     from packvit.corpus.job import embed as embed
@@ -62,6 +63,7 @@ _HOMES = {
     "embed": "packvit.corpus.job",
     "load": "packvit.hub",
     "load_text": "packvit.text.loading",
+    "merge": "packvit.corpus.folder.merging",
     "plan_packs": "packvit.packs.planning",
     "read": "packvit.corpus.folder.reader",
     "search": "packvit.retrieval.search",

@@ -21,6 +21,8 @@ NESTED = "image_processor"  # the entry of processor_config.json with the image 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+MOST_JSON = 64 << 20  # bytes: the index of a model of a million tensors has less
+
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack")
 
 
@@ -109,6 +111,11 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, but a checkpoint's JSON has at most "
+                f"{MOST_JSON}. Download or copy it again."
+            )
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error

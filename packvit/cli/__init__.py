@@ -17,6 +17,7 @@ from packvit.version import VERSION
 
 COMMANDS = {  # in the order of `--help`
     "embed": "packvit.cli.embed",
+    "merge": "packvit.cli.merge",
     "check": "packvit.cli.check",
     "verify": "packvit.cli.verify",
     "bench": "packvit.cli.bench",

@@ -119,7 +119,8 @@ class EmbedCommand(Command):
     "--rows-per-part",
     type=COUNT,
     help="Rows in one Parquet file, which is written once all of them are embedded; by default 64 "
-    "on a CPU or with tokens, 1024 on a GPU (fewer in a small job), or what the folder has.",
+    "on a CPU or with tokens, 1024 on a GPU or of a --shard (fewer in a small job), or what the "
+    "folder has.",
 )
 @click.option(
     "--decode",
@@ -181,6 +182,12 @@ class EmbedCommand(Command):
     metavar="[CODES]",
     help="Do the rows again that are errors, of all codes or of those named (timeout,unreadable); "
     "all other rows are kept.",
+)
+@click.option(
+    "--shard",
+    metavar="K/N",
+    help="Do the K-th of N runs of parts, for example on one of N machines; `packvit merge` puts "
+    "their folders together.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.pass_context

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from packvit.atomic import write_whole
 from packvit.config import GridPolicy
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
@@ -28,13 +27,14 @@ from packvit.corpus.folder.layout import (
     encode_certificate,
     encode_manifest,
     fingerprint,
+    put,
     read_manifest,
-    writing,
 )
 from packvit.corpus.folder.names import CURRENT, names_of, part_number
 from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
+from packvit.corpus.folder.sharding import WHOLE, parse_shard, parts_of, rows_of
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing
@@ -60,6 +60,7 @@ from packvit.encoder import Encoder
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import CODES, MAX_PIXELS
 from packvit.images.resize import Resize
+from packvit.model.device import name_device
 from packvit.model.memory import free_memory
 from packvit.verification.verify import vouch
 
@@ -98,13 +99,15 @@ def embed(
     verify: bool = False,
     overwrite: bool = False,
     retry_errors: bool | Sequence[str] = False,
+    shard: str | None = None,
     progress: Tell | None = None,
 ) -> Summary:
     """Embed photographs into the feature folder `out`: one row for every input.
 
     If `out` holds a part of the same job, the job resumes after it; if it holds all of it, no image
     is read. `overwrite` removes what packvit wrote there and starts over. `retry_errors` does the
-    rows anew that are errors, of all codes or of those named, and keeps all others.
+    rows anew that are errors, of all codes or of those named, and keeps all others. `shard` "3/64"
+    does the third of 64 runs of the job's parts; `packvit.merge` puts the 64 folders together.
 
     `photos` are folders, which are walked, files, patterns, tar and Parquet files of images, and
     URLs of these; `lists` are files of paths. A list that is a table has its paths in `column`; a
@@ -115,7 +118,7 @@ def embed(
     matrix of the pooled features once all parts are written. `rows_per_part` inputs share a file,
     which is written once all are embedded: what a killed job loses is less than that for each
     process. None is what the folder has already, else 64 on a CPU or with tokens, and 1024 on a
-    GPU, or less for a job of few inputs. `workers` is the number of decoding
+    GPU or of a shard, or less for a job of few inputs. `workers` is the number of decoding
     processes; None is one for each CPU, up to 16. At most `pixels_in_flight` pixels are decoded or
     waiting at a time, and an image that takes longer than `image_timeout` becomes an error.
     `decode` "gpu" decodes JPEGs on the encoder's GPU if the result equals Pillow's bit for bit;
@@ -171,6 +174,7 @@ def embed(
         verify=verify,
         overwrite=overwrite,
         retry_errors=retry_errors,
+        shard=shard,
     )
     return run_job(out, inputs, choice, options, how, progress)
 
@@ -189,6 +193,12 @@ def run_job(
         options = replace(options, rows_per_part=how.rows_per_part)
     check_options(options)
     check_format(how.format)
+    part_of = WHOLE if how.shard is None else parse_shard(how.shard)
+    if part_of != WHOLE and how.format != "parquet":
+        raise UsageError(
+            f'format is "{how.format}", which a shard alone cannot have. Give it to '
+            "`packvit merge`."
+        )
     codes = choose_codes(how.retry_errors)
     if options.decode == "gpu":
         ask_for_queues()
@@ -226,25 +236,32 @@ def run_job(
             options = replace(options, text_space=encoder.text_space)
         if how.rows_per_part is None:
             large = options.tokens or bool(options.taps)
-            rows = rows_before(recorded) or choose_rows(encoder.device, len(listing), large=large)
+            kind = encoder.device if part_of == WHOLE else None
+            rows = rows_before(recorded) or choose_rows(kind, len(listing), large=large)
             options = replace(options, rows_per_part=rows)
         context = make_context(encoder, options, decoders)
         check_memory(encoder, options, free_memory(encoder.device))
         certificate = vouch(encoder, weights) if how.verify else None
         described = describe_job(encoder, weights, options)
         format_of_folder = (CURRENT if how.overwrite else names_of(folder)).format
-        manifest = draft(encoder, described, listing, format_of_folder)
+        manifest = draft(encoder, described, listing, format_of_folder) | part_of.entry
         name = encoder.checkpoint.name if encoder.checkpoint else ""
         job = Job(str(folder), options, described, choice.positions, name)
         runner = choose_runner(context, job, processes, how.ray)
+        device_name = name_device(encoder.device)
         del encoder, context  # only a runner in this process keeps them; the others need the memory
-        tally = Tally(len(listing), progress, options.token_budget)
+        tally = Tally(rows_of(manifest), progress, options.token_budget)
         with claim(folder):
             differ = describe(listing.gone)
             found = take_up(folder, manifest, overwrite=how.overwrite, inputs=differ)
             found = replace(found, notes=(*notes, *found.notes))
+            if not rows_of(manifest) and len(listing):
+                notes = (f"Shard {part_of} has no rows: the job has fewer parts than shards.",)
+                found = replace(found, notes=(*notes, *found.notes))
             again = find_errors(folder, found.kept, codes)
-            return run(runner, listing, folder, found, again, certificate, how.format, tally)
+            return run(
+                runner, listing, folder, found, again, certificate, how.format, device_name, tally
+            )
 
 
 def choose_encoder(choice: ModelChoice, *, verify: bool) -> tuple[Encoder, str]:
@@ -295,6 +312,7 @@ def draft(
         "ignored": listing.ignored,
         "root": listing.root,
         "retries": asdict(BOUND),
+        "device_names": [name_device(encoder.device)],  # others that embed parts are added
         "certificate_sha256": None,
         "exports": {},
         "counts": None,
@@ -309,6 +327,7 @@ def run(
     again: Mapping[int, tuple[int, ...]],
     certificate: Mapping[str, Any] | None,
     format: Format,
+    device_name: str,
     tally: Tally,
 ) -> Summary:
     """Run all shards that the locked folder does not hold, and commit them in order.
@@ -321,15 +340,16 @@ def run(
         data = encode_certificate(certificate)
         put(folder / names.certificate, data)
         manifest |= {"certificate_sha256": hashlib.sha256(data).hexdigest()}
-    size = manifest["rows_per_part"]
-    parts = -(-len(listing) // size)
-    todo = parts - len(found.kept) + len(again)
+    parts = parts_of(manifest)
+    todo = len(parts) - len(found.kept) + len(again)
     exports = manifest.get("exports") or {}
     if again:  # which they no longer match
         manifest |= {"exports": {}}
         format = "npy" if exports else format
         exports = {}
     if todo:
+        devices = {device_name, *manifest.get("device_names", ())}
+        manifest |= {"device_names": sorted(devices)}
         write_inputs(folder, listing)
         put(folder / names.manifest, encode_manifest(manifest))
     for number, entry in sorted(found.kept.items()):
@@ -339,7 +359,8 @@ def run(
     kept_rows, kept_tokens = tally.progress.settled, tally.progress.tokens
     tally.begin(found.notes)
     halved, last = 0, max(found.kept, default=-1)
-    inputs = shards(listing, size, folder, found.kept, again)
+    size = manifest["rows_per_part"]
+    inputs = shards(listing, parts, size, folder, found.kept, again)
     work = Work(inputs, todo, folder, last, tally.settle, tally.effort)
     if todo:
         with closing(runner(work)) as entries:
@@ -350,24 +371,24 @@ def run(
                 tally.update(committed=tally.progress.committed + rows)
     seconds = tally.seconds
     counts = {
-        "rows": len(listing),
+        "rows": rows_of(manifest),
         "ok": tally.codes["ok"],
         "errors": tally.errors,
         "tokens": tally.progress.tokens,
-        "parts": parts,
+        "parts": len(parts),
     }
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     if format == "npy":
-        parts = [names.part(number) for number in range(counts["parts"])]
+        written = [names.part(number) for number in parts]
         width = Outputs.of_manifest(manifest).vector_width
-        manifest |= {"exports": export(folder, names, parts, counts["rows"], width, exports)}
+        manifest |= {"exports": export(folder, names, written, counts["rows"], width, exports)}
     put(folder / names.manifest, encode_manifest(manifest | {"complete": True, "counts": counts}))
     remove_inputs(folder)
     return Summary(
         folder=str(folder),
         model=str(manifest["model"]),
         fingerprint=str(manifest["fingerprint"]),
-        rows=len(listing),
+        rows=counts["rows"],
         ok=tally.codes["ok"],
         errors=tally.errors,
         examples={code: tally.examples[code] for code in tally.errors},
@@ -383,22 +404,19 @@ def run(
     )
 
 
-def put(path: Path, data: bytes) -> None:
-    """Write a file unless it already holds these bytes, so that a finished job changes nothing."""
-    if not (path.is_file() and path.read_bytes() == data):
-        with writing(path):
-            write_whole(path, data)
-
-
 def shards(
     listing: Listing,
+    parts: range,
     size: int,
     folder: Path,
     kept: Mapping[int, Commit],
     again: Mapping[int, tuple[int, ...]],
 ) -> Iterator[Shard]:
-    """Yield the inputs in order, `size` at a time; of parts that are kept, those to do again."""
-    for number in range(-(-len(listing) // size)):
+    """Yield the inputs of parts in order; of parts that are kept, those to do again.
+
+    A part has `size` inputs, and the last what is left.
+    """
+    for number in parts:
         inputs = listing.between(number * size, (number + 1) * size)
         if number not in kept:
             yield Shard(number, tuple(inputs))

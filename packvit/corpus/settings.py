@@ -70,6 +70,7 @@ class RunOptions:
     verify: bool = False
     overwrite: bool = False
     retry_errors: bool | Sequence[str] = False
+    shard: str | None = None
 
     @property
     def here(self) -> bool:
@@ -201,15 +202,16 @@ def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
 
 
-def choose_rows(device: torch.device, inputs: int, *, large: bool) -> int:
-    """Return the rows of a part of a job of `inputs` on a kind of device.
+def choose_rows(device: torch.device | None, inputs: int, *, large: bool) -> int:
+    """Return the rows of a part of a job of `inputs` on a kind of device; None is any.
 
     What is not committed is lost when a job is killed: on a CPU, whose rows take long, and with
     `large` rows, of tokens or taps, parts are small. A GPU's parts are larger, so that more packs
     are full, unless that leaves fewer than `FEWEST_PARTS`. It does not depend on the number of
     processes, since the output does not.
     """
-    rows = FEWEST_ROWS if device.type == "cpu" or large else MOST_ROWS
+    small = large or (device is not None and device.type == "cpu")
+    rows = FEWEST_ROWS if small else MOST_ROWS
     while rows > FEWEST_ROWS and inputs <= rows * (FEWEST_PARTS - 1):
         rows //= 2
     return rows

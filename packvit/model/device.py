@@ -1,5 +1,6 @@
 """Where an encoder runs and in which numbers: a caller's words to torch's."""
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -40,6 +41,15 @@ def obstacle(device: torch.device | str) -> str | None:
     except (RuntimeError, AssertionError):  # torch says either of a device that is not there
         return "torch cannot use it here"
     return None
+
+
+def name_device(device: torch.device) -> str:
+    """Return what decides the bits that a device computes: a GPU's model, a CPU's instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
 
 
 def find_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:

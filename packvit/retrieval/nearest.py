@@ -23,7 +23,7 @@ def find_nearest(
     Shapes: queries [Q, D], blocks of (first row, [rows, D]) -> float32 [Q, top], int64 [Q, top].
     """
     wanted = to_unit(torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(device))
-    best = torch.full((top, len(queries)), -torch.inf, device=device)
+    best = torch.full((top, len(queries)), -torch.inf, dtype=torch.float32, device=device)
     rows = torch.zeros((top, len(queries)), dtype=torch.int64, device=device)
     for start, block in blocks:
         scores = cosines(block, wanted)
@@ -41,7 +41,7 @@ def cosines(block: np.ndarray, wanted: Tensor) -> Tensor:
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
         scores = torch.from_numpy(block @ wanted.numpy().T).div_(torch.from_numpy(norms)[:, None])
     else:
-        vectors = torch.tensor(block, device=wanted.device)
+        vectors = torch.tensor(block, dtype=torch.float32, device=wanted.device)
         scores = (vectors @ wanted.T).div_(torch.linalg.vector_norm(vectors, dim=1, keepdim=True))
     return scores.nan_to_num_(nan=-torch.inf)
 

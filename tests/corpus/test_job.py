@@ -296,8 +296,9 @@ def test_the_manifest_says_what_was_run_and_counts_what_was_written(
     assert manifest["attention"] == "sdpa"
     assert manifest["versions"]["torch"] == version("torch")
     other = ("format", "complete", "fingerprint", "model", "inputs", "ignored", "counts")
-    other += ("certificate_sha256", "exports", "retries", "root")
+    other += ("certificate_sha256", "exports", "retries", "device_names", "root")
     settings = {name: value for name, value in manifest.items() if name not in other}
+    assert len(manifest["device_names"]) == 1
     assert manifest["retries"] == {"pauses": [0.5, 2.0, 8.0], "longest": 20.0}
     assert manifest["fingerprint"] == summary.fingerprint == fingerprint(settings)
 

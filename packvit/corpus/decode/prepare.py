@@ -4,31 +4,26 @@ No torch.
 """
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from packvit.config import ImageConfig, PatchOrder
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.sources import Input, read
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
 from packvit.images.decode import ImageError, Stage, decode_opened, open_image
-from packvit.images.patches import to_patches
-from packvit.images.resize import Resize
+from packvit.images.patches import Cutting
 
 Decode = Literal["pil", "gpu"]  # what decodes JPEGs; Pillow decodes all other images
 
 
 @dataclass(frozen=True, slots=True)
-class Preprocessing:
+class Preprocessing(Cutting):
     """All settings that decide which patches an image becomes."""
 
-    images: ImageConfig
-    order: PatchOrder
-    resize: Resize | None
-    max_patches: int | None
     max_pixels: int
     decode: Decode = "pil"
 
@@ -58,15 +53,25 @@ class Prepared:
 Admit = Callable[[int], None]
 
 
-def prepare(source: Input, preprocessing: Preprocessing, admit: Admit) -> Prepared:
-    """Read, decode, resize and cut one input; an error is recorded in its row."""
+def prepare(
+    source: Input,
+    preprocessing: Preprocessing,
+    admit: Admit,
+    *,
+    pause: Callable[[float], None] = time.sleep,
+    alone: bool = False,
+) -> Prepared:
+    """Read, decode, resize and cut one input; an error is recorded in its row.
+
+    `pause` and `alone` are as `read` takes them.
+    """
     row = Row(source.id)
     if source.error:
         code, found_in = source.error
         return Prepared(replace(row, status=code, stage=found_in))
     stage: Stage = "read"
     try:
-        data = read(source)
+        data = read(source, pause=pause, alone=alone)
         row = replace(row, sha256=hashlib.sha256(data).hexdigest())
         stage = "decode"
         if preprocessing.decode == "gpu":
@@ -86,13 +91,7 @@ def prepare(source: Input, preprocessing: Preprocessing, admit: Admit) -> Prepar
         del opened  # frees its pixels if `photo` has rotated or converted ones
         row = replace(row, note=photo.note, width=photo.width, height=photo.height)
         stage = "resize"
-        cut = to_patches(
-            photo.image,
-            preprocessing.images,
-            resize=preprocessing.resize,
-            max_patches=preprocessing.max_patches,
-            patch_order=preprocessing.order,
-        )
+        cut = preprocessing.cut(photo.image)
     except ImageError as error:
         return Prepared(replace(row, status=error.code, stage=error.stage, note=error.note))
     except MemoryError:

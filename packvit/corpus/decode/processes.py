@@ -22,9 +22,9 @@ SECONDS_TO_START = 120.0  # 0.15 on an idle machine
 PAUSES = (0.2, 1.0, 3.0)  # seconds, before a worker that died while starting is started again
 # A worker exits with its parent; a signal sent to both must not end it and lose its image.
 NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ONE_THREAD = dict.fromkeys(
+ENVIRONMENT = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
-)
+) | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # whose memory is free again once it is freed
 
 
 class StartError(DecoderError):
@@ -44,7 +44,7 @@ class Worker:
                 stdin=subprocess.PIPE,  # closed when this process ends, and so ends the worker
                 stdout=subprocess.DEVNULL,
                 pass_fds=[other.fileno()],
-                env=os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(paths)},
+                env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
             )
         except OSError as error:
             self.link.close()
@@ -106,6 +106,10 @@ class Worker:
             wait()
             send(self.link, (sources, preprocessing))
             answer = receive(self.link)
+            while isinstance(answer, float):  # seconds before a server is asked again
+                start += answer
+                wait()
+                answer = receive(self.link)
             if isinstance(answer, int):
                 took = time.monotonic() - start
                 admit(answer)

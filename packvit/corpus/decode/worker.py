@@ -5,7 +5,8 @@ a socket. The worker first sends "ready". For each task of one or more inputs it
 the first input's header and waits for permission to decode; then it sends the results of the inputs
 it prepared, at least the first, followed by the bytes of their patches or files, end to end. An
 error found before decoding, or a JPEG for the GPU, needs no permission; any other input after the
-first is left for the next task.
+first is left for the next task. Before it waits to ask a busy server again, it sends the seconds,
+as a float; they do not count towards the image's.
 """
 
 import fcntl
@@ -98,9 +99,15 @@ def main() -> None:
             receive(link)
             admitted = True
 
+        def pause(seconds: float) -> None:
+            if results:
+                raise Left
+            send(link, seconds)
+            time.sleep(seconds)
+
         for source in sources:
             try:
-                prepared = prepare(source, preprocessing, admit)
+                prepared = prepare(source, preprocessing, admit, pause=pause, alone=True)
             except Left:
                 break
             except (EOFError, ConnectionError):

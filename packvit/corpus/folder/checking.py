@@ -27,7 +27,15 @@ from packvit.corpus.folder.layout import (
 from packvit.corpus.folder.names import CURRENT, Names, names_of, part_number
 from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, read_own
 from packvit.corpus.folder.parts import Outputs, read_part
-from packvit.corpus.folder.resume import files_in, find_damage, find_fault, is_ours, left_over
+from packvit.corpus.folder.resume import (
+    BESIDE,
+    files_in,
+    find_damage,
+    find_fault,
+    is_ours,
+    left_over,
+)
+from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, parts_of, shard_of
 from packvit.images.decode import CODES
 
 AGAIN = "Run the same embed command again: it keeps the parts that are whole."
@@ -36,18 +44,7 @@ MANIFEST_MEND = (
     "over with --overwrite."
 )
 BUG = "The bytes match the log, so packvit wrote them so: start over with --overwrite."
-BESIDE = (
-    "format",
-    "complete",
-    "fingerprint",
-    "model",
-    "inputs",
-    "ignored",
-    "root",
-    "counts",
-    "exports",
-    "retries",
-)
+UNTOLD = (*BESIDE, "format", "fingerprint", "inputs", "shard")  # by the fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +113,10 @@ def check_manifest(check: Check, folder: Path, names: Names) -> dict[str, Any] |
             names.manifest, "is damaged: its checksum does not match its entries.", MANIFEST_MEND
         )
         return None
-    if flaw := find_flaw(manifest, names):
+    if flaw := find_flaw(manifest, names) or find_shard_flaw(manifest):
         check.add(names.manifest, flaw, MANIFEST_MEND)
         return None
-    beside = (*BESIDE, "certificate_sha256")
-    settings = {name: value for name, value in manifest.items() if name not in beside}
+    settings = {name: value for name, value in manifest.items() if name not in UNTOLD}
     if manifest.get("format") != names.format or manifest.get("fingerprint") != fingerprint(
         settings
     ):
@@ -263,21 +259,24 @@ def check_whole(
     check: Check, names: Names, manifest: dict[str, Any], entries: dict[int, Commit], ids: str
 ) -> None:
     """Check that no part is missing, and that the rows are the job's inputs."""
-    parts = -(-manifest["inputs"] // manifest["rows_per_part"])
-    listed = sum(number < parts for number in entries)
+    wanted, shard = parts_of(manifest), shard_of(manifest)
+    parts = len(wanted)
+    whose = "this job" if shard == WHOLE else f"shard {shard}"
+    listed = sum(number in wanted for number in entries)
     if listed < parts:
-        first = next(number for number in range(listed + 1) if number not in entries)
+        first = next(number for number in wanted if number not in entries)
         check.add(
             names.commits,
             f"lists {listed:,} of {parts:,} parts: {names.part(first)} is the first that is not "
             "there.",
         )
-    if any(number >= parts for number in entries):
-        check.add(names.commits, f"lists parts beyond the {parts} of this job.")
+    if any(number not in wanted for number in entries):
+        check.add(names.commits, f"lists parts beyond the {parts} of {whose}.")
     if not manifest["complete"]:
         check.add(names.manifest, "says that the job is not complete.")
     # Ids are unique in the listing, so an equal digest means that the rows' ids are unique too.
-    if check.parts == parts == len(entries) and ids != manifest["inputs_sha256"]:
+    whole = shard == WHOLE and check.parts == parts == len(entries)
+    if whole and ids != manifest["inputs_sha256"]:
         check.add(names.manifest, "lists other inputs than the rows, or in another order.", BUG)
     counts = {
         "rows": check.rows,

@@ -198,6 +198,13 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         write_whole(path, encode_manifest(manifest))
 
 
+def put(path: Path, data: bytes) -> None:
+    """Write a file unless it already holds these bytes, so that a finished job changes nothing."""
+    if not (path.is_file() and path.read_bytes() == data):
+        with writing(path):
+            write_whole(path, data)
+
+
 def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
     """Return the bytes of a certificate's file."""
     return (json.dumps(certificate, indent=1) + "\n").encode()
@@ -251,6 +258,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turn an OSError into a WriteError with a message for the user."""
     try:
         yield
+    except WriteError:
+        raise
     except OSError as error:
         raise WriteError(
             f"{path} could not be written: {error.strerror}. Fix that, then start the job again: "
@@ -263,7 +272,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turn an OSError into a WriteError, except FileNotFoundError."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, WriteError):
         raise
     except OSError as error:
         raise WriteError(

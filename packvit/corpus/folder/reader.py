@@ -11,7 +11,9 @@ import pyarrow as pa
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import encode_manifest, read_commits, read_manifest
 from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
+from packvit.corpus.folder.opening import find_flaw
 from packvit.corpus.folder.parts import Outputs, read_part
+from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, rows_of, shard_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +84,11 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
     """
     path = Path(folder)
     manifest, names = open_finished(path), names_of(path)
+    if (shard := shard_of(manifest)) != WHOLE:
+        raise UsageError(
+            f"{path} holds shard {shard} of a job alone. Put all of them together with "
+            "`packvit merge` first."
+        )
     rows, width = manifest["inputs"], Outputs.of_manifest(manifest).vector_width
     parts = tuple(entry.part for entry in read_commits(path))
     if sum(entry.rows for entry in read_commits(path)) != rows:
@@ -119,12 +126,13 @@ def open_finished(folder: Path) -> dict[str, Any]:
             "Name one that `packvit embed` wrote."
         )
     path = folder / names_of(folder).manifest
-    if path.read_bytes() != encode_manifest(manifest):
+    flaw = find_flaw(manifest, names_of(folder)) or find_shard_flaw(manifest)
+    if flaw or path.read_bytes() != encode_manifest(manifest):
         raise damaged(folder, path.name)
     if not manifest["complete"]:
         written = sum(entry.rows for entry in read_commits(folder))
         raise UsageError(
-            f"{folder} is half done: {written:,} of {manifest['inputs']:,} rows are written. Run "
+            f"{folder} is half done: {written:,} of {rows_of(manifest):,} rows are written. Run "
             "the same embed command again to finish it."
         )
     return manifest

@@ -44,7 +44,7 @@ from packvit.corpus.folder.rows import Row
 # Entries of a manifest that may differ without making it another job.
 BESIDE = (
     *("complete", "counts", "ignored", "root", "model"),
-    *("certificate_sha256", "exports", "retries"),
+    *("certificate_sha256", "exports", "retries", "device_names"),
 )
 
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from packvit.corpus import UsageError
+from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import spell
-from packvit.corpus.inputs.sources import Cell, open_source, unreadable
+from packvit.corpus.inputs.cells import Cell, fit, is_bytes
+from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.tars import ArchiveEntry, find_length
 from packvit.images.decode import ImageError
 
-MOST_ROWS = 1000  # of a table for each byte of its file: equal rows compress to almost nothing
+NAMES = 4096  # that are read at once
 
 
 def list_parquet(path: str, column: str) -> Iterator[ArchiveEntry | None]:
@@ -68,7 +70,8 @@ def check_counts(facts: Any, length: int) -> None:
     """
     groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
     rows = [group.num_rows for group in groups]
-    agree = min(rows, default=0) >= 0 and sum(rows) == facts.num_rows <= length * MOST_ROWS
+    most = max(limits.FEW_ROWS, length * limits.MOST_ROWS)
+    agree = min(rows, default=0) >= 0 and sum(rows) == facts.num_rows <= most
     for group in groups if agree else ():
         for number in range(group.num_columns):
             once = facts.schema.column(number).max_repetition_level == 0
@@ -79,17 +82,14 @@ def check_counts(facts: Any, length: int) -> None:
 
 def list_names(table: Any, group: int, column: str) -> Iterator[bytes]:
     """Yield the paths in a row group, empty where there is none."""
-    batches = table.iter_batches(4096, row_groups=[group], columns=[f"{column}.path"])
+    columns = [f"{column}.path"]
+    rows, _ = fit(table.metadata.row_group(group), columns, NAMES)
+    batches = table.iter_batches(rows, row_groups=[group], columns=columns)
     for batch in batches:
         for name in batch.column(0).field(0).to_pylist():
+            if name and len(name) > limits.MOST_LINE:
+                raise ImageError("truncated", "list")
             yield os.fsencode(spell(name or ""))
-
-
-def is_bytes(kind: Any) -> bool:
-    """Return whether a column holds bytes."""
-    import pyarrow as pa
-
-    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def describe_columns(schema: Any) -> str:

@@ -24,10 +24,10 @@ from packvit.corpus.inputs.addresses import (
 from packvit.corpus.inputs.archives import list_parquet
 from packvit.corpus.inputs.listing import Listing, by_suffix, readable, spooling
 from packvit.corpus.inputs.lists import looks_like_list, read_list
+from packvit.corpus.inputs.reader import find_kind, find_url, unreadable
 from packvit.corpus.inputs.retries import find_status, persist
 from packvit.corpus.inputs.roots import record_root
 from packvit.corpus.inputs.sources import Input as Input
-from packvit.corpus.inputs.sources import find_kind, find_url, unreadable
 from packvit.corpus.inputs.tars import list_tar
 from packvit.images.decode import ImageError, find_file
 
@@ -305,7 +305,7 @@ class Finder:
                 elif item is not None:
                     short, whole, within, code = item
                     whole = prefix + whole
-                    self.listing.add(prefix + short, path, code, within, whole=whole)
+                    self.listing.add(prefix + short, path, code, within, whole=whole, repeats=True)
                 else:
                     distinct = False
         except ImageError as error:
@@ -320,7 +320,7 @@ class Finder:
         self.listing.settle(before, distinct=distinct)
         return None
 
-    def add_file(self, path: bytes) -> str | None:
+    def add_file(self, path: bytes, *, repeats: bool = False) -> str | None:
         """Add one file, which is read as a photograph whatever its suffix.
 
         Returns the error code if it is known to be unreadable.
@@ -339,15 +339,15 @@ class Finder:
                 self.protocols.add(named)
         else:
             code = find_obstacle(path)
-        self.listing.add(spell_bytes(path), path, code)
+        self.listing.add(spell_bytes(path), path, code, repeats=repeats)
         return code
 
     def add_listed(self, path: bytes) -> None:
         """Add a path of a list; one with a refused protocol becomes an error row."""
         try:
-            self.add_file(path)
+            self.add_file(path, repeats=True)
         except UsageError:
-            self.listing.add(spell_bytes(path), path, None)
+            self.listing.add(spell_bytes(path), path, None, repeats=True)
 
 
 def shown(path: bytes) -> str:

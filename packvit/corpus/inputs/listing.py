@@ -61,7 +61,7 @@ class Listing:
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
             CREATE TABLE found(
                 name BLOB, whole BLOB, path BLOB, code TEXT,
-                first INT, second INT, column TEXT, secret INT);
+                first INT, second INT, column TEXT, secret INT, repeats INT);
             CREATE TABLE pending(number INTEGER PRIMARY KEY, path BLOB, name BLOB);
         """)
         self.rows.execute("BEGIN")  # one transaction for all insertions
@@ -164,10 +164,12 @@ class Listing:
         within: Member | Cell | None = None,
         *,
         whole: bytes | None = None,
+        repeats: bool = False,
     ) -> None:
         """Add an input; `code` is its error if it is known to be unreadable.
 
-        `whole` replaces its name if names in its archive are not distinct: see `settle`.
+        `whole` replaces its name if names in its archive are not distinct: see `settle`. One that
+        `repeats` may have a name that others have too, as in archives and lists: see `sort`.
         """
         place: tuple[int | None, int | None, str | None] = (None, None, None)
         if isinstance(within, Member):
@@ -175,8 +177,8 @@ class Listing:
         elif isinstance(within, Cell):
             place = (within.group, within.row, within.column)
         self.length += 1
-        row = (name, whole, path, code, *place, spell_bytes(path) != path)
-        self.rows.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        row = (name, whole, path, code, *place, spell_bytes(path) != path, repeats)
+        self.rows.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def settle(self, before: int, *, distinct: bool = True) -> None:
         """Give an archive's inputs their whole names, unless their short names are distinct.
@@ -204,16 +206,14 @@ class Listing:
     def sort(self) -> None:
         """Sort all inputs.
 
-        Raises: UsageError naming an id that two inputs share.
+        Members of archives and lines of lists with the same name, and URLs that differ in their
+        credentials alone, are told apart by their order: #2, #3 ...
+
+        Raises: UsageError naming an id that two other inputs share.
         """
+        while self.rows.execute(SET_APART).rowcount:  # "a#2" may be the name of another
+            pass
         self.rows.executescript("""  -- which commits first
-            -- URLs that differ in their credentials alone are told apart by their order: #2, #3 ...
-            UPDATE found SET name = CAST(CAST(name AS TEXT) || '#' || place AS BLOB) FROM (
-                SELECT rowid AS which, row_number() OVER (PARTITION BY name ORDER BY rowid) AS place
-                FROM found WHERE secret AND name IN (
-                    SELECT name FROM found WHERE secret GROUP BY name
-                    HAVING count(*) > 1 AND count(*) = count(DISTINCT path))
-            ) WHERE found.rowid = which AND place > 1;
             CREATE TABLE inputs AS
                 SELECT readable(name) AS id, path, code, first, second, column
                 FROM found ORDER BY name;
@@ -223,8 +223,18 @@ class Listing:
         for (name,) in self.rows.execute(repeated):
             raise UsageError(
                 f'Two inputs are called "{name}". Name each path once, and no file that lies in a '
-                "folder you name too; an archive may hold a name once."
+                "folder you name too."
             )
+
+
+SET_APART = """
+    UPDATE found SET name = CAST(CAST(name AS TEXT) || '#' || place AS BLOB) FROM (
+        SELECT rowid AS which, row_number() OVER (PARTITION BY name ORDER BY rowid) AS place
+        FROM found WHERE name IN (
+            SELECT name FROM found GROUP BY name HAVING count(*) > 1 AND (
+                min(repeats) OR min(secret) AND count(*) = count(DISTINCT path)))
+    ) WHERE found.rowid = which AND place > 1
+"""
 
 
 def digest_ids(ids: Iterable[str]) -> str:

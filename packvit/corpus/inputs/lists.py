@@ -9,13 +9,16 @@ from functools import partial
 from typing import Any
 
 from packvit.corpus import UsageError
+from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import bare, is_url, spell
-from packvit.corpus.inputs.archives import describe_columns
-from packvit.corpus.inputs.sources import open_source
+from packvit.corpus.inputs.archives import NAMES, describe_columns
+from packvit.corpus.inputs.cells import fit, is_text
+from packvit.corpus.inputs.reader import open_source
 from packvit.images.decode import CODES, ImageError
 
 STDIN = "/dev/stdin"  # a list of lines, which a pipe may be
 PIPED = ("-", STDIN, "/dev/fd/0", "/proc/self/fd/0")
+PIECE = 1 << 16  # bytes of a list that are read at once
 MOST_PEEK = 4096  # bytes of a file, to tell a text
 CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
 
@@ -86,14 +89,40 @@ def looks_like_list(path: bytes, *, alone: bool) -> bool:
 def unmarked(path: str, file: Any) -> Iterator[bytes]:
     """Yield the lines of a text without a UTF-8 byte order mark.
 
-    Raises: UsageError for UTF-16, recognised by its byte order mark.
+    Raises: UsageError for UTF-16, recognised by its byte order mark, and for what has no lines.
     """
-    for line in file:  # files of some servers cannot seek back to the start
+    for number, line in enumerate(lines(path, file)):
+        if number:
+            yield line
+            continue
         if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UsageError(f"The list {spell(path)} is UTF-16. Save it as UTF-8.")
         yield line.removeprefix(codecs.BOM_UTF8)
-        break
-    yield from file
+
+
+def lines(path: str, file: Any) -> Iterator[bytes]:
+    """Yield the lines of a file with their ends, in a bounded memory.
+
+    Raises: UsageError for a line longer than any path, and for a URL without an end.
+    """
+    rest, size = b"", 0
+    while data := file.read(PIECE):
+        size += len(data)
+        if is_url(path) and size > limits.MOST_LIST:
+            most = f"{limits.MOST_LIST >> 30} GiB"
+            raise UsageError(
+                f"The list {spell(path)} has over {most}. Download it, and name the file."
+            )
+        *whole, rest = (rest + data).split(b"\n")
+        if len(rest) > limits.MOST_LINE or any(len(line) > limits.MOST_LINE for line in whole):
+            raise UsageError(
+                f"{spell(path)} has a line of over {limits.MOST_LINE >> 20} MiB, so it is no list. "
+                "Give a text with a path on each line; name a photograph without --list."
+            )
+        for line in whole:
+            yield line + b"\n"
+    if rest:
+        yield rest
 
 
 def read_csv(path: str, file: Any, column: str, *, delimiter: str = ",") -> Iterator[bytes]:
@@ -122,13 +151,13 @@ def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
         table = pq.ParquetFile(file)
         schema = table.schema_arrow
         kind = schema.field(column).type if schema.names.count(column) == 1 else None
-        if kind is not None and pa.types.is_dictionary(kind):  # pandas' categories
-            kind = kind.value_type
-        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if kind is None or not is_text(kind):
             raise no_column(path, column, describe_columns(schema))
-        for batch in table.iter_batches(4096, columns=[column]):
-            for name in batch.column(0).to_pylist():
-                yield os.fsencode(name or "")
+        for group in range(table.num_row_groups):
+            rows, _ = fit(table.metadata.row_group(group), [column], NAMES)
+            for batch in table.iter_batches(rows, row_groups=[group], columns=[column]):
+                for name in batch.column(0).to_pylist():
+                    yield os.fsencode(name or "")
     except pa.ArrowException as error:
         raise UsageError(
             f"The list {spell(path)} cannot be read: it is not a whole Parquet file."

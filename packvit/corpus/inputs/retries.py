@@ -11,7 +11,9 @@ from packvit.images.decode import ImageError
 
 Result = TypeVar("Result")
 
-BUSY = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be others soon
+# HTTP statuses that may be others soon: those of servers, but for what they never do. Those of
+# content delivery networks, such as 520 and 529, are among them.
+BUSY = frozenset({408, 425, 429, *range(500, 600)} - {501, 505, 506, 508, 510, 511})
 RESET = (errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNABORTED)
 # Exceptions of aiohttp and httpx for a connection that was cut or was too slow.
 CUT = frozenset(
@@ -40,13 +42,15 @@ class Bound:
 BOUND = Bound()  # the manifest records it
 
 
-def persist(read: Callable[[], Result]) -> Result:
+def persist(read: Callable[[], Result], *, pause: Callable[[float], None] = time.sleep) -> Result:
     """Return what `read` returns; it is tried again while its error is one that may pass.
+
+    `pause` waits for some seconds before each further try.
 
     Raises: ImageError of the last try, saying how many there were.
     """
     bound = BOUND
-    for pause in bound.pauses:
+    for least in bound.pauses:
         try:
             return read()
         except ImageError as error:
@@ -56,7 +60,7 @@ def persist(read: Callable[[], Result]) -> Result:
             if asked is not None and asked > bound.longest:
                 note = f"its server asks to wait for {asked:,.0f} s"
                 raise ImageError(error.code, error.stage, note) from error
-        time.sleep(max(pause, asked or 0.0))
+        pause(max(least, asked or 0.0))
     try:
         return read()
     except ImageError as error:

@@ -10,7 +10,8 @@ import tarfile
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from packvit.corpus.inputs.sources import Cell, Member, open_source, unreadable
+from packvit.corpus.inputs.reader import open_source, unreadable
+from packvit.corpus.inputs.sources import Cell, Member
 from packvit.images.decode import ImageError
 
 # A sample's key: its path up to the first dot of its name. Source: webdataset 1.0, tariterators.py.

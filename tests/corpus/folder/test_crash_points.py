@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,23 +20,25 @@ import pytest
 from features import contents
 from rotten import write_good
 
+from packvit.cli import main
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.folder.resume import find_fault
 from packvit.corpus.job import embed
-from packvit.encoder import Encoder
 
 pytestmark = pytest.mark.soak
 
 INPUTS, PARTS = 130, 3  # 64 inputs a part, since tokens are written
 CHANGING = "openat,mkdir,write,fsync,rename,ftruncate,unlink"
+FAULTS = ("signal=KILL", "error=ENOSPC", "error=EIO")
 TRACED = re.compile(r"(\d+) +(\w+)\((.*)")
 
 # Runs `packvit` in a fork, since importing torch takes longer than a whole job, and lets strace
 # take hold of it first. stdin: a JSON line of the arguments, a file for stderr, strace's options.
 SERVER = r"""
-import contextlib, ctypes, json, os, subprocess, sys, time
+import contextlib, ctypes, itertools, json, os, subprocess, sys, time
 import torch, packvit
+from packvit import atomic
 from packvit.cli import main
 torch.set_num_threads(1)
 photos, checkpoint, out = sys.argv[1:]  # a job that imports all that there is to import
@@ -43,6 +46,9 @@ packvit.embed(photos, out=out, model=checkpoint, device="cpu", tokens=True, form
 with contextlib.redirect_stdout(sys.stderr):
     again = ["embed", photos, "--out", out, "--model", checkpoint, "--device", "cpu", "--tokens"]
     main(again, standalone_mode=False)
+import packvit.corpus.folder.merging
+numbers = itertools.count()  # a call must meet the same name in every run
+atomic.token_hex = lambda size: f"{next(numbers):0{2 * size}x}"
 print("ready", flush=True)
 for line in sys.stdin:
     arguments, errors, strace = json.loads(line)
@@ -84,11 +90,14 @@ class Bench:
         self.photos = photos
         self.checkpoint = checkpoint
 
-    def run(self, out: Path, *strace: str) -> tuple[int, str]:
-        """Return the exit status of a job under strace, and what it said."""
+    def job(self, out: Path, *options: str) -> list[str]:
+        """Return the arguments of a job."""
         arguments = ["embed", str(self.photos), "--out", str(out), "--model", str(self.checkpoint)]
         arguments += ["--device", "cpu", "--tokens", "--format", "npy", "--workers", "1"]
-        errors = out.parent / "said"
+        return [*arguments, *options]
+
+    def run(self, arguments: list[str], errors: Path, *strace: str) -> tuple[int, str]:
+        """Return the exit status of a command under strace, and what it said."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps([arguments, str(errors), strace]) + "\n")
@@ -97,11 +106,11 @@ class Bench:
         assert status, "the server died"
         return int(status), errors.read_text()
 
-    def points(self, out: Path) -> list[Point]:
-        """Return all points of a job that nothing disturbs."""
+    def points(self, arguments: list[str], out: Path) -> list[Point]:
+        """Return all points of a command that nothing disturbs."""
         log = out.parent / "trace"
         traced = ["-o", str(log), "-y", "-s", "0", "-e", f"trace={CHANGING}"]
-        status, said = self.run(out, *traced)
+        status, said = self.run(arguments, out.parent / "said", *traced)
         assert status == 3, said  # many inputs are no images
         counts: Counter[tuple[str, str, str]] = Counter()
         found: dict[Point, None] = {}
@@ -163,30 +172,32 @@ def begin(out: Path, undisturbed: Path | None, state: str) -> None:
         (out / "_exports/pooled.npy").unlink()
 
 
-@pytest.mark.parametrize("fault", ["signal=KILL", "error=ENOSPC", "error=EIO"])
-@pytest.mark.parametrize("state", ["fresh", "going on", "mending"])
-def test_a_job_that_meets_a_fault_at_any_call_ends_as_if_it_had_not(
-    tmp_path: Path, bench: Bench, photos: Path, encoder: Encoder, state: str, fault: str
-):
-    expected = tmp_path / "undisturbed"
-    out = tmp_path / "out"
-    embed(photos, out=expected, model=bench.checkpoint, device="cpu", tokens=True, format="npy")
-    assert len(read_commits(expected)) == PARTS
-    begin(out, expected, state)
-    points = bench.points(out)
+def meet(
+    bench: Bench,
+    arguments: list[str],
+    out: Path,
+    expected: Path,
+    begin: Callable[[], None],
+    fault: str,
+    mends: bool,
+) -> None:
+    """Have a command meet a fault at any of its calls, and begin it again each time."""
+    begin()
+    points = bench.points(arguments, out)
     assert contents(out) == contents(expected)
     assert {call for call, _, _ in points} >= {"openat", "write", "fsync", "rename"}
     met = 0
     for point in points:
-        begin(out, expected, state)
+        begin()
         call, file, place = point
         status, said = bench.run(
-            out,
+            arguments,
+            out.parent / "said",
             *("-o", "/dev/null", "-P", str(out / file), "-e", f"trace={call}"),
             *("-e", f"inject={call}:{fault}:when={place}"),
         )
         for entry in read_commits(out) if out.exists() else ():
-            lost = state == "mending" and entry.part == "data/part-00001.parquet"
+            lost = mends and entry.part == "data/part-00001.parquet"
             assert lost or find_fault(out, entry) is None, point
         if fault == "signal=KILL":
             assert status == -9, (point, said)
@@ -196,11 +207,41 @@ def test_a_job_that_meets_a_fault_at_any_call_ends_as_if_it_had_not(
             assert lines[-1].startswith("Error: "), (point, said)
             assert "Traceback" not in said, (point, said)
         met += status != 3
-        embed(photos, out=out, model=bench.checkpoint, device="cpu", tokens=True, format="npy")
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 3
         assert contents(out) == contents(expected), point
     assert not check_folder(out).faults
     assert met >= 0.9 * len(points)
-    print(f"{state}, {fault}: {met} of {len(points)} points stopped the job")
+    print(f"{fault}: {met} of {len(points)} points stopped the command")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("state", ["fresh", "going on", "mending"])
+def test_a_job_that_meets_a_fault_at_any_call_ends_as_if_it_had_not(
+    tmp_path: Path, bench: Bench, photos: Path, state: str, fault: str
+):
+    expected, out = tmp_path / "undisturbed", tmp_path / "out"
+    embed(photos, out=expected, model=bench.checkpoint, device="cpu", tokens=True, format="npy")
+    assert len(read_commits(expected)) == PARTS
+    ready = partial(begin, out, expected, state)
+    meet(bench, bench.job(out), out, expected, ready, fault, state == "mending")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("state", ["fresh", "going on", "mending"])
+def test_a_merge_that_meets_a_fault_at_any_call_ends_as_if_it_had_not(
+    tmp_path: Path, bench: Bench, photos: Path, state: str, fault: str
+):
+    expected, out = tmp_path / "undisturbed", tmp_path / "out"
+    same = {"model": bench.checkpoint, "device": "cpu", "tokens": True, "rows_per_part": 64}
+    embed(photos, out=expected, format="npy", **same)
+    shards = [str(tmp_path / "1"), str(tmp_path / "2")]
+    for number, shard in enumerate(shards, 1):
+        embed(photos, out=shard, shard=f"{number}/2", **same)
+    arguments = ["merge", *shards, "--out", str(out), "--format", "npy"]
+    ready = partial(begin, out, expected, state)
+    meet(bench, arguments, out, expected, ready, fault, state == "mending")
 
 
 # Runs a job on a disk that is too small for it, then read-only, and then again with room.

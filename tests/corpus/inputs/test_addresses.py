@@ -211,9 +211,15 @@ def test_urls_that_differ_in_credentials_alone_are_each_read(locked: str):  # ca
     Path("list.txt").write_text("\n".join((other, wrong, url)))
     found = {plain: data, f"{plain}#2": "unreadable", f"{plain}#3": data}
     assert outcome_of(lists=["list.txt"]) == found
-    Path("list.txt").write_text("\n".join((url, url)))
     with pytest.raises(UsageError, match=rf'called "{plain}"'):
-        list_inputs([], ["list.txt"])
+        list_inputs([url, url])
+
+
+def test_a_line_that_a_list_repeats_is_a_row_again(locked: str):  # case V7: no list is refused
+    Path("list.txt").write_text("photos/good-0000.jpg\ngone.jpg\nphotos/good-0000.jpg\n")
+    data = Path("photos/good-0000.jpg").read_bytes()
+    found = {"photos/good-0000.jpg": data, "photos/good-0000.jpg#2": data, "gone.jpg": "missing"}
+    assert outcome_of(lists=["list.txt"]) == found
 
 
 def test_no_message_holds_credentials(locked: str):  # case S4

@@ -16,9 +16,12 @@ import pytest
 from rotten import write_good
 from served import outcome_of, write_served
 
+from packvit.config import ImageConfig
 from packvit.corpus import UsageError
+from packvit.corpus.decode.prepare import Preprocessing
+from packvit.corpus.decode.processes import Worker
 from packvit.corpus.folder.checking import check_folder
-from packvit.corpus.inputs import pages, retries
+from packvit.corpus.inputs import limits, retries
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.sources import Input, read
 from packvit.corpus.job import embed
@@ -64,6 +67,8 @@ class Handler(SimpleHTTPRequestHandler):
         elif name == "packed.jpg":
             packed = gzip.compress(bytes(300 << 20), 1)
             self.reply(200, packed, ("Content-Encoding", "gzip"))
+        elif name == "packed":
+            self.reply(200, gzip.compress(bytes(300 << 20), 1), ("Content-Encoding", "gzip"))
         elif "/ring/" in self.path and "." not in name:
             self.reply(200, b'<a href="sub/">s</a> <a href="also/">s</a> <a href="a.jpg">a</a>')
         elif "/stairs/" in self.path and "." not in name:
@@ -217,6 +222,29 @@ except ImageError as error:
 """
 
 
+LIST = """
+import sys
+from packvit.config import ImageConfig
+from packvit.corpus import UsageError
+from packvit.corpus.decode.prepare import Preprocessing
+from packvit.corpus.decode.processes import Worker
+from packvit.corpus.inputs.find import list_inputs
+try:
+    list_inputs([sys.argv[1]])
+except UsageError:
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(peak.split()[1])
+"""
+HALF = (0.5, 0.5, 0.5)
+PREPROCESSING = Preprocessing(
+    ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic", sizing=None),
+    "hwc",
+    "native",
+    256,
+    100_000_000,
+)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "note"),
     [
@@ -271,7 +299,8 @@ def test_a_server_that_hangs_costs_one_image_and_the_job_goes_on(
 
 
 @pytest.mark.parametrize(
-    "name", ["busy-429-1.jpg", "busy-503-0.jpg", "busy-500-0.jpg", "busy-0-0.jpg"]
+    "name",
+    ["busy-429-1.jpg", "busy-503-0.jpg", "busy-500-0.jpg", "busy-529-0.jpg", "busy-0-0.jpg"],
 )
 def test_a_busy_server_is_asked_again_after_the_time_it_asks_for(server: str, name: str):
     """S3"""
@@ -287,8 +316,11 @@ def test_a_server_that_stays_busy_is_asked_a_bounded_number_of_times(server: str
     for name, note in (
         ("503.jpg", "HTTP 503, 4 times"),
         ("hangs-up.jpg", "a cut connection, 4 times"),
+        ("524.jpg", "HTTP 524, 4 times"),
+        ("501.jpg", None),
         ("404.jpg", None),
         ("403.jpg", None),
+        ("204.jpg", "HTTP 204"),
     ):
         with pytest.raises(ImageError) as refused:
             read(Input("x", f"{server}/{name}"))
@@ -302,9 +334,27 @@ def test_a_page_of_links_has_a_size_limit(server: str, monkeypatch: pytest.Monke
     """Point 4 of issue 16: the main process reads pages of links whole."""
     write_good(Path("photos"), 2)
     assert len(outcome_of(f"{server}/photos/")) == 2
-    monkeypatch.setattr(pages, "MOST_PAGE", 100)
+    monkeypatch.setattr(limits, "MOST_PAGE", 100)
     with pytest.raises(UsageError, match="cannot be read"):
         outcome_of(f"{server}/photos/")
+
+
+def test_a_page_that_unpacks_to_more_is_never_held(server: str):
+    """S2, in the process that lists: by the question whether it is a folder too."""
+    argv = [sys.executable, "-c", LIST, f"{server}/packed"]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert int(said) < 200 << 10
+
+
+@pytest.mark.soak
+def test_the_pauses_that_a_server_asks_for_do_not_count_towards_the_time_of_an_image(server: str):
+    worker = Worker()
+    source = Input("x", f"{server}/busy-503-2.jpg")  # twice, then its name
+    start = time.monotonic()
+    [prepared], took = worker.prepare([source], PREPROCESSING, lambda pixels: None, 3.0)
+    worker.end()
+    assert (prepared.row.status, prepared.row.stage) == ("unidentified", "header")
+    assert took < 3.0 < 4.0 < time.monotonic() - start
 
 
 def test_errors_of_a_server_are_tried_again_by_a_finished_job(
