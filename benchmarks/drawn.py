@@ -19,7 +19,7 @@ def write_folder(
     folder.mkdir(parents=True)
     rows_per_part = rows = 0
     for number, (named, vectors) in enumerate(blocks):
-        commit(folder, number, build_table(Outputs(width), named, vectors, {}))
+        commit(folder, number, build_table(Outputs(width), named, {"pooled": vectors}, {}))
         rows_per_part = rows_per_part or len(named)
         rows += len(named)
     manifest = {

@@ -31,17 +31,18 @@ from packvit.config import (
 )
 from packvit.fast.forward import FastForward
 from packvit.images.decode import Source
-from packvit.images.patches import Resize
+from packvit.images.patches import Cutting
+from packvit.images.resize import Resize
 from packvit.model.attention import AttentionInputs, opaque, resolve
 from packvit.model.device import current, find_device, find_dtype
-from packvit.model.embeddings import PatchEmbeddings, normalize
+from packvit.model.embeddings import PatchEmbeddings, to_values
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear, make_invariant
 from packvit.model.merging import Mergers
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
 from packvit.model.trunk import Trunk, TrunkOutput, plan_forward, run_trunk, trunk_output
-from packvit.packs.checks import check_patches, count_from_front
+from packvit.packs.checks import check_merged, check_patches, check_projected, count_from_front
 from packvit.packs.embedding import embed_images
 from packvit.packs.features import Features, Pack, as_pack, make_pack
 from packvit.packs.grid import (
@@ -85,6 +86,7 @@ class Encoder(nn.Module):
         self.patch_order: PatchOrder = patch_order
         self.backend = attention
         self.checkpoint: Checkpoint | None = None  # where the weights came from
+        self.origin: saving.Origin | None = None  # what described them, also of a model in memory
         self.fp8 = self.invariant = self.compiled = False
         self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
         self.skipped: tuple[str, ...] = ()  # its names left unread, of another tower's tensors
@@ -175,9 +177,12 @@ class Encoder(nn.Module):
             said = "encode(projection=...) was renamed: write projected=... instead."
             warn(said, DeprecationWarning, stacklevel=2)
             projected = projection
-        self.check_projection(projected, pooled)
+        if projected:
+            check_projected(self.config, self.family.name, pooled)
+        if merged:
+            check_merged(self.config, self.family.name)
         asked = [self.check_layer(layer) for layer in taps]
-        merger = self.check_merger() if merged else None
+        merger = self.merger if merged else None
         deep = merger.layers if merger else ()
         with current(self.device):
             ran = self.run(hidden_states, grid_thw, {*asked, *deep})
@@ -244,14 +249,8 @@ class Encoder(nn.Module):
 
         Raises: ImageError with the index and the code of the first image that cannot be used.
         """
-        return make_pack(
-            images,
-            self.images,
-            resize=resize,
-            max_patches=max_patches,
-            patch_order=self.patch_order,
-            device=self.device,
-        )
+        cutting = Cutting(self.images, self.patch_order, resize, max_patches)
+        return make_pack(images, cutting, self.device)
 
     def embed(
         self,
@@ -275,42 +274,20 @@ class Encoder(nn.Module):
         NaN instead where `errors` is "nan"; ValueError for an image larger than a pack.
         """
         check_choice("errors", errors, ("raise", "nan"))
-        self.check_projection(projected)
+        if projected:
+            check_projected(self.config, self.family.name)
         with torch.inference_mode():
             return embed_images(
                 images,
                 lambda pack: self.encode(
                     pack, projected=projected, merged=bool(self.merger) and not projected
                 ).vectors(),
-                self.images,
+                Cutting(self.images, self.patch_order, resize, max_patches),
+                self.device,
                 width=(projected and self.config.projection) or self.config.vector_width,
                 token_budget=token_budget,
-                resize=resize,
-                max_patches=max_patches,
                 skip_errors=errors == "nan",
-                patch_order=self.patch_order,
-                device=self.device,
             )
-
-    def check_projection(self, projected: bool, pooled: bool = True) -> None:
-        """Refuse to project where there is nothing to project by, or nothing to project."""
-        if projected and (self.projection is None or not pooled):
-            reason = (
-                "needs pooled=True"
-                if self.projection
-                else f"asks for a space shared with text, but this {self.family.name} checkpoint "
-                "has no projection"
-            )
-            raise ValueError(f"projected=True {reason}. Use `pooled`.")
-
-    def check_merger(self) -> Mergers:
-        """Return the merger. Raises: ValueError where the checkpoint has none."""
-        if self.merger is None:
-            raise ValueError(
-                f"merged=True asks for a language model's tokens, but this {self.family.name} "
-                "checkpoint has no merger. Leave it out; packvit.merging lays squares together."
-            )
-        return self.merger
 
     def check_layer(self, layer: object) -> int:
         """Return the number of a tapped layer, counted from the front.
@@ -321,14 +298,7 @@ class Encoder(nn.Module):
 
     def to_values(self, hidden_states: Tensor) -> Tensor:
         """Return patches in the encoder's dtype, raw pixels normalised."""
-        if hidden_states.dtype == torch.uint8:
-            hidden_states = normalize(
-                hidden_states,
-                self.images.mean,
-                self.images.std,
-                channels_last=self.patch_order == "hwc",
-            )
-        return hidden_states.to(self.dtype)
+        return to_values(hidden_states, self.images, self.patch_order, self.dtype)
 
     @classmethod
     def from_pretrained(
@@ -397,6 +367,7 @@ class Encoder(nn.Module):
             encoder.carried, encoder.skipped = fill_parameters(
                 encoder, checkpoint, described.layout, options.patch_order, device, dtype
             )
+        encoder.origin = saving.Origin(checkpoint.config, described.config)
         # A model in memory is copied, and must not be kept alive by its copy.
         encoder.checkpoint = checkpoint if checkpoint.files else None
         resolve(options.attention, encoder.attention_inputs)  # refused here, not in a forward
@@ -439,6 +410,7 @@ class Encoder(nn.Module):
             self.config,
             self.state_dict(),
             self.carried,
+            origin=self.origin,
             patch_order=self.patch_order,
             preprocessor=self.checkpoint.preprocessor if self.checkpoint else None,
         )

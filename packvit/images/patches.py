@@ -25,6 +25,26 @@ class Patches:
     columns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How images become patches: as a checkpoint wants them, and as a caller asked."""
+
+    images: ImageConfig
+    order: PatchOrder
+    resize: Resize | None
+    max_patches: int | None
+
+    def cut(self, image: Image.Image) -> Patches:
+        """Return the patches of an RGB image; raises as `to_patches`."""
+        return to_patches(
+            image,
+            self.images,
+            resize=self.resize,
+            max_patches=self.max_patches,
+            patch_order=self.order,
+        )
+
+
 def to_patches(
     image: Image.Image,
     config: ImageConfig,

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from packvit.config import EncoderConfig, PatchOrder, Rotary, SinCos, Statistics, Table
+from packvit.config import EncoderConfig, ImageConfig, PatchOrder, Rotary, SinCos, Statistics, Table
 from packvit.model.linear import Linear, affine
 from packvit.model.norms import Tokens, norm
 from packvit.model.positions import (
@@ -39,6 +39,15 @@ def normalize(
     center, scale, white = statistics if channels_last else statistics[:, :, None]
     values = patches.unflatten(1, (-1, 3) if channels_last else (3, -1)).float()
     return values.div_(white).sub_(center).div_(scale).flatten(1)
+
+
+def to_values(
+    patches: Tensor, images: ImageConfig, order: PatchOrder, dtype: torch.dtype
+) -> Float[Tensor, "T P"]:
+    """Return patches in `dtype`, raw pixels normalised as `images` says."""
+    if patches.dtype == torch.uint8:
+        patches = normalize(patches, images.mean, images.std, channels_last=order == "hwc")
+    return patches.to(dtype)
 
 
 class PatchEmbeddings(nn.Module):

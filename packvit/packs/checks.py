@@ -40,6 +40,32 @@ def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.de
         )
 
 
+def check_projected(config: EncoderConfig, family: str, pooled: bool = True) -> None:
+    """Refuse to project where there is nothing to project by, or nothing to project.
+
+    Raises: ValueError.
+    """
+    if config.projection is None:
+        raise ValueError(
+            f"projected=True asks for a space shared with text, but this {family} checkpoint has "
+            "no projection. Use `pooled`."
+        )
+    if not pooled:
+        raise ValueError("projected=True needs pooled=True. Use `pooled`.")
+
+
+def check_merged(config: EncoderConfig, family: str) -> None:
+    """Refuse to merge where there is no merger.
+
+    Raises: ValueError.
+    """
+    if config.merger is None:
+        raise ValueError(
+            f"merged=True asks for a language model's tokens, but this {family} checkpoint has no "
+            "merger. Leave it out; packvit.merging lays squares together."
+        )
+
+
 def count_from_front(layer: object, layers: int) -> int:
     """Return the number of a tapped layer, counted from the front.
 

@@ -6,26 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packvit.config import ImageConfig, PatchOrder
-from packvit.images.decode import ImageError, Source
-from packvit.images.patches import Patches
-from packvit.images.resize import Resize
-from packvit.packs.features import Pack, check_list, cut_image, join
+from packvit.images.decode import ImageError, Source, load_image
+from packvit.images.patches import Cutting, Patches
+from packvit.packs.features import Pack, check_list, join
 from packvit.packs.planning import plan_packs
 
 
 def embed_images(
     images: Sequence[Source],
     run: Callable[[Pack], Tensor],
-    config: ImageConfig,
+    cutting: Cutting,
+    device: torch.device,
     *,
     width: int,
     token_budget: int,
-    resize: Resize | None,
-    max_patches: int | None,
     skip_errors: bool,
-    patch_order: PatchOrder,
-    device: torch.device,
 ) -> np.ndarray:
     """Return what `run` makes of each image, one after another; NaN for those that are skipped.
 
@@ -39,7 +34,7 @@ def embed_images(
     def lengths() -> Iterator[int]:
         for index, source in enumerate(images):
             try:
-                cut = cut_image(source, config, resize, max_patches, patch_order)
+                cut = cutting.cut(load_image(source).image)
             except ImageError as error:
                 if skip_errors:
                     continue

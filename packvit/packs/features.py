@@ -10,10 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from packvit.config import ImageConfig, PatchOrder
 from packvit.images.decode import ImageError, Source, load_image
-from packvit.images.patches import Patches, to_patches
-from packvit.images.resize import Resize
+from packvit.images.patches import Cutting, Patches
 from packvit.packs.grid import Grid, GridLike, as_tensor, to_device
 
 
@@ -101,15 +99,7 @@ def image_means(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.segment_reduce(tokens.float(), "mean", lengths=counts, unsafe=True)
 
 
-def make_pack(
-    images: Sequence[Source],
-    config: ImageConfig,
-    *,
-    resize: Resize | None,
-    max_patches: int | None,
-    patch_order: PatchOrder,
-    device: torch.device,
-) -> Pack:
+def make_pack(images: Sequence[Source], cutting: Cutting, device: torch.device) -> Pack:
     """Make one pack of paths, PIL images or uint8 arrays, as `Encoder.pack` says."""
     check_list(images)
     if not images:
@@ -117,7 +107,7 @@ def make_pack(
     cut = []
     for index, source in enumerate(images):
         try:
-            cut.append(cut_image(source, config, resize, max_patches, patch_order))
+            cut.append(cutting.cut(load_image(source).image))
         except ImageError as error:
             error.index = index
             raise
@@ -130,23 +120,6 @@ def check_list(images: object) -> None:
         raise TypeError(
             f"images is one {type(images).__name__}, but must be a list of them: [image]."
         )
-
-
-def cut_image(
-    source: Source,
-    config: ImageConfig,
-    resize: Resize | None,
-    max_patches: int | None,
-    patch_order: PatchOrder,
-) -> Patches:
-    """Return the patches of one image, as `Encoder.pack` says."""
-    return to_patches(
-        load_image(source).image,
-        config,
-        resize=resize,
-        max_patches=max_patches,
-        patch_order=patch_order,
-    )
 
 
 def join(cut: Sequence[Patches], device: torch.device) -> Pack:

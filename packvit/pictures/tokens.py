@@ -22,7 +22,6 @@ from packvit.corpus.inputs.find import Input
 from packvit.corpus.settings import EmbedOptions, check_options, fit_options
 from packvit.encoder import Encoder
 from packvit.images.decode import ImageError, Source, load_image
-from packvit.images.patches import to_patches
 from packvit.packs.planning import plan_packs
 
 KEPT = 65536  # tokens: 256 MiB at a width of 1024
@@ -189,17 +188,11 @@ def take_photographs(
     Raises: ImageError with the index of the first unreadable image; UsageError as above.
     """
     options = choose_outputs(encoder, len(images), options, layer)
-    prepared = []
+    preprocessing, prepared = make_preprocessing(encoder, options), []
     for index, source in enumerate(images):
         try:
             photo = load_image(source)
-            cut = to_patches(
-                photo.image,
-                encoder.images,
-                resize=options.resize,
-                max_patches=options.max_patches,
-                patch_order=encoder.patch_order,
-            )
+            cut = preprocessing.cut(photo.image)
         except ImageError as error:
             error.index = index
             raise

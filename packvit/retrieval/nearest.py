@@ -6,7 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packvit.corpus import UsageError
+from packvit.model.device import find_device
+
 QUERIES = 512  # at once: their cosines to a block take 8 MiB
+
+
+def choose_device(device: str | None) -> torch.device:
+    """Return the device that is meant; None is a GPU if there is one.
+
+    Raises: UsageError for one that is not there.
+    """
+    try:
+        return find_device(device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def find_nearest(
@@ -23,7 +37,7 @@ def find_nearest(
     Shapes: queries [Q, D], blocks of (first row, [rows, D]) -> float32 [Q, top], int64 [Q, top].
     """
     wanted = to_unit(torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(device))
-    best = torch.full((top, len(queries)), -torch.inf, device=device)
+    best = torch.full((top, len(queries)), -torch.inf, dtype=torch.float32, device=device)
     rows = torch.zeros((top, len(queries)), dtype=torch.int64, device=device)
     for start, block in blocks:
         scores = cosines(block, wanted)
@@ -41,7 +55,7 @@ def cosines(block: np.ndarray, wanted: Tensor) -> Tensor:
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
         scores = torch.from_numpy(block @ wanted.numpy().T).div_(torch.from_numpy(norms)[:, None])
     else:
-        vectors = torch.tensor(block, device=wanted.device)
+        vectors = torch.tensor(block, dtype=torch.float32, device=wanted.device)
         scores = (vectors @ wanted.T).div_(torch.linalg.vector_norm(vectors, dim=1, keepdim=True))
     return scores.nan_to_num_(nan=-torch.inf)
 

@@ -298,6 +298,6 @@ def pooled_places(
     else:
         hits = ids == config.end
     nowhere = len(ids)
-    places = torch.where(hits, torch.arange(nowhere, device=device), nowhere)
+    places = torch.where(hits, torch.arange(nowhere, dtype=torch.int64, device=device), nowhere)
     first = ids.new_full((texts,), nowhere).scatter_reduce(0, text, places, "amin")
     return torch.where(first < nowhere, first, to_device(starts, device))

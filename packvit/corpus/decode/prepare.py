@@ -11,26 +11,20 @@ from typing import Literal
 
 import numpy as np
 
-from packvit.config import ImageConfig, PatchOrder
 from packvit.corpus.folder.known import REUSED, find_trusted, is_known
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.sources import Input, read
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
 from packvit.images.decode import ImageError, Stage, decode_opened, open_image
-from packvit.images.patches import to_patches
-from packvit.images.resize import Resize
+from packvit.images.patches import Cutting
 
 Decode = Literal["pil", "gpu"]  # what decodes JPEGs; Pillow decodes all other images
 
 
 @dataclass(frozen=True, slots=True)
-class Preprocessing:
+class Preprocessing(Cutting):
     """All settings that decide which patches an image becomes."""
 
-    images: ImageConfig
-    order: PatchOrder
-    resize: Resize | None
-    max_patches: int | None
     max_pixels: int
     decode: Decode = "pil"
     known: str | None = None  # the index of the rows that may be taken over
@@ -104,13 +98,7 @@ def prepare(
         del opened  # frees its pixels if `photo` has rotated or converted ones
         row = replace(row, note=photo.note, width=photo.width, height=photo.height)
         stage = "resize"
-        cut = to_patches(
-            photo.image,
-            preprocessing.images,
-            resize=preprocessing.resize,
-            max_patches=preprocessing.max_patches,
-            patch_order=preprocessing.order,
-        )
+        cut = preprocessing.cut(photo.image)
     except ImageError as error:
         return Prepared(replace(row, status=error.code, stage=error.stage, note=error.note))
     except MemoryError:
