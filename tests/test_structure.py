@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import reference
 import torch
+import towers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import packvit
+from packvit.encoder import Encoder
+from packvit.families import FAMILIES
 from packvit.families.aimv2 import (
     AIMv2Packing,
     Aimv2PackingAttention,
@@ -50,9 +53,9 @@ def small(**changes: Any) -> AIMv2Packing:
     return AIMv2Packing.from_transformers(reference.aimv2(is_native=True, **changes))
 
 
-def count_fake(grid: list[tuple[int, int, int]]) -> Calls:
+def count_fake(grid: list[tuple[int, int, int]], tower: str | None = None) -> Calls:
     """Run bf16 on fake CUDA tensors, and count."""
-    encoder = small()
+    encoder = small() if tower is None else packvit_tower(tower)
     total = sum(frames * rows * columns for frames, rows, columns in grid)
     grid_thw = torch.tensor(grid)
     encoder.backend = "torch"
@@ -65,7 +68,7 @@ def count_fake(grid: list[tuple[int, int, int]]) -> Calls:
         patches = torch.empty(total, encoder.config.patch_dim, dtype=torch.uint8, device="cuda")
         calls = Calls()
         with calls, torch.no_grad():
-            found = encoder.encode(patches, grid_thw, taps=(0, -1))
+            found = encoder.encode(patches, grid_thw, taps=(0, -1), merged=tower is not None)
         assert found.tokens.shape == (total, encoder.config.width)
         assert found.tokens.dtype == torch.bfloat16
     return calls
@@ -93,6 +96,22 @@ def test_varlen_calls_are_as_many_for_64_images_as_for_one(grids):
     one, many = count_fake(grids[1]), count_fake(grids[64])
     assert many.counts == one.counts
     assert len(one.attended) == 3 + 1  # a call a layer, and the pooling head's
+
+
+def packvit_tower(kind: str) -> Encoder:
+    model = towers.build(kind)
+    [family] = [e for e in FAMILIES if e.family.claims(model.config.to_dict())]
+    return family.from_transformers(model)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])  # no tables, resized for each grid
+def test_windows_and_mergers_take_as_many_calls_for_64_images_as_for_one(kind: str):
+    one, many = (
+        count_fake([(1, 2 * tall, 2 * wide) for _, tall, wide in grids], kind)
+        for grids in GRIDS.values()
+    )
+    assert many.counts == one.counts
+    assert len(one.attended) == 3
 
 
 def test_cu_seqlens_reach_varlen_attention_as_int32_on_the_device_made_once():

@@ -16,10 +16,12 @@ from packvit.families import (
     ClipPacking,
     Dinov2Packing,
     DINOv3ViTPacking,
+    Qwen3VLVisionPacking,
+    Qwen25VisionTransformerPacking,
     Siglip2NaflexPacking,
     SiglipPacking,
 )
-from packvit.verification.references import ReferenceModel, import_transformers, quiet, randomise
+from packvit.verification.references import ReferenceModel, model_class, quiet, randomise
 from packvit.verification.verify import without_projection
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -57,6 +59,12 @@ SIZES: dict[str, tuple[type[Encoder], str, dict[str, Any]]] = {
     ),
     "aimv2-l14-224": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"image_size": 224}),
     "aimv2-l14-448": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"image_size": 448}),
+    "qwen3-vit": (Qwen3VLVisionPacking, "Qwen3_5VisionModel", {"out_hidden_size": 4096}),
+    "qwen2.5-vl-vit": (
+        Qwen25VisionTransformerPacking,
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        {"hidden_size": 1280},
+    ),
 }
 # Biases that are zero in every published checkpoint, so that timm leaves them out.
 ZERO = {"DINOv3ViTModel": ("q_proj.bias", "v_proj.bias")}
@@ -65,7 +73,7 @@ ZERO = {"DINOv3ViTModel": ("q_proj.bias", "v_proj.bias")}
 def config_of(name: str) -> EncoderConfig:
     """Return the configuration of our encoder of a size, without making weights."""
     encoder, architecture, entries = SIZES[name]
-    kind = getattr(import_transformers(), architecture).config_class
+    kind = model_class(architecture).config_class
     return encoder.family.layouts[0].read(kind(**entries).to_dict(), ())
 
 
@@ -110,8 +118,9 @@ def build(name: str, layers: int | None, device: torch.device, dtype: torch.dtyp
 def random_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> Model:
     """Return a model with random weights; speed does not depend on them."""
     encoder, architecture, entries = SIZES[name]
-    kind = getattr(import_transformers(), architecture)
-    entries = entries | ({} if layers is None else {"num_hidden_layers": layers})
+    kind = model_class(architecture)
+    word = "depth" if hasattr(kind.config_class(), "depth") else "num_hidden_layers"
+    entries = entries | ({} if layers is None else {word: layers})
     with quiet(), device:  # a GPU draws some hundred million numbers in no time
         reference = randomise(kind(kind.config_class(**entries)), seed=0)
     for key, weight in reference.named_parameters():

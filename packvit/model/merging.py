@@ -48,7 +48,11 @@ class Merging:
         """
         if side < 1:
             raise ValueError(f"side is {side}, but a merged token holds at least 1 x 1 patches.")
-        grid = read_grid(grid_thw, patches=patches)
+        return cls.of_images(read_grid(grid_thw, patches=patches), side=side, device=device)
+
+    @classmethod
+    def of_images(cls, grid: Grid, *, side: int, device: torch.device | str) -> "Merging":
+        """Plan squares, as `from_grid`, of a grid that was read before."""
         merged: Grid = tuple(
             (t, -(-rows // side), -(-columns // side)) for t, rows, columns in grid
         )
@@ -56,11 +60,11 @@ class Merging:
         frames = np.repeat(np.asarray(grid), [t for t, _, _ in grid], axis=0)  # [S, 3]
         sizes = frames[:, 1] * frames[:, 2]
         table = to_device(np.stack([sizes.cumsum() - sizes, frames[:, 1], frames[:, 2]]), device)
-        first, rows, columns = table.index_select(1, places.sequence)[:, :, None]  # each [M, 1]
+        first, rows, columns = table.index_select(1, places.sequence).unsqueeze(2)  # each [M, 1]
         corner = torch.arange(side * side, dtype=torch.int64, device=device)
         down, right = corner.div(side, rounding_mode="floor"), corner % side
-        row = torch.minimum(places.row[:, None] * side + down, rows - 1)
-        column = torch.minimum(places.column[:, None] * side + right, columns - 1)
+        row = torch.minimum(places.row.unsqueeze(1) * side + down, rows - 1)
+        column = torch.minimum(places.column.unsqueeze(1) * side + right, columns - 1)
         members = first + row * columns + column
         segments = Segments.from_lengths(lengths, device=device)
         return cls(members, torch.tensor(merged, dtype=torch.int64, device="cpu"), segments)
@@ -117,9 +121,7 @@ class Mergers(nn.Module):
         Raises: ValueError naming the first image that does not divide into squares.
         """
         check_squares(grid, self.side)
-        sides = torch.tensor(grid, dtype=torch.int64, device="cpu")
-        device = tokens.device
-        merging = Merging.from_grid(sides, patches=len(tokens), side=self.side, device=device)
+        merging = Merging.of_images(grid, side=self.side, device=tokens.device)
         deep = zip(self.layers, self.deepstack, strict=True)
         return Merged(
             self.last(tokens, merging),

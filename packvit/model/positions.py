@@ -117,7 +117,7 @@ def axial_rotary(
     frequencies = 1.0 / positions.base**octave
     axes = (places.row, places.column)
     axes = axes if positions.order == "row_column" else axes[::-1]
-    angles = [(axis + positions.offset).float()[:, None] * frequencies for axis in axes]
+    angles = [(axis + positions.offset).float().outer(frequencies) for axis in axes]
     inner = torch.stack(angles, 2 if positions.layout == "interleaved" else 1)
     whole = inner.flatten(1).tile(2)
     return whole.cos(), whole.sin()
@@ -128,7 +128,8 @@ def rotate(
 ) -> Float[Tensor, "T H K"]:
     """Turn each pair (k, k + K/2) of every head by the token's angles."""
     first, second = heads.chunk(2, dim=-1)
-    return heads * cosine[:, None] + torch.cat([-second, first], -1) * sine[:, None]
+    turned = torch.cat([-second, first], -1)
+    return heads * cosine.unsqueeze(1) + turned * sine.unsqueeze(1)
 
 
 def check_grid(positions: Table, grid: Grid, patch: int) -> None:

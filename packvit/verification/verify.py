@@ -32,6 +32,7 @@ from packvit.verification.references import (
 )
 
 ANTIALIASED = ("bilinear_antialias", "bicubic_antialias")
+TOWER = "the reference is the tower alone, as save_pretrained writes it"
 CONVERTED = (
     "transformers does not read this layout: the reference has the weights as save_pretrained "
     "rewrote them"
@@ -128,7 +129,7 @@ def verify(
     remarks = []
     with ExitStack() as stack:
         if not readable_by_transformers(encoder):
-            remarks.append(CONVERTED)
+            remarks.append(TOWER if encoder.merger else CONVERTED)
             converted = Path(stack.enter_context(TemporaryDirectory()))
             if encoder.projection is not None:
                 # transformers has no class of an image tower with its projection alone.
