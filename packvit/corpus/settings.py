@@ -20,7 +20,6 @@ from packvit.corpus.folder.exports import Format
 from packvit.corpus.folder.known import Reuse
 from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder
-from packvit.fast.caches import import_ahead
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
@@ -134,6 +133,8 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
         raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
     try:
         if find_device(choice.device).type == "cuda":
+            from packvit.fast.caches import import_ahead  # kernels, which a GPU alone has
+
             import_ahead()
         options = LoadOptions(
             device=choice.device,
