@@ -206,12 +206,16 @@ class TextEncoder(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as the reference's tokenizer makes them.
 
-        Raises: TypeError for what is no list of strings; ValueError without a tokenizer.
+        Raises: TypeError for what is no list of strings; ValueError without a tokenizer, or for a
+        text that is no Unicode.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError("texts must be a list of strings; a single text is a list of one.")
         if self.tokenizer is None:
             raise ValueError("This encoder has no tokenizer. Give ids to `encode`.")
+        for place, text in enumerate(texts):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"Text {place} is not valid Unicode: {text!r}. Type it as UTF-8.")
         return self.tokenizer(texts)
 
     def lay(self, ids: Sequence[Sequence[int]]) -> TextPack:
