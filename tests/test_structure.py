@@ -117,16 +117,16 @@ def test_windows_and_mergers_take_as_many_calls_for_64_images_as_for_one(kind: s
 def test_cu_seqlens_reach_varlen_attention_as_int32_on_the_device_made_once():
     grid = [(1, 3, 4), (2, 1, 5)]
     attended = count_fake(grid).attended
-    seams = {id(x): x for args in attended[:3] for x in args if is_seams(x)}
-    assert len(seams) == 1  # the same tensor in every layer
-    [cu_seqlens] = seams.values()
+    found = {id(x): x for args in attended[:3] for x in args if is_cu_seqlens(x)}
+    assert len(found) == 1  # the same tensor in every layer
+    [cu_seqlens] = found.values()
     assert (cu_seqlens.shape, cu_seqlens.dtype) == ((4,), torch.int32)
     assert cu_seqlens.device.type == "cuda"
     assert all(type(longest) is int for args in attended for longest in args[5:7])
     assert [args[5:7] for args in attended] == [(12, 12)] * 3 + [(1, 12)]
 
 
-def is_seams(x: Any) -> bool:
+def is_cu_seqlens(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dtype == torch.int32
 
 

@@ -28,6 +28,8 @@ from packvit.corpus.encode.packs import (
     submit,
 )
 from packvit.corpus.folder.layout import Commit, commit
+from packvit.corpus.folder.rows import Row
+from packvit.corpus.folder.taking import Taker
 from packvit.corpus.inputs.find import Input
 from packvit.corpus.progress import Effort
 from packvit.packs.planning import WINDOW
@@ -83,6 +85,14 @@ def embed_shards(
     before earlier ones are copied back.
     """
     config, options = context.encoder.config, context.options
+    taker = Taker(options.reuse, options.outputs(config)) if options.reuse else None
+
+    def take_over(row: Row) -> Encoded:
+        assert taker is not None
+        taken = taker.take(row)
+        effort.reused += 1
+        return Encoded(taken.row, taken.vectors, taken.lists)
+
     listed: deque[Shard] = deque()  # shards whose images are being decoded
     unfinished: deque[Part] = deque()
 
@@ -96,7 +106,7 @@ def embed_shards(
             part = Part.of(listed.popleft(), options.outputs(config))
             unfinished.append(part)
             coming = chain([first], islice(prepared, len(part.shard.inputs) - 1))
-            yield from fill_packs(part, coming, options.token_budget, watch)
+            yield from fill_packs(part, coming, options.token_budget, watch, take_over)
 
     # The lookahead of a shard's last packs, and one pack more for the next shard.
     ahead = (WINDOW + 1) * options.token_budget * config.patch**2
