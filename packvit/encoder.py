@@ -38,6 +38,7 @@ from packvit.model.device import current, find_device, find_dtype
 from packvit.model.embeddings import PatchEmbeddings, to_values
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear, make_invariant
+from packvit.model.memory import check_room
 from packvit.model.merging import Mergers
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
@@ -366,6 +367,8 @@ class Encoder(nn.Module):
                     patch_order=options.patch_order,
                     positions=options.positions,
                 )
+            numbers = sum(parameter.numel() for parameter in encoder.parameters())
+            check_room(checkpoint.name, numbers * dtype.itemsize, device)
             encoder.carried, encoder.skipped = fill_parameters(
                 encoder, checkpoint, described.layout, options.patch_order, device, dtype
             )
