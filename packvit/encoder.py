@@ -18,7 +18,7 @@ from packvit.checkpoints import saving
 from packvit.checkpoints.description import describe
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.in_memory import read_model
-from packvit.checkpoints.layouts import Family, LayoutName
+from packvit.checkpoints.layouts import Family, LayoutName, image_tower
 from packvit.checkpoints.parameters import fill_parameters
 from packvit.config import (
     EncoderConfig,
@@ -38,6 +38,7 @@ from packvit.model.device import current, find_device, find_dtype
 from packvit.model.embeddings import PatchEmbeddings, to_values
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear, make_invariant
+from packvit.model.memory import check_room
 from packvit.model.merging import Mergers
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
@@ -316,7 +317,9 @@ class Encoder(nn.Module):
         """
         chosen = LoadOptions(**options)
         cls.check_family()
-        return cls.from_checkpoint(checkpoints.read(name_or_folder, revision=revision), chosen)
+        tower = image_tower([cls.family])
+        checkpoint = checkpoints.read(name_or_folder, revision=revision, part=tower)
+        return cls.from_checkpoint(checkpoint, chosen)
 
     @classmethod
     def from_transformers(
@@ -364,6 +367,8 @@ class Encoder(nn.Module):
                     patch_order=options.patch_order,
                     positions=options.positions,
                 )
+            numbers = sum(parameter.numel() for parameter in encoder.parameters())
+            check_room(checkpoint.name, numbers * dtype.itemsize, device)
             encoder.carried, encoder.skipped = fill_parameters(
                 encoder, checkpoint, described.layout, options.patch_order, device, dtype
             )

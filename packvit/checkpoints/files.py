@@ -35,6 +35,8 @@ from packvit.checkpoints.folders import (
     read_json,
     read_weight_map,
 )
+from packvit.checkpoints.ranges import Part
+from packvit.out_of_memory import is_out_of_memory
 
 METADATA = {"format": "pt"}  # transformers asks for it; a second key would not be reproducible
 FINITE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -154,11 +156,17 @@ def check_finite(name: str, tensor: Tensor) -> None:
     )
 
 
-def read(name_or_folder: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+def read(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    part: Part | None = None,
+) -> Checkpoint:
     """Return the checkpoint that a folder holds, or the hub's model `owner/name`.
 
     A folder is read without any network. Of the hub's model all files come from one commit, that
-    of `revision` (a branch, a tag or a hash; by default the main branch), which is recorded. The
+    of `revision` (a branch, a tag or a hash; by default the main branch), which is recorded; of a
+    much larger model `part` alone. The
     token, the cache, the endpoint and offline mode are huggingface_hub's own settings.
 
     Raises: CheckpointError saying what is wrong with the name, the download or the files.
@@ -166,7 +174,7 @@ def read(name_or_folder: str | os.PathLike[str], *, revision: str | None = None)
     name = os.fspath(name_or_folder)
     folder = find_folder(name, is_path=not isinstance(name_or_folder, str))
     if folder is None:
-        snapshot = download(name, revision)
+        snapshot = download(name, revision, part)
         return read_folder(snapshot, name, snapshot.name)
     if revision is not None:
         raise CheckpointError(
@@ -243,6 +251,13 @@ def open_weights(path: Path) -> safe_open:
         return safe_open(path, framework="pt", device="cpu")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except RuntimeError as error:  # torch's, which maps the file
+        if not is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path} takes {path.stat().st_size / 2**30:.1f} GiB, more than this process can have. "
+            "Choose a smaller model, or give it more memory."
+        ) from error
     except SafetensorError as error:
         with path.open("rb") as file:
             is_pointer = file.read(23) == b"version https://git-lfs"
