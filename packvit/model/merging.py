@@ -118,7 +118,7 @@ class Mergers(nn.Module):
     def forward(self, tokens: Tokens, taps: Mapping[int, Tokens], grid: Grid) -> Merged:
         """Merge the last layer's tokens, and of `taps` those of the deepstack's layers.
 
-        Raises: ValueError naming the first image that does not part into squares.
+        Raises: ValueError naming the first image that does not divide into squares.
         """
         check_squares(grid, self.side)
         merging = Merging.of_images(grid, side=self.side, device=tokens.device)
@@ -131,7 +131,7 @@ class Mergers(nn.Module):
 
 
 def check_squares(grid: Grid, side: int) -> None:
-    """Refuse images that do not part into squares of patches.
+    """Refuse images that do not divide into squares of patches.
 
     Raises: ValueError naming the first one.
     """
