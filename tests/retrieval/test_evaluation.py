@@ -94,7 +94,7 @@ def test_labels_may_come_from_a_table(tmp_path: Path, digits: tuple[Path, Path])
 
 
 def test_what_the_authors_print_stands_beside_it(tmp_path: Path, digits: tuple[Path, Path]):
-    _, test = digits
+    train, test = digits
     result = invoke(test, "--train", train, "--device", "cpu")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "published" not in result.stdout
