@@ -39,7 +39,9 @@ def lay_out(
     chosen = family.writable(layout, state)
     dtype = str(state[EMBEDDING].dtype).removeprefix("torch.")
     kept = {chosen.carried[label]: tensor for label, tensor in carried.items()}
-    return chosen.write(config) | {"dtype": dtype}, kept | weights.store(state, chosen.rules)
+    return chosen.write(config) | {"dtype": dtype}, kept | weights.store(
+        state, weights.bind(chosen.rules, config.heads)
+    )
 
 
 def write(
