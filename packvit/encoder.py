@@ -86,6 +86,7 @@ class Encoder(nn.Module):
         self.patch_order: PatchOrder = patch_order
         self.backend = attention
         self.checkpoint: Checkpoint | None = None  # where the weights came from
+        self.origin: saving.Origin | None = None  # what described them, also of a model in memory
         self.fp8 = self.invariant = self.compiled = False
         self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
         self.skipped: tuple[str, ...] = ()  # its names left unread, of another tower's tensors
@@ -366,6 +367,7 @@ class Encoder(nn.Module):
             encoder.carried, encoder.skipped = fill_parameters(
                 encoder, checkpoint, described.layout, options.patch_order, device, dtype
             )
+        encoder.origin = saving.Origin(checkpoint.config, described.config)
         # A model in memory is copied, and must not be kept alive by its copy.
         encoder.checkpoint = checkpoint if checkpoint.files else None
         resolve(options.attention, encoder.attention_inputs)  # refused here, not in a forward
@@ -408,6 +410,7 @@ class Encoder(nn.Module):
             self.config,
             self.state_dict(),
             self.carried,
+            origin=self.origin,
             patch_order=self.patch_order,
             preprocessor=self.checkpoint.preprocessor if self.checkpoint else None,
         )

@@ -26,6 +26,7 @@ COMMANDS = {  # in the order of `--help`
     "warmup": "packvit.cli.warmup",
     "pca": "packvit.cli.pca",
     "search": "packvit.cli.search",
+    "dups": "packvit.cli.dups",
 }
 
 

@@ -57,6 +57,7 @@ from packvit.corpus.settings import (
     load_encoder,
 )
 from packvit.encoder import Encoder
+from packvit.gpu.decoder import begin_engine
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import CODES, MAX_PIXELS
 from packvit.images.resize import Resize
@@ -230,6 +231,13 @@ def run_job(
     with options.decoders() as decoders:
         if how.here and not (read_manifest(folder) or {}).get("complete"):
             decoders.start(len(listing))  # while the model is loaded
+        engine = None
+        if (
+            options.decode == "gpu"
+            and torch.cuda.is_available()
+            and choice.device in (None, "cuda")
+        ):
+            engine = begin_engine(torch.device("cuda"))  # while the model is loaded
         encoder, weights = choose_encoder(choice, verify=how.verify)
         options = fit_options(encoder, options)
         if not recorded or "text_space" in recorded:  # folders of before are finished as they are
@@ -239,7 +247,7 @@ def run_job(
             kind = encoder.device if part_of == WHOLE else None
             rows = rows_before(recorded) or choose_rows(kind, len(listing), large=large)
             options = replace(options, rows_per_part=rows)
-        context = make_context(encoder, options, decoders)
+        context = make_context(encoder, options, decoders, engine)
         check_memory(encoder, options, free_memory(encoder.device))
         certificate = vouch(encoder, weights) if how.verify else None
         described = describe_job(encoder, weights, options)

@@ -9,6 +9,7 @@ transformers 5.17, models/dinov2 and models/dinov2_with_registers.
 from collections.abc import Collection
 from typing import Any
 
+from packvit.checkpoints import config_json
 from packvit.checkpoints.config_json import Json, activation, entry, sizes, square, write_sizes
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import Rule, convolution, gated, layers, rename, reshape
@@ -42,7 +43,10 @@ RULES = (
     rename("encoder.layers.{i}.mlp_scale.scale", "encoder.layer.{i}.layer_scale2.lambda1"),
     *layers("", "", {"norm": "layernorm"}),
 )
+WORDS = {ours: word for ours, word in config_json.SIZES.items() if ours != "mlp_width"}
 OURS, THEIRS = "encoder.layers.{i}.mlp.", "encoder.layer.{i}.mlp."
+# Where a checkpoint has no registers, transformers writes an empty tensor of them.
+CARRIED = {"mask_token": "embeddings.mask_token", "registers": "embeddings.register_tokens"}
 PLAIN = layers(OURS, THEIRS, {"down": "fc2", "up": "fc1"})
 GATED = (
     *layers(OURS, THEIRS, {"down": "weights_out"}),
@@ -78,9 +82,10 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
 
 def write(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json as transformers' Dinov2Config or Dinov2WithRegistersConfig."""
-    table, kind = config.positions, "WithRegisters" if config.registers else ""
+    table = config.positions
     assert isinstance(table, Table)
-    written = write_sizes(config) | {
+    kind = "WithRegisters" if table.resize == "bicubic_antialias" else ""  # also of none
+    written = write_sizes(config, WORDS) | {
         "model_type": "dinov2_with_registers" if kind else "dinov2",
         "architectures": [f"Dinov2{kind}Model"],
         "image_size": table.rows * config.patch,
@@ -101,8 +106,7 @@ def images(config: EncoderConfig) -> ImageConfig:
 def layout(mlp: tuple[Rule, ...]) -> Layout:
     """Return the layout of checkpoints with one kind of MLP, told by its last matrix."""
     marker = mlp[0].theirs[0].format(i=0)
-    carried = {"mask_token": "embeddings.mask_token"}
-    return Layout("transformers", marker, (*RULES, *mlp), read, write, carried=carried)
+    return Layout("transformers", marker, (*RULES, *mlp), read, write, carried=CARRIED)
 
 
 SIZES = ("small", "base", "large", "giant")
