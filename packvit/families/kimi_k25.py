@@ -10,25 +10,11 @@ Source: transformers 5.17, models/kimi_k25 and, for the published names, convers
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints.config_json import (
-    Json,
-    activation,
-    entry,
-    sizes,
-    square,
-    tower,
-    write_sizes,
-)
+from packvit.checkpoints import config_json
+from packvit.checkpoints.config_json import Json, activation, entry, sizes, square
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
-from packvit.checkpoints.rules import (
-    Rule,
-    convolution,
-    layers,
-    neighbours,
-    prefixed,
-    square_table,
-)
+from packvit.checkpoints.rules import convolution, layers, neighbours, prefixed, square_table
 from packvit.config import (
     HALF_STATISTICS,
     AxialRotary,
@@ -61,16 +47,15 @@ RULES = (
     *layers("encoder.layers.{i}.", "layers.{i}.", BLOCK),
     *layers("", "", {"norm": "final_layernorm"}),
 )
+OLD = "vision_tower.encoder."
+SIDE = 2  # of the squares that the projector merges
 PROJECTOR = {"norm": "pre_norm", "up": "proj.0", "down": "proj.2"}
-OLD_TOWER: tuple[Rule, ...] = (
-    *convolution("embeddings.patches", "patch_embed.proj"),
-    square_table("embeddings.positions", "patch_embed.pos_emb.weight"),
-    *layers("encoder.layers.{i}.", "encoder.blocks.{i}.", OLD_BLOCK),
-    *neighbours("encoder.layers.{i}.attention.qkv", "encoder.blocks.{i}.wqkv"),
-    *layers("", "", {"norm": "encoder.final_layernorm"}),
-)
 OLD_RULES = (
-    *prefixed(OLD_TOWER, "vision_tower."),
+    *prefixed(RULES[:2], "vision_tower."),
+    square_table("embeddings.positions", "vision_tower.patch_embed.pos_emb.weight"),
+    *layers("encoder.layers.{i}.", f"{OLD}blocks.{{i}}.", OLD_BLOCK),
+    *neighbours("encoder.layers.{i}.attention.qkv", f"{OLD}blocks.{{i}}.wqkv"),
+    *layers("", OLD, {"norm": "final_layernorm"}),
     *layers("merger.last.", "mm_projector.", PROJECTOR),
 )
 
@@ -78,30 +63,27 @@ OLD_RULES = (
 def read(config: Json, names: Collection[str]) -> EncoderConfig:
     """Read config.json of the tower, alone or within the whole model's.
 
-    Raises: CheckpointError for a table that is no square.
+    Raises: CheckpointError for a table that is no square, or a merger of another side.
     """
-    inner = tower(config)
+    inner = config_json.tower(config)
     side, width = (entry(inner, f"pos_emb_{name}", int, 64) for name in ("height", "width"))
-    if side != width:
+    merged = square(inner, "merge_kernel_size", SIDE)
+    if side != width or merged != SIDE:
         raise CheckpointError(
-            f'config.json says "pos_emb_height": {side} and "pos_emb_width": {width}; we know '
-            "squares."
+            f'config.json says "pos_emb_height": {side}, "pos_emb_width": {width} and '
+            f'"merge_kernel_size": {merged}; we know square tables, and {SIDE}.'
         )
     merger = None
     if "mm_projector.proj.0.weight" in names:
         text = entry(config, "text_config", dict)
         eps = entry(config, "projection_layer_norm_eps", float, 1e-5)
         merger = Merger(entry(text, "hidden_size", int), "layer", eps, SIDE)
-    if square(inner, "merge_kernel_size", SIDE) != SIDE:
-        raise CheckpointError(f'config.json says another "merge_kernel_size" than {SIDE}.')
-    rope = entry({"rope_parameters": {}, **inner}, "rope_parameters", dict)
-    base = entry(rope, "rope_theta", float, 10000.0)
     frames = entry(inner, "pos_emb_time", int, 4)
     return EncoderConfig(
         **sizes(inner, width=1152, layers=27, heads=16, mlp_width=4304),
         patch=square(inner, "patch_size", 14),
         positions=Table(side, side, "bicubic", any_grid=True, frames=frames),
-        rotary=AxialRotary(base, "column_row", "interleaved"),
+        rotary=AxialRotary(config_json.axial_base(inner), "column_row", "interleaved"),
         norm="layer",
         norm_eps=1e-5,  # config.json says nothing about it
         activation=activation(inner, "gelu_pytorch_tanh"),
@@ -110,15 +92,12 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     )
 
 
-SIDE = 2  # of the squares that the projector merges
-
-
 def write(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json as transformers' Kimi_K25VisionConfig."""
     table, rotary = config.positions, config.rotary
     assert isinstance(table, Table)
     assert isinstance(rotary, AxialRotary)
-    written = write_sizes(config) | {
+    return config_json.write_sizes(config) | {
         "model_type": "kimi_k25_vision",
         "architectures": ["Kimi_K25VisionModel"],
         "merge_kernel_size": [SIDE, SIDE],
@@ -127,20 +106,17 @@ def write(config: EncoderConfig) -> dict[str, Any]:
         "pos_emb_time": table.frames,
         "rope_parameters": {"rope_type": "axial", "rope_theta": rotary.base},
     }
-    return {name: value for name, value in written.items() if name != "num_channels"}
 
 
 def write_whole(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json of the whole model, as far as it is about the tower and its projector."""
     merger = config.merger
-    written: dict[str, Any] = {"model_type": "kimi_k25", "vision_config": write(config)}
-    if merger is not None:
-        written |= {
-            "projection_hidden_size": config.width,
-            "projection_layer_norm_eps": merger.norm_eps,
-            "text_config": {"hidden_size": merger.width},
-        }
-    return written
+    projector = merger and {
+        "projection_hidden_size": config.width,
+        "projection_layer_norm_eps": merger.norm_eps,
+        "text_config": {"hidden_size": merger.width},
+    }
+    return {"model_type": "kimi_k25", "vision_config": write(config), **(projector or {})}
 
 
 def images(config: EncoderConfig) -> ImageConfig:
@@ -149,14 +125,8 @@ def images(config: EncoderConfig) -> ImageConfig:
 
 
 ALONE = Layout("transformers", "final_layernorm.weight", RULES, read, write)
-WHOLE = Layout(
-    "original",
-    "vision_tower.encoder.final_layernorm.weight",
-    OLD_RULES,
-    read,
-    write_whole,
-    skipped=("language_model",),
-)
+MARKER = f"{OLD}final_layernorm.weight"
+WHOLE = Layout("original", MARKER, OLD_RULES, read, write_whole, skipped=("language_model",))
 
 FAMILY = Family(
     name="MoonViT",

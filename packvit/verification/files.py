@@ -153,6 +153,8 @@ def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tup
     made = processor(images=image.convert("RGB"), return_tensors="pt")
     if "image_grid_thw" in made:
         _, rows, columns = made["image_grid_thw"][0].tolist()
+        if made["pixel_values"].ndim == 4:  # in raster order
+            return made["pixel_values"].permute(0, 2, 3, 1).flatten(1), (rows, columns)
         side = processor.merge_size
         blocks = made["pixel_values"].unflatten(1, (3, -1, patch, patch))[:, :, 0]
         squares = blocks.view(rows // side, columns // side, side, side, 3, patch, patch)
