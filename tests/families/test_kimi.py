@@ -39,7 +39,7 @@ NAMES = {  # of a block: transformers' to published ones
 def navit_resize(*sizes: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """transformers' own function, read out of a module that needs torchvision to be imported."""
     source = Path(kimi_k25.__file__).parent / "image_processing_kimi_k25.py"
-    found = [
+    found: list[ast.stmt] = [
         node
         for node in ast.parse(source.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name == "navit_resize"
@@ -177,7 +177,8 @@ def test_a_tower_that_transformers_saved_is_read_and_written_bit_for_bit(tmp_pat
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("model", "ours"))
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    again, info = Kimi_K25VisionModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    kind: Any = Kimi_K25VisionModel
+    again, info = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values())
     assert again.config.pos_emb_time == 4
     taken = KimiK25VisionPacking.from_transformers(kimi.tower)
