@@ -62,7 +62,7 @@ def check_sizes(config: TransformerConfig, checkpoint: Checkpoint) -> None:
     if config.width % config.heads or config.head_dim % 2:
         raise CheckpointError(
             f"config.json of {checkpoint.name} says {config.heads} heads for a width of "
-            f"{config.width}, which does not part into heads of an even width."
+            f"{config.width}, which does not divide into heads of an even width."
         )
     if config.layers > len(checkpoint.tensors):
         raise CheckpointError(

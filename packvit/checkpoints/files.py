@@ -35,6 +35,7 @@ from packvit.checkpoints.folders import (
     read_json,
     read_weight_map,
 )
+from packvit.out_of_memory import is_out_of_memory
 
 METADATA = {"format": "pt"}  # transformers asks for it; a second key would not be reproducible
 FINITE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -243,6 +244,13 @@ def open_weights(path: Path) -> safe_open:
         return safe_open(path, framework="pt", device="cpu")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except RuntimeError as error:  # torch's, which maps the file
+        if not is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path} takes {path.stat().st_size / 2**30:.1f} GiB, more than this process can have. "
+            "Choose a smaller model, or give it more memory."
+        ) from error
     except SafetensorError as error:
         with path.open("rb") as file:
             is_pointer = file.read(23) == b"version https://git-lfs"

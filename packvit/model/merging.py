@@ -122,7 +122,7 @@ class Mergers(nn.Module):
     def forward(self, tokens: Tokens, taps: Mapping[int, Tokens], grid: Grid) -> Merged:
         """Merge the last layer's tokens, and of `taps` those of the deepstack's layers.
 
-        Raises: ValueError naming the first image that does not part into squares.
+        Raises: ValueError naming the first image that does not divide into squares.
         """
         check_squares(grid, self.side)
         if self.clips and any(frames > 1 for frames, _, _ in grid):
@@ -149,7 +149,7 @@ def mean_over_frames(tokens: Tokens, grid: Grid) -> Float[Tensor, "places D"]:
 
 
 def check_squares(grid: Grid, side: int) -> None:
-    """Refuse images that do not part into squares of patches.
+    """Refuse images that do not divide into squares of patches.
 
     Raises: ValueError naming the first one.
     """

@@ -64,4 +64,5 @@ def make_preprocessing(encoder: Encoder, options: EmbedOptions) -> Preprocessing
         options.max_patches,
         options.max_pixels,
         options.decode,
+        options.reuse.index if options.reuse else None,
     )
