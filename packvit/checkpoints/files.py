@@ -35,6 +35,7 @@ from packvit.checkpoints.folders import (
     read_json,
     read_weight_map,
 )
+from packvit.checkpoints.ranges import Part
 from packvit.out_of_memory import is_out_of_memory
 
 METADATA = {"format": "pt"}  # transformers asks for it; a second key would not be reproducible
@@ -169,11 +170,17 @@ def check_finite(name: str, tensor: Tensor) -> None:
     )
 
 
-def read(name_or_folder: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+def read(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    part: Part | None = None,
+) -> Checkpoint:
     """Return the checkpoint that a folder holds, or the hub's model `owner/name`.
 
     A folder is read without any network. Of the hub's model all files come from one commit, that
-    of `revision` (a branch, a tag or a hash; by default the main branch), which is recorded. The
+    of `revision` (a branch, a tag or a hash; by default the main branch), which is recorded; of a
+    much larger model `part` alone. The
     token, the cache, the endpoint and offline mode are huggingface_hub's own settings.
 
     Raises: CheckpointError saying what is wrong with the name, the download or the files.
@@ -181,7 +188,7 @@ def read(name_or_folder: str | os.PathLike[str], *, revision: str | None = None)
     name = os.fspath(name_or_folder)
     folder = find_folder(name, is_path=not isinstance(name_or_folder, str))
     if folder is None:
-        snapshot = download(name, revision)
+        snapshot = download(name, revision, part)
         return read_folder(snapshot, name, snapshot.name)
     if revision is not None:
         raise CheckpointError(
