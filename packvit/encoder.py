@@ -18,7 +18,7 @@ from packvit.checkpoints import saving
 from packvit.checkpoints.description import describe
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.in_memory import read_model
-from packvit.checkpoints.layouts import Family, LayoutName
+from packvit.checkpoints.layouts import Family, LayoutName, image_tower
 from packvit.checkpoints.parameters import fill_parameters
 from packvit.config import (
     EncoderConfig,
@@ -317,7 +317,9 @@ class Encoder(nn.Module):
         """
         chosen = LoadOptions(**options)
         cls.check_family()
-        return cls.from_checkpoint(checkpoints.read(name_or_folder, revision=revision), chosen)
+        tower = image_tower([cls.family])
+        checkpoint = checkpoints.read(name_or_folder, revision=revision, part=tower)
+        return cls.from_checkpoint(checkpoint, chosen)
 
     @classmethod
     def from_transformers(

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 
 from packvit import hub
-from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
 from packvit.config import EncoderConfig, GridPolicy, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
@@ -144,7 +143,7 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
             invariant=choice.invariant,
         )
         name = TRIAL_MODEL if model is None else model
-        checkpoint = checkpoints.read(name, revision=choice.revision)
+        checkpoint = hub.read_tower(name, choice.revision)
         with ThreadPoolExecutor(1, "packvit-digest") as other:
             digest = other.submit(checkpoint.sha256)
             encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, options)
