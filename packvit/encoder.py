@@ -18,7 +18,7 @@ from packvit.checkpoints import saving
 from packvit.checkpoints.description import describe
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.in_memory import read_model
-from packvit.checkpoints.layouts import Family, LayoutName
+from packvit.checkpoints.layouts import Family, LayoutName, image_tower
 from packvit.checkpoints.parameters import fill_parameters
 from packvit.config import (
     EncoderConfig,
@@ -38,6 +38,7 @@ from packvit.model.device import current, find_device, find_dtype
 from packvit.model.embeddings import PatchEmbeddings, to_values
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear, make_invariant
+from packvit.model.memory import check_room
 from packvit.model.merging import Mergers
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
@@ -170,7 +171,7 @@ class Encoder(nn.Module):
         layers. `pooled` False leaves out the pooling head. Nothing unasked is kept.
 
         Raises: as `forward`; ValueError for a layer that is not there, a projection or a merger
-        that the checkpoint does not have, or an image that does not part into squares.
+        that the checkpoint does not have, or an image that does not divide into squares.
         """
         hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
         if projection is not None:
@@ -185,21 +186,21 @@ class Encoder(nn.Module):
         merger = self.merger if merged else None
         deep = merger.layers if merger else ()
         with current(self.device):
-            ran = self.run(hidden_states, grid_thw, {*asked, *deep})
-            tokens = merger(ran.tokens, ran.taps, ran.plan.grid) if merger else None
-            vectors = self.pool(ran) if pooled else None
+            output = self.run(hidden_states, grid_thw, {*asked, *deep})
+            tokens = merger(output.tokens, output.taps, output.plan.grid) if merger else None
+            vectors = self.pool(output) if pooled else None
             shared = self.projection(vectors) if projected and self.projection else None
         return Features(
-            tokens=ran.tokens,
-            prefix=ran.prefix,
+            tokens=output.tokens,
+            prefix=output.prefix,
             pooled=vectors,
             projected=shared,
-            taps={layer: tap for layer, tap in ran.taps.items() if layer in asked},
-            segment_image=to_device(segment_images(ran.plan.sequences), self.device),
-            grid=ran.plan.grid,
+            taps={layer: tap for layer, tap in output.taps.items() if layer in asked},
+            segment_image=to_device(segment_images(output.plan.sequences), self.device),
+            grid=output.plan.grid,
             merged=tokens.merged if tokens else None,
             deepstack=tokens.deepstack if tokens else {},
-            vector_rows=tokens.lengths if tokens else sequence_lengths(ran.plan.sequences),
+            vector_rows=tokens.lengths if tokens else sequence_lengths(output.plan.sequences),
         )
 
     @property
@@ -224,15 +225,15 @@ class Encoder(nn.Module):
             x, tapped = self.fast(self, self.trunk, values, plan)
         return trunk_output(x, tapped, plan)
 
-    def pool(self, ran: TrunkOutput) -> Tensor | None:
+    def pool(self, output: TrunkOutput) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
         if self.config.pool == "class":
-            first = ran.prefix[:, 0]
+            first = output.prefix[:, 0]
             return self.norm(first) if self.config.final_norm == "pooled" else first
         if self.head is None:
             return None
-        segments = Segments.from_lengths(ran.plan.lengths, device=self.device)
-        return self.head(ran.tokens, segments, ran.plan.backend)
+        segments = Segments.from_lengths(output.plan.lengths, device=self.device)
+        return self.head(output.tokens, segments, output.plan.backend)
 
     def pack(
         self,
@@ -316,7 +317,9 @@ class Encoder(nn.Module):
         """
         chosen = LoadOptions(**options)
         cls.check_family()
-        return cls.from_checkpoint(checkpoints.read(name_or_folder, revision=revision), chosen)
+        tower = image_tower([cls.family])
+        checkpoint = checkpoints.read(name_or_folder, revision=revision, part=tower)
+        return cls.from_checkpoint(checkpoint, chosen)
 
     @classmethod
     def from_transformers(
@@ -364,6 +367,8 @@ class Encoder(nn.Module):
                     patch_order=options.patch_order,
                     positions=options.positions,
                 )
+            numbers = sum(parameter.numel() for parameter in encoder.parameters())
+            check_room(checkpoint.name, numbers * dtype.itemsize, device)
             encoder.carried, encoder.skipped = fill_parameters(
                 encoder, checkpoint, described.layout, options.patch_order, device, dtype
             )

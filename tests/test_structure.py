@@ -117,16 +117,16 @@ def test_windows_and_mergers_take_as_many_calls_for_64_images_as_for_one(kind: s
 def test_cu_seqlens_reach_varlen_attention_as_int32_on_the_device_made_once():
     grid = [(1, 3, 4), (2, 1, 5)]
     attended = count_fake(grid).attended
-    seams = {id(x): x for args in attended[:3] for x in args if is_seams(x)}
-    assert len(seams) == 1  # the same tensor in every layer
-    [cu_seqlens] = seams.values()
+    found = {id(x): x for args in attended[:3] for x in args if is_cu_seqlens(x)}
+    assert len(found) == 1  # the same tensor in every layer
+    [cu_seqlens] = found.values()
     assert (cu_seqlens.shape, cu_seqlens.dtype) == ((4,), torch.int32)
     assert cu_seqlens.device.type == "cuda"
     assert all(type(longest) is int for args in attended for longest in args[5:7])
     assert [args[5:7] for args in attended] == [(12, 12)] * 3 + [(1, 12)]
 
 
-def is_seams(x: Any) -> bool:
+def is_cu_seqlens(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dtype == torch.int32
 
 
@@ -212,7 +212,7 @@ def test_the_list_of_packages_is_the_order_that_the_import_linter_holds_us_to():
     [order] = [one for one in tools["contracts"] if one["type"] == "layers"]
     layers = [name for layer in order["layers"] for name in re.split(r" [|:] ", layer)]
     page = (ROOT / "ARCHITECTURE.md").read_text().partition("## The packages")[2]
-    listed = re.findall(r"^\| `([a-z]+)(?:/|\.py)` \|", page.partition("\n## ")[0], re.M)
+    listed = re.findall(r"^\| `([a-z_]+)(?:/|\.py)` \|", page.partition("\n## ")[0], re.M)
     assert listed == layers
     assert "ignore_imports" not in order
 
@@ -228,6 +228,7 @@ def test_every_module_of_the_package_is_in_that_list():
         "encoder.py",
         "config.py",
         "version.py",
+        "out_of_memory.py",
         "atomic.py",
     }
 

@@ -22,7 +22,7 @@ from packvit.families import (
     SiglipPacking,
 )
 from packvit.verification.references import ReferenceModel, model_class, quiet, randomise
-from packvit.verification.verify import without_projection
+from packvit.verification.verify import tower_alone
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -94,6 +94,11 @@ class Model:
         return isinstance(positions, Table) and not positions.any_grid
 
     @property
+    def multiple(self) -> int:
+        """What its rows and columns must be multiples of."""
+        return self.encoder.family.images(self.config).multiple
+
+    @property
     def own_grid(self) -> tuple[int, int] | None:
         """The rows and columns of the only grid that its reference takes, or None."""
         positions = self.config.positions
@@ -134,8 +139,7 @@ def random_model(name: str, layers: int | None, device: torch.device, dtype: tor
 def checkpoint_model(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     """Return a checkpoint's model, which transformers loads from what `save_pretrained` writes."""
     encoder = hub.load(name, device="cpu", dtype=torch.float32)
-    if encoder.projection is not None:
-        encoder = without_projection(encoder)
+    encoder = tower_alone(encoder)
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
         reference = ReferenceModel(encoder.family, Path(folder)).load(dtype, device)

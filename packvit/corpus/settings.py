@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 
 from packvit import hub
-from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
 from packvit.config import EncoderConfig, GridPolicy, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
@@ -20,7 +19,6 @@ from packvit.corpus.folder.exports import Format
 from packvit.corpus.folder.known import Reuse
 from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder
-from packvit.fast.caches import import_ahead
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
@@ -135,6 +133,8 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
         raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
     try:
         if find_device(choice.device).type == "cuda":
+            from packvit.fast.caches import import_ahead  # kernels, which a GPU alone has
+
             import_ahead()
         options = LoadOptions(
             device=choice.device,
@@ -144,7 +144,7 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
             invariant=choice.invariant,
         )
         name = TRIAL_MODEL if model is None else model
-        checkpoint = checkpoints.read(name, revision=choice.revision)
+        checkpoint = hub.read_tower(name, choice.revision)
         with ThreadPoolExecutor(1, "packvit-digest") as other:
             digest = other.submit(checkpoint.sha256)
             encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, options)

@@ -67,8 +67,7 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
     rows, columns = (5, 7)
     if isinstance(table, Table) and not table.any_grid:
         rows, columns = table.rows, table.columns
-    if merger := encoder.config.merger:
-        rows, columns = rows * merger.side, columns * merger.side
+    rows, columns = rows * encoder.images.multiple, columns * encoder.images.multiple
     grid = ((1, rows, columns),) * (1 + 256 // (rows * columns))
     patches = draw(grid, encoder, seed=0)
     said, own, truth = (run(model, patches, grid)["tokens"] for model in (after, before, exact))
@@ -154,6 +153,8 @@ def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tup
     made = processor(images=image.convert("RGB"), return_tensors="pt")
     if "image_grid_thw" in made:
         _, rows, columns = made["image_grid_thw"][0].tolist()
+        if made["pixel_values"].ndim == 4:  # in raster order
+            return made["pixel_values"].permute(0, 2, 3, 1).flatten(1), (rows, columns)
         side = processor.merge_size
         blocks = made["pixel_values"].unflatten(1, (3, -1, patch, patch))[:, :, 0]
         squares = blocks.view(rows // side, columns // side, side, side, 3, patch, patch)

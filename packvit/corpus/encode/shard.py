@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from packvit.corpus.encode.context import EmbedContext
 from packvit.corpus.encode.filling import Part, PreparedPack, Shard, Watch, fill_packs
 from packvit.corpus.encode.jpegs import JpegStage
 from packvit.corpus.encode.packs import (
-    OUT_OF_MEMORY,
     Encoded,
     MakeReady,
     PendingPack,
@@ -32,6 +31,7 @@ from packvit.corpus.folder.rows import Row
 from packvit.corpus.folder.taking import Taker
 from packvit.corpus.inputs.find import Input
 from packvit.corpus.progress import Effort
+from packvit.out_of_memory import suppressed
 from packvit.packs.planning import WINDOW
 
 # Packs submitted to a GPU and not collected. The first pack of a shard takes about as long to
@@ -146,7 +146,7 @@ class Encoding:
         self.effort.packs += 1
         self.effort.tokens += sum(image.row.patches for image in pack.images)
         pending = None
-        with suppress(*OUT_OF_MEMORY):  # its frames hold tensors, which are freed here
+        with suppressed():  # its frames hold tensors, which are freed here
             pending = None if ready is None else submit(encoder, ready, options)
         if pending is None:
             self.catch_up()

@@ -29,7 +29,6 @@ from packvit.corpus.folder.names import part_name
 from packvit.corpus.folder.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
-from packvit.fast.caches import import_ahead
 from packvit.gpu.decoder import begin_engine
 
 SERVE = "import sys; from packvit.corpus.runners.host import serve; serve(int(sys.argv[1]))"
@@ -196,6 +195,8 @@ def serve(descriptor: int) -> None:
     """Run an embedder on the other end of a connection, until it closes."""
     connection = Connection(descriptor)
     if torch.cuda.is_available():
+        from packvit.fast.caches import import_ahead  # kernels, which a GPU alone has
+
         import_ahead()
     job, device, threads = connection.recv()
     torch.set_num_threads(threads)
