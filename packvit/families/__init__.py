@@ -8,8 +8,10 @@ from packvit.families.dinov3 import DINOv3ViTPacking
 from packvit.families.qwen2_5_vl import Qwen25VisionTransformerPacking
 from packvit.families.qwen2_vl import Qwen2VisionTransformerPacking
 from packvit.families.qwen3_vl import Qwen3VLVisionPacking
+from packvit.families.radio import RadioPacking
 from packvit.families.siglip import SiglipPacking
 from packvit.families.siglip2 import Siglip2NaflexPacking
+from packvit.families.tipsv2 import Tipsv2VisionPacking
 
 FAMILIES: tuple[type[Encoder], ...] = (
     AIMv2Packing,
@@ -21,4 +23,6 @@ FAMILIES: tuple[type[Encoder], ...] = (
     Qwen3VLVisionPacking,
     Qwen25VisionTransformerPacking,
     Qwen2VisionTransformerPacking,
+    RadioPacking,
+    Tipsv2VisionPacking,
 )

@@ -285,6 +285,8 @@ def run_frame(
     patches = patches.to(weight.device, weight.dtype)
     if is_tower(looking):
         return run_tower(looking, patches, rows, columns)
+    if hasattr(looking, "make_preprocessor_external"):  # which normalises pixels, and in float32
+        looking.make_preprocessor_external()
     options = {"interpolate_pos_encoding": True} if interpolate else {}
     with RightInterpolation():
         out = looking(
@@ -298,7 +300,7 @@ def run_frame(
     }
     if first:
         said["prefix"] = state[:first]
-    if (pooled := getattr(out, "pooler_output", None)) is not None:
+    if (pooled := getattr(out, "pooler_output", getattr(out, "summary", None))) is not None:
         said["pooled"] = pooled[0]
         if shared := projection(model):
             said["projected"] = shared(pooled)[0]
