@@ -20,6 +20,8 @@ SHORT = {
     "dinov2-l14": "facebook/dinov2-large",
     "dinov3-b16": "facebook/dinov3-vitb16-pretrain-lvd1689m",
     "dinov3-l16": "facebook/dinov3-vitl16-pretrain-lvd1689m",
+    "c-radio-h16": "nvidia/C-RADIOv4-H",
+    "tipsv2-b14": "google/tipsv2-b14",
 }
 MODEL_HELP = (
     f"A checkpoint's name on the hub, its folder, tiny, or a short name: {', '.join(SHORT)}."

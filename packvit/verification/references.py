@@ -285,8 +285,7 @@ def run_frame(
     patches = patches.to(weight.device, weight.dtype)
     if is_tower(looking):
         return run_tower(looking, patches, rows, columns)
-    if hasattr(looking, "make_preprocessor_external"):  # which normalises pixels, and in float32
-        looking.make_preprocessor_external()
+    take_normalized(looking)
     options = {"interpolate_pos_encoding": True} if interpolate else {}
     with RightInterpolation():
         out = looking(
@@ -305,6 +304,13 @@ def run_frame(
         if shared := projection(model):
             said["projected"] = shared(pooled)[0]
     return said
+
+
+def take_normalized(model: Any) -> Any:
+    """Have a model that normalises pixels by itself, and in float32, take normalised ones."""
+    if hasattr(model, "make_preprocessor_external"):
+        model.make_preprocessor_external()
+    return model
 
 
 def inputs(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
