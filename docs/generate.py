@@ -40,7 +40,7 @@ def reference_page() -> str:
     for name in packvit.__all__:
         thing = getattr(packvit, name)
         page.append(f"## `packvit.{name}`\n\n{entry(name, thing)}")
-        if inspect.isclass(thing) and name in ("Encoder", "Features", "Segments"):
+        if inspect.isclass(thing) and name in ("Encoder", "Features", "Segments", "TextEncoder"):
             page += [
                 f"### `{name}.{method}`\n\n{entry(method, member)}"
                 for method, member in public_methods(thing)
@@ -204,6 +204,7 @@ def pages() -> dict[Path, str]:
     readme, embedding = ROOT / "README.md", ROOT / "docs" / "embedding.md"
     sizing = ROOT / "docs" / "sizing.md"
     measured = ROOT / "docs" / "benchmarks.md"
+    words = ROOT / "docs" / "text.md"
     models, decoding = ROOT / "docs" / "models.md", ROOT / "docs" / "gpu-decoding.md"
     front = fill(readme.read_text(), "families", families_table())
     front = fill(front, "speed", speed_sentence())
@@ -217,6 +218,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "cli.md": help_page(),
         ROOT / "docs" / "reference.md": reference_page(),
         readme: front,
+        words: fill(words.read_text(), "towers", support.text_page()),
         models: fill(models.read_text(), "layouts", support.families_page()),
         decoding: fill(decoding.read_text(), "feeding", feeding_table()),
         sizing: fill(sizing.read_text(), "sizing", sizing_table()),

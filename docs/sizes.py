@@ -40,6 +40,7 @@ def tower(width: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[st
 
 
 HEAD = ("vision_model.head.probe",)
+PROJECTED = ("mm_projector.proj.0.weight",)
 SHARED = ("visual_projection.weight",)
 SIZES: dict[str, tuple[Published, Published]] = {
     "AIMv2": (
@@ -69,6 +70,10 @@ SIZES: dict[str, tuple[Published, Published]] = {
     "Qwen3 ViT": (
         Published("0.8B", tower(768, 12, 12, 3072, out_hidden_size=1024)),
         Published("27B", tower(1152, 27, 16, 4304, out_hidden_size=5120)),
+    ),
+    "MoonViT": (
+        Published("K2.5", {"text_config": {"hidden_size": 7168}}, PROJECTED),
+        Published("K2.6", {"text_config": {"hidden_size": 7168}}, PROJECTED),
     ),
     "Qwen2.5-VL ViT": (
         Published("3B", tower(1280, 32, 16, 3420, out_hidden_size=2048)),

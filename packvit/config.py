@@ -69,7 +69,15 @@ class PixelRange:
     most: int
 
 
-Sizing = ShortestEdge | Exact | MostPatches | PixelRange
+@dataclass(frozen=True, slots=True)
+class PaddedPatches:
+    """Shrink to `patches` in all and `side` along each side, then fill up with black: Kimi."""
+
+    patches: int = 16384
+    side: int = 512
+
+
+Sizing = ShortestEdge | Exact | MostPatches | PixelRange | PaddedPatches
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +132,8 @@ class Table:
     lays corners on corners, "square_then_crop" is bilinear to the square of the longer side, of
     which the grid is the top left. `any_grid` says whether the reference does so unasked. Where it
     refuses, so do we, unless the user says otherwise.
-    `class_row` says whether the table opens with a row for the class token.
+    `class_row` says whether the table opens with a row for the class token. Of more than one of
+    the `frames` that a clip may have, each adds a sine-cosine of its number.
     """
 
     rows: int
@@ -132,6 +141,7 @@ class Table:
     resize: TableResize
     any_grid: bool = False
     class_row: bool = False
+    frames: int | None = None  # None: of any number, which look alike
 
 
 @dataclass(frozen=True, slots=True)

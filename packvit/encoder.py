@@ -18,7 +18,7 @@ from packvit.checkpoints import saving
 from packvit.checkpoints.description import describe
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.in_memory import read_model
-from packvit.checkpoints.layouts import Family, LayoutName
+from packvit.checkpoints.layouts import Family, LayoutName, image_tower
 from packvit.checkpoints.parameters import fill_parameters
 from packvit.config import (
     EncoderConfig,
@@ -38,6 +38,7 @@ from packvit.model.device import current, find_device, find_dtype
 from packvit.model.embeddings import PatchEmbeddings, to_values
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear, make_invariant
+from packvit.model.memory import check_room
 from packvit.model.merging import Mergers
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
@@ -86,6 +87,7 @@ class Encoder(nn.Module):
         self.patch_order: PatchOrder = patch_order
         self.backend = attention
         self.checkpoint: Checkpoint | None = None  # where the weights came from
+        self.origin: saving.Origin | None = None  # what described them, also of a model in memory
         self.fp8 = self.invariant = self.compiled = False
         self.carried: Mapping[str, Tensor] = {}  # a checkpoint's tensors that nothing here uses
         self.skipped: tuple[str, ...] = ()  # its names left unread, of another tower's tensors
@@ -169,7 +171,7 @@ class Encoder(nn.Module):
         layers. `pooled` False leaves out the pooling head. Nothing unasked is kept.
 
         Raises: as `forward`; ValueError for a layer that is not there, a projection or a merger
-        that the checkpoint does not have, or an image that does not part into squares.
+        that the checkpoint does not have, or an image that does not divide into squares.
         """
         hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
         if projection is not None:
@@ -184,21 +186,21 @@ class Encoder(nn.Module):
         merger = self.merger if merged else None
         deep = merger.layers if merger else ()
         with current(self.device):
-            ran = self.run(hidden_states, grid_thw, {*asked, *deep})
-            tokens = merger(ran.tokens, ran.taps, ran.plan.grid) if merger else None
-            vectors = self.pool(ran) if pooled else None
+            output = self.run(hidden_states, grid_thw, {*asked, *deep})
+            tokens = merger(output.tokens, output.taps, output.plan.grid) if merger else None
+            vectors = self.pool(output) if pooled else None
             shared = self.projection(vectors) if projected and self.projection else None
         return Features(
-            tokens=ran.tokens,
-            prefix=ran.prefix,
+            tokens=output.tokens,
+            prefix=output.prefix,
             pooled=vectors,
             projected=shared,
-            taps={layer: tap for layer, tap in ran.taps.items() if layer in asked},
-            segment_image=to_device(segment_images(ran.plan.sequences), self.device),
-            grid=ran.plan.grid,
+            taps={layer: tap for layer, tap in output.taps.items() if layer in asked},
+            segment_image=to_device(segment_images(output.plan.sequences), self.device),
+            grid=output.plan.grid,
             merged=tokens.merged if tokens else None,
             deepstack=tokens.deepstack if tokens else {},
-            vector_rows=tokens.lengths if tokens else sequence_lengths(ran.plan.sequences),
+            vector_rows=tokens.lengths if tokens else sequence_lengths(output.plan.sequences),
         )
 
     @property
@@ -223,16 +225,16 @@ class Encoder(nn.Module):
             x, tapped = self.fast(self, self.trunk, values, plan)
         return trunk_output(x, tapped, plan)
 
-    def pool(self, ran: TrunkOutput) -> Tensor | None:
+    def pool(self, output: TrunkOutput) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
         if self.config.pool == "class":
             chosen = self.config.summary.chosen if self.config.summary else (0,)
-            first = torch.cat([ran.prefix[:, token] for token in chosen], 1)
+            first = torch.cat([output.prefix[:, token] for token in chosen], 1)
             return self.norm(first) if self.config.final_norm == "pooled" else first
         if self.head is None:
             return None
-        segments = Segments.from_lengths(ran.plan.lengths, device=self.device)
-        return self.head(ran.tokens, segments, ran.plan.backend)
+        segments = Segments.from_lengths(output.plan.lengths, device=self.device)
+        return self.head(output.tokens, segments, output.plan.backend)
 
     def pack(
         self,
@@ -316,7 +318,9 @@ class Encoder(nn.Module):
         """
         chosen = LoadOptions(**options)
         cls.check_family()
-        return cls.from_checkpoint(checkpoints.read(name_or_folder, revision=revision), chosen)
+        tower = image_tower([cls.family])
+        checkpoint = checkpoints.read(name_or_folder, revision=revision, part=tower)
+        return cls.from_checkpoint(checkpoint, chosen)
 
     @classmethod
     def from_transformers(
@@ -364,9 +368,12 @@ class Encoder(nn.Module):
                     patch_order=options.patch_order,
                     positions=options.positions,
                 )
+            numbers = sum(parameter.numel() for parameter in encoder.parameters())
+            check_room(checkpoint.name, numbers * dtype.itemsize, device)
             encoder.carried, encoder.skipped = fill_parameters(
                 encoder, checkpoint, described.layout, options.patch_order, device, dtype
             )
+        encoder.origin = saving.Origin(checkpoint.config, described.config)
         # A model in memory is copied, and must not be kept alive by its copy.
         encoder.checkpoint = checkpoint if checkpoint.files else None
         resolve(options.attention, encoder.attention_inputs)  # refused here, not in a forward
@@ -409,6 +416,7 @@ class Encoder(nn.Module):
             self.config,
             self.state_dict(),
             self.carried,
+            origin=self.origin,
             patch_order=self.patch_order,
             preprocessor=self.checkpoint.preprocessor if self.checkpoint else None,
         )

@@ -13,11 +13,12 @@ import math
 import sys
 import time
 import tomllib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -98,7 +99,7 @@ def main(path: str) -> None:
 
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    check_same(out / "settings.json", settings)
+    check_same(out / "settings.json", asdict(settings))
     files, lengths = find_photographs(settings, teacher)
     plan = partial(plan_steps, lengths, settings.budget, settings.shares, seed=settings.seed)
     steps = [step for epoch in range(settings.epochs) for step in plan(epoch=epoch)]
@@ -177,9 +178,9 @@ def find_photographs(settings: Settings, teacher: Encoder) -> tuple[list[Path], 
     return files, lengths
 
 
-def check_same(path: Path, settings: Settings) -> None:
+def check_same(path: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings than the folder was begun with."""
-    told = json.dumps(asdict(settings), indent=1)
+    told = json.dumps(settings, indent=1)
     if path.exists() and path.read_text() != told:
         sys.exit(f"{path} holds other settings. Choose another `out`, or the settings it holds.")
     path.write_text(told)

@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import reference
 import torch
+import towers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import packvit
+from packvit.encoder import Encoder
+from packvit.families import FAMILIES
 from packvit.families.aimv2 import (
     AIMv2Packing,
     Aimv2PackingAttention,
@@ -50,9 +53,9 @@ def small(**changes: Any) -> AIMv2Packing:
     return AIMv2Packing.from_transformers(reference.aimv2(is_native=True, **changes))
 
 
-def count_fake(grid: list[tuple[int, int, int]]) -> Calls:
+def count_fake(grid: list[tuple[int, int, int]], tower: str | None = None) -> Calls:
     """Run bf16 on fake CUDA tensors, and count."""
-    encoder = small()
+    encoder = small() if tower is None else packvit_tower(tower)
     total = sum(frames * rows * columns for frames, rows, columns in grid)
     grid_thw = torch.tensor(grid)
     encoder.backend = "torch"
@@ -65,7 +68,7 @@ def count_fake(grid: list[tuple[int, int, int]]) -> Calls:
         patches = torch.empty(total, encoder.config.patch_dim, dtype=torch.uint8, device="cuda")
         calls = Calls()
         with calls, torch.no_grad():
-            found = encoder.encode(patches, grid_thw, taps=(0, -1))
+            found = encoder.encode(patches, grid_thw, taps=(0, -1), merged=tower is not None)
         assert found.tokens.shape == (total, encoder.config.width)
         assert found.tokens.dtype == torch.bfloat16
     return calls
@@ -95,19 +98,35 @@ def test_varlen_calls_are_as_many_for_64_images_as_for_one(grids):
     assert len(one.attended) == 3 + 1  # a call a layer, and the pooling head's
 
 
+def packvit_tower(kind: str) -> Encoder:
+    model = towers.build(kind)
+    [family] = [e for e in FAMILIES if e.family.claims(model.config.to_dict())]
+    return family.from_transformers(model)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])  # no tables, resized for each grid
+def test_windows_and_mergers_take_as_many_calls_for_64_images_as_for_one(kind: str):
+    one, many = (
+        count_fake([(1, 2 * tall, 2 * wide) for _, tall, wide in grids], kind)
+        for grids in GRIDS.values()
+    )
+    assert many.counts == one.counts
+    assert len(one.attended) == 3
+
+
 def test_cu_seqlens_reach_varlen_attention_as_int32_on_the_device_made_once():
     grid = [(1, 3, 4), (2, 1, 5)]
     attended = count_fake(grid).attended
-    seams = {id(x): x for args in attended[:3] for x in args if is_seams(x)}
-    assert len(seams) == 1  # the same tensor in every layer
-    [cu_seqlens] = seams.values()
+    found = {id(x): x for args in attended[:3] for x in args if is_cu_seqlens(x)}
+    assert len(found) == 1  # the same tensor in every layer
+    [cu_seqlens] = found.values()
     assert (cu_seqlens.shape, cu_seqlens.dtype) == ((4,), torch.int32)
     assert cu_seqlens.device.type == "cuda"
     assert all(type(longest) is int for args in attended for longest in args[5:7])
     assert [args[5:7] for args in attended] == [(12, 12)] * 3 + [(1, 12)]
 
 
-def is_seams(x: Any) -> bool:
+def is_cu_seqlens(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dtype == torch.int32
 
 
@@ -193,7 +212,7 @@ def test_the_list_of_packages_is_the_order_that_the_import_linter_holds_us_to():
     [order] = [one for one in tools["contracts"] if one["type"] == "layers"]
     layers = [name for layer in order["layers"] for name in re.split(r" [|:] ", layer)]
     page = (ROOT / "ARCHITECTURE.md").read_text().partition("## The packages")[2]
-    listed = re.findall(r"^\| `([a-z]+)(?:/|\.py)` \|", page.partition("\n## ")[0], re.M)
+    listed = re.findall(r"^\| `([a-z_]+)(?:/|\.py)` \|", page.partition("\n## ")[0], re.M)
     assert listed == layers
     assert "ignore_imports" not in order
 
@@ -209,6 +228,7 @@ def test_every_module_of_the_package_is_in_that_list():
         "encoder.py",
         "config.py",
         "version.py",
+        "out_of_memory.py",
         "atomic.py",
     }
 

@@ -20,6 +20,8 @@ MODELS = (  # built with random weights, at the published sizes
     "dinov3-l16",
     "aimv2-l14-224",
     "aimv2-l14-448",
+    "qwen3-vit",
+    "qwen2.5-vl-vit",
     "c-radio-h16",
     "tipsv2-b14",
 )

@@ -95,11 +95,11 @@ def pictures(grid: Grid, patch: int) -> np.ndarray:
     draw = np.random.default_rng(SEED)
     cut = []
     for _, rows, columns in grid:
-        hfp8, width = rows * patch, columns * patch
-        y, x = np.fft.fftfreq(hfp8)[:, None], np.fft.rfftfreq(width)[None]
-        fall = 1 / np.maximum(np.hypot(y, x), 1 / max(hfp8, width))
-        noise = np.fft.rfft2(draw.standard_normal((3, hfp8, width)))
-        waves = np.fft.irfft2(noise * fall, s=(hfp8, width))
+        height, width = rows * patch, columns * patch
+        y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+        fall = 1 / np.maximum(np.hypot(y, x), 1 / max(height, width))
+        noise = np.fft.rfft2(draw.standard_normal((3, height, width)))
+        waves = np.fft.irfft2(noise * fall, s=(height, width))
         levels = 128 + 48 * waves / waves.std()
         pixels = np.clip(levels, 0, 255).astype(np.uint8).transpose(1, 2, 0)
         cut.append(cut_patches(np.ascontiguousarray(pixels), patch))

@@ -16,6 +16,8 @@ from packvit.families import (
     ClipPacking,
     Dinov2Packing,
     DINOv3ViTPacking,
+    Qwen3VLVisionPacking,
+    Qwen25VisionTransformerPacking,
     RadioPacking,
     Siglip2NaflexPacking,
     SiglipPacking,
@@ -23,12 +25,12 @@ from packvit.families import (
 )
 from packvit.verification.references import (
     ReferenceModel,
-    import_transformers,
+    model_class,
     quiet,
     randomise,
     take_normalized,
 )
-from packvit.verification.verify import without_projection
+from packvit.verification.verify import tower_alone
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -66,6 +68,12 @@ SIZES: dict[str, tuple[type[Encoder], str, dict[str, Any]]] = {
     ),
     "aimv2-l14-224": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"image_size": 224}),
     "aimv2-l14-448": (AIMv2Packing, "Aimv2VisionModel", AIMV2_LARGE | {"image_size": 448}),
+    "qwen3-vit": (Qwen3VLVisionPacking, "Qwen3_5VisionModel", {"out_hidden_size": 4096}),
+    "qwen2.5-vl-vit": (
+        Qwen25VisionTransformerPacking,
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        {"hidden_size": 1280},
+    ),
     "c-radio-h16": (RadioPacking, "RadioModel", HUGE),
     "tipsv2-b14": (Tipsv2VisionPacking, "Tipsv2VisionModel", BASE),
 }
@@ -76,7 +84,7 @@ ZERO = {"DINOv3ViTModel": ("q_proj.bias", "v_proj.bias")}
 def config_of(name: str) -> EncoderConfig:
     """Return the configuration of our encoder of a size, without making weights."""
     encoder, architecture, entries = SIZES[name]
-    kind = getattr(import_transformers(), architecture).config_class
+    kind = model_class(architecture).config_class
     return encoder.family.layouts[0].read(kind(**entries).to_dict(), ())
 
 
@@ -95,6 +103,11 @@ class Model:
         """Whether its positions are learned for one grid, and interpolated only on request."""
         positions = self.config.positions
         return isinstance(positions, Table) and not positions.any_grid
+
+    @property
+    def multiple(self) -> int:
+        """What its rows and columns must be multiples of."""
+        return self.encoder.family.images(self.config).multiple
 
     @property
     def own_grid(self) -> tuple[int, int] | None:
@@ -121,8 +134,9 @@ def build(name: str, layers: int | None, device: torch.device, dtype: torch.dtyp
 def random_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> Model:
     """Return a model with random weights; speed does not depend on them."""
     encoder, architecture, entries = SIZES[name]
-    kind = getattr(import_transformers(), architecture)
-    entries = entries | ({} if layers is None else {"num_hidden_layers": layers})
+    kind = model_class(architecture)
+    word = "depth" if hasattr(kind.config_class(), "depth") else "num_hidden_layers"
+    entries = entries | ({} if layers is None else {word: layers})
     with quiet(), device:  # a GPU draws some hundred million numbers in no time
         reference = randomise(kind(kind.config_class(**entries)), seed=0)
     for key, weight in reference.named_parameters():
@@ -136,8 +150,7 @@ def random_model(name: str, layers: int | None, device: torch.device, dtype: tor
 def checkpoint_model(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     """Return a checkpoint's model, which transformers loads from what `save_pretrained` writes."""
     encoder = hub.load(name, device="cpu", dtype=torch.float32)
-    if encoder.projection is not None:
-        encoder = without_projection(encoder)
+    encoder = tower_alone(encoder)
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
         reference = ReferenceModel(encoder.family, Path(folder)).load(dtype, device)

@@ -17,6 +17,7 @@ from packvit.config import SinCos, Table
 from packvit.model.positions import sine_cosine, sine_cosine_axis
 from packvit.packs.places import PatchPlaces
 from packvit.verification.references import inputs, tower
+from packvit.verification.towers import is_tower, last_order
 
 Mode = Literal["default", "max-autotune"]  # of torch.compile
 MULTIPLE = 8  # of padded lengths, so that masks are aligned and need no copy
@@ -39,9 +40,13 @@ def reference_options(subject: Subject) -> dict[str, Any]:
 def batch(subject: Subject, members: list[int]) -> Call:
     """Return one forward of images that share a grid."""
     looking, options = tower(subject.model.reference), reference_options(subject)
-    _, rows, columns = subject.workload.grid[members[0]]
-    each = [inputs(looking, subject.images[image], rows, columns) for image in members]
+    each = [
+        inputs(looking, subject.images[image], *subject.workload.grid[image][1:])
+        for image in members
+    ]
     given: dict[str, Any] = {name: torch.cat([one[name] for one in each]) for name in each[0]}
+    if is_tower(looking):  # whose images lie end to end
+        return tower_call(subject, members, given)
     if "pixel_attention_mask" in given:
         given["pixel_attention_mask"] = None  # nothing is padded, and a mask would cost time
     places = torch.stack([subject.rows[image] for image in members])
@@ -49,6 +54,28 @@ def batch(subject: Subject, members: list[int]) -> Call:
     return Call(
         lambda: looking(**given, **options).last_hidden_state, torch.cat([prefix, places], 1)
     )
+
+
+def tower_call(subject: Subject, members: list[int], given: dict[str, Any]) -> Call:
+    """Return one forward of a tower on images end to end, of any grids."""
+    looking = tower(subject.model.reference)
+    rows = []
+    for image in members:
+        _, tall, wide = subject.workload.grid[image]
+        order = last_order(looking, (1, tall, wide))
+        rows.append(subject.rows[image][order.to(subject.patches.device)])
+    return Call(lambda: looking(**given).last_hidden_state, torch.cat(rows))
+
+
+def packed(subject: Subject) -> Contender:
+    """transformers on one pack, where its model takes one.
+
+    Raises: Unavailable where it does not.
+    """
+    if not is_tower(tower(subject.model.reference)):
+        raise Unavailable(f"{type(tower(subject.model.reference)).__name__} takes no packs")
+    members = list(range(len(subject.images)))
+    return Contender([batch(subject, members)], subject.model.reference)
 
 
 def one_by_one(subject: Subject) -> Contender:
@@ -175,7 +202,7 @@ def timm_forward(subject: Subject) -> tuple[Callable[[], Tensor], Tensor, Any]:
     Raises: Unavailable without timm, and for families that NaFlexVit cannot express.
     """
     config = subject.model.config
-    if not isinstance(config.positions, Table) or config.gated or config.prefix:
+    if not isinstance(config.positions, Table) or config.gated or config.prefix or config.rotary:
         raise Unavailable("NaFlexVit has not the positions or MLP of this family")
     if find_spec("timm") is None:
         raise Unavailable("timm is not installed; pip install 'packvit[bench]'")
@@ -249,6 +276,7 @@ BASELINE = "transformers, one by one"
 PEERS = (
     Peer(BASELINE, one_by_one),
     Peer("transformers, grouped by equal grid", grouped),
+    Peer("transformers, packed", packed),
     Peer("transformers, padded", padded),
     Peer("transformers, padded, compiled", padded_compiled),
     Peer("timm NaFlexVit, padded", timm),

@@ -38,7 +38,7 @@ from packvit.bench.measuring import (
 )
 from packvit.bench.ours import OURS, Ours
 from packvit.bench.peers import BASELINE, PEERS, Peer
-from packvit.bench.workloads import encoder_flops, on_own_grid, workload
+from packvit.bench.workloads import encoder_flops, in_squares, on_own_grid, workload
 from packvit.encoder import Encoder
 from packvit.model.device import find_device
 from packvit.verification import references
@@ -93,6 +93,7 @@ def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
         work = workload(name, small=not on_gpu)
         if model.own_grid is not None:
             work = on_own_grid(work, *model.own_grid)
+        work = in_squares(work, model.multiple)
         draw = torch.Generator().manual_seed(SEED)
         patches = torch.randn(
             sum(work.lengths),

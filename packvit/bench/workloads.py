@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from packvit.bench import SEED, WORKLOADS
 from packvit.config import EncoderConfig
-from packvit.packs.grid import Grid, sequence_lengths
+from packvit.packs.grid import Grid, join_frames, sequence_lengths
+from packvit.packs.places import window_lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,15 @@ def on_own_grid(work: Workload, rows: int, columns: int) -> Workload:
     return replace(work, title=title, grid=((1, rows, columns),) * images)
 
 
+def in_squares(work: Workload, side: int) -> Workload:
+    """Return a workload whose sides are multiples of `side`: rounded down, but to no less."""
+    grid = tuple(
+        (frames, *(max(side, patches - patches % side) for patches in sides))
+        for frames, *sides in work.grid
+    )
+    return replace(work, grid=grid)
+
+
 class Flops(NamedTuple):
     """Floating-point operations of one pass: two for every multiplication and addition."""
 
@@ -71,11 +81,16 @@ class Flops(NamedTuple):
 
 def encoder_flops(config: EncoderConfig, grid: Grid) -> Flops:
     """Return the operations of an encoder's matmuls and attention, without the pooling head."""
-    lengths = sequence_lengths(grid, config.prefix)
+    sequences = join_frames(grid) if config.segments == "clip" else grid
+    lengths = sequence_lengths(sequences, config.prefix)
     patches = sum(sequence_lengths(grid))
     width, matrices = config.width, 3 if config.gated else 2
     embedding = 2.0 * patches * config.patch_dim * width
     linear = 2.0 * sum(lengths) * (4 * width**2 + matrices * width * config.mlp_width)
-    attention = 4.0 * width * sum(length**2 for length in lengths)
-    blocks = config.layers * (linear + attention)
+    attention = config.layers * sum(length**2 for length in lengths)
+    if windows := config.windows:
+        whole = len([layer for layer in windows.full if layer < config.layers])
+        inside = sum(length**2 for length in window_lengths(grid, windows.side))
+        attention = whole * attention // config.layers + (config.layers - whole) * inside
+    blocks = config.layers * linear + 4.0 * width * attention
     return Flops(embedding + blocks, embedding + 2 * blocks)

@@ -1,5 +1,6 @@
 """What a checkpoint says it is: the configuration of its encoder, and how it wants its images."""
 
+from dataclasses import replace
 from math import isfinite
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.layouts import Family, Layout
 from packvit.checkpoints.processors import image_config_from
+from packvit.checkpoints.rules import bind
 from packvit.config import EncoderConfig, ImageConfig, TransformerConfig
 
 
@@ -31,6 +33,7 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
         )
     layout = family.layout(checkpoint.tensors, checkpoint.config)
     config = layout.read(checkpoint.config, checkpoint.tensors)
+    layout = replace(layout, rules=bind(layout.rules, config.heads))
     check_sizes(config, checkpoint)
     file = checkpoint.settings_file
     try:
@@ -64,7 +67,7 @@ def check_sizes(config: TransformerConfig, checkpoint: Checkpoint) -> None:
     if config.width % config.heads or config.head_dim % 2:
         raise CheckpointError(
             f"config.json of {checkpoint.name} says {config.heads} heads for a width of "
-            f"{config.width}, which does not part into heads of an even width."
+            f"{config.width}, which does not divide into heads of an even width."
         )
     if config.layers > len(checkpoint.tensors):
         raise CheckpointError(

@@ -22,6 +22,7 @@ from packvit.config import (
     Filter,
     ImageConfig,
     MostPatches,
+    PaddedPatches,
     PixelRange,
     ShortestEdge,
     Sizing,
@@ -74,6 +75,9 @@ PROCESSORS: Mapping[str, Defaults] = {  # by their names in transformers
     "CLIPImageProcessor": CLIP,
     "DINOv3ViTImageProcessor": Defaults(
         IMAGENET_STATISTICS, "bilinear", Exact(224, 224), is_square=True, has_pillow=False
+    ),
+    "Kimi_K25ImageProcessor": Defaults(
+        HALF_STATISTICS, "bicubic", PaddedPatches(), has_pillow=False
     ),
     "Qwen2VLImageProcessor": Defaults(
         CLIP_STATISTICS, "bicubic", PixelRange(56 * 56, 28 * 28 * 1280)
@@ -247,6 +251,8 @@ def _sizing(given: Mapping[str, Any], name: str | None, defaults: Defaults) -> S
         return MostPatches(_side(given, "max_num_patches", defaults.sizing.patches))
     if isinstance(defaults.sizing, PixelRange):  # nor does that of Qwen crop
         return _pixel_range(given, defaults.sizing) if is_resized else None
+    if isinstance(defaults.sizing, PaddedPatches):
+        return _padded_patches(given, defaults.sizing) if is_resized else None
     crop = _crop(given, defaults.crop)
     if not is_resized:
         if crop is not None:
@@ -278,6 +284,17 @@ def _pixel_range(given: Mapping[str, Any], default: PixelRange) -> PixelRange:
     if least > most:
         raise ValueError(f"min_pixels {least}, which is more than max_pixels {most}. Swap them.")
     return PixelRange(least, most)
+
+
+def _padded_patches(given: Mapping[str, Any], default: PaddedPatches) -> PaddedPatches:
+    """Return the most patches in all, and along a side, which a file calls the largest size."""
+    size = given.get("size", {"max_height": default.side, "max_width": default.side})
+    if not isinstance(size, Mapping):
+        raise TypeError(f"size is {size!r}, not an object.")
+    sides = {_side(size, "max_height"), _side(size, "max_width")}
+    if len(sides) > 1:
+        raise ValueError(f"size {dict(size)}, but both sides must be equal. Make them so.")
+    return PaddedPatches(_side(given, "max_patches", default.patches), sides.pop())
 
 
 def _size(size: Any, *, is_square: bool) -> ShortestEdge | Exact:

@@ -1,19 +1,36 @@
 """An encoder's parameters to a checkpoint, in any layout of its family."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints import rules as weights
+from packvit.checkpoints.config_json import Json, tower
 from packvit.checkpoints.description import Described
 from packvit.checkpoints.files import Checkpoint
-from packvit.checkpoints.layouts import EMBEDDING, Family, LayoutName
+from packvit.checkpoints.layouts import EMBEDDING, Family, Layout, LayoutName
 from packvit.checkpoints.parameters import take
 from packvit.checkpoints.rules import permute_patches
 from packvit.config import EncoderConfig, PatchOrder
+
+# What config.json says about the class and the numbers of the tensors beside it.
+ABOUT_TENSORS = frozenset(
+    (
+        *("architectures", "auto_map", "dtype", "model_type", "quantization_config"),
+        *("torch_dtype", "_name_or_path"),
+    )
+)
+
+
+class Origin(NamedTuple):
+    """The config.json that an encoder was loaded by, and what was read in it."""
+
+    entries: Json
+    config: EncoderConfig
 
 
 class Converted(NamedTuple):
@@ -31,6 +48,7 @@ def lay_out(
     config: EncoderConfig,
     state: Mapping[str, Tensor],
     carried: Mapping[str, Tensor],
+    origin: Origin | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return config.json and the tensors of an encoder in one of its family's layouts.
 
@@ -39,7 +57,46 @@ def lay_out(
     chosen = family.writable(layout, state)
     dtype = str(state[EMBEDDING].dtype).removeprefix("torch.")
     kept = {chosen.carried[label]: tensor for label, tensor in carried.items()}
-    return chosen.write(config) | {"dtype": dtype}, kept | weights.store(state, chosen.rules)
+    tensors = kept | weights.store(state, weights.bind(chosen.rules, config.heads))
+    written = chosen.write(config)
+    if origin is not None:
+        written = with_entries(written, origin, chosen, config, tensors)
+    return written | {"dtype": dtype}, tensors
+
+
+def with_entries(
+    written: Json, origin: Origin, layout: Layout, config: EncoderConfig, names: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return config.json with the entries of the one that was read.
+
+    So the reference reads what it read before, also what means nothing to us: an image size of 30
+    where patches of 14 leave two pixels over, dropout. An entry is ours where the encoder was
+    changed since, and where the old one describes another encoder.
+    """
+    both = "vision_config" in written
+    entries = origin.entries if both else tower(origin.entries)
+    before = layout.write(replace(origin.config, projection=config.projection))
+    return merged(written, before, entries, lambda made: layout.read(made, names) == config)
+
+
+def merged(
+    written: Json, before: Json, entries: Json, is_right: Callable[[Json], bool]
+) -> dict[str, Any]:
+    """Return `written` with every one of `entries` that is right and was not changed."""
+    made = dict(written)
+    for name, value in entries.items():
+        old = made.get(name)
+        if isinstance(old, dict) and isinstance(value, dict):
+            made[name] = merged(
+                old, before[name], value, lambda part, name=name: is_right(made | {name: part})
+            )
+        elif (
+            name not in ABOUT_TENSORS
+            and old == before.get(name)
+            and is_right({**made, name: value})
+        ):
+            made[name] = value
+    return made
 
 
 def write(
@@ -50,6 +107,7 @@ def write(
     state: Mapping[str, Tensor],
     carried: Mapping[str, Tensor],
     *,
+    origin: Origin | None,
     patch_order: PatchOrder,
     preprocessor: Mapping[str, Any] | None,
 ) -> None:
@@ -58,7 +116,7 @@ def write(
     Raises: ValueError for a layout that the family does not have.
     """
     ours = {**state, EMBEDDING: permute_patches(state[EMBEDDING], patch_order, back=True)}
-    written, tensors = lay_out(family, layout, config, ours, carried)
+    written, tensors = lay_out(family, layout, config, ours, carried, origin)
     checkpoints.write(folder, config=written, tensors=tensors, preprocessor=preprocessor)
 
 
@@ -75,5 +133,6 @@ def convert(
     for tensors of different dtypes that are one of ours.
     """
     found = take(parameters, checkpoint, described.layout, place=None)
-    config, tensors = lay_out(family, layout, described.config, found.state, found.carried)
+    origin = Origin(checkpoint.config, described.config)
+    config, tensors = lay_out(family, layout, described.config, found.state, found.carried, origin)
     return Converted(config, tensors, checkpoint.preprocessor, found.skipped)

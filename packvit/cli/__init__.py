@@ -13,6 +13,7 @@ from types import FrameType
 import click
 
 from packvit.cli.command import Mistake, mistakes_first
+from packvit.out_of_memory import has_room_to_start, is_out_of_memory
 from packvit.version import VERSION
 
 COMMANDS = {  # in the order of `--help`
@@ -26,6 +27,9 @@ COMMANDS = {  # in the order of `--help`
     "warmup": "packvit.cli.warmup",
     "pca": "packvit.cli.pca",
     "search": "packvit.cli.search",
+    "dups": "packvit.cli.dups",
+    "zeroshot": "packvit.cli.zeroshot",
+    "evaluate": "packvit.cli.evaluate",
 }
 
 
@@ -53,6 +57,10 @@ class Commands(click.Group):
         except KeyboardInterrupt as stop:
             click.echo("Stopped. Run the same command again to start over.", err=True)
             ctx.exit(exit_code(stop))
+        except Exception as error:
+            if isinstance(error, click.exceptions.Exit) or not is_out_of_memory(error):
+                raise
+            raise click.ClickException(NO_MEMORY) from error
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -83,9 +91,15 @@ class Commands(click.Group):
         """Return the command called `cmd_name`, or None if there is none."""
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name != "check" and not has_room_to_start():
+            raise click.ClickException(NO_MEMORY)
         return getattr(import_module(COMMANDS[cmd_name]), cmd_name)
 
 
+NO_MEMORY = (
+    "Memory ran out. Choose a smaller model, or give this more memory; what bounds it here may be "
+    "ulimit, a container, or the GPU."
+)
 HELP = ["-h", "--help"]  # for the commands too
 
 

@@ -84,6 +84,12 @@ class EmbedCommand(Command):
     help="Whether learned positions are resized for grids that they were not made for.",
 )
 @click.option(
+    "--invariant",
+    is_flag=True,
+    help="Give an image the same bits in any pack, at the price of speed; with it, --reuse and "
+    "--update write the bytes of a fresh job.",
+)
+@click.option(
     "--resize",
     type=click.Choice(["checkpoint", "native"]),
     help="As the checkpoint's own preprocessing, or keeping size and aspect ratio; "
@@ -188,6 +194,24 @@ class EmbedCommand(Command):
     metavar="K/N",
     help="Do the K-th of N runs of parts, for example on one of N machines; `packvit merge` puts "
     "their folders together.",
+)
+@click.option(
+    "--reuse",
+    multiple=True,
+    metavar="FOLDER",
+    help="Take over the rows of this feature folder whose photographs have the same bytes, if all "
+    "that decides their features is equal. May be repeated.",
+)
+@click.option(
+    "--reuse-across-versions",
+    is_flag=True,
+    help="Also take over rows that other versions of packages wrote; the manifest says so.",
+)
+@click.option(
+    "--trust-mtime",
+    is_flag=True,
+    help="Record the size and time of change of every file, and do not read one whose name, size "
+    "and time are those that --reuse or --update finds recorded; the manifest says so.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @click.pass_context
@@ -304,6 +328,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
             for code, count in summary.errors.items()
         },
         "kept": summary.kept_rows,
+        "reused": summary.reused,
         "ignored": summary.ignored,
         "passed_over": summary.passed_over,
         "tokens": summary.tokens,
@@ -327,6 +352,8 @@ def as_table(summary: Summary) -> str:
     ]
     if summary.kept_rows:
         rows.append(("kept", f"{summary.kept_rows:,}, written before"))
+    if summary.reused:
+        rows.append(("reused", f"{summary.reused:,}, of other folders"))
     if summary.ignored:
         rows.append(("passed over", printable(by_suffix(summary.passed_over))))
     rows += [

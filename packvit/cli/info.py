@@ -47,6 +47,11 @@ def page(found: dict[str, Any]) -> str:
             f"{first} and {more} more"
         )
     lines.append("  (all of them by name: packvit info --json)")
+    lines += ["", "Text towers, for packvit.load_text"]
+    for tower in found["text_towers"]:
+        first, more = tower["checkpoints"][0], len(tower["checkpoints"]) - 1
+        also = f" and {more} more" if more else ""
+        lines.append(f"  {tower['name']:<15} compares with {tower['space']}: {first}{also}")
     lines += ["", "Embedded models"]
     lines += [f"  {name:<12} {folder}" for name, folder in found["embedded"].items()]
     return "\n".join(lines)

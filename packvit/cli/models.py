@@ -20,6 +20,8 @@ SHORT = {
     "dinov2-l14": "facebook/dinov2-large",
     "dinov3-b16": "facebook/dinov3-vitb16-pretrain-lvd1689m",
     "dinov3-l16": "facebook/dinov3-vitl16-pretrain-lvd1689m",
+    "qwen3-vit": "Qwen/Qwen3.5-9B",
+    "qwen2.5-vl-vit": "Qwen/Qwen2.5-VL-7B-Instruct",
     "c-radio-h16": "nvidia/C-RADIOv4-H",
     "tipsv2-b14": "google/tipsv2-b14",
 }

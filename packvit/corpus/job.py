@@ -34,6 +34,15 @@ from packvit.corpus.folder.names import CURRENT, names_of, part_number
 from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
+from packvit.corpus.folder.reuse import (
+    Reusing,
+    describe_reuse,
+    has_mtimes,
+    indexed,
+    join_reuse,
+    open_source,
+    write_mtimes,
+)
 from packvit.corpus.folder.sharding import WHOLE, parse_shard, parts_of, rows_of
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
@@ -57,6 +66,7 @@ from packvit.corpus.settings import (
     load_encoder,
 )
 from packvit.encoder import Encoder
+from packvit.gpu.decoder import begin_engine
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import CODES, MAX_PIXELS
 from packvit.images.resize import Resize
@@ -81,6 +91,7 @@ def embed(
     attention: str = "auto",
     revision: str | None = None,
     positions: GridPolicy = "checkpoint",
+    invariant: bool = False,
     resize: Resize | None = None,
     max_patches: int | None = None,
     tokens: bool = False,
@@ -100,6 +111,9 @@ def embed(
     overwrite: bool = False,
     retry_errors: bool | Sequence[str] = False,
     shard: str | None = None,
+    reuse: Sequence[str | os.PathLike[str]] = (),
+    reuse_across_versions: bool = False,
+    trust_mtime: bool = False,
     progress: Tell | None = None,
 ) -> Summary:
     """Embed photographs into the feature folder `out`: one row for every input.
@@ -108,6 +122,13 @@ def embed(
     is read. `overwrite` removes what packvit wrote there and starts over. `retry_errors` does the
     rows anew that are errors, of all codes or of those named, and keeps all others. `shard` "3/64"
     does the third of 64 runs of the job's parts; `packvit.merge` puts the 64 folders together.
+
+    Rows of the folders `reuse` whose photographs have the same bytes are taken over, if they are ok
+    and all that decides their features is equal, versions of packages included unless
+    `reuse_across_versions`. With `invariant`, which gives an image the same bits in any pack, the
+    result is byte for byte that of a fresh job; where it may not be, the manifest says `reused`.
+    `trust_mtime` does not even read a file whose name, size and time of change are those that a
+    job with `trust_mtime` recorded.
 
     `photos` are folders, which are walked, files, patterns, tar and Parquet files of images, and
     URLs of these; `lists` are files of paths. A list that is a table has its paths in `column`; a
@@ -152,6 +173,7 @@ def embed(
         attention=attention,
         revision=revision,
         positions=positions,
+        invariant=invariant,
     )
     options = EmbedOptions(
         resize=resize,
@@ -175,6 +197,9 @@ def embed(
         overwrite=overwrite,
         retry_errors=retry_errors,
         shard=shard,
+        reuse=tuple(os.fspath(path) for path in reuse),
+        reuse_across_versions=reuse_across_versions,
+        trust_mtime=trust_mtime,
     )
     return run_job(out, inputs, choice, options, how, progress)
 
@@ -200,6 +225,8 @@ def run_job(
             "`packvit merge`."
         )
     codes = choose_codes(how.retry_errors)
+    if how.trust_mtime and part_of != WHOLE:
+        raise UsageError("trust_mtime cannot go with `shard`: leave one of them out.")
     if options.decode == "gpu":
         ask_for_queues()
     if processes is not None and processes < 1:
@@ -230,6 +257,13 @@ def run_job(
     with options.decoders() as decoders:
         if how.here and not (read_manifest(folder) or {}).get("complete"):
             decoders.start(len(listing))  # while the model is loaded
+        engine = None
+        if (
+            options.decode == "gpu"
+            and torch.cuda.is_available()
+            and choice.device in (None, "cuda")
+        ):
+            engine = begin_engine(torch.device("cuda"))  # while the model is loaded
         encoder, weights = choose_encoder(choice, verify=how.verify)
         options = fit_options(encoder, options)
         if not recorded or "text_space" in recorded:  # folders of before are finished as they are
@@ -239,16 +273,18 @@ def run_job(
             kind = encoder.device if part_of == WHOLE else None
             rows = rows_before(recorded) or choose_rows(kind, len(listing), large=large)
             options = replace(options, rows_per_part=rows)
-        context = make_context(encoder, options, decoders)
+        described = describe_job(encoder, weights, options)
+        device_name = name_device(encoder.device)
+        reusing = choose_reuse(folder, how, described, device_name)
+        options = replace(options, reuse=reusing.reuse(folder))
+        context = make_context(encoder, options, decoders, engine)
         check_memory(encoder, options, free_memory(encoder.device))
         certificate = vouch(encoder, weights) if how.verify else None
-        described = describe_job(encoder, weights, options)
         format_of_folder = (CURRENT if how.overwrite else names_of(folder)).format
         manifest = draft(encoder, described, listing, format_of_folder) | part_of.entry
         name = encoder.checkpoint.name if encoder.checkpoint else ""
         job = Job(str(folder), options, described, choice.positions, name)
         runner = choose_runner(context, job, processes, how.ray)
-        device_name = name_device(encoder.device)
         del encoder, context  # only a runner in this process keeps them; the others need the memory
         tally = Tally(rows_of(manifest), progress, options.token_budget)
         with claim(folder):
@@ -259,9 +295,28 @@ def run_job(
                 notes = (f"Shard {part_of} has no rows: the job has fewer parts than shards.",)
                 found = replace(found, notes=(*notes, *found.notes))
             again = find_errors(folder, found.kept, codes)
+            devices = {device_name, *found.manifest.get("device_names", ())}
+            begun = join_reuse([found.manifest.get("reused"), reusing.entry])
+            found = replace(found, begun={"device_names": sorted(devices), **begun})
             return run(
-                runner, listing, folder, found, again, certificate, how.format, device_name, tally
+                runner, listing, folder, found, again, certificate, how.format, reusing, tally
             )
+
+
+def choose_reuse(
+    folder: Path, how: RunOptions, described: Mapping[str, Any], device_name: str
+) -> Reusing:
+    """Return the folders whose rows a job in `folder` takes over.
+
+    Raises: UsageError if one cannot be used.
+    """
+    found = [Path(name) for name in how.reuse]
+    if folder.exists() and any(path.exists() and path.samefile(folder) for path in found):
+        raise UsageError(f"reuse names {folder}, the folder of this job. Ask for `update` instead.")
+    across = how.reuse_across_versions
+    sources = [open_source(path, described, across_versions=across) for path in found]
+    entry = describe_reuse(sources, described, device_name, trust_mtime=how.trust_mtime)
+    return Reusing(tuple(sources), entry, how.trust_mtime)
 
 
 def choose_encoder(choice: ModelChoice, *, verify: bool) -> tuple[Encoder, str]:
@@ -327,7 +382,7 @@ def run(
     again: Mapping[int, tuple[int, ...]],
     certificate: Mapping[str, Any] | None,
     format: Format,
-    device_name: str,
+    reusing: Reusing,
     tally: Tally,
 ) -> Summary:
     """Run all shards that the locked folder does not hold, and commit them in order.
@@ -348,9 +403,11 @@ def run(
         format = "npy" if exports else format
         exports = {}
     if todo:
-        devices = {device_name, *manifest.get("device_names", ())}
-        manifest |= {"device_names": sorted(devices)}
+        manifest |= found.begun
         write_inputs(folder, listing)
+        if reusing.trust_mtime and not has_mtimes(folder, manifest):
+            size = manifest["rows_per_part"]
+            manifest |= {"mtimes": write_mtimes(folder, listing, size, found.kept)}
         put(folder / names.manifest, encode_manifest(manifest))
     for number, entry in sorted(found.kept.items()):
         rows = read_rows(folder, entry)
@@ -363,7 +420,7 @@ def run(
     inputs = shards(listing, parts, size, folder, found.kept, again)
     work = Work(inputs, todo, folder, last, tally.settle, tally.effort)
     if todo:
-        with closing(runner(work)) as entries:
+        with indexed(folder, reusing), closing(runner(work)) as entries:
             for entry in entries:
                 halved += entry.halved
                 undone = again.get(part_number(entry.part) or 0)
@@ -400,6 +457,7 @@ def run(
         shares=tally.progress.shares,
         halved=halved,
         passed_over=dict(listing.passed_over.most_common()),
+        reused=tally.effort.reused,
         on_gpu=tally.effort.on_gpu if manifest["preprocessing"]["decode"] == "gpu" else None,
     )
 

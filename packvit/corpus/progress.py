@@ -22,6 +22,7 @@ class Effort:
     packs: int = 0
     tokens: int = 0  # in the packs
     on_gpu: int = 0  # images that were decoded there
+    reused: int = 0  # rows that were taken over from other folders
 
     def since(self, before: "Effort", processes: int) -> "Effort":
         """Return what was spent since `before`; seconds are divided by the number of processes."""
@@ -32,6 +33,7 @@ class Effort:
             self.packs - before.packs,
             self.tokens - before.tokens,
             self.on_gpu - before.on_gpu,
+            self.reused - before.reused,
         )
 
     def add(self, spent: "Effort") -> None:
@@ -42,6 +44,7 @@ class Effort:
         self.packs += spent.packs
         self.tokens += spent.tokens
         self.on_gpu += spent.on_gpu
+        self.reused += spent.reused
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class Summary:
     halved: int = 0  # packs that were split for want of memory
     passed_over: dict[str, int] = field(default_factory=dict)  # of `ignored`, by suffix
     on_gpu: int | None = None  # images that were decoded there, where that was asked for
+    reused: int = 0  # rows that were taken over from other folders
 
     @property
     def images_per_second(self) -> float:

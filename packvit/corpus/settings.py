@@ -10,16 +10,15 @@ from typing import Any, Literal
 import torch
 
 from packvit import hub
-from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
 from packvit.config import EncoderConfig, GridPolicy, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
 from packvit.corpus.folder.exports import Format
+from packvit.corpus.folder.known import Reuse
 from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.encoder import Encoder
-from packvit.fast.caches import import_ahead
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
@@ -57,6 +56,7 @@ class ModelChoice:
     attention: str = "auto"
     revision: str | None = None
     positions: GridPolicy = "checkpoint"
+    invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,9 @@ class RunOptions:
     overwrite: bool = False
     retry_errors: bool | Sequence[str] = False
     shard: str | None = None
+    reuse: tuple[str, ...] = ()
+    reuse_across_versions: bool = False
+    trust_mtime: bool = False
 
     @property
     def here(self) -> bool:
@@ -99,6 +102,7 @@ class EmbedOptions:
     pixels_in_flight: int = PIXELS_IN_FLIGHT
     rows_per_part: int = FEWEST_ROWS  # of every part but the last, which may have fewer
     text_space: Literal["pooled", "projected"] | None = None  # the column that texts compare with
+    reuse: Reuse | None = None  # the rows that may be taken over
 
     def outputs(self, config: EncoderConfig) -> Outputs:
         """Return which features a part holds."""
@@ -128,15 +132,18 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
         raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
     try:
         if find_device(choice.device).type == "cuda":
+            from packvit.fast.caches import import_ahead  # kernels, which a GPU alone has
+
             import_ahead()
         options = LoadOptions(
             device=choice.device,
             dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
             attention=choice.attention,
             positions=choice.positions,
+            invariant=choice.invariant,
         )
         name = TRIAL_MODEL if model is None else model
-        checkpoint = checkpoints.read(name, revision=choice.revision)
+        checkpoint = hub.read_tower(name, choice.revision)
         with ThreadPoolExecutor(1, "packvit-digest") as other:
             digest = other.submit(checkpoint.sha256)
             encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, options)

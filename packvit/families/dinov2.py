@@ -44,6 +44,8 @@ RULES = (
     *layers("", "", {"norm": "layernorm"}),
 )
 OURS, THEIRS = "encoder.layers.{i}.mlp.", "encoder.layer.{i}.mlp."
+# Where a checkpoint has no registers, transformers writes an empty tensor of them.
+CARRIED = {"mask_token": "embeddings.mask_token", "registers": "embeddings.register_tokens"}
 PLAIN = layers(OURS, THEIRS, {"down": "fc2", "up": "fc1"})
 GATED = (
     *layers(OURS, THEIRS, {"down": "weights_out"}),
@@ -70,8 +72,9 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
 
 def write(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json as transformers' Dinov2Config or Dinov2WithRegistersConfig."""
-    table, kind = config.positions, "WithRegisters" if config.registers else ""
+    table = config.positions
     assert isinstance(table, Table)
+    kind = "WithRegisters" if table.resize == "bicubic_antialias" else ""  # also of none
     written = write_blocks(config) | {
         "model_type": "dinov2_with_registers" if kind else "dinov2",
         "architectures": [f"Dinov2{kind}Model"],
@@ -89,8 +92,7 @@ def images(config: EncoderConfig) -> ImageConfig:
 def layout(mlp: tuple[Rule, ...]) -> Layout:
     """Return the layout of checkpoints with one kind of MLP, told by its last matrix."""
     marker = mlp[0].theirs[0].format(i=0)
-    carried = {"mask_token": "embeddings.mask_token"}
-    return Layout("transformers", marker, (*RULES, *mlp), read, write, carried=carried)
+    return Layout("transformers", marker, (*RULES, *mlp), read, write, carried=CARRIED)
 
 
 SIZES = ("small", "base", "large", "giant")

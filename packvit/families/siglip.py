@@ -51,13 +51,13 @@ def write(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json as transformers' SiglipVisionConfig."""
     table = config.positions
     assert isinstance(table, Table)
-    return write_sizes(config) | {
+    written = write_sizes(config) | {
         "model_type": "siglip_vision_model",
         "architectures": ["SiglipVisionModel"],
         "image_size": table.rows * config.patch,
         "layer_norm_eps": config.norm_eps,
-        "vision_use_head": config.pool is not None,
     }
+    return written if config.pool else written | {"vision_use_head": False}
 
 
 def images(config: EncoderConfig) -> ImageConfig:

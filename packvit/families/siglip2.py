@@ -55,13 +55,13 @@ def write(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json as transformers' Siglip2VisionConfig."""
     table = config.positions
     assert isinstance(table, Table)
-    return write_sizes(config) | {
+    written = write_sizes(config) | {
         "model_type": "siglip2_vision_model",
         "architectures": ["Siglip2VisionModel"],
         "num_patches": table.rows * table.columns,
         "layer_norm_eps": config.norm_eps,
-        "vision_use_head": config.pool is not None,
     }
+    return written if config.pool else written | {"vision_use_head": False}
 
 
 def images(config: EncoderConfig) -> ImageConfig:

@@ -82,7 +82,7 @@ def images(config: EncoderConfig) -> ImageConfig:
 def layouts(mlp: tuple[Rule, ...]) -> tuple[Layout, Layout]:
     """Return the layouts of checkpoints with one kind of MLP, without a text tower and with one."""
     marker = mlp[0].theirs[0].format(i=0)
-    carried = {"mask_token": "mask_token"}
+    carried = {"mask_token": "mask_token", "registers": "register_tokens"}  # where there are none
     alone = Layout("transformers", marker, (*RULES, *mlp), read, write, carried)
     return alone, beside_text(alone, ("text_encoder", "temperature"), prefix="vision_encoder.")
 

@@ -21,7 +21,9 @@ from typing import NamedTuple
 
 import torch
 
+from packvit.checkpoints.errors import CheckpointError
 from packvit.config import AxialRotary, EncoderConfig, Merger, Table
+from packvit.out_of_memory import free_host_memory
 
 WORKSPACE = 128 * 2**20  # of cuBLAS and cuBLASLt: 32 MiB each on Hopper, and rounding
 RESIZED_ROWS = 2**16  # the most that `positions.ResizedTables` keeps
@@ -53,6 +55,20 @@ def free_memory(device: torch.device) -> int | None:
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def check_room(name: str, needed: int, device: torch.device) -> None:
+    """Refuse weights of so many bytes before they are read, where they cannot fit.
+
+    Raises: CheckpointError saying what there is.
+    """
+    free = free_host_memory() if device.type == "cpu" else free_memory(device)
+    if free is not None and needed > free:
+        raise CheckpointError(
+            f"The weights of {name} take {needed / 2**30:.1f} GiB, but {device} has only "
+            f"{free / 2**30:.1f} GiB free for this process. Choose a smaller model or bfloat16, or "
+            "give it more memory."
+        )
 
 
 def peak(config: EncoderConfig, dtype_bytes: int, *, taps: int = 0, lists: int = 0) -> Peak:

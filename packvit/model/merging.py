@@ -14,7 +14,7 @@ from packvit.model.activations import activate
 from packvit.model.linear import Linear
 from packvit.model.norms import Tokens, norm_of
 from packvit.packs.grid import Grid, read_grid, sequence_lengths, to_device
-from packvit.packs.places import PatchPlaces
+from packvit.packs.places import ClipPlaces, PatchPlaces
 from packvit.packs.segments import Segments
 
 
@@ -48,7 +48,11 @@ class Merging:
         """
         if side < 1:
             raise ValueError(f"side is {side}, but a merged token holds at least 1 x 1 patches.")
-        grid = read_grid(grid_thw, patches=patches)
+        return cls.of_images(read_grid(grid_thw, patches=patches), side=side, device=device)
+
+    @classmethod
+    def of_images(cls, grid: Grid, *, side: int, device: torch.device | str) -> "Merging":
+        """Plan squares, as `from_grid`, of a grid that was read before."""
         merged: Grid = tuple(
             (t, -(-rows // side), -(-columns // side)) for t, rows, columns in grid
         )
@@ -56,11 +60,11 @@ class Merging:
         frames = np.repeat(np.asarray(grid), [t for t, _, _ in grid], axis=0)  # [S, 3]
         sizes = frames[:, 1] * frames[:, 2]
         table = to_device(np.stack([sizes.cumsum() - sizes, frames[:, 1], frames[:, 2]]), device)
-        first, rows, columns = table.index_select(1, places.sequence)[:, :, None]  # each [M, 1]
+        first, rows, columns = table.index_select(1, places.sequence).unsqueeze(2)  # each [M, 1]
         corner = torch.arange(side * side, dtype=torch.int64, device=device)
         down, right = corner.div(side, rounding_mode="floor"), corner % side
-        row = torch.minimum(places.row[:, None] * side + down, rows - 1)
-        column = torch.minimum(places.column[:, None] * side + right, columns - 1)
+        row = torch.minimum(places.row.unsqueeze(1) * side + down, rows - 1)
+        column = torch.minimum(places.column.unsqueeze(1) * side + right, columns - 1)
         members = first + row * columns + column
         segments = Segments.from_lengths(lengths, device=device)
         return cls(members, torch.tensor(merged, dtype=torch.int64, device="cpu"), segments)
@@ -101,11 +105,15 @@ class Merged(NamedTuple):
 
 
 class Mergers(nn.Module):
-    """The merger of a checkpoint, and those of its deepstack."""
+    """The merger of a checkpoint, and those of its deepstack.
+
+    Where it attends over clips, it merges the mean over a clip's frames, and has no deepstack.
+    """
 
     def __init__(self, config: EncoderConfig, merger: Merger) -> None:
         super().__init__()
         self.side, self.layers = merger.side, merger.deepstack
+        self.clips = config.segments == "clip"
         self.last = PatchMerger(merger, config.width, norms_squares=False)
         self.deepstack = nn.ModuleList(
             PatchMerger(merger, config.width, norms_squares=True) for _ in merger.deepstack
@@ -114,12 +122,14 @@ class Mergers(nn.Module):
     def forward(self, tokens: Tokens, taps: Mapping[int, Tokens], grid: Grid) -> Merged:
         """Merge the last layer's tokens, and of `taps` those of the deepstack's layers.
 
-        Raises: ValueError naming the first image that does not part into squares.
+        Raises: ValueError naming the first image that does not divide into squares.
         """
         check_squares(grid, self.side)
-        sides = torch.tensor(grid, dtype=torch.int64, device="cpu")
-        device = tokens.device
-        merging = Merging.from_grid(sides, patches=len(tokens), side=self.side, device=device)
+        if self.clips and any(frames > 1 for frames, _, _ in grid):
+            tokens = mean_over_frames(tokens, grid)
+        if self.clips:
+            grid = tuple((1, rows, columns) for _, rows, columns in grid)
+        merging = Merging.of_images(grid, side=self.side, device=tokens.device)
         deep = zip(self.layers, self.deepstack, strict=True)
         return Merged(
             self.last(tokens, merging),
@@ -128,8 +138,18 @@ class Mergers(nn.Module):
         )
 
 
+def mean_over_frames(tokens: Tokens, grid: Grid) -> Float[Tensor, "places D"]:
+    """Return each place of a clip as the mean over its frames, in one call, summed in order."""
+    clips = ClipPlaces.from_grid(grid, device=tokens.device)
+    ordered = tokens.index_select(0, clips.order).to(
+        torch.promote_types(tokens.dtype, torch.float32)
+    )
+    means = torch.segment_reduce(ordered, "mean", lengths=clips.frames, unsafe=True)
+    return means.to(tokens.dtype)
+
+
 def check_squares(grid: Grid, side: int) -> None:
-    """Refuse images that do not part into squares of patches.
+    """Refuse images that do not divide into squares of patches.
 
     Raises: ValueError naming the first one.
     """

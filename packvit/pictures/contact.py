@@ -12,13 +12,16 @@ from packvit.corpus.inputs.sources import Input
 from packvit.images.decode import ImageError, load_image
 from packvit.pictures.colours import BLANK
 from packvit.pictures.draw import check_out, write_picture
+from packvit.pictures.maps import count
 from packvit.pictures.neighbours import THUMBNAIL
 from packvit.pictures.sheet import INK, WIDTH, Panel, draw_sheet, font
+from packvit.retrieval.duplicates import Duplicates, Member
 from packvit.retrieval.photographs import find_inputs, load_photograph
 from packvit.retrieval.queries import Query
 from packvit.retrieval.search import Found, Hit
 
 MOST = 140  # pictures on a sheet
+ACROSS = 12  # pictures of a group
 TILE, LETTERS = (THUMBNAIL, THUMBNAIL * 3 // 4), 48  # of a query's words: its size, and the font's
 
 
@@ -85,6 +88,43 @@ def hit_panels(
         for hit in hits:
             caption = f"{hit.score:.3f}  {PurePath(hit.id).name}"
             yield Panel((thumbnails[hit.path],), (caption,))
+
+
+def write_groups(found: Duplicates, out: str, *, width: int = WIDTH) -> list[str]:
+    """Write a sheet of the groups of duplicates; return the paths of those that cannot be read.
+
+    Groups beyond `MOST` pictures are left out, and of a group those beyond `ACROSS`.
+
+    Raises: UsageError if `out` is one of the photographs; WriteError.
+    """
+    target = check_picture(out, [member.path for group in found.groups for member in group])
+    shown: list[tuple[Member, ...]] = []
+    for group in found.groups:
+        if sum(map(len, shown)) + min(ACROSS, len(group)) > MOST:
+            break
+        shown.append(group[:ACROSS])
+    paths = [member.path for group in shown for member in group]
+    thumbnails = Thumbnails(find_inputs(paths, found.image_column))
+    panels = [
+        Panel(
+            tuple(thumbnails[member.path] for member in group),
+            tuple(f"{say(member)}  {PurePath(member.id).name}".strip() for member in group),
+        )
+        for group in shown
+    ]
+    title = (
+        f"{count(len(shown), 'group')} of {len(found.groups):,} in {found.rows:,} photographs; "
+        "each before what may go"
+    )
+    write_picture(draw_sheet(title, panels, width=width), target)
+    return thumbnails.lost
+
+
+def say(member: Member) -> str:
+    """Return how a photograph is like the first of its group."""
+    if member.match == "near":
+        return f"{member.score:.3f}"
+    return {"first": "", "bytes": "equal bytes", "pixels": "equal pixels"}[member.match]
 
 
 def draw_query(query: Query) -> Image.Image:

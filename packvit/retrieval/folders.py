@@ -6,6 +6,7 @@ No torch.
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -15,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from packvit.corpus import UsageError
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.folder.names import names_of
-from packvit.corpus.folder.reader import damaged, map_matrix, open_finished, read_whole
+from packvit.corpus.folder.reader import damaged, map_matrix, matrix_of, open_finished, read_whole
 
 BLOCK = 4096  # rows: 12 MiB at a width of 768
 AHEAD = 2  # parts that are read while one is used
@@ -66,7 +67,11 @@ class Vectors:
     def read_part(self, number: int) -> np.ndarray:
         """Return the vectors of one part."""
         table = read_whole(self.folder, self.parts[number], [self.column])
-        return to_matrix(table[self.column].combine_chunks(), self.width)
+        return to_matrix(table, self.column)
+
+    def ids(self, number: int) -> pa.Array:
+        """Return the ids of the rows of one part."""
+        return read_whole(self.folder, self.parts[number], ["id"])["id"].combine_chunks()
 
     def take(self, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return these columns of these rows, in their order; only their parts are read."""
@@ -129,11 +134,18 @@ def open_vectors(folder: str | os.PathLike[str], column: str = "pooled") -> Vect
     )
 
 
-def to_matrix(column: pa.Array, width: int) -> np.ndarray:
-    """Return vectors [rows, D] of a column, NaN where a row is null; a view if none is."""
-    if not column.null_count:
-        return column.flatten().to_numpy().reshape(-1, width)
-    vectors = np.full((len(column), width), np.nan, np.float32)
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
-    vectors[valid] = column.drop_null().flatten().to_numpy().reshape(-1, width)
-    return vectors
+def to_matrix(table: pa.Table, name: str) -> np.ndarray:
+    """Return a column of vectors [rows, D], NaN where a row is an error; a view where none is."""
+    column = table[name].combine_chunks()
+    if column.null_count:
+        return matrix_of(table, name)
+    return column.flatten().to_numpy().reshape(-1, column.type.list_size)
+
+
+@contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """Turn an OSError into a WriteError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} could not be written: {error.strerror}.") from error

@@ -6,7 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packvit.corpus import UsageError
+from packvit.model.device import find_device
+
 QUERIES = 512  # at once: their cosines to a block take 8 MiB
+
+
+def choose_device(device: str | None) -> torch.device:
+    """Return the device that is meant; None is a GPU if there is one.
+
+    Raises: UsageError for one that is not there.
+    """
+    try:
+        return find_device(device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def find_nearest(

@@ -11,10 +11,9 @@ import numpy as np
 
 from packvit.corpus import UsageError
 from packvit.corpus.inputs.roots import place, recorded_root
-from packvit.model.device import find_device
 from packvit.retrieval.folders import Vectors, open_vectors
 from packvit.retrieval.index import search_index
-from packvit.retrieval.nearest import find_nearest
+from packvit.retrieval.nearest import choose_device, find_nearest
 from packvit.retrieval.queries import Asked, Query, choose_column, embed_queries, read_queries
 
 TOP = 10
@@ -137,7 +136,7 @@ def scan(
     vectors: Vectors, wanted: np.ndarray, count: int, device: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the cosines and rows of the `count` nearest of each query, by one pass over all."""
-    where = find_device(device)
+    where = choose_device(device)
     blocks = vectors.blocks() if where.type == "cpu" else vectors.blocks(ON_GPU)
     return find_nearest(wanted, blocks, count, where)
 

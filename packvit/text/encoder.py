@@ -28,6 +28,8 @@ from packvit.packs.planning import plan_packs
 from packvit.packs.segments import Segments
 from packvit.text.tokenizing import Tokenizer
 
+Vectors = Tensor | np.ndarray
+
 
 class TextPack(NamedTuple):
     """What one forward takes: `text(pack)`, `text(*pack)` and `text.encode(pack)`.
@@ -88,8 +90,9 @@ class TextEncoder(nn.Module):
         shared = config.projection
         self.projection = Linear(config.width, shared, bias=False) if shared else None
         # Logarithm of what cosines are multiplied by, and what is added: as checkpoints keep them.
-        self.logit_scale = nn.Parameter(torch.zeros((), dtype=torch.float32))
-        bias = nn.Parameter(torch.zeros((), dtype=torch.float32)) if config.logit_bias else None
+        # Vectors of one number, since FSDP2 shards nothing without a dimension.
+        self.logit_scale = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        bias = nn.Parameter(torch.zeros(1, dtype=torch.float32)) if config.logit_bias else None
         self.logit_bias = bias
 
     @property
@@ -196,7 +199,7 @@ class TextEncoder(nn.Module):
 
         A text that is too long is truncated as the reference does.
 
-        Raises: TypeError for what is no list of strings; ValueError for an empty one.
+        Raises: as `tokenize`.
         """
         return self.lay(self.tokenize(texts))
 
@@ -239,19 +242,21 @@ class TextEncoder(nn.Module):
                 vectors[chosen] = self.encode(pack).vectors().cpu().numpy()
         return vectors
 
-    def logits(self, images: Tensor, texts: Tensor) -> Float[Tensor, "N M"]:
+    def logits(self, images: Vectors, texts: Vectors) -> Float[Tensor, "N M"]:
         """Return how well each image fits each text, as the model was trained: scaled cosines.
 
-        Shapes: images [N, E], texts [M, E], vectors of the shared space -> [N, M].
+        Shapes: images [N, E], texts [M, E], vectors of the shared space, tensors or what both
+        `embed` return -> [N, M].
         """
+        seen, read = (torch.as_tensor(each, device=self.device) for each in (images, texts))
         scale = self.logit_scale
         if self.config.most_scale is not None:
             scale = scale.clamp(0.0, math.log(self.config.most_scale))
-        cosines = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+        cosines = F.normalize(seen, dim=-1) @ F.normalize(read, dim=-1).T
         scaled = cosines * scale.exp()
         return scaled if self.logit_bias is None else scaled + self.logit_bias
 
-    def probabilities(self, images: Tensor, texts: Tensor) -> Float[Tensor, "N M"]:
+    def probabilities(self, images: Vectors, texts: Vectors) -> Float[Tensor, "N M"]:
         """Return how likely each text is for each image: of each pair alone, or one of all texts.
 
         SigLIP judges each pair by itself, by a sigmoid; CLIP and LiT share 1 among the texts.

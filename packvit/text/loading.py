@@ -54,7 +54,7 @@ def load_text(
                 outer[:-1] in layout.unread for outer in outer_prefixes(f"{name}.")
             ),
             # Exact numbers of two: in bf16 a scale of 100 would be off by 1 %.
-            place=lambda t: t.to(device, dtype if t.ndim else torch.float32, copy=True),
+            place=lambda t: t.to(device, dtype if t.numel() > 1 else torch.float32, copy=True),
         )
         encoder.load_state_dict(state, assign=True)
     encoder.checkpoint = checkpoint

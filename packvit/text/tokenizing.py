@@ -27,6 +27,7 @@ SPECIAL = "special_tokens_map.json"
 WHOLE = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 PIECES = "spiece.model"
+TOKENIZER_FILES = (SETTINGS, SPECIAL, WHOLE, VOCABULARY, MERGES, PIECES)
 
 Side = Literal["left", "right"]
 

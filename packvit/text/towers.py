@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from packvit.checkpoints.config_json import Json, activation, agreed, entry, sizes
 from packvit.checkpoints.errors import CheckpointError
-from packvit.checkpoints.rules import Rule, layers, prefixed, rename, reshape
+from packvit.checkpoints.rules import Rule, layers, prefixed, rename
 from packvit.config import TextConfig
+from packvit.families import clip, siglip, siglip2
 from packvit.families.aimv2 import APPLE_BLOCKS, TRANSFORMERS_BLOCKS
 from packvit.families.clip_siglip import CLIP_BLOCK
 
@@ -31,7 +32,8 @@ class TextTower:
     layouts: tuple[TextLayout, ...]
     read: Callable[[Json], TextConfig]
     tokenizer: str  # transformers' class, where the checkpoint names none
-    space: str  # which output shares a space with which of the image's
+    space: str  # the image encoder's output that texts compare with
+    checkpoints: tuple[str, ...]  # published, by their names on the hub
 
     def layout(self, names: Collection[str]) -> TextLayout:
         """Return the layout whose marker is among the tensors' names, or behind one prefix.
@@ -121,6 +123,11 @@ def read_aimv2(config: Json) -> TextConfig:
     )
 
 
+def number(ours: str, theirs: str) -> Rule:
+    """A vector of one number, of which the checkpoint keeps the number."""
+    return Rule(ours, (theirs,), lambda t: t[0].reshape(1), lambda t: [t.reshape(())])
+
+
 EMBEDDINGS = (
     rename("embeddings.tokens.weight", "embeddings.token_embedding.weight"),
     rename("embeddings.positions", "embeddings.position_embedding.weight"),
@@ -133,7 +140,7 @@ CLIP_RULES = (
 )
 PROJECTED = (
     rename("projection.weight", "text_projection.weight"),
-    rename("logit_scale", "logit_scale"),
+    number("logit_scale", "logit_scale"),
 )
 
 CLIP = TextTower(
@@ -149,13 +156,14 @@ CLIP = TextTower(
     read=read_clip,
     tokenizer="CLIPTokenizer",
     space="projected",
+    checkpoints=clip.FAMILY.checkpoints,
 )
 SIGLIP_LAYOUT = TextLayout(
     "text_model.final_layer_norm.weight",
     (
         *prefixed((*CLIP_RULES, *layers("", "", {"head": "head"})), "text_model."),
-        reshape("logit_scale", "logit_scale", 1),
-        reshape("logit_bias", "logit_bias", 1),
+        rename("logit_scale", "logit_scale"),
+        rename("logit_bias", "logit_bias"),
     ),
     ("vision_model", POSITION_IDS),
 )
@@ -166,9 +174,14 @@ SIGLIP = TextTower(
     read=read_siglip,
     tokenizer="SiglipTokenizer",
     space="pooled",
+    checkpoints=siglip.FAMILY.checkpoints,
 )
 SIGLIP2 = replace(
-    SIGLIP, name="SigLIP2 NaFlex", model_types=("siglip2",), tokenizer="Siglip2Tokenizer"
+    SIGLIP,
+    name="SigLIP2 NaFlex",
+    model_types=("siglip2",),
+    tokenizer="Siglip2Tokenizer",
+    checkpoints=siglip2.FAMILY.checkpoints,
 )
 AIMV2 = TextTower(
     name="AIMv2 LiT",
@@ -188,7 +201,7 @@ AIMV2 = TextTower(
                 rename("embeddings.positions", "text_encoder.preprocessor.positional_embedding"),
                 *prefixed(APPLE_BLOCKS, "text_encoder."),
                 rename("projection.weight", "text_projector.weight"),
-                rename("logit_scale", "log_logit_scale"),
+                number("logit_scale", "log_logit_scale"),
             ),
             ("image_encoder", "image_projector"),
         ),
@@ -196,6 +209,7 @@ AIMV2 = TextTower(
     read=read_aimv2,
     tokenizer="CLIPTokenizer",
     space="projected",
+    checkpoints=("apple/aimv2-large-patch14-224-lit",),
 )
 
 TEXT_TOWERS = (CLIP, SIGLIP, SIGLIP2, AIMV2)

@@ -158,6 +158,7 @@ def export(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
             encoder.config,
             tensors,
             encoder.carried,
+            origin=encoder.origin,
             patch_order=encoder.patch_order,
             preprocessor=encoder.checkpoint.preprocessor if encoder.checkpoint else None,
         )

@@ -1,7 +1,7 @@
 """Compare what is written and read: saved weights that transformers loads, and preprocessing."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +32,8 @@ PHOTOGRAPHS = ((300, 421), (640, 97), (97, 640), (61, 50), (1024, 683), (224, 22
 # Of processors that resize in floating point: Pillow, which we resize with, rounds to 8 bits twice,
 # by half a step each, after the rows and after the columns.
 ROUNDING = 1 / 255
+# Entries of a configuration in transformers that are about files, and not about a model.
+ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "model_type", "transformers_version")
 
 
 def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Comparison]:
@@ -57,20 +59,37 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
     }
     where = f"saved by us, loaded as {name}"
     yield Comparison("weights", where, "count", "none", "float32", "none", float(len(wrong)), 0.0)
-    # The settings that were saved beside the weights show in what the model says. Not to the bit:
-    # kernels round by where in memory a file's weights happen to start.
+    other = different(entries_read(after), entries_read(before))
+    yield Comparison("configuration", where, "count", "none", "float32", "none", other, 0.0)
+    # And what the model says. Not to the bit: kernels round by where in memory a file's weights
+    # happen to start.
     table = encoder.config.positions
     rows, columns = (5, 7)
     if isinstance(table, Table) and not table.any_grid:
         rows, columns = table.rows, table.columns
-    if merger := encoder.config.merger:
-        rows, columns = rows * merger.side, columns * merger.side
+    rows, columns = rows * encoder.images.multiple, columns * encoder.images.multiple
     grid = ((1, rows, columns),) * (1 + 256 // (rows * columns))
     patches = draw(grid, encoder, seed=0)
     said, own, truth = (run(model, patches, grid)["tokens"] for model in (after, before, exact))
     for judged in judge(said, own, truth, dtype=torch.float32, blocks=encoder.config.layers):
         numbers = (judged.worst, judged.limit, judged.own)
         yield Comparison("tokens", where, judged.measure, "alone", "float32", "none", *numbers)
+
+
+def entries_read(model: nn.Module) -> dict[str, Any]:
+    """Return what a model of transformers read in config.json about its vision tower."""
+    config: Any = model.config
+    looking = getattr(config, "vision_config", config)
+    # Beside a text tower the outer width of the projection counts, and the inner is a leftover.
+    shared = {x: getattr(config, x) for x in ("projection_dim",) if hasattr(looking, x)}
+    entries = looking.to_dict() | shared
+    return {name: value for name, value in entries.items() if name not in ABOUT_FILES}
+
+
+def different(some: Mapping[str, Any], others: Mapping[str, Any]) -> float:
+    """Return how many entries are not the same in both."""
+    names = some.keys() | others.keys()
+    return float(sum(n not in some or n not in others or some[n] != others[n] for n in names))
 
 
 def compare_taken_over(encoder: Encoder, model: nn.Module) -> Comparison:
@@ -143,6 +162,8 @@ def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tup
     made = processor(images=image.convert("RGB"), return_tensors="pt")
     if "image_grid_thw" in made:
         _, rows, columns = made["image_grid_thw"][0].tolist()
+        if made["pixel_values"].ndim == 4:  # in raster order
+            return made["pixel_values"].permute(0, 2, 3, 1).flatten(1), (rows, columns)
         side = processor.merge_size
         blocks = made["pixel_values"].unflatten(1, (3, -1, patch, patch))[:, :, 0]
         squares = blocks.view(rows // side, columns // side, side, side, 3, patch, patch)

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend
 from packvit.checkpoints.folders import EMBEDDED
 from packvit.families import FAMILIES
 from packvit.model.attention import BACKENDS, AttentionInputs, Backend, resolve
+from packvit.text.towers import TEXT_TOWERS
 from packvit.version import TESTED, newer_than_tested, version_of
 
 PACKAGES = ("torch", "safetensors", "numpy", "pillow", "pyarrow", "transformers", "flash-attn-4")
@@ -50,6 +51,10 @@ def survey() -> dict[str, Any]:
                 "checkpoints": list(encoder.family.checkpoints),
             }
             for encoder in FAMILIES
+        ],
+        "text_towers": [
+            {"name": t.name, "space": t.space, "checkpoints": list(t.checkpoints)}
+            for t in TEXT_TOWERS
         ],
         "embedded": {name: str(folder) for name, folder in EMBEDDED.items()},
     }
@@ -102,6 +107,23 @@ def families_page() -> str:
         layouts = ", ".join(dict.fromkeys(layout.name for layout in family.layouts))
         some = f"{len(family.checkpoints)}, such as `{family.checkpoints[0]}`"
         lines.append(f"| {family.name} | `{encoder.__name__}` | {layouts} | {some} |")
+    return "\n".join(lines) + "\n"
+
+
+def text_page() -> str:
+    """Return the table of text towers for the docs."""
+    lines = ["| text tower | a text is | images' output in the same space | checkpoints |"]
+    lines.append("|---|---|---|---|")
+    for tower in TEXT_TOWERS:
+        config, first = tower.read({}), tower.checkpoints[0]
+        size = (
+            f"{config.positions} tokens, filled up"
+            if config.padded
+            else (f"up to {config.positions} tokens, causal")
+        )
+        count = len(tower.checkpoints)
+        some = f"`{first}`" if count == 1 else f"{count}, such as `{first}`"
+        lines.append(f"| {tower.name} | {size} | `{tower.space}` | {some} |")
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+import towers
 import transformers
 from click.testing import CliRunner, Result
 from small_checkpoint import write_checkpoint
@@ -36,7 +37,7 @@ from packvit.bench.run import BASELINE, measure
 from packvit.bench.table import as_markdown, native_table
 from packvit.bench.workloads import Workload, encoder_flops, workload
 from packvit.cli.bench import bench
-from packvit.families import AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
+from packvit.families import FAMILIES, AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
 from packvit.verification.references import write_random
 
 TITLES = {candidate.title for candidate in (*PEERS, *OURS)}
@@ -121,6 +122,27 @@ def test_all_contenders_compute_the_same(name: str, aimv2: Path, siglip2: Path):
     assert "no two images share a grid" in mixed["missing"]["transformers, grouped by equal grid"]
     assert {BASELINE, "transformers, grouped by equal grid"} <= equal["results"].keys()
     assert "it needs CUDA tensors" in mixed["missing"]["packvit, torch"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+def test_towers_run_beside_transformers_own_packs(name: str, tmp_path: Path):
+    towers.build(name).save_pretrained(tmp_path)
+    report = measure(BenchOptions(str(tmp_path), ("mixed",), rounds=2, device="cpu"), silent)
+    [mixed] = report["workloads"]
+    assert mixed["wrong"] == {}
+    assert {BASELINE, "transformers, packed", "packvit, sdpa"} <= mixed["results"].keys()
+    assert "takes no mask" in mixed["missing"]["transformers, padded"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+def test_operations_of_towers_are_those_that_torch_counts(name: str):
+    model = towers.build(name)
+    [family] = [f for f in FAMILIES if model.config.model_type in f.family.model_types]
+    ours, grid = family.from_transformers(model), ((1, 10, 20), (2, 4, 6))
+    patches = reference.draw_patches([*grid], ours.config.patch_dim)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        ours(patches, torch.tensor(grid))
+    assert forward.get_total_flops() == encoder_flops(ours.config, grid).forward
 
 
 def test_what_computes_something_else_is_called_wrong_and_not_timed(

@@ -1,5 +1,6 @@
 """The towers of multimodal models against transformers, on weights and grids drawn at random."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,21 @@ import towers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
 
 import packvit
+from packvit import hub
+from packvit.corpus.folder.checking import check_folder
 from packvit.encoder import Encoder
+from packvit.families import FAMILIES
 from packvit.packs.features import Features, image_means
+from packvit.pictures.draw import draw as draw_pictures
+from packvit.training.blocks import checkpoint_activations
+from packvit.verification import VerifyOptions
+from packvit.verification.verify import verify_checkpoint
 
 KINDS = tuple(towers.KINDS)
 GRID: towers.Grid = [(1, 2, 46), (1, 38, 2), (3, 4, 6), (1, 2, 2), (1, 6, 34), (1, 14, 14)]
@@ -96,7 +107,8 @@ def test_a_tower_is_written_back_bit_for_bit_and_read_by_transformers(tmp_path: 
     assert not any(info.values())
     ours, theirs = again.config.to_dict(), model.config.to_dict()
     for left_out in ("_name_or_path", "initializer_range", "transformers_version", "architectures"):
-        ours.pop(left_out, None), theirs.pop(left_out, None)
+        for config in (ours, theirs):
+            config.pop(left_out, None)
     assert ours == theirs
     assert packvit.load(tmp_path / "ours").config == encoder.config
 
@@ -111,7 +123,7 @@ def test_the_tower_of_a_whole_model_is_read_and_the_rest_reported(
     tensors = load_file(folder / "model.safetensors")
     text = "model.language_model" if prefix.startswith("model") else "model"
     others = {
-        f"{text}.layers.0.x.weight": torch.full((2,), torch.nan),
+        f"{text}.layers.0.x.weight": torch.ones(2),
         "lm_head.weight": torch.ones(2),
     }
     save_file(
@@ -127,7 +139,7 @@ def test_the_tower_of_a_whole_model_is_read_and_the_rest_reported(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_in_memory_is_taken_over(kind: str):
     model = towers.build(kind)
-    [family] = [e for e in packvit.families.FAMILIES if e.family.claims(model.config.to_dict())]
+    [family] = [e for e in FAMILIES if e.family.claims(model.config.to_dict())]
     encoder = family.from_transformers(model)
     patches = draw(encoder)
     assert towers.misses(encode(encoder, patches), model, patches, GRID) == []
@@ -228,11 +240,88 @@ def test_images_are_prepared_pixel_for_pixel_as_transformers_does(
 def test_native_and_bounded_images_part_into_squares(tmp_path: Path):
     encoder = packvit.load(saved(tmp_path, towers.build("qwen3_5")))
     image = Image.new("RGB", (1000, 700))
-    for options in (
+    several: list[dict[str, Any]] = [
         {"resize": "native"},
         {"max_patches": 100},
         {"resize": "native", "max_patches": 30},
-    ):
+    ]
+    for options in several:
         pack = encoder.pack([image], **options)
         assert all(side % 2 == 0 for side in pack.grid_thw[0, 1:].tolist())
         assert len(pack.hidden_states) <= options.get("max_patches", 1024)
+
+
+def test_a_job_writes_means_of_merged_tokens_and_its_photographs_are_drawn(tmp_path: Path):
+    folder = saved(tmp_path, towers.build("qwen2_5_vl"))
+    (tmp_path / "photos").mkdir()
+    for side in (64, 90, 150):
+        noise = Image.effect_noise((side, 100), 90).convert("RGB")
+        noise.save(tmp_path / "photos" / f"{side}.png")
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"device": "cpu", "workers": 1, "taps": (1,), "format": "npy"}
+    packvit.embed(tmp_path / "photos", out=out, model=folder, **options)
+    assert check_folder(out).faults == []
+    written = packvit.read(out)
+    assert written.matrix.shape == (3, 40)
+    paths = sorted((tmp_path / "photos").iterdir(), key=lambda path: path.name)
+    expected = packvit.load(folder).embed(paths)
+    np.testing.assert_allclose(written.matrix, expected, atol=1e-4)
+    manifest = json.loads((out / "_manifest.json").read_bytes())
+    assert manifest["pooled"] == "mean of merged tokens"
+    picture = str(tmp_path / "picture.png")
+    draw_pictures([str(tmp_path / "photos")], out=picture, model=str(folder), device="cpu")
+    with Image.open(picture) as drawn:
+        assert drawn.width > 100
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_activations_give_the_same_gradients(kind: str):
+    model = towers.build(kind)
+    [family] = [e for e in FAMILIES if e.family.claims(model.config.to_dict())]
+    found = []
+    for recomputed in (False, True):
+        encoder = family.from_transformers(model).train()
+        if recomputed:
+            checkpoint_activations(encoder)
+        merged = encode(encoder, draw(encoder)).merged
+        assert merged is not None
+        merged.square().mean().backward()
+        found.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    assert found[0]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "vocab_size": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]},
+}
+WHOLE = {
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_whole_model_in_shards_gives_its_tower(tmp_path: Path, kind: str):
+    tower, whole = towers.build(kind, out_hidden_size=48), WHOLE[kind]
+    config = whole.config_class(vision_config=tower.config.to_dict(), text_config=TEXT)
+    model = whole(config)
+    model.model.visual.load_state_dict(tower.state_dict())
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    encoder = packvit.load(tmp_path)
+    patches = draw(encoder)
+    assert towers.misses(encode(encoder, patches), tower, patches, GRID) == []
+    assert encoder.skipped
+    assert not any("visual" in name for name in encoder.skipped)
+    findings = verify_checkpoint(tmp_path, VerifyOptions(quick=True, lower=()), device="cpu")
+    assert findings.missed == ()
+    hub.convert(tmp_path, tmp_path / "alone", "transformers")
+    assert packvit.load(tmp_path / "alone").config == encoder.config

@@ -160,8 +160,8 @@ def test_gradients_agree_with_the_oracle(backend: str, head_dim: int):
     drawn = torch.randn(4, sum(lengths), 4, head_dim, generator=generator)
 
     def gradients(drawn: Tensor, attention: Callable[[Tensor, Tensor, Tensor], Tensor]):
-        taught = [drawn[part].clone().requires_grad_() for part in range(3)]
-        return torch.autograd.grad((attention(*taught) * drawn[3]).sum(), taught)
+        leaves = [drawn[part].clone().requires_grad_() for part in range(3)]
+        return torch.autograd.grad((attention(*leaves) * drawn[3]).sum(), leaves)
 
     segments = Segments.from_lengths(lengths, device="cuda")
     half = drawn.bfloat16()

@@ -201,7 +201,7 @@ def test_a_grid_is_resized_once_until_the_table_changes(monkeypatch: pytest.Monk
         assert made == [(3, 7), (9, 2), (3, 7)]
         ask((9, 10), (3, 7))  # 90 + 21 patches are more than are kept: the oldest goes
     assert made[3:] == [(9, 10), (3, 7)]
-    assert tables.bank(table, [(3, 7)]).requires_grad  # taught now, and nothing is kept
+    assert tables.bank(table, [(3, 7)]).requires_grad  # trained now, and nothing is kept
     assert not tables.kept
 
 

@@ -86,7 +86,7 @@ def test_clip_ids_of_the_older_two_files_equal_the_references(tmp_path: Path):
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     plain = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    settings = {"tokenizer_class": "CLIPTokenizer", "unk_token": "<|endoftext|>"}
+    settings: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer", "unk_token": "<|endoftext|>"}
     for name in ("bos", "eos"):
         word = {"bos": "<|startoftext|>", "eos": "<|endoftext|>"}[name]
         settings[f"{name}_token"] = {"__type": "AddedToken", "content": word, **plain}

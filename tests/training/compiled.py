@@ -37,8 +37,8 @@ def main(job: dict[str, Any]) -> None:
         for one in (encoder, plain):
             one.zero_grad()
             one(patches, grid).float().square().mean().backward()
-            taught = [p.grad.flatten().float() for p in one.parameters() if p.grad is not None]
-            gradients.append(torch.cat(taught))
+            grads = [p.grad.flatten().float() for p in one.parameters() if p.grad is not None]
+            gradients.append(torch.cat(grads))
         if number >= WARM_UP:
             ours, theirs = gradients
             differences.append(((ours - theirs).norm() / theirs.norm()).item())

@@ -181,9 +181,9 @@ def test_lora_learns_in_every_block_and_merges_into_a_checkpoint(tmp_path: Path,
     patches = reference.draw_patches(OWN, encoder.config.patch_dim)
     tokens = adapted(patches, GRID)
     tokens.square().mean().backward()
-    taught = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
-    assert len(taught) == 2 * len(block_linears(encoder))
-    assert all(grad is not None and grad.abs().max() > 0 for grad in taught.values())
+    grads = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(grads) == 2 * len(block_linears(encoder))
+    assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
     assert (tokens - before).abs().max() > 0.01
 
     adapted.save_pretrained(tmp_path / "adapter")

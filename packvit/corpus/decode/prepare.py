@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from packvit.corpus.folder.known import REUSED, find_trusted, is_known
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.sources import Input, read
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
@@ -26,6 +27,7 @@ class Preprocessing(Cutting):
 
     max_pixels: int
     decode: Decode = "pil"
+    known: str | None = None  # the index of the rows that may be taken over
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,15 @@ def prepare(
     if source.error:
         code, found_in = source.error
         return Prepared(replace(row, status=code, stage=found_in))
+    if preprocessing.known and (sha256 := find_trusted(preprocessing.known, source)):
+        return Prepared(replace(row, status=REUSED, sha256=sha256))
     stage: Stage = "read"
     try:
         data = read(source, pause=pause, alone=alone)
-        row = replace(row, sha256=hashlib.sha256(data).hexdigest())
+        sha256 = hashlib.sha256(data).hexdigest()
+        row = replace(row, sha256=sha256)
+        if preprocessing.known and is_known(preprocessing.known, sha256):
+            return Prepared(replace(row, status=REUSED))
         stage = "decode"
         if preprocessing.decode == "gpu":
             plan = plan_jpeg(

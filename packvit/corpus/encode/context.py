@@ -1,6 +1,7 @@
 """What embedding a shard needs: encoder, options, decoders, and who decodes JPEGs."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded, JpegDecoder
 from packvit.gpu.jpeg import JpegPlan
+from packvit.gpu.nvjpeg import NvJpeg
 
 # Returns files' patches on the device, and the indices of those it refuses: JpegDecoder.decode.
 DecodeJpegs = Callable[[Sequence[bytes | np.ndarray], Sequence[JpegPlan]], Decoded]
@@ -32,15 +34,22 @@ class EmbedContext:
         return make_preprocessing(self.encoder, self.options)
 
 
-def make_context(encoder: Encoder, options: EmbedOptions, decoders: Decoders) -> EmbedContext:
+def make_context(
+    encoder: Encoder,
+    options: EmbedOptions,
+    decoders: Decoders,
+    engine: Future[NvJpeg] | None = None,
+) -> EmbedContext:
     """Return the context for these options; the only place that decides who decodes JPEGs.
+
+    `engine` is what `begin_engine` started, where it did.
 
     Raises: UsageError naming what is missing if the device should decode JPEGs and cannot.
     """
     if options.decode == "pil":
         return EmbedContext(encoder, options, decoders)
     try:
-        decoder = JpegDecoder(encoder.images, encoder.patch_order, encoder.device)
+        decoder = JpegDecoder(encoder.images, encoder.patch_order, encoder.device, engine=engine)
     except (ImportError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     return EmbedContext(encoder, options, decoders, decoder.decode)
@@ -55,4 +64,5 @@ def make_preprocessing(encoder: Encoder, options: EmbedOptions) -> Preprocessing
         options.max_patches,
         options.max_pixels,
         options.decode,
+        options.reuse.index if options.reuse else None,
     )

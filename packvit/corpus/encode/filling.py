@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from packvit.corpus.decode.prepare import Prepared
 from packvit.corpus.encode.packs import Encoded
+from packvit.corpus.folder.known import REUSED
 from packvit.corpus.folder.layout import reading
 from packvit.corpus.folder.parts import Outputs, build_table, read_part, replace_rows
 from packvit.corpus.folder.rows import Row
@@ -96,16 +97,29 @@ class PreparedPack:
 Watch = Callable[[Sequence[Row]], None]
 
 
+# Returns the features of a row that another folder has.
+TakeOver = Callable[[Row], Encoded]
+
+
 def fill_packs(
-    part: Part, prepared: Iterator[Prepared], budget: int, watch: Watch
+    part: Part,
+    prepared: Iterator[Prepared],
+    budget: int,
+    watch: Watch,
+    take_over: TakeOver | None = None,
 ) -> Iterator[PreparedPack]:
-    """Yield the packs of a shard; one empty pack if all its rows are errors."""
+    """Yield the packs of a shard; one empty pack if none of its images is to be encoded."""
     places: list[int] = []  # the row of each image that is not an error
     waiting: dict[int, Prepared] = {}  # images that wait for their pack, by row
 
     def lengths() -> Iterator[int]:
         for place, image in enumerate(prepared):
             part.rows.append(image.row)
+            if image.row.status == REUSED:
+                assert take_over is not None
+                part.pending += 1
+                watch(part.take([place], [take_over(image.row)]))
+                continue
             if image.row.status != "ok":
                 watch([image.row])
                 continue

@@ -13,7 +13,8 @@ from dataclasses import replace
 from packvit.corpus.decode.prepare import Prepared
 from packvit.corpus.encode.context import EmbedContext
 from packvit.corpus.encode.filling import PreparedPack
-from packvit.corpus.encode.packs import OUT_OF_MEMORY, OnDevice, Ready
+from packvit.corpus.encode.packs import OnDevice, Ready
+from packvit.out_of_memory import suppressed
 
 AHEAD = 1  # packs decoded ahead of the one that is encoded; none where Pillow decodes everything
 
@@ -68,9 +69,10 @@ class JpegStage:
         files = [image.jpeg for image in images if image.jpeg]
         start = time.perf_counter()
         ready: list[Ready] = list(images)
-        try:
+        decoded = None
+        with suppressed():
             decoded = self.decode_jpegs([f.data for f in files], [f.plan for f in files])
-        except OUT_OF_MEMORY:
+        if decoded is None:
             return None
         patches = decoded.patches.split([file.plan.patches for file in files])
         for place, ours in zip(places, patches, strict=True):

@@ -6,7 +6,6 @@ host does other work.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -19,8 +18,7 @@ from packvit.corpus.folder.parts import DtypeOut
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
-
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+from packvit.out_of_memory import suppressed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +71,7 @@ class PendingPack:
 def submit(encoder: Encoder, images: Sequence[Ready], options: EmbedOptions) -> PendingPack:
     """Start to encode images as one pack; on a GPU, do not wait for it.
 
-    Raises: torch.OutOfMemoryError or MemoryError if they do not fit.
+    Raises: what `is_out_of_memory` tells if they do not fit.
     """
     began = time.perf_counter()
     rows = tuple(image.row for image in images)
@@ -231,7 +229,7 @@ def encode_whole(
     None if they do not fit. A function of its own, so that its tensors, and those held by the
     frames of an exception, are freed before another attempt.
     """
-    with suppress(*OUT_OF_MEMORY):
+    with suppressed():
         ready = make_ready(images)
         if ready is not None:
             return collect(submit(encoder, ready, options), options.dtype_out)

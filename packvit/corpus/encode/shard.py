@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from packvit.corpus.encode.context import EmbedContext
 from packvit.corpus.encode.filling import Part, PreparedPack, Shard, Watch, fill_packs
 from packvit.corpus.encode.jpegs import JpegStage
 from packvit.corpus.encode.packs import (
-    OUT_OF_MEMORY,
     Encoded,
     MakeReady,
     PendingPack,
@@ -28,8 +27,11 @@ from packvit.corpus.encode.packs import (
     submit,
 )
 from packvit.corpus.folder.layout import Commit, commit
+from packvit.corpus.folder.rows import Row
+from packvit.corpus.folder.taking import Taker
 from packvit.corpus.inputs.find import Input
 from packvit.corpus.progress import Effort
+from packvit.out_of_memory import suppressed
 from packvit.packs.planning import WINDOW
 
 # Packs submitted to a GPU and not collected. The first pack of a shard takes about as long to
@@ -83,6 +85,14 @@ def embed_shards(
     before earlier ones are copied back.
     """
     config, options = context.encoder.config, context.options
+    taker = Taker(options.reuse, options.outputs(config)) if options.reuse else None
+
+    def take_over(row: Row) -> Encoded:
+        assert taker is not None
+        taken = taker.take(row)
+        effort.reused += 1
+        return Encoded(taken.row, taken.vectors, taken.lists)
+
     listed: deque[Shard] = deque()  # shards whose images are being decoded
     unfinished: deque[Part] = deque()
 
@@ -96,7 +106,7 @@ def embed_shards(
             part = Part.of(listed.popleft(), options.outputs(config))
             unfinished.append(part)
             coming = chain([first], islice(prepared, len(part.shard.inputs) - 1))
-            yield from fill_packs(part, coming, options.token_budget, watch)
+            yield from fill_packs(part, coming, options.token_budget, watch, take_over)
 
     # The lookahead of a shard's last packs, and one pack more for the next shard.
     ahead = (WINDOW + 1) * options.token_budget * config.patch**2
@@ -136,7 +146,7 @@ class Encoding:
         self.effort.packs += 1
         self.effort.tokens += sum(image.row.patches for image in pack.images)
         pending = None
-        with suppress(*OUT_OF_MEMORY):  # its frames hold tensors, which are freed here
+        with suppressed():  # its frames hold tensors, which are freed here
             pending = None if ready is None else submit(encoder, ready, options)
         if pending is None:
             self.catch_up()

@@ -24,7 +24,7 @@ from packvit.corpus.folder.layout import (
     read_log,
     read_manifest,
 )
-from packvit.corpus.folder.names import CURRENT, Names, names_of, part_number
+from packvit.corpus.folder.names import CURRENT, MTIMES, Names, names_of, part_number
 from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, read_own
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.resume import (
@@ -134,6 +134,10 @@ def check_manifest(check: Check, folder: Path, names: Names) -> dict[str, Any] |
         state = "is missing" if digest is None else "is not the one recorded in the manifest"
         check.add(
             names.certificate, f"{state}.", "Run the same embed command again, with --verify."
+        )
+    if (record := manifest.get("mtimes")) and (fault := find_damage(folder / MTIMES, **record)):
+        check.add(
+            MTIMES, f"{fault}.", "Embed with --update --trust-mtime: all files are read once more."
         )
     exports = manifest.get("exports", {})
     for name, record in exports.items():

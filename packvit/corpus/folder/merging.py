@@ -32,6 +32,7 @@ from packvit.corpus.folder.parts import Outputs
 from packvit.corpus.folder.pending import remove_inputs
 from packvit.corpus.folder.reader import open_finished
 from packvit.corpus.folder.resume import BESIDE, Resumed, check_usable, differences, take_up
+from packvit.corpus.folder.reuse import join_reuse
 from packvit.corpus.folder.sharding import WHOLE, JobShard, parts_of, shard_of
 from packvit.corpus.inputs.addresses import check_local
 
@@ -168,6 +169,7 @@ def draft(shards: Sequence[ShardFolder]) -> dict[str, Any]:
     certificates = [each.manifest["certificate_sha256"] for each in shards]
     first = next((each for each in shards if each.parts), shards[0])
     manifest = {name: value for name, value in first.manifest.items() if name != "shard"}
+    manifest |= join_reuse([each.manifest.get("reused") for each in shards])
     return manifest | {
         "complete": False,
         "certificate_sha256": certificates[0] if all(certificates) else None,

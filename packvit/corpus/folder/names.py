@@ -4,6 +4,7 @@
     _commits.jsonl           one line for each committed part: rows, errors, tokens, bytes, sha256
     _certificate.json        how the encoder was verified, if asked for
     _inputs.jsonl.gz         the ids of the inputs, until the job is done
+    _mtimes.parquet          size and time of change of each input's file, if they are trusted
     data/part-00000.parquet  one row for each input, in the order of the inputs
     _exports/pooled.npy, _exports/ids.jsonl   made from the parts once all are written, if asked for
     _exports/pooled.usearch, .usearch.json    an index of the vectors, if `search` was asked for it
@@ -23,6 +24,8 @@ from pathlib import Path
 
 LOCK = ".lock"
 PENDING = "_inputs.jsonl.gz"  # in either format
+MTIMES = "_mtimes.parquet"
+KNOWN = "known"  # only under its temporary name: the rows that may be taken over
 SPOOL = "shards"  # only under its temporary name: shards that wait for workers on other hosts
 DATA, EXPORTS = "data/", "_exports/"
 PART = re.compile(rf"(?:{DATA})?part-(\d{{5,12}})\.parquet")
@@ -54,7 +57,7 @@ class Names:
     def fixed(self) -> tuple[str, ...]:
         """All files except the parts, the manifest last."""
         made = (self.pooled, self.ids, *self.index("pooled"), *self.index("projected"))
-        return (*made, PENDING, self.commits, self.certificate, self.manifest)
+        return (*made, PENDING, MTIMES, self.commits, self.certificate, self.manifest)
 
 
 CURRENT = Names(

@@ -98,7 +98,33 @@ def find_flaw(manifest: Mapping[str, Any], names: Names) -> str | None:
         return "has a dtype_out that is neither float16 nor float32."
     if type(manifest.get("complete")) is not bool:
         return "does not say whether the job is complete."
+    if flaw := find_reuse_flaw(manifest):
+        return flaw
     return find_export_flaw(manifest.get("exports", {}), names)
+
+
+def find_reuse_flaw(manifest: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a manifest's record of rows taken over, or None."""
+    devices = manifest.get("device_names", [])
+    if not isinstance(devices, list) or not all(isinstance(name, str) for name in devices):
+        return "has device_names that are no list of names."
+    if "mtimes" in manifest and not is_record(manifest["mtimes"]):
+        return "has mtimes without a size and a sha256."
+    entry = manifest.get("reused", {"fingerprints": [], "across_versions": 0, "trust_mtime": 0})
+    wanted = {"fingerprints", "across_versions", "trust_mtime"}
+    if not isinstance(entry, dict) or entry.keys() != wanted:
+        return "has reused that is not a record of ours."
+    prints = entry["fingerprints"]
+    if not isinstance(prints, list) or not all(isinstance(each, str) for each in prints):
+        return "has fingerprints that are no list of texts."
+    return None
+
+
+def is_record(value: object) -> bool:
+    """Return whether a value is the size and the sha256 of a file."""
+    if not isinstance(value, dict) or value.keys() != {"bytes", "sha256"}:
+        return False
+    return is_count(value["bytes"]) and isinstance(value["sha256"], str)
 
 
 def find_export_flaw(exports: object, names: Names) -> str | None:
@@ -108,8 +134,7 @@ def find_export_flaw(exports: object, names: Names) -> str | None:
     for name, record in exports.items():
         if name not in (names.pooled, names.ids):
             return f"has exports {shorten(name)}, which is not a name of ours."
-        right = isinstance(record, dict) and record.keys() == {"bytes", "sha256"}
-        if not (right and is_count(record["bytes"]) and isinstance(record["sha256"], str)):
+        if not is_record(record):
             return f"has exports {name} without its size and sha256."
     return None
 

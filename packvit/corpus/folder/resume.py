@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +31,41 @@ from packvit.corpus.folder.names import (
     DATA,
     EXPORTS,
     FIRST,
+    KNOWN,
     LOCK,
     SPOOL,
     TEMPORARY,
     names_of,
     part_number,
 )
-from packvit.corpus.folder.opening import MOST_MANIFEST, find_export_flaw, open_own, read_own
+from packvit.corpus.folder.opening import (
+    MOST_MANIFEST,
+    find_export_flaw,
+    find_reuse_flaw,
+    open_own,
+    read_own,
+)
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.rows import Row
 
 # Entries of a manifest that may differ without making it another job.
 BESIDE = (
     *("complete", "counts", "ignored", "root", "model"),
-    *("certificate_sha256", "exports", "retries", "device_names"),
+    *("certificate_sha256", "exports", "retries", "device_names", "reused", "mtimes"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What a folder holds of the job: its manifest, the parts to keep by number, and notes."""
+    """What a folder holds of the job: its manifest, the parts to keep by number, and notes.
+
+    `begun` are entries that the manifest gets if any part is embedded.
+    """
 
     manifest: dict[str, Any]
     kept: dict[int, Commit]
     notes: tuple[str, ...] = ()
+    begun: Mapping[str, Any] = field(default_factory=dict)
 
 
 def take_up(
@@ -94,11 +105,16 @@ def take_up(
     path = folder / names_of(folder).manifest
     with writing(path):
         whole = read_own(path, MOST_MANIFEST) == encode_manifest(recorded)
+    if find_reuse_flaw(recorded):
+        said = ("reused", "mtimes", "device_names")
+        recorded = {name: value for name, value in recorded.items() if name not in said}
+        whole = False
     if find_export_flaw(recorded.get("exports", {}), names_of(folder)):
         recorded, whole = {**recorded, "exports": {}}, False
     kept, notes = keep(folder, wanted["inputs"], wanted["rows_per_part"])
     if not whole:  # it describes this job, but other entries are damaged
         made = {name: recorded.get(name) for name in ("certificate_sha256", "exports")}
+        made |= {"reused": recorded["reused"]} if "reused" in recorded else {}
         recorded = {**wanted, **made}
     return Resumed(recorded, kept, tuple(notes))
 
@@ -248,7 +264,7 @@ def files_in(folder: Path, below: str) -> list[str]:
 
 def left_over(folder: Path) -> tuple[str, ...]:
     """Return the temporary files that a killed job left in `folder`."""
-    ours = {SPOOL, *(os.path.basename(n) for names in (FIRST, CURRENT) for n in names.fixed)}
+    ours = {SPOOL, KNOWN, *(os.path.basename(n) for names in (FIRST, CURRENT) for n in names.fixed)}
     found = [(name, TEMPORARY.fullmatch(name)) for name in os.listdir(folder)]
     return tuple(
         sorted(

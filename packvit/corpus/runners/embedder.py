@@ -63,6 +63,7 @@ def load_alike(job: Job, device: str) -> Encoder:
         attention=attention,
         revision=revision,
         positions=job.positions,
+        invariant=wanted["invariant"],
     )
     encoder, weights = load_encoder(choice)
     found = describe_job(encoder, weights, job.options)

@@ -29,7 +29,7 @@ from packvit.corpus.folder.names import part_name
 from packvit.corpus.folder.resume import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
-from packvit.fast.caches import import_ahead
+from packvit.gpu.decoder import begin_engine
 
 SERVE = "import sys; from packvit.corpus.runners.host import serve; serve(int(sys.argv[1]))"
 IN_HAND = 2  # shards sent to each embedder: one to embed, and one to decode meanwhile
@@ -195,6 +195,8 @@ def serve(descriptor: int) -> None:
     """Run an embedder on the other end of a connection, until it closes."""
     connection = Connection(descriptor)
     if torch.cuda.is_available():
+        from packvit.fast.caches import import_ahead  # kernels, which a GPU alone has
+
         import_ahead()
     job, device, threads = connection.recv()
     torch.set_num_threads(threads)
@@ -214,7 +216,9 @@ def serve(descriptor: int) -> None:
     try:
         with job.options.decoders() as decoders:
             decoders.start(job.options.workers)  # while the model is loaded
-            context = make_context(load_alike(job, device), job.options, decoders)
+            gpu = job.options.decode == "gpu"
+            engine = begin_engine(torch.device(device)) if gpu else None
+            context = make_context(load_alike(job, device), job.options, decoders, engine)
             writer.submit(connection.send, "ready")
             while True:
                 coming = take_waiting(shards.get(), shards)
