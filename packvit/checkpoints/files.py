@@ -39,6 +39,8 @@ from packvit.checkpoints.ranges import Part
 from packvit.out_of_memory import is_out_of_memory
 
 METADATA = {"format": "pt"}  # transformers asks for it; a second key would not be reproducible
+# Source: torch 2.13: compiled, sharded and checkpointed modules, which may stand around any module.
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 FINITE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -54,16 +56,22 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, files: Iterable[Path]) -> None:
         self.handles = {file: open_weights(file) for file in files}
         self.holders: dict[str, list[Path]] = {}  # more than one is an error that `placed` reports
+        self.written: dict[tuple[Path, str], str] = {}  # names as the files have them
         for file, handle in self.handles.items():
-            for name in sorted(handle.keys()):
+            held = set(handle.keys())
+            for written in sorted(held):
+                name = unwrapped(written)
+                if name != written and name in held:  # with and without a wrapper: unexpected
+                    name = written
+                self.written[file, name] = written
                 self.holders.setdefault(name, []).append(file)
 
     def __getitem__(self, name: str) -> Tensor:
         file = self.holders[name][0]
         try:
-            tensor = self.handles[file].get_tensor(name)
+            tensor = self.handles[file].get_tensor(self.written[file, name])
         except SafetensorError as error:
-            found = self.handles[file].get_slice(name).get_dtype()
+            found = self.handles[file].get_slice(self.written[file, name]).get_dtype()
             raise CheckpointError(
                 f"{name} in {file} is stored as {found}, which torch cannot hold. Convert it to "
                 "F32, F16 or BF16."
@@ -87,7 +95,13 @@ class Tensors(Mapping[str, Tensor]):
 
     def shape_of(self, name: str) -> torch.Size:
         """Return the shape of the tensor `name`, from the file's header alone."""
-        return torch.Size(self.handles[self.holders[name][0]].get_slice(name).get_shape())
+        file = self.holders[name][0]
+        return torch.Size(self.handles[file].get_slice(self.written[file, name]).get_shape())
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without the parts that wrappers of its modules add to it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def reopen(files: tuple[Path, ...]) -> Tensors:
@@ -217,6 +231,7 @@ def placed(folder: Path, weight_map: Mapping[str, str]) -> Tensors:
 
     Raises: CheckpointError listing every tensor that is missing, unexpected, or in two shards.
     """
+    weight_map = {unwrapped(name): shard for name, shard in weight_map.items()}
     shards = {shard: find_file(folder, shard) for shard in sorted(set(weight_map.values()))}
     if absent := [shard for shard, file in shards.items() if file is None]:
         raise CheckpointError(f"{folder} lacks shards that its index names: {', '.join(absent)}.")
