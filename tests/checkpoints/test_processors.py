@@ -151,9 +151,25 @@ def test_n2_dinov3s_defaults_are_those_of_its_class():
     assert image_config_from(named | {"size": 300}, NONSENSE).sizing == Exact(300, 300)
 
 
+def test_n2_tipsv2s_defaults_are_those_of_its_class():
+    path = "models/tipsv2/image_processing_tipsv2.py"
+    attributes = class_attributes("Tipsv2ImageProcessor", path)
+    named = {"image_processor_type": "Tipsv2ImageProcessor"}
+    assert attributes.keys() == {
+        *("resample", "size", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+    }
+    spelt = named | attributes | {"resample": int(attributes["resample"])}
+    given = replace(NONSENSE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    found = image_config_from(named, given, normalizes=False)
+    assert found == image_config_from(spelt, given, normalizes=False)
+    assert (found.sizing, found.mean) == (Exact(448, 448), (0.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match="do_normalize False"):
+        image_config_from(named, NONSENSE)
+
+
 def test_n2_every_known_class_is_compared():
-    on_torchvision = {"DINOv3ViTImageProcessor", "Kimi_K25ImageProcessor"}
-    assert {*MODULES, "Qwen2VLImageProcessor", *on_torchvision} == PROCESSORS.keys()
+    alone = {"DINOv3ViTImageProcessor", "Kimi_K25ImageProcessor", "Tipsv2ImageProcessor"}
+    assert {*MODULES, "Qwen2VLImageProcessor", *alone} == PROCESSORS.keys()
 
 
 PIXELS = st.integers(784, 20_000)
