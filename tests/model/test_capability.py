@@ -87,7 +87,7 @@ def test_the_table_of_the_docs_is_this_one():
     for name, (found, dtype, best, plain, kernels, fp8) in MACHINES.items():
         number = f"{found[0]}.{found[1]}" if found else "-"
         backends = plain if best == plain else f"{best}, else {plain}"
-        assert f"| {name} | {number} | {dtype} | {backends} | {kernels} | {fp8} |" in page
+        assert f"|{name}|{number}|{dtype}|{backends}|{kernels}|{fp8}|" in page
 
 
 class Resizes(TorchDispatchMode):
