@@ -140,7 +140,12 @@ def fetch_range(
             size = answer.headers.get("Content-Range", "").rpartition("/")[2]
             if answer.status_code != 206 or not size.isdecimal():
                 raise NoRangesError(name)  # before its body, which may be the whole file
-            return answer.read(), int(size)
+            data = bytearray()
+            for piece in answer.iter_bytes():
+                data += piece
+                if len(data) > end - start:  # it sends more than it was asked for
+                    raise NoRangesError(name)
+            return bytes(data), int(size)
     except EntryNotFoundError:
         return None
     except (NotCachedError, NoRangesError):
