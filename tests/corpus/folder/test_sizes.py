@@ -13,7 +13,7 @@ from small_checkpoint import WIDTH, write_checkpoint
 import packvit
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.layout import read_manifest
-from packvit.corpus.folder.parts import Outputs
+from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.corpus.folder.sizes import describe_size, in_units, row_bytes
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress
@@ -82,14 +82,14 @@ def test_rows_of_float16_are_reused_and_merged_like_others(
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("dtype_out", [None, "float16", "float32"])
 def test_the_estimate_is_near_what_is_written(
-    tmp_path: Path, encoder: Encoder, tokens: bool, dtype_out: str | None
+    tmp_path: Path, encoder: Encoder, tokens: bool, dtype_out: DtypeOut | None
 ):
     (tmp_path / "photos").mkdir()
     for number in range(64):  # of the shape that the estimate takes for typical
         data = encode(pixels(56, 84, number), "PNG")
         (tmp_path / f"photos/{number:040}.png").write_bytes(data)
-    kind = {"dtype_out": dtype_out} if dtype_out else {}
-    embed(tmp_path / "photos", out=tmp_path / "out", model=encoder, tokens=tokens, **kind)
+    out = tmp_path / "out"
+    embed(tmp_path / "photos", out=out, model=encoder, tokens=tokens, dtype_out=dtype_out)
     manifest = read_manifest(tmp_path / "out")
     assert manifest
     said = 64 * row_bytes(Outputs.of_manifest(manifest), (56 // 14) * (84 // 14))
