@@ -228,7 +228,8 @@ class Encoder(nn.Module):
     def pool(self, output: TrunkOutput) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
         if self.config.pool == "class":
-            first = output.prefix[:, 0]
+            chosen = self.config.summary.chosen if self.config.summary else (0,)
+            first = torch.cat([output.prefix[:, token] for token in chosen], 1)
             return self.norm(first) if self.config.final_norm == "pooled" else first
         if self.head is None:
             return None

@@ -111,9 +111,9 @@ class EmbedOptions:
         """Return which features a part holds."""
         lists = ("tokens",) if self.tokens else ()
         lists += tuple(f"tap_{tap}" for tap in self.taps)
-        merged = config.merger.width if config.merger else None
+        pooled = config.vector_width if config.merger or config.summary else None
         projected = config.projection if self.text_space == "projected" else None
-        return Outputs(config.width, lists, self.dtype_out, merged, projected, self.vector_dtype)
+        return Outputs(config.width, lists, self.dtype_out, pooled, projected, self.vector_dtype)
 
     def decoders(self) -> Decoders:
         """Return the decoders of one embedding process; no worker is started yet."""

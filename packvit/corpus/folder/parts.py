@@ -26,31 +26,27 @@ class Outputs:
     width: int  # D
     lists: tuple[str, ...] = ()  # tokens, tap_11 ...
     dtype_out: DtypeOut = "float16"  # of the lists
-    merged: int | None = None  # the width of pooled, where it is one of merged tokens
+    pooled: int | None = None  # the width of pooled, where it is not D
     projected: int | None = None  # the width of `projected`, where there is such a column
     vector_dtype: DtypeOut = "float32"
 
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> "Outputs":
         """Return what the parts of a folder with this manifest hold."""
-        merger = manifest["config"].get("merger")
-        merged = merger and merger["width"]
-        lists = tuple(manifest["lists"])
+        config, lists = manifest["config"], tuple(manifest["lists"])
+        merger, summary = config.get("merger"), config.get("summary")
+        pooled = merger["width"] if merger else None
+        if summary:
+            pooled = len(summary["chosen"]) * config["width"]
         shared = manifest.get("text_space") == "projected"
-        projected = manifest["config"]["projection"] if shared else None
-        return cls(
-            manifest["config"]["width"],
-            lists,
-            manifest["dtype_out"],
-            merged,
-            projected,
-            manifest.get("vector_dtype", "float32"),
-        )
+        projected = config["projection"] if shared else None
+        kind = manifest.get("vector_dtype", "float32")
+        return cls(config["width"], lists, manifest["dtype_out"], pooled, projected, kind)
 
     @property
     def vector_width(self) -> int:
         """The width of pooled."""
-        return self.merged or self.width
+        return self.pooled or self.width
 
     @property
     def vectors(self) -> dict[str, int]:
