@@ -74,6 +74,7 @@ class RunOptions:
     reuse: tuple[str, ...] = ()
     reuse_across_versions: bool = False
     trust_mtime: bool = False
+    update: bool = False
 
     @property
     def here(self) -> bool:
