@@ -120,7 +120,7 @@ def usearch() -> Any:
     Raises: ImportError with what to install.
     """
     try:
-        import usearch.index
+        import usearch.index  # pyright: ignore[reportMissingImports] # an extra
     except ImportError as error:
         raise ImportError(
             f"An index needs usearch: {INSTALL}. Without it search is exact."

@@ -93,7 +93,7 @@ def write_labels(
             ids = vectors.ids(number)
             block = vectors.read_part(number)
             logits, scores = score(tower, block, classes)
-            good = np.isfinite(logits).all(axis=1)
+            good = np.asarray(np.isfinite(logits).all(axis=1))
             best = np.argmax(np.where(good[:, None], logits, 0), axis=1)
             cosines = best_cosines(block, classes.cpu().numpy(), best)
             counts += np.bincount(best[good], minlength=len(labels))
