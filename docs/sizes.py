@@ -83,6 +83,14 @@ SIZES: dict[str, tuple[Published, Published]] = {
         Published("2B", {"embed_dim": 1280, "hidden_size": 1536}),
         Published("72B", {"embed_dim": 1280, "hidden_size": 8192}),
     ),
+    "C-RADIO": (
+        Published("B", {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),
+        Published("H", {}),
+    ),
+    "TIPSv2": (
+        Published("B", {}),
+        Published("g", sized(1536, 40, 24, 4096, use_swiglu_ffn=True)),
+    ),
 }
 
 
@@ -95,6 +103,14 @@ def configuration(name: str, size: Published) -> EncoderConfig:
 def count(parameters: int) -> str:
     """Return a number of parameters as model cards print it."""
     return f"{parameters / 1e6:.0f} M" if parameters < 1e9 else f"{parameters / 1e9:.1f} B"
+
+
+def vector_of(config: EncoderConfig) -> str:
+    """Return in words what an image's one vector is."""
+    if config.summary:
+        return f"{len(config.summary.chosen)} class tokens"
+    mean = f"mean of the {'merged ' if config.merger else ''}tokens"
+    return {"probe": "attention pooling", "class": "class token"}.get(config.pool or "", mean)
 
 
 def families_table() -> str:
@@ -110,9 +126,7 @@ def families_table() -> str:
         memory = [f"{peak_bytes(config, TOKENS, BF16) / 2**30:.1f}" for config in configs]
         labels = [size.label for size in SIZES[family.name]]
         published = f"{len(family.checkpoints)}, {labels[0]} to {labels[1]}"
-        vector = {"probe": "attention pooling", "class": "class token"}.get(
-            configs[0].pool or "", f"mean of the {'merged ' if configs[0].merger else ''}tokens"
-        )
+        vector = vector_of(configs[0])
         lines.append(
             f"| {family.name} | `{encoder.__name__}` | {published} | {' to '.join(counts)} | "
             f"{' to '.join(memory)} GiB | {vector} |"

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
         Qwen2VisionTransformerPacking as Qwen2VisionTransformerPacking,
     )
     from packvit.families.qwen3_vl import Qwen3VLVisionPacking as Qwen3VLVisionPacking
+    from packvit.families.radio import RadioPacking as RadioPacking
     from packvit.families.siglip import SiglipPacking as SiglipPacking
     from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
+    from packvit.families.tipsv2 import Tipsv2VisionPacking as Tipsv2VisionPacking
     from packvit.hub import load as load
     from packvit.images.decode import ImageError as ImageError
     from packvit.model.attention import attend as attend
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from packvit.retrieval.search import search as search
     from packvit.text.encoder import TextEncoder as TextEncoder
     from packvit.text.loading import load_text as load_text
+    from packvit.towers.replacing import replace_tower as replace_tower
+    from packvit.towers.replacing import restore_tower as restore_tower
 
 __version__ = version.VERSION
 
@@ -56,10 +60,12 @@ _HOMES = {
     "Pack": "packvit.packs.features",
     "Qwen25VisionTransformerPacking": "packvit.families.qwen2_5_vl",
     "Qwen2VisionTransformerPacking": "packvit.families.qwen2_vl",
+    "RadioPacking": "packvit.families.radio",
     "Qwen3VLVisionPacking": "packvit.families.qwen3_vl",
     "Segments": "packvit.packs.segments",
     "Siglip2NaflexPacking": "packvit.families.siglip2",
     "SiglipPacking": "packvit.families.siglip",
+    "Tipsv2VisionPacking": "packvit.families.tipsv2",
     "TextEncoder": "packvit.text.encoder",
     "attend": "packvit.model.attention",
     "embed": "packvit.corpus.job",
@@ -68,6 +74,8 @@ _HOMES = {
     "merge": "packvit.corpus.folder.merging",
     "plan_packs": "packvit.packs.planning",
     "read": "packvit.corpus.folder.reader",
+    "replace_tower": "packvit.towers.replacing",
+    "restore_tower": "packvit.towers.replacing",
     "search": "packvit.retrieval.search",
 }
 

@@ -34,6 +34,7 @@ IMAGENET_STATISTICS: tuple[Statistics, Statistics] = (
     (0.229, 0.224, 0.225),
 )
 HALF_STATISTICS: tuple[Statistics, Statistics] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+UNCHANGED_STATISTICS: tuple[Statistics, Statistics] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,17 @@ class Merger:
     deepstack: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One vector of several class tokens, laid end to end: RADIO.
+
+    The first `tokens` of a sequence are class tokens, of which the `chosen` ones are taken.
+    """
+
+    tokens: int
+    chosen: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig:
     """The size of a tower's blocks and their named choices.
@@ -213,6 +225,7 @@ class EncoderConfig(TransformerConfig):
     embedding_norm: Literal["patches", "tokens"] | None = None  # before positions, or after all
     final_norm: Literal["tokens", "pooled"] | None = "tokens"  # "pooled": of the class token alone
     pool: Literal["query", "probe", "class"] | None = None  # what makes one vector of a sequence
+    summary: Summary | None = None  # of which tokens "class" makes it, where not of the first alone
     projection: int | None = None  # width of the space shared with text, where there is one
     merger: Merger | None = None
 
@@ -224,7 +237,9 @@ class EncoderConfig(TransformerConfig):
     @property
     def vector_width(self) -> int:
         """The width of an image's one vector, where it is not projected."""
-        return self.merger.width if self.merger else self.width
+        if self.merger:
+            return self.merger.width
+        return len(self.summary.chosen) * self.width if self.summary else self.width
 
     @property
     def prefix(self) -> int:

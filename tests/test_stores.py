@@ -1,4 +1,4 @@
-"""Every block of docs/stores.md gives the neighbours that packvit gives, where its store installs."""
+"""Every block of docs/stores.md finds what packvit finds, where its store is installed."""
 
 import re
 import warnings

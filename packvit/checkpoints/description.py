@@ -37,7 +37,12 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
     check_sizes(config, checkpoint)
     file = checkpoint.settings_file
     try:
-        images = image_config_from(checkpoint.preprocessor, family.images(config), file=file)
+        images = image_config_from(
+            checkpoint.preprocessor,
+            family.images(config),
+            file=file,
+            normalizes=family.processor_normalizes,
+        )
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     except (TypeError, ArithmeticError) as error:

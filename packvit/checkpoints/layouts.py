@@ -72,6 +72,7 @@ class Family:
     checkpoints: tuple[str, ...]  # published, by their names on the hub
     reference: Reference
     pools_to_text: bool = False  # whether a text tower shares the space of the pooled vectors
+    processor_normalizes: bool = True  # and leaves pixels from 0 to 1 otherwise
 
     def claims(self, config: Json) -> bool:
         """Return whether a checkpoint with this config.json is one of ours."""

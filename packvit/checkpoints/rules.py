@@ -120,6 +120,16 @@ def conv_to_linear(ours: str, theirs: str, *, channels: int = 3) -> Rule:
     return Rule(ours, (theirs,), flatten, unflatten)
 
 
+def linear_over_channels(ours: str, theirs: str) -> Rule:
+    """A linear layer over patches flattened channel first. Shapes: [D, P] <-> [D, P]."""
+    return Rule(
+        ours,
+        (theirs,),
+        lambda tensors: permute_patches(tensors[0], "chw", back=True),
+        lambda tensor: [permute_patches(tensor, "chw")],
+    )
+
+
 def video_conv_to_linear(ours: str, theirs: str, frames: int) -> Rule:
     """A convolution over `frames` frames at once, as a linear layer over patches of them.
 

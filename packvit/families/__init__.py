@@ -9,8 +9,10 @@ from packvit.families.kimi_k25 import KimiK25VisionPacking
 from packvit.families.qwen2_5_vl import Qwen25VisionTransformerPacking
 from packvit.families.qwen2_vl import Qwen2VisionTransformerPacking
 from packvit.families.qwen3_vl import Qwen3VLVisionPacking
+from packvit.families.radio import RadioPacking
 from packvit.families.siglip import SiglipPacking
 from packvit.families.siglip2 import Siglip2NaflexPacking
+from packvit.families.tipsv2 import Tipsv2VisionPacking
 
 FAMILIES: tuple[type[Encoder], ...] = (
     AIMv2Packing,
@@ -23,4 +25,6 @@ FAMILIES: tuple[type[Encoder], ...] = (
     Qwen25VisionTransformerPacking,
     Qwen2VisionTransformerPacking,
     KimiK25VisionPacking,
+    RadioPacking,
+    Tipsv2VisionPacking,
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.folders import PREPROCESSOR, PROCESSOR
-from packvit.config import Table
+from packvit.config import ImageConfig, Table
 from packvit.encoder import Encoder
 from packvit.verification import Comparison, VerifyOptions
 from packvit.verification.drawing import draw, draw_photograph
@@ -31,7 +31,7 @@ from packvit.verification.rule import judge
 PHOTOGRAPHS = ((300, 421), (640, 97), (97, 640), (61, 50), (1024, 683), (224, 224))  # height, width
 # Of processors that resize in floating point: Pillow, which we resize with, rounds to 8 bits twice,
 # by half a step each, after the rows and after the columns.
-ROUNDING = 1 / 255
+ROUNDING = 1.01 / 255  # 1.0 of them was seen, and float32 rounds too
 # Entries of a configuration in transformers that are about files, and not about a model.
 ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "model_type", "transformers_version")
 
@@ -137,11 +137,20 @@ def compare_photographs(
                 ours = encoder.to_values(pack.hidden_states).cpu()
                 with Image.open(path) as photograph:
                     theirs, sides = prepare(processor, photograph, encoder.config.patch)
+                if not encoder.family.processor_normalizes:
+                    theirs = normalized(theirs, encoder.images)
                 worst = torch.inf
                 if sides == tuple(pack.grid_thw[0, 1:].tolist()):
                     worst = (ours.double() - theirs.double()).abs().max().item()
                 where = f"{suffix}, {height} x {width} pixels"
                 yield Comparison("pixels", where, "pixels", "none", "float32", "none", worst, limit)
+
+
+def normalized(values: Tensor, images: ImageConfig) -> Tensor:
+    """Return values from 0 to 1 as a model normalises them. Shapes: [patches, P]."""
+    numbers = torch.tensor([images.mean, images.std], dtype=torch.float32, device="cpu")
+    mean, std = numbers.repeat(1, values.shape[1] // 3)
+    return (values - mean) / std
 
 
 def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tuple[int, int]]:

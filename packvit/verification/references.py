@@ -292,6 +292,7 @@ def run_frame(
     looking = tower(model)
     weight = next(looking.parameters())
     patches = patches.to(weight.device, weight.dtype)
+    take_normalized(looking)
     options = {"interpolate_pos_encoding": True} if interpolate else {}
     with RightInterpolation():
         out = looking(
@@ -305,11 +306,18 @@ def run_frame(
     }
     if first:
         said["prefix"] = state[:first]
-    if (pooled := getattr(out, "pooler_output", None)) is not None:
+    if (pooled := getattr(out, "pooler_output", getattr(out, "summary", None))) is not None:
         said["pooled"] = pooled[0]
         if shared := projection(model):
             said["projected"] = shared(pooled)[0]
     return said
+
+
+def take_normalized(model: Any) -> Any:
+    """Have a model that normalises pixels by itself, and in float32, take normalised ones."""
+    if hasattr(model, "make_preprocessor_external"):
+        model.make_preprocessor_external()
+    return model
 
 
 def inputs(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
