@@ -31,7 +31,7 @@ from packvit.corpus.folder.layout import (
     read_manifest,
 )
 from packvit.corpus.folder.names import CURRENT, names_of, part_number
-from packvit.corpus.folder.parts import DtypeOut, Outputs
+from packvit.corpus.folder.parts import DtypeOut, Outputs, check_keep
 from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
 from packvit.corpus.folder.reuse import (
@@ -84,6 +84,7 @@ def embed(
     lists: Sequence[str | os.PathLike[str]] = (),
     column: str = "path",
     image_column: str = "image",
+    keep: Sequence[str] = (),
     out: str | os.PathLike[str],
     model: str | os.PathLike[str] | Encoder | None = None,
     device: str | torch.device | None = None,
@@ -132,19 +133,22 @@ def embed(
 
     `photos` are folders, which are walked, files, patterns, tar and Parquet files of images, and
     URLs of these; `lists` are files of paths. A list that is a table has its paths in `column`; a
-    Parquet file of images has their bytes in `image_column`. `model` is a checkpoint's name or
-    folder, or a loaded encoder, whose `device` to `positions` are already chosen; None is "tiny",
-    the small encoder that comes with packvit. `tokens` and `taps` (layers, negative ones from the
-    end) also write the features of every patch, as `dtype_out`. `format` "npy" also writes a NumPy
-    matrix of the pooled features once all parts are written. `rows_per_part` inputs share a file,
-    which is written once all are embedded: what a killed job loses is less than that for each
-    process. None is what the folder has already, else 64 on a CPU or with tokens, and 1024 on a
-    GPU or of a shard, or less for a job of few inputs. `workers` is the number of decoding
-    processes; None is one for each CPU, up to 16. At most `pixels_in_flight` pixels are decoded or
-    waiting at a time, and an image that takes longer than `image_timeout` becomes an error.
-    `decode` "gpu" decodes JPEGs on the encoder's GPU if the result equals Pillow's bit for bit;
-    the workers decode all other images. If a loaded encoder is on the GPU already, set
-    CUDA_DEVICE_MAX_CONNECTIONS=32 before anything uses CUDA; otherwise it is set here.
+    Parquet file of images has their bytes in `image_column`. `keep` names columns that come with
+    the photographs and become columns of the parts: of members of a tar beside a photograph of the
+    same key (the keys of a .json; "txt" and "cls" for those), of Parquet files of images, of lists
+    that are tables, and of a folder's metadata.jsonl or .csv as datasets writes them. `model` is a
+    checkpoint's name or folder, or a loaded encoder, whose `device` to `positions` are already
+    chosen; None is "tiny", the small encoder that comes with packvit. `tokens` and `taps` (layers,
+    negative ones from the end) also write the features of every patch, as `dtype_out`. `format`
+    "npy" also writes a NumPy matrix of the pooled features once all parts are written.
+    `rows_per_part` inputs share a file, which is written once all are embedded: what a killed job
+    loses is less than that for each process. None is what the folder has already, else 64 on a CPU
+    or with tokens, and 1024 on a GPU or of a shard, or less for a job of few inputs. `workers` is
+    the number of decoding processes; None is one for each CPU, up to 16. At most `pixels_in_flight`
+    pixels are decoded or waiting at a time, and an image that takes longer than `image_timeout`
+    becomes an error. `decode` "gpu" decodes JPEGs on the encoder's GPU if the result equals
+    Pillow's bit for bit; the workers decode all other images. If a loaded encoder is on the GPU
+    already, set CUDA_DEVICE_MAX_CONNECTIONS=32 before anything uses CUDA; otherwise it is set here.
 
     `processes` is the number of processes that embed, one for each GPU, or each with a share of
     the CPUs; each has its own workers and pixels in flight, and the output is the same. `ray` runs
@@ -165,6 +169,7 @@ def embed(
         lists=tuple(os.fspath(path) for path in lists),
         column=column,
         image_column=image_column,
+        keep=check_keep(keep),
     )
     choice = ModelChoice(
         model=model,
@@ -245,9 +250,11 @@ def run_job(
         inputs.lists,
         column=inputs.column,
         image_column=inputs.image_column,
+        keep=inputs.keep,
         known=recorded.get("inputs_sha256"),
     )
-    notes = take_over(folder, recorded, listing)
+    notes = (*take_over(folder, recorded, listing), *listing.notes)
+    options = replace(options, keep=listing.settle_kept(inputs.keep))
     if model is None and len(listing) > TRIAL_INPUTS:
         raise UsageError(
             f"{len(listing)} inputs were found, but without a chosen model at most "
@@ -357,6 +364,7 @@ def draft(
 ) -> dict[str, Any]:
     """Return the manifest of a job before anything is written."""
     settings = {**described, "inputs_sha256": listing.sha256()}
+    settings |= {"kept_sha256": listing.kept_sha256()} if "keep" in described else {}
     return {
         "format": format,
         "complete": False,
