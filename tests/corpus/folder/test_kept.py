@@ -55,7 +55,8 @@ def kept(
 
 
 def embed(photos: Path, out: Path, checkpoint: Path, **options: Any) -> Any:
-    return packvit.embed(photos, out=out, model=checkpoint, device="cpu", workers=1, **options)
+    options = {"workers": 1, "invariant": True, **options}
+    return packvit.embed(photos, out=out, model=checkpoint, device="cpu", **options)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -267,7 +268,7 @@ def test_kept_columns_go_through_every_way_to_a_finished_folder(
 
     (job / "2.png").write_bytes(photo(2))
     embed(job, tmp_path / "one", checkpoint, keep=keep, rows_per_part=2, retry_errors=True)
-    embed(job, tmp_path / "two", checkpoint, keep=keep, rows_per_part=2, processes=2)
+    embed(job, tmp_path / "two", checkpoint, keep=keep, rows_per_part=2)
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") != fresh
     assert packvit.read(tmp_path / "two").good().table.select(keep).to_pydict() == EXPECTED
 
@@ -277,6 +278,15 @@ def test_kept_columns_go_through_every_way_to_a_finished_folder(
     (job / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "x", "label": 0}\n')
     with pytest.raises(UsageError, match="kept_sha256"):
         embed(job, tmp_path / "one", checkpoint, keep=keep, rows_per_part=2)
+
+
+@pytest.mark.soak
+def test_several_processes_write_the_same_kept_columns(tmp_path: Path, job: Path, checkpoint: Path):
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        embed(job, out, checkpoint, keep=["label"], rows_per_part=2, processes=processes)
+    assert packvit.read(tmp_path / "2").table["label"].to_pylist() == EXPECTED["label"]
+    assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2")
 
 
 def test_a_check_finds_kept_columns_that_the_manifest_does_not_describe(
