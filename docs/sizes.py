@@ -40,6 +40,7 @@ def tower(width: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[st
 
 
 HEAD = ("vision_model.head.probe",)
+PROJECTED = ("mm_projector.proj.0.weight",)
 SHARED = ("visual_projection.weight",)
 SIZES: dict[str, tuple[Published, Published]] = {
     "AIMv2": (
@@ -70,6 +71,10 @@ SIZES: dict[str, tuple[Published, Published]] = {
         Published("0.8B", tower(768, 12, 12, 3072, out_hidden_size=1024)),
         Published("27B", tower(1152, 27, 16, 4304, out_hidden_size=5120)),
     ),
+    "MoonViT": (
+        Published("K2.5", {"text_config": {"hidden_size": 7168}}, PROJECTED),
+        Published("K2.6", {"text_config": {"hidden_size": 7168}}, PROJECTED),
+    ),
     "Qwen2.5-VL ViT": (
         Published("3B", tower(1280, 32, 16, 3420, out_hidden_size=2048)),
         Published("72B", tower(1280, 32, 16, 3420, out_hidden_size=8192)),
@@ -77,6 +82,14 @@ SIZES: dict[str, tuple[Published, Published]] = {
     "Qwen2-VL ViT": (
         Published("2B", {"embed_dim": 1280, "hidden_size": 1536}),
         Published("72B", {"embed_dim": 1280, "hidden_size": 8192}),
+    ),
+    "C-RADIO": (
+        Published("B", {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),
+        Published("H", {}),
+    ),
+    "TIPSv2": (
+        Published("B", {}),
+        Published("g", sized(1536, 40, 24, 4096, use_swiglu_ffn=True)),
     ),
 }
 
@@ -92,6 +105,14 @@ def count(parameters: int) -> str:
     return f"{parameters / 1e6:.0f} M" if parameters < 1e9 else f"{parameters / 1e9:.1f} B"
 
 
+def vector_of(config: EncoderConfig) -> str:
+    """Return in words what an image's one vector is."""
+    if config.summary:
+        return f"{len(config.summary.chosen)} class tokens"
+    mean = f"mean of the {'merged ' if config.merger else ''}tokens"
+    return {"probe": "attention pooling", "class": "class token"}.get(config.pool or "", mean)
+
+
 def families_table() -> str:
     """Return a row for each family: what it is, how large, and what a pack takes on a GPU."""
     lines = [
@@ -105,9 +126,7 @@ def families_table() -> str:
         memory = [f"{peak_bytes(config, TOKENS, BF16) / 2**30:.1f}" for config in configs]
         labels = [size.label for size in SIZES[family.name]]
         published = f"{len(family.checkpoints)}, {labels[0]} to {labels[1]}"
-        vector = {"probe": "attention pooling", "class": "class token"}.get(
-            configs[0].pool or "", f"mean of the {'merged ' if configs[0].merger else ''}tokens"
-        )
+        vector = vector_of(configs[0])
         lines.append(
             f"| {family.name} | `{encoder.__name__}` | {published} | {' to '.join(counts)} | "
             f"{' to '.join(memory)} GiB | {vector} |"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from packvit.families.clip import ClipPacking as ClipPacking
     from packvit.families.dinov2 import Dinov2Packing as Dinov2Packing
     from packvit.families.dinov3 import DINOv3ViTPacking as DINOv3ViTPacking
+    from packvit.families.kimi_k25 import KimiK25VisionPacking as KimiK25VisionPacking
     from packvit.families.qwen2_5_vl import (
         Qwen25VisionTransformerPacking as Qwen25VisionTransformerPacking,
     )
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
         Qwen2VisionTransformerPacking as Qwen2VisionTransformerPacking,
     )
     from packvit.families.qwen3_vl import Qwen3VLVisionPacking as Qwen3VLVisionPacking
+    from packvit.families.radio import RadioPacking as RadioPacking
     from packvit.families.siglip import SiglipPacking as SiglipPacking
     from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
+    from packvit.families.tipsv2 import Tipsv2VisionPacking as Tipsv2VisionPacking
     from packvit.hub import load as load
     from packvit.images.decode import ImageError as ImageError
     from packvit.model.attention import attend as attend
@@ -51,13 +54,16 @@ _HOMES = {
     "FeatureFolder": "packvit.corpus.folder.reader",
     "Features": "packvit.packs.features",
     "ImageError": "packvit.images.decode",
+    "KimiK25VisionPacking": "packvit.families.kimi_k25",
     "Pack": "packvit.packs.features",
     "Qwen25VisionTransformerPacking": "packvit.families.qwen2_5_vl",
     "Qwen2VisionTransformerPacking": "packvit.families.qwen2_vl",
+    "RadioPacking": "packvit.families.radio",
     "Qwen3VLVisionPacking": "packvit.families.qwen3_vl",
     "Segments": "packvit.packs.segments",
     "Siglip2NaflexPacking": "packvit.families.siglip2",
     "SiglipPacking": "packvit.families.siglip",
+    "Tipsv2VisionPacking": "packvit.families.tipsv2",
     "TextEncoder": "packvit.text.encoder",
     "attend": "packvit.model.attention",
     "embed": "packvit.corpus.job",

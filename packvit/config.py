@@ -34,6 +34,7 @@ IMAGENET_STATISTICS: tuple[Statistics, Statistics] = (
     (0.229, 0.224, 0.225),
 )
 HALF_STATISTICS: tuple[Statistics, Statistics] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+UNCHANGED_STATISTICS: tuple[Statistics, Statistics] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,15 @@ class PixelRange:
     most: int
 
 
-Sizing = ShortestEdge | Exact | MostPatches | PixelRange
+@dataclass(frozen=True, slots=True)
+class PaddedPatches:
+    """Shrink to `patches` in all and `side` along each side, then fill up with black: Kimi."""
+
+    patches: int = 16384
+    side: int = 512
+
+
+Sizing = ShortestEdge | Exact | MostPatches | PixelRange | PaddedPatches
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +132,8 @@ class Table:
     lays corners on corners, "square_then_crop" is bilinear to the square of the longer side, of
     which the grid is the top left. `any_grid` says whether the reference does so unasked. Where it
     refuses, so do we, unless the user says otherwise.
-    `class_row` says whether the table opens with a row for the class token.
+    `class_row` says whether the table opens with a row for the class token. Of more than one of
+    the `frames` that a clip may have, each adds a sine-cosine of its number.
     """
 
     rows: int
@@ -131,6 +141,7 @@ class Table:
     resize: TableResize
     any_grid: bool = False
     class_row: bool = False
+    frames: int | None = None  # None: of any number, which look alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +168,17 @@ class Merger:
     norm_eps: float
     side: int = 2
     deepstack: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One vector of several class tokens, laid end to end: RADIO.
+
+    The first `tokens` of a sequence are class tokens, of which the `chosen` ones are taken.
+    """
+
+    tokens: int
+    chosen: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +225,7 @@ class EncoderConfig(TransformerConfig):
     embedding_norm: Literal["patches", "tokens"] | None = None  # before positions, or after all
     final_norm: Literal["tokens", "pooled"] | None = "tokens"  # "pooled": of the class token alone
     pool: Literal["query", "probe", "class"] | None = None  # what makes one vector of a sequence
+    summary: Summary | None = None  # of which tokens "class" makes it, where not of the first alone
     projection: int | None = None  # width of the space shared with text, where there is one
     merger: Merger | None = None
 
@@ -214,7 +237,9 @@ class EncoderConfig(TransformerConfig):
     @property
     def vector_width(self) -> int:
         """The width of an image's one vector, where it is not projected."""
-        return self.merger.width if self.merger else self.width
+        if self.merger:
+            return self.merger.width
+        return len(self.summary.chosen) * self.width if self.summary else self.width
 
     @property
     def prefix(self) -> int:

@@ -18,7 +18,7 @@ from packvit.checkpoints import saving
 from packvit.checkpoints.description import describe
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.in_memory import read_model
-from packvit.checkpoints.layouts import Family, LayoutName
+from packvit.checkpoints.layouts import Family, LayoutName, image_tower
 from packvit.checkpoints.parameters import fill_parameters
 from packvit.config import (
     EncoderConfig,
@@ -228,7 +228,8 @@ class Encoder(nn.Module):
     def pool(self, output: TrunkOutput) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
         if self.config.pool == "class":
-            first = output.prefix[:, 0]
+            chosen = self.config.summary.chosen if self.config.summary else (0,)
+            first = torch.cat([output.prefix[:, token] for token in chosen], 1)
             return self.norm(first) if self.config.final_norm == "pooled" else first
         if self.head is None:
             return None
@@ -317,7 +318,9 @@ class Encoder(nn.Module):
         """
         chosen = LoadOptions(**options)
         cls.check_family()
-        return cls.from_checkpoint(checkpoints.read(name_or_folder, revision=revision), chosen)
+        tower = image_tower([cls.family])
+        checkpoint = checkpoints.read(name_or_folder, revision=revision, part=tower)
+        return cls.from_checkpoint(checkpoint, chosen)
 
     @classmethod
     def from_transformers(

@@ -12,7 +12,7 @@ from packvit.checkpoints.description import describe
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.folders import WEIGHTS, listing
-from packvit.checkpoints.layouts import LayoutName
+from packvit.checkpoints.layouts import LayoutName, image_tower
 from packvit.config import GridPolicy, LoadOptions, PatchOrder
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
@@ -57,8 +57,17 @@ def load(
     Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option.
     """
     options = LoadOptions(device, dtype, attention, patch_order, positions, invariant, compile, fp8)
-    checkpoint = checkpoints.read(name_or_folder, revision=revision)
+    checkpoint = read_tower(name_or_folder, revision)
     return family_of(checkpoint).from_checkpoint(checkpoint, options)
+
+
+def read_tower(name_or_folder: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Return a checkpoint; of a larger model on the hub only the image tower's tensors are fetched.
+
+    Raises: CheckpointError.
+    """
+    families = [encoder.family for encoder in FAMILIES]
+    return checkpoints.read(name_or_folder, revision=revision, part=image_tower(families))
 
 
 def family_of(checkpoint: Checkpoint) -> type[Encoder]:
@@ -94,7 +103,7 @@ def convert(
     """
     folder = Path(folder)
     check_free(folder)
-    checkpoint = checkpoints.read(name_or_folder, revision=revision)
+    checkpoint = read_tower(name_or_folder, revision)
     encoder = family_of(checkpoint)
     described = describe(encoder.family, checkpoint)
     with torch.device("meta"):

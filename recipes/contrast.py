@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import packvit
 from packvit.encoder import Encoder
 from packvit.packs.features import Pack
-from packvit.text.encoder import TextEncoder, TextPack
+from packvit.text.encoder import TextEncoder
+from packvit.text.packs import TextPack
 from packvit.text.saving import save_towers
 from packvit.training import sharding
 from packvit.training.blocks import checkpoint_activations, freeze

@@ -32,6 +32,7 @@ class Request:
     method: str
     path: str
     authorization: str | None
+    sent: int = 0  # bytes of the answer's body
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Hub(ThreadingHTTPServer):
         self.content_url = f"http://localhost:{self.server_address[1]}"
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
+        self.ranges = True  # whether parts of files are sent
         self.thread = Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
 
     def __enter__(self) -> "Hub":
@@ -116,6 +118,16 @@ class Hub(ThreadingHTTPServer):
         return Answer(404)
 
 
+def part_of(answer: Answer, asked: str | None) -> Answer:
+    """Return the bytes of an answer that a Range header asks for."""
+    if asked is None:
+        return answer
+    first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+    body, size = answer.body[first : last + 1], len(answer.body)
+    said = {"Content-Range": f"bytes {first}-{first + len(body) - 1}/{size}"}
+    return Answer(206, body, answer.headers | said)
+
+
 def listing(files: dict[str, bytes]) -> Answer:
     """Return a commit's files as the hub lists them."""
     entries = [
@@ -142,8 +154,11 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, *, with_body: bool) -> None:
         """Send the hub's answer to this request."""
         authorization = self.headers.get("Authorization")
-        self.server.requests.append(Request(self.command, self.path, authorization))
         answer = self.server.answer(self.path, authorization)
+        if answer.status == 200 and self.server.ranges:
+            answer = part_of(answer, self.headers.get("Range"))
+        sent = len(answer.body) if with_body else 0
+        self.server.requests.append(Request(self.command, self.path, authorization, sent))
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)

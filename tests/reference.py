@@ -23,10 +23,14 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    RadioConfig,
+    RadioModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    Tipsv2VisionConfig,
+    Tipsv2VisionModel,
 )
 
 TINY: dict[str, Any] = {
@@ -85,6 +89,19 @@ KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
         DINOv3ViTConfig,
         {"num_register_tokens": 2, "use_gated_mlp": True, "hidden_act": "silu"},
     ),
+    "tipsv2": (Tipsv2VisionModel, Tipsv2VisionConfig, {"mlp_ratio": 1.6875}),
+    "tipsv2, swiglu": (Tipsv2VisionModel, Tipsv2VisionConfig, {"use_swiglu_ffn": True}),
+    "radio": (RadioModel, RadioConfig, {"mlp_ratio": 1.5, "max_img_size": 5 * 14}),
+    "radio, swiglu": (
+        RadioModel,
+        RadioConfig,
+        {
+            "use_swiglu_ffn": True,
+            "max_img_size": 5 * 14,
+            "num_cls_tokens": 4,
+            "summary_idxs": [2, 0, 3],
+        },
+    ),
 }
 
 
@@ -94,7 +111,7 @@ def build(kind: str, seed: int = 0, **changes: Any) -> Any:
     entries = TINY | own | changes
     if kind == "siglip2":
         del entries["image_size"]
-    if kind.startswith("dinov2"):
+    if kind.startswith(("dinov2", "radio", "tipsv2")):
         del entries["intermediate_size"]
     return randomise(model(config(**entries)), seed)
 
@@ -159,6 +176,8 @@ def forward(
     frames = [(rows, columns) for count, rows, columns in grid for _ in range(count)]
     lengths = [rows * columns for rows, columns in frames]
     parameter = next(model.parameters())
+    if isinstance(model, RadioModel):
+        model.make_preprocessor_external()  # which normalises, and in float32
     found = []
     for part, (rows, columns) in zip(patches.split(lengths), frames, strict=True):
         part = part.to(parameter.device, parameter.dtype)
@@ -166,7 +185,7 @@ def forward(
         state = out.last_hidden_state[0]
         first = len(state) - rows * columns  # prefix tokens come first
         layers = [state[0, first:] for state in out.hidden_states[1:]]
-        pooled = out.get("pooler_output")
+        pooled = out.get("pooler_output", out.get("summary"))
         found.append((state[first:], layers, pooled, state[:first], out.get("image_embeds")))
     tokens, layers, pooled, prefix, projected = zip(*found, strict=True)
     return Outputs(

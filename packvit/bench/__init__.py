@@ -22,6 +22,8 @@ MODELS = (  # built with random weights, at the published sizes
     "aimv2-l14-448",
     "qwen3-vit",
     "qwen2.5-vl-vit",
+    "c-radio-h16",
+    "tipsv2-b14",
 )
 WORKLOADS = {
     "mixed": "mixed sizes",

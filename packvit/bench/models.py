@@ -18,14 +18,23 @@ from packvit.families import (
     DINOv3ViTPacking,
     Qwen3VLVisionPacking,
     Qwen25VisionTransformerPacking,
+    RadioPacking,
     Siglip2NaflexPacking,
     SiglipPacking,
+    Tipsv2VisionPacking,
 )
-from packvit.verification.references import ReferenceModel, model_class, quiet, randomise
-from packvit.verification.verify import without_projection
+from packvit.verification.references import (
+    ReferenceModel,
+    model_class,
+    quiet,
+    randomise,
+    take_normalized,
+)
+from packvit.verification.verify import tower_alone
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+HUGE = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16}
 SO400M = {
     "hidden_size": 1152,
     "num_hidden_layers": 27,
@@ -65,6 +74,8 @@ SIZES: dict[str, tuple[type[Encoder], str, dict[str, Any]]] = {
         "Qwen2_5_VisionTransformerPretrainedModel",
         {"hidden_size": 1280},
     ),
+    "c-radio-h16": (RadioPacking, "RadioModel", HUGE),
+    "tipsv2-b14": (Tipsv2VisionPacking, "Tipsv2VisionModel", BASE),
 }
 # Biases that are zero in every published checkpoint, so that timm leaves them out.
 ZERO = {"DINOv3ViTModel": ("q_proj.bias", "v_proj.bias")}
@@ -92,6 +103,11 @@ class Model:
         """Whether its positions are learned for one grid, and interpolated only on request."""
         positions = self.config.positions
         return isinstance(positions, Table) and not positions.any_grid
+
+    @property
+    def multiple(self) -> int:
+        """What its rows and columns must be multiples of."""
+        return self.encoder.family.images(self.config).multiple
 
     @property
     def own_grid(self) -> tuple[int, int] | None:
@@ -128,15 +144,16 @@ def random_model(name: str, layers: int | None, device: torch.device, dtype: tor
             weight.data.zero_()
     reference = reference.to(dtype)
     config = encoder.from_transformers(reference).config
-    return Model(name, "random", encoder, config, reference)
+    return Model(name, "random", encoder, config, take_normalized(reference))
 
 
 def checkpoint_model(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     """Return a checkpoint's model, which transformers loads from what `save_pretrained` writes."""
     encoder = hub.load(name, device="cpu", dtype=torch.float32)
-    if encoder.projection is not None:
-        encoder = without_projection(encoder)
+    encoder = tower_alone(encoder)
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
         reference = ReferenceModel(encoder.family, Path(folder)).load(dtype, device)
-    return Model(name, "the checkpoint's", type(encoder), encoder.config, reference)
+    return Model(
+        name, "the checkpoint's", type(encoder), encoder.config, take_normalized(reference)
+    )

@@ -62,7 +62,7 @@ def tower_call(subject: Subject, members: list[int], given: dict[str, Any]) -> C
     rows = []
     for image in members:
         _, tall, wide = subject.workload.grid[image]
-        order = last_order(looking, tall, wide)
+        order = last_order(looking, (1, tall, wide))
         rows.append(subject.rows[image][order.to(subject.patches.device)])
     return Call(lambda: looking(**given).last_hidden_state, torch.cat(rows))
 

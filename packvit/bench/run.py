@@ -93,8 +93,7 @@ def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
         work = workload(name, small=not on_gpu)
         if model.own_grid is not None:
             work = on_own_grid(work, *model.own_grid)
-        if merger := model.config.merger:
-            work = in_squares(work, merger.side)
+        work = in_squares(work, model.multiple)
         draw = torch.Generator().manual_seed(SEED)
         patches = torch.randn(
             sum(work.lengths),

@@ -105,6 +105,18 @@ def activation(config: Json, default: str) -> Activation:
     return ACTIVATION_NAMES[name]
 
 
+def axial_base(config: Json) -> float:
+    """Return the base of axial rotary positions' frequencies.
+
+    Raises: CheckpointError for positions of another kind.
+    """
+    rope = entry({"rope_parameters": {}, **config}, "rope_parameters", dict)
+    kind = rope.get("rope_type", "axial")
+    if kind not in ("axial", "default"):
+        raise CheckpointError(f'config.json says "rope_type": "{kind}"; we know "axial".')
+    return entry(rope, "rope_theta", float, 10000.0)
+
+
 def square(config: Json, name: str, default: int | None = None) -> int:
     """Return a size that config.json gives as one number, or as two equal ones.
 

@@ -1,5 +1,6 @@
 """What a checkpoint says it is: the configuration of its encoder, and how it wants its images."""
 
+from dataclasses import replace
 from math import isfinite
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.layouts import Family, Layout
 from packvit.checkpoints.processors import image_config_from
+from packvit.checkpoints.rules import bind
 from packvit.config import EncoderConfig, ImageConfig, TransformerConfig
 
 
@@ -31,10 +33,16 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
         )
     layout = family.layout(checkpoint.tensors, checkpoint.config)
     config = layout.read(checkpoint.config, checkpoint.tensors)
+    layout = replace(layout, rules=bind(layout.rules, config.heads))
     check_sizes(config, checkpoint)
     file = checkpoint.settings_file
     try:
-        images = image_config_from(checkpoint.preprocessor, family.images(config), file=file)
+        images = image_config_from(
+            checkpoint.preprocessor,
+            family.images(config),
+            file=file,
+            normalizes=family.processor_normalizes,
+        )
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     except (TypeError, ArithmeticError) as error:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,10 +18,17 @@ from packvit.checkpoints.folders import (
     read_json,
     read_weight_map,
 )
+from packvit.checkpoints.ranges import Part, choose, fetch_tensors, write_texts
 
 
-def download(name: str, revision: str | None) -> Path:
+class NoRangesError(Exception):
+    """The hub, or a mirror of it, does not send parts of files."""
+
+
+def download(name: str, revision: str | None, part: Part | None = None) -> Path:
     """Return the cache's folder with the hub's model `name`; the folder is named for the commit.
+
+    Of a model that is much larger than `part`, only that part's tensors are downloaded.
 
     The first file resolves `revision`, and all others are asked for at that commit, so that a push
     in between cannot mix two versions. Shards are asked for only where there is no one file.
@@ -31,6 +39,12 @@ def download(name: str, revision: str | None) -> Path:
         raise CheckpointError(f"The model {name!r} has no {CONFIG} on the hub{at}.")
     snapshot, commit = config.parent, config.parent.name
     fetch_image_settings(name, commit)
+    if part and part.applies(read_json(snapshot, CONFIG) or {}):
+        try:
+            if folder := download_part(name, snapshot, part):
+                return folder
+        except NoRangesError:
+            pass  # a mirror that sends whole files alone
     try:
         if fetch(name, WEIGHTS, commit):
             return snapshot
@@ -48,6 +62,89 @@ def download(name: str, revision: str | None) -> Path:
             f"The model {name!r} lacks shards that its index names: {', '.join(absent)}."
         )
     return snapshot
+
+
+def download_part(name: str, snapshot: Path, part: Part) -> Path | None:
+    """Return a folder with the wanted tensors of a model, or None where the whole is wanted.
+
+    Raises: CheckpointError saying what is wrong with the model or the connection.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock
+
+    commit = snapshot.name
+    kept = Path(constants.HF_HUB_CACHE).parent / "packvit" / name.replace("/", "--") / part.name
+    folder = kept / commit
+    if (folder / WEIGHTS).is_file():
+        return folder
+    if (snapshot / WEIGHTS).exists():  # the whole is there already
+        return None
+
+    def request(file: str, start: int, end: int) -> tuple[bytes, int] | None:
+        return fetch_range(name, file, commit, start, end)
+
+    def choose_names(names: Collection[str]) -> Collection[str]:
+        return part.wanted(read_json(snapshot, CONFIG) or {}, names)
+
+    try:
+        chosen = choose(request, None, WEIGHTS, choose_names)
+    except NotCachedError:
+        chosen = None
+    if chosen is None:
+        if fetch(name, INDEX, commit) is None:
+            return None
+        weight_map = read_weight_map(snapshot) or {}
+        names = choose_names(weight_map)
+        if len(names) == len(weight_map) or all(
+            (snapshot / weight_map[name]).exists() for name in names
+        ):
+            return None
+        chosen = choose(request, weight_map, WEIGHTS, choose_names)
+    if chosen is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder / ".lock"):
+        if not (folder / WEIGHTS).is_file():
+            found = {file: snapshot / file for file in (CONFIG, PREPROCESSOR, PROCESSOR)}
+            write_texts(folder, {file: path for file, path in found.items() if path.is_file()})
+            fetch_tensors(request, chosen, folder / WEIGHTS)
+    return folder
+
+
+def fetch_range(
+    name: str, file: str, commit: str, start: int, end: int
+) -> tuple[bytes, int] | None:
+    """Return bytes of a file of the hub's model, and the file's size; None if it has no such file.
+
+    Raises: CheckpointError saying why they cannot be had.
+    """
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise NotCachedError(
+                f"{file} of {name!r} is not in the cache, and HF_HUB_OFFLINE forbids to download "
+                "it. Unset it for one run, or give a folder."
+            )
+        with http_stream_backoff(
+            "GET",
+            hf_hub_url(name, file, revision=commit),
+            headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"},
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        ) as answer:
+            hf_raise_for_status(answer)
+            size = answer.headers.get("Content-Range", "").rpartition("/")[2]
+            if answer.status_code != 206 or not size.isdecimal():
+                raise NoRangesError(name)  # before its body, which may be the whole file
+            return answer.read(), int(size)
+    except EntryNotFoundError:
+        return None
+    except (NotCachedError, NoRangesError):
+        raise
+    except (*client_errors(), RuntimeError, ValueError) as error:
+        raise CheckpointError(explain(error, name, file, commit)) from error
 
 
 def fetch_image_settings(name: str, commit: str) -> None:

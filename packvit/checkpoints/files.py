@@ -35,9 +35,12 @@ from packvit.checkpoints.folders import (
     read_json,
     read_weight_map,
 )
+from packvit.checkpoints.ranges import Part
 from packvit.out_of_memory import is_out_of_memory
 
 METADATA = {"format": "pt"}  # transformers asks for it; a second key would not be reproducible
+# Source: torch 2.13: compiled, sharded and checkpointed modules, which may stand around any module.
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 FINITE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,16 +56,22 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, files: Iterable[Path]) -> None:
         self.handles = {file: open_weights(file) for file in files}
         self.holders: dict[str, list[Path]] = {}  # more than one is an error that `placed` reports
+        self.written: dict[tuple[Path, str], str] = {}  # names as the files have them
         for file, handle in self.handles.items():
-            for name in sorted(handle.keys()):
+            held = set(handle.keys())
+            for written in sorted(held):
+                name = unwrapped(written)
+                if name != written and name in held:  # with and without a wrapper: unexpected
+                    name = written
+                self.written[file, name] = written
                 self.holders.setdefault(name, []).append(file)
 
     def __getitem__(self, name: str) -> Tensor:
         file = self.holders[name][0]
         try:
-            tensor = self.handles[file].get_tensor(name)
+            tensor = self.handles[file].get_tensor(self.written[file, name])
         except SafetensorError as error:
-            found = self.handles[file].get_slice(name).get_dtype()
+            found = self.handles[file].get_slice(self.written[file, name]).get_dtype()
             raise CheckpointError(
                 f"{name} in {file} is stored as {found}, which torch cannot hold. Convert it to "
                 "F32, F16 or BF16."
@@ -86,7 +95,13 @@ class Tensors(Mapping[str, Tensor]):
 
     def shape_of(self, name: str) -> torch.Size:
         """Return the shape of the tensor `name`, from the file's header alone."""
-        return torch.Size(self.handles[self.holders[name][0]].get_slice(name).get_shape())
+        file = self.holders[name][0]
+        return torch.Size(self.handles[file].get_slice(self.written[file, name]).get_shape())
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without the parts that wrappers of its modules add to it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def reopen(files: tuple[Path, ...]) -> Tensors:
@@ -155,11 +170,17 @@ def check_finite(name: str, tensor: Tensor) -> None:
     )
 
 
-def read(name_or_folder: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+def read(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    part: Part | None = None,
+) -> Checkpoint:
     """Return the checkpoint that a folder holds, or the hub's model `owner/name`.
 
     A folder is read without any network. Of the hub's model all files come from one commit, that
-    of `revision` (a branch, a tag or a hash; by default the main branch), which is recorded. The
+    of `revision` (a branch, a tag or a hash; by default the main branch), which is recorded; of a
+    much larger model `part` alone. The
     token, the cache, the endpoint and offline mode are huggingface_hub's own settings.
 
     Raises: CheckpointError saying what is wrong with the name, the download or the files.
@@ -167,7 +188,7 @@ def read(name_or_folder: str | os.PathLike[str], *, revision: str | None = None)
     name = os.fspath(name_or_folder)
     folder = find_folder(name, is_path=not isinstance(name_or_folder, str))
     if folder is None:
-        snapshot = download(name, revision)
+        snapshot = download(name, revision, part)
         return read_folder(snapshot, name, snapshot.name)
     if revision is not None:
         raise CheckpointError(
@@ -210,6 +231,7 @@ def placed(folder: Path, weight_map: Mapping[str, str]) -> Tensors:
 
     Raises: CheckpointError listing every tensor that is missing, unexpected, or in two shards.
     """
+    weight_map = {unwrapped(name): shard for name, shard in weight_map.items()}
     shards = {shard: find_file(folder, shard) for shard in sorted(set(weight_map.values()))}
     if absent := [shard for shard, file in shards.items() if file is None]:
         raise CheckpointError(f"{folder} lacks shards that its index names: {', '.join(absent)}.")

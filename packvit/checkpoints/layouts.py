@@ -4,12 +4,13 @@ A family is a frozen value; its file in `families/` fills one in. Nothing here g
 told by a tensor that only it has, and what no layout explains is an error that names it.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from packvit.checkpoints.config_json import Json
 from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.ranges import Part
 from packvit.checkpoints.rules import Rule, find, prefixed, rename
 from packvit.config import EncoderConfig, ImageConfig
 
@@ -30,6 +31,10 @@ class Layout:
     # Tensors kept for `save_pretrained` and used by nothing: our label to the layout's name.
     carried: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()  # what names of another tower's or head's tensors begin with
+
+    def skips(self, name: str) -> bool:
+        """Return whether a tensor is another tower's or head's."""
+        return any(outer[:-1] in self.skipped for outer in outer_prefixes(f"{name}."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class Family:
     checkpoints: tuple[str, ...]  # published, by their names on the hub
     reference: Reference
     pools_to_text: bool = False  # whether a text tower shares the space of the pooled vectors
+    processor_normalizes: bool = True  # and leaves pixels from 0 to 1 otherwise
 
     def claims(self, config: Json) -> bool:
         """Return whether a checkpoint with this config.json is one of ours."""
@@ -128,6 +134,20 @@ class Family:
                 return layout
         known = ", ".join(dict.fromkeys(f'"{layout.name}"' for layout in self.layouts))
         raise ValueError(f'{self.name} has no layout "{name}". Choose one of: {known}.')
+
+
+def image_tower(families: Sequence[Family]) -> Part:
+    """Return what encoders of these families read of a larger model: see `ranges.Part`."""
+
+    def applies(config: Json) -> bool:
+        return "vision_config" in config and any(family.claims(config) for family in families)
+
+    def wanted(config: Json, names: Collection[str]) -> Collection[str]:
+        family = next(family for family in families if family.claims(config))
+        layout = family.layout(names, config)
+        return [name for name in names if not layout.skips(name)]
+
+    return Part("vision", applies, wanted)
 
 
 def outer_prefixes(prefix: str) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from packvit.checkpoints import rules as weights
 from packvit.checkpoints.files import Checkpoint
-from packvit.checkpoints.layouts import EMBEDDING, Layout, outer_prefixes
+from packvit.checkpoints.layouts import EMBEDDING, Layout
 from packvit.checkpoints.rules import permute_patches
 from packvit.config import PatchOrder
 
@@ -53,14 +53,11 @@ def take(
     """Share out a checkpoint's tensors; without `place` each one stays as its file has it."""
     tensors, carried = checkpoint.tensors, layout.carried
 
-    def skipped(name: str) -> bool:
-        return any(outer[:-1] in layout.skipped for outer in outer_prefixes(f"{name}."))
-
     state = weights.load(
         {name: tensor.shape for name, tensor in parameters.items()},
         tensors,
         layout.rules,
-        unread=lambda name: name in carried.values() or skipped(name),
+        unread=lambda name: name in carried.values() or layout.skips(name),
         place=place,
     )
     read = {name for ours in parameters for name in weights.find(ours, layout.rules)[1]}
@@ -68,5 +65,5 @@ def take(
     return Read(
         state,
         {label: tensors[name].clone() for label, name in unread.items()},
-        tuple(name for name in sorted(tensors) if skipped(name)),
+        tuple(name for name in sorted(tensors) if layout.skips(name)),
     )

@@ -17,10 +17,12 @@ from packvit.config import (
     CLIP_STATISTICS,
     HALF_STATISTICS,
     IMAGENET_STATISTICS,
+    UNCHANGED_STATISTICS,
     Exact,
     Filter,
     ImageConfig,
     MostPatches,
+    PaddedPatches,
     PixelRange,
     ShortestEdge,
     Sizing,
@@ -62,6 +64,7 @@ class Defaults:
     sizing: Sizing | None  # without its crop
     crop: tuple[int, int] | None = None
     is_square: bool = False  # a size of one number is that of both sides, not of the shorter one
+    normalizes: bool = True
     has_pillow: bool = True  # whether transformers has the class on Pillow too, as NAME + "Pil"
 
 
@@ -73,22 +76,34 @@ PROCESSORS: Mapping[str, Defaults] = {  # by their names in transformers
     "DINOv3ViTImageProcessor": Defaults(
         IMAGENET_STATISTICS, "bilinear", Exact(224, 224), is_square=True, has_pillow=False
     ),
+    "Kimi_K25ImageProcessor": Defaults(
+        HALF_STATISTICS, "bicubic", PaddedPatches(), has_pillow=False
+    ),
     "Qwen2VLImageProcessor": Defaults(
         CLIP_STATISTICS, "bicubic", PixelRange(56 * 56, 28 * 28 * 1280)
     ),
     "SiglipImageProcessor": Defaults(HALF_STATISTICS, "bicubic", Exact(224, 224)),
     "Siglip2ImageProcessor": Defaults(HALF_STATISTICS, "bilinear", MostPatches(256)),
+    "Tipsv2ImageProcessor": Defaults(
+        UNCHANGED_STATISTICS, "bilinear", Exact(448, 448), normalizes=False, has_pillow=False
+    ),
     "ViTImageProcessor": Defaults(HALF_STATISTICS, "bilinear", Exact(224, 224), is_square=True),
 }
 
 
 def image_config_from(
-    settings: Mapping[str, Any] | None, default: ImageConfig, *, file: str = PREPROCESSOR
+    settings: Mapping[str, Any] | None,
+    default: ImageConfig,
+    *,
+    file: str = PREPROCESSOR,
+    normalizes: bool = True,
 ) -> ImageConfig:
     """Read a checkpoint's image settings; what they leave out is the named class's.
 
     `default` is the family's, which holds where no class is named. One that neither resizes nor
     crops takes images as they are. `file` is where the settings come from, for messages.
+    `normalizes` False is for families whose processor leaves pixels from 0 to 1, and `default` says
+    by what the model normalises them.
 
     Raises: ValueError for settings that we could only imitate wrongly; TypeError for an entry of
     another kind than its processor's.
@@ -97,7 +112,7 @@ def image_config_from(
     whole |= {flag: False for flag in FLAGS if flag in whole and whole[flag] is None}
     given = {key: value for key, value in whole.items() if value is not None}
     try:
-        return _image_config(given, default)
+        return _image_config(given, default, normalizes)
     except ValueError as error:
         raise ValueError(f"{file} has {error}") from error
 
@@ -122,11 +137,11 @@ def processor_name(settings: Mapping[str, Any]) -> str | None:
     return found
 
 
-def _image_config(given: Mapping[str, Any], default: ImageConfig) -> ImageConfig:
+def _image_config(given: Mapping[str, Any], default: ImageConfig, normalizes: bool) -> ImageConfig:
     """Return the settings read; a ValueError says all but which file has them."""
     name = processor_name(given)
-    defaults = _of_family(given, default) if name is None else PROCESSORS[name]
-    _refuse_other_arithmetic(given)
+    defaults = PROCESSORS[name] if name else _of_family(given, default, normalizes)
+    _refuse_other_arithmetic({"do_normalize": defaults.normalizes, **given}, normalizes)
     patch = given.get("patch_size", default.patch)
     if patch not in (default.patch, {"height": default.patch, "width": default.patch}):
         raise ValueError(
@@ -142,15 +157,15 @@ def _image_config(given: Mapping[str, Any], default: ImageConfig) -> ImageConfig
     mean, std = defaults.statistics
     return ImageConfig(
         patch=default.patch,
-        mean=_three(given, "image_mean", mean),
-        std=_three(given, "image_std", std),
+        mean=_three(given, "image_mean", mean) if normalizes else default.mean,
+        std=_three(given, "image_std", std) if normalizes else default.std,
         resample=_resample(given, defaults.resample),
         sizing=_sizing(given, name, defaults),
         multiple=default.multiple,
     )
 
 
-def _of_family(given: Mapping[str, Any], default: ImageConfig) -> Defaults:
+def _of_family(given: Mapping[str, Any], default: ImageConfig, normalizes: bool) -> Defaults:
     """Return what holds where no class is named: the family's own preprocessing."""
     sizing, crop = default.sizing, getattr(default.sizing, "crop", None)
     if given.get("do_resize") is False:
@@ -163,16 +178,23 @@ def _of_family(given: Mapping[str, Any], default: ImageConfig) -> Defaults:
             crop = None  # the family's crop belongs to its own way of resizing
     elif isinstance(sizing, Exact):
         sizing = Exact(sizing.height, sizing.width)
-    return Defaults((default.mean, default.std), default.resample, sizing, crop)
+    statistics = (default.mean, default.std)
+    return Defaults(statistics, default.resample, sizing, crop, normalizes=normalizes)
 
 
-def _refuse_other_arithmetic(given: Mapping[str, Any]) -> None:
-    for step in ("do_rescale", "do_normalize"):
+def _refuse_other_arithmetic(given: Mapping[str, Any], normalizes: bool) -> None:
+    steps = ("do_rescale", "do_normalize") if normalizes else ("do_rescale",)
+    for step in steps:
         if given.get(step, True) is not True:
             raise ValueError(
                 f"{step} {given[step]!r}, but our encoders always scale pixels to 0..1 and "
                 "normalise them. Set it to true, or leave it out."
             )
+    if not normalizes and given["do_normalize"] is not False:
+        raise ValueError(
+            f"do_normalize {given['do_normalize']!r}, but this model takes pixels from 0 to 1. Set "
+            "it to false."
+        )
     factor = given.get("rescale_factor", 1 / 255)
     if not isclose(factor, 1 / 255, rel_tol=1e-6):
         raise ValueError(
@@ -229,6 +251,8 @@ def _sizing(given: Mapping[str, Any], name: str | None, defaults: Defaults) -> S
         return MostPatches(_side(given, "max_num_patches", defaults.sizing.patches))
     if isinstance(defaults.sizing, PixelRange):  # nor does that of Qwen crop
         return _pixel_range(given, defaults.sizing) if is_resized else None
+    if isinstance(defaults.sizing, PaddedPatches):
+        return _padded_patches(given, defaults.sizing) if is_resized else None
     crop = _crop(given, defaults.crop)
     if not is_resized:
         if crop is not None:
@@ -260,6 +284,17 @@ def _pixel_range(given: Mapping[str, Any], default: PixelRange) -> PixelRange:
     if least > most:
         raise ValueError(f"min_pixels {least}, which is more than max_pixels {most}. Swap them.")
     return PixelRange(least, most)
+
+
+def _padded_patches(given: Mapping[str, Any], default: PaddedPatches) -> PaddedPatches:
+    """Return the most patches in all, and along a side, which a file calls the largest size."""
+    size = given.get("size", {"max_height": default.side, "max_width": default.side})
+    if not isinstance(size, Mapping):
+        raise TypeError(f"size is {size!r}, not an object.")
+    sides = {_side(size, "max_height"), _side(size, "max_width")}
+    if len(sides) > 1:
+        raise ValueError(f"size {dict(size)}, but both sides must be equal. Make them so.")
+    return PaddedPatches(_side(given, "max_patches", default.patches), sides.pop())
 
 
 def _size(size: Any, *, is_square: bool) -> ShortestEdge | Exact:

@@ -40,6 +40,7 @@ class Rule:
     theirs: tuple[str, ...]
     load: Callable[[Sequence[Tensor]], Tensor]
     store: Callable[[Tensor], Sequence[Tensor]]  # the exact inverse of `load`
+    pairs: bool = False  # queries' and keys' rows that rotary angles turn together are neighbours
 
     def names(self, ours: str) -> tuple[str, ...] | None:
         """Return the checkpoint's names for our parameter `ours`, or None if it is another's."""
@@ -119,6 +120,16 @@ def conv_to_linear(ours: str, theirs: str, *, channels: int = 3) -> Rule:
     return Rule(ours, (theirs,), flatten, unflatten)
 
 
+def linear_over_channels(ours: str, theirs: str) -> Rule:
+    """A linear layer over patches flattened channel first. Shapes: [D, P] <-> [D, P]."""
+    return Rule(
+        ours,
+        (theirs,),
+        lambda tensors: permute_patches(tensors[0], "chw", back=True),
+        lambda tensor: [permute_patches(tensor, "chw")],
+    )
+
+
 def video_conv_to_linear(ours: str, theirs: str, frames: int) -> Rule:
     """A convolution over `frames` frames at once, as a linear layer over patches of them.
 
@@ -154,6 +165,54 @@ def reshape(ours: str, theirs: str, *leading: int) -> Rule:
         lambda tensors: tensors[0].reshape(tensors[0].shape[len(leading) :]),
         lambda tensor: [tensor.reshape(*leading, *tensor.shape)],
     )
+
+
+def bind(rules: Sequence[Rule], heads: int) -> tuple[Rule, ...]:
+    """Return the rules for an encoder of so many heads.
+
+    Ours turn rows k and k + K/2 of a head of K together. Where a checkpoint's are neighbours, rows
+    of queries and keys are ordered anew.
+    """
+
+    def bound(rule: Rule) -> Rule:
+        return replace(
+            rule,
+            load=lambda tensors: order_rows(rule.load(tensors), heads, to_halves=True),
+            store=lambda tensor: rule.store(order_rows(tensor, heads, to_halves=False)),
+        )
+
+    return tuple(bound(rule) if rule.pairs else rule for rule in rules)
+
+
+def neighbours(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    """The weight and the bias of q, k and v in one matrix, whose angles turn neighbours."""
+    parts = ("weight", "bias")
+    weight, bias = (rename(f"{ours}.{part}", f"{theirs}.{part}") for part in parts)
+    return replace(weight, pairs=True), replace(bias, pairs=True)
+
+
+def order_rows(qkv: Tensor, heads: int, *, to_halves: bool) -> Tensor:
+    """Return q, k and v, rows of q and k from pairs to halves or back. Shapes: [3 D, ...]."""
+    query, key, value = qkv.chunk(3)
+    parts = (-1, 2) if to_halves else (2, -1)
+    turned = (
+        part.unflatten(0, (heads, -1)).unflatten(1, parts).transpose(1, 2).flatten(0, 2)
+        for part in (query, key)
+    )
+    return torch.cat([*turned, value])
+
+
+def square_table(ours: str, theirs: str) -> Rule:
+    """A table of positions of a square, which the checkpoint keeps as one.
+
+    Shapes: [side, side, D] <-> [places, D].
+    """
+
+    def store(tensor: Tensor) -> list[Tensor]:
+        side = isqrt(len(tensor))
+        return [tensor.unflatten(0, (side, side))]
+
+    return Rule(ours, (theirs,), lambda tensors: tensors[0].flatten(0, 1), store)
 
 
 def prefixed(rules: Sequence[Rule], prefix: str) -> tuple[Rule, ...]:

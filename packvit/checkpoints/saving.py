@@ -57,7 +57,7 @@ def lay_out(
     chosen = family.writable(layout, state)
     dtype = str(state[EMBEDDING].dtype).removeprefix("torch.")
     kept = {chosen.carried[label]: tensor for label, tensor in carried.items()}
-    tensors = kept | weights.store(state, chosen.rules)
+    tensors = kept | weights.store(state, weights.bind(chosen.rules, config.heads))
     written = chosen.write(config)
     if origin is not None:
         written = with_entries(written, origin, chosen, config, tensors)

@@ -28,6 +28,8 @@ COMMANDS = {  # in the order of `--help`
     "pca": "packvit.cli.pca",
     "search": "packvit.cli.search",
     "dups": "packvit.cli.dups",
+    "zeroshot": "packvit.cli.zeroshot",
+    "evaluate": "packvit.cli.evaluate",
 }
 
 

@@ -62,8 +62,8 @@ def split_names(
     "lists",
     multiple=True,
     metavar="FILE",
-    help="Also embed the paths in this file: text, one path a line, or .csv, .tsv, .jsonl or .parquet with "
-    "--column; - is text from stdin. Paths are relative to the working directory. May be repeated.",
+    help="Also embed the paths in this file: text, one path a line, or .csv, .tsv, .jsonl or .parquet "
+    "with --column; - is text from stdin. Paths are relative to the working directory. May be repeated.",
 )
 @click.option("--column", default="path", help="The column of paths in a --list table.")
 @click.option(
@@ -219,6 +219,13 @@ def split_names(
     "that decides their features is equal. May be repeated.",
 )
 @click.option(
+    "--update",
+    is_flag=True,
+    help="Bring the features that --out holds up to date, by --reuse of itself: only photographs "
+    "that are new or have other bytes are embedded, those that are gone are dropped. The new "
+    "folder is made beside it, and swapped in whole.",
+)
+@click.option(
     "--reuse-across-versions",
     is_flag=True,
     help="Also take over rows that other versions of packages wrote; the manifest says so.",
@@ -239,6 +246,7 @@ def embed(
     model: str | None,
     overwrite: bool,
     retry: str | None,
+    update: bool,
     as_json: bool,
     **options: Any,  # the others, by the names that `packvit.embed` gives them
 ) -> None:
@@ -269,7 +277,7 @@ def embed(
     for name in LOUD:
         logging.getLogger(name).addHandler(logging.NullHandler())
     with (
-        stopping(context, out, overwrite) as meter,
+        stopping(context, out, overwrite, update) as meter,
         redirect_stdout(sys.stderr),
         explaining(model),
     ):
@@ -286,6 +294,7 @@ def embed(
                 out=out,
                 model=model and full_name(model),
                 overwrite=overwrite,
+                update=update,
                 retry_errors=retry is not None if retry in (None, ALL) else retry.split(","),
                 progress=meter.tell,
                 **options,
@@ -305,21 +314,23 @@ def embed(
 
 
 @contextmanager
-def stopping(context: click.Context, out: str, overwrite: bool) -> Iterator[Meter]:
+def stopping(context: click.Context, out: str, overwrite: bool, update: bool) -> Iterator[Meter]:
     """Show the job's progress; on Ctrl-C or SIGTERM print what was written, and exit."""
     meter = None
     try:
         with show_progress() as meter:
             yield meter
     except KeyboardInterrupt as stop:
-        click.echo(what_is_written(meter, out, overwrite), err=True)
+        click.echo(what_is_written(meter, out, overwrite, update), err=True)
         context.exit(exit_code(stop))
 
 
-def what_is_written(meter: Meter | None, out: str, overwrite: bool) -> str:
+def what_is_written(meter: Meter | None, out: str, overwrite: bool, update: bool) -> str:
     """Return a message on what a stopped job has written, and how to resume it."""
     if meter is None or meter.last is None:
         return "Stopped before anything was written. Run the same command again."
+    if update:
+        return f"Stopped: {out} is as it was. The same command resumes the update."
     from packvit.corpus.folder.layout import (
         read_commits,  # imports pyarrow, which would slow down `--help`
     )

@@ -22,6 +22,8 @@ SHORT = {
     "dinov3-l16": "facebook/dinov3-vitl16-pretrain-lvd1689m",
     "qwen3-vit": "Qwen/Qwen3.5-9B",
     "qwen2.5-vl-vit": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "c-radio-h16": "nvidia/C-RADIOv4-H",
+    "tipsv2-b14": "google/tipsv2-b14",
 }
 MODEL_HELP = (
     f"A checkpoint's name on the hub, its folder, tiny, or a short name: {', '.join(SHORT)}."

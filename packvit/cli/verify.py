@@ -19,7 +19,7 @@ MISSED = 1
 @click.option(
     "--family",
     help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, "
-    "siglip, clip, qwen3_vl, qwen2_5_vl, qwen2_vl, or all.",
+    "siglip, clip, qwen3_vl, qwen2_5_vl, qwen2_vl, kimi_k25, radio, tipsv2, or all.",
 )
 @click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
 @click.option("--quick", is_flag=True, help="Fewer and smaller images.")

@@ -5,9 +5,10 @@ does not hold yet. Every input ends as one row, and committed parts stay whole h
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ from packvit.corpus.folder.layout import (
     read_manifest,
 )
 from packvit.corpus.folder.names import CURRENT, names_of, part_number
-from packvit.corpus.folder.parts import DtypeOut, Outputs, check_keep
+from packvit.corpus.folder.parts import DtypeOut, Outputs, check_keep, find_keep_flaw
 from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
-from packvit.corpus.folder.resume import Resumed, check_usable, read_rows, take_up
+from packvit.corpus.folder.resume import Resumed, check_usable, compare, read_rows, take_up
 from packvit.corpus.folder.reuse import (
     Reusing,
     describe_reuse,
@@ -44,6 +45,7 @@ from packvit.corpus.folder.reuse import (
     write_mtimes,
 )
 from packvit.corpus.folder.sharding import WHOLE, parse_shard, parts_of, rows_of
+from packvit.corpus.folder.swapping import clean, restore, updating
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing
@@ -114,6 +116,7 @@ def embed(
     shard: str | None = None,
     reuse: Sequence[str | os.PathLike[str]] = (),
     reuse_across_versions: bool = False,
+    update: bool = False,
     trust_mtime: bool = False,
     progress: Tell | None = None,
 ) -> Summary:
@@ -128,6 +131,7 @@ def embed(
     and all that decides their features is equal, versions of packages included unless
     `reuse_across_versions`. With `invariant`, which gives an image the same bits in any pack, the
     result is byte for byte that of a fresh job; where it may not be, the manifest says `reused`.
+    `update` does that with `out` itself: the new folder is made beside it and swapped in whole.
     `trust_mtime` does not even read a file whose name, size and time of change are those that a
     job with `trust_mtime` recorded.
 
@@ -204,6 +208,7 @@ def embed(
         shard=shard,
         reuse=tuple(os.fspath(path) for path in reuse),
         reuse_across_versions=reuse_across_versions,
+        update=update,
         trust_mtime=trust_mtime,
     )
     return run_job(out, inputs, choice, options, how, progress)
@@ -229,7 +234,7 @@ def run_job(
             f'format is "{how.format}", which a shard alone cannot have. Give it to '
             "`packvit merge`."
         )
-    codes = choose_codes(how.retry_errors)
+    choose_codes(how.retry_errors)
     if how.trust_mtime and part_of != WHOLE:
         raise UsageError("trust_mtime cannot go with `shard`: leave one of them out.")
     if options.decode == "gpu":
@@ -241,8 +246,45 @@ def run_job(
             "model is a loaded encoder, which only this process can use. Give the model's name, or "
             "leave `processes` and `ray` out."
         )
+    if how.update and (how.overwrite or part_of != WHOLE):
+        raise UsageError("update cannot go with `overwrite` or `shard`: leave them out.")
     check_local(out)
     folder = Path(out)
+    restore(folder)
+    old = read_manifest(folder) if how.update else None
+    if old is None:
+        return run_in(folder, inputs, choice, options, how, progress, updates=False)
+    if "shard" in old:
+        raise UsageError(f"{folder} is not updated: it holds a shard alone. Merge it first.")
+    exported = bool(old.get("exports"))
+    if not inputs.keep and not find_keep_flaw(old):
+        inputs = replace(inputs, keep=tuple(name for name, _ in old.get("keep", ())))
+    how = replace(
+        how,
+        reuse=(str(folder), *how.reuse),
+        rows_per_part=how.rows_per_part or rows_before(old),
+        format="npy" if exported else how.format,
+    )
+    with updating(folder.resolve()) as target:
+        summary = run_in(target, inputs, choice, options, how, progress, updates=True)
+    return replace(summary, folder=str(folder))
+
+
+def run_in(
+    folder: Path,
+    inputs: InputOptions,
+    choice: ModelChoice,
+    options: EmbedOptions,
+    how: RunOptions,
+    progress: Tell | None,
+    *,
+    updates: bool,
+) -> Summary:
+    """Do the job in a folder; one that `updates` another is claimed already."""
+    model, processes = choice.model, how.processes
+    part_of = WHOLE if how.shard is None else parse_shard(how.shard)
+    if how.rows_per_part is not None:
+        options = replace(options, rows_per_part=how.rows_per_part)
     check_usable(folder, overwrite=how.overwrite)
     recorded = {} if how.overwrite else read_manifest(folder) or {}
     listing = list_inputs(
@@ -253,7 +295,8 @@ def run_job(
         keep=inputs.keep,
         known=recorded.get("inputs_sha256"),
     )
-    notes = (*take_over(folder, recorded, listing), *listing.notes)
+    notes = () if updates else take_over(folder, recorded, listing)
+    notes += listing.notes
     options = replace(options, keep=listing.settle_kept(inputs.keep))
     if model is None and len(listing) > TRIAL_INPUTS:
         raise UsageError(
@@ -294,14 +337,18 @@ def run_job(
         runner = choose_runner(context, job, processes, how.ray)
         del encoder, context  # only a runner in this process keeps them; the others need the memory
         tally = Tally(rows_of(manifest), progress, options.token_budget)
-        with claim(folder):
+        with nullcontext() if updates else claim(folder):
+            if not updates:
+                clean(folder)
+            # Another update was begun there, of inputs that have changed since.
+            stale = updates and bool(compare(recorded, json.loads(json.dumps(manifest))))
             differ = describe(listing.gone)
-            found = take_up(folder, manifest, overwrite=how.overwrite, inputs=differ)
+            found = take_up(folder, manifest, overwrite=how.overwrite or stale, inputs=differ)
             found = replace(found, notes=(*notes, *found.notes))
             if not rows_of(manifest) and len(listing):
                 notes = (f"Shard {part_of} has no rows: the job has fewer parts than shards.",)
                 found = replace(found, notes=(*notes, *found.notes))
-            again = find_errors(folder, found.kept, codes)
+            again = find_errors(folder, found.kept, choose_codes(how.retry_errors))
             devices = {device_name, *found.manifest.get("device_names", ())}
             begun = join_reuse([found.manifest.get("reused"), reusing.entry])
             found = replace(found, begun={"device_names": sorted(devices), **begun})

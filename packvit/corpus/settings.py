@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 
 from packvit import hub
-from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
 from packvit.config import EncoderConfig, GridPolicy, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
@@ -77,6 +76,7 @@ class RunOptions:
     reuse: tuple[str, ...] = ()
     reuse_across_versions: bool = False
     trust_mtime: bool = False
+    update: bool = False
 
     @property
     def here(self) -> bool:
@@ -112,9 +112,9 @@ class EmbedOptions:
         """Return which features a part holds."""
         lists = ("tokens",) if self.tokens else ()
         lists += tuple(f"tap_{tap}" for tap in self.taps)
-        merged = config.merger.width if config.merger else None
+        pooled = config.vector_width if config.merger or config.summary else None
         projected = config.projection if self.text_space == "projected" else None
-        return Outputs(config.width, lists, self.dtype_out, merged, projected, self.keep)
+        return Outputs(config.width, lists, self.dtype_out, pooled, projected, self.keep)
 
     def decoders(self) -> Decoders:
         """Return the decoders of one embedding process; no worker is started yet."""
@@ -147,7 +147,7 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
             invariant=choice.invariant,
         )
         name = TRIAL_MODEL if model is None else model
-        checkpoint = checkpoints.read(name, revision=choice.revision)
+        checkpoint = hub.read_tower(name, choice.revision)
         with ThreadPoolExecutor(1, "packvit-digest") as other:
             digest = other.submit(checkpoint.sha256)
             encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, options)

@@ -9,8 +9,7 @@ transformers 5.17, models/dinov2 and models/dinov2_with_registers.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints import config_json
-from packvit.checkpoints.config_json import Json, activation, entry, sizes, square, write_sizes
+from packvit.checkpoints.config_json import Json, entry, square
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import Rule, convolution, gated, layers, rename, reshape
 from packvit.config import (
@@ -21,6 +20,7 @@ from packvit.config import (
     Table,
 )
 from packvit.encoder import Encoder
+from packvit.families.dinov2_blocks import read_blocks, write_blocks
 
 RULES = (
     *convolution("embeddings.patches", "embeddings.patch_embeddings.projection"),
@@ -43,7 +43,6 @@ RULES = (
     rename("encoder.layers.{i}.mlp_scale.scale", "encoder.layer.{i}.layer_scale2.lambda1"),
     *layers("", "", {"norm": "layernorm"}),
 )
-WORDS = {ours: word for ours, word in config_json.SIZES.items() if ours != "mlp_width"}
 OURS, THEIRS = "encoder.layers.{i}.mlp.", "encoder.layer.{i}.mlp."
 # Where a checkpoint has no registers, transformers writes an empty tensor of them.
 CARRIED = {"mask_token": "embeddings.mask_token", "registers": "embeddings.register_tokens"}
@@ -55,24 +54,15 @@ GATED = (
 
 
 def read(config: Json, names: Collection[str]) -> EncoderConfig:
-    """Read config.json; `mlp_ratio` and `use_swiglu_ffn` give the width of the MLP."""
+    """Read config.json."""
     registered = config.get("model_type") == "dinov2_with_registers"
-    gated = entry(config, "use_swiglu_ffn", bool, False)
-    size = sizes(config, width=768, layers=12, heads=12)
-    inner = int(size["width"] * entry(config, "mlp_ratio", (int, float), 4))
-    patch = square(config, "patch_size", 16 if registered else 14)
-    side = square(config, "image_size", 224) // patch
+    patch = {"patch_size": 16 if registered else 14}
+    blocks = read_blocks({**patch, **config}, width=768, layers=12, heads=12)
+    side = square(config, "image_size", 224) // blocks["patch"]
     resize = "bicubic_antialias" if registered else "bicubic"
     return EncoderConfig(
-        **size,
-        mlp_width=(int(inner * 2 / 3) + 7) // 8 * 8 if gated else inner,
-        patch=patch,
+        **blocks,
         positions=Table(side, side, resize, any_grid=True, class_row=True),
-        norm="layer",
-        norm_eps=entry(config, "layer_norm_eps", float, 1e-6),
-        activation="silu" if gated else activation(config, "gelu"),
-        gated=gated,
-        qkv_bias="qkv" if entry(config, "qkv_bias", bool, True) else "",
         layer_scale=True,
         class_token=True,
         registers=entry(config, "num_register_tokens", int, 4) if registered else 0,
@@ -85,14 +75,10 @@ def write(config: EncoderConfig) -> dict[str, Any]:
     table = config.positions
     assert isinstance(table, Table)
     kind = "WithRegisters" if table.resize == "bicubic_antialias" else ""  # also of none
-    written = write_sizes(config, WORDS) | {
+    written = write_blocks(config) | {
         "model_type": "dinov2_with_registers" if kind else "dinov2",
         "architectures": [f"Dinov2{kind}Model"],
         "image_size": table.rows * config.patch,
-        "layer_norm_eps": config.norm_eps,
-        "mlp_ratio": round(config.mlp_width * (1.5 if config.gated else 1) / config.width),
-        "use_swiglu_ffn": config.gated,
-        "qkv_bias": config.qkv_bias == "qkv",
     }
     return written | ({"num_register_tokens": config.registers} if kind else {})
 

@@ -6,7 +6,7 @@ Source: transformers 5.17, models/qwen2_vl, qwen2_5_vl and qwen3_vl.
 from collections.abc import Mapping
 from typing import Any
 
-from packvit.checkpoints.config_json import Json, entry, square, write_sizes
+from packvit.checkpoints.config_json import Json, axial_base, entry, square, write_sizes
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Layout, beside_text
 from packvit.checkpoints.rules import Rule, convolution, layers
@@ -58,15 +58,12 @@ def choices(config: Json) -> dict[str, Any]:
     Raises: CheckpointError for positions or patches that no published tower has.
     """
     frames = square(config, "temporal_patch_size", FRAMES)
-    rope = entry({"rope_parameters": {}, **config}, "rope_parameters", dict)
-    kind = rope.get("rope_type", "axial")
-    if frames != FRAMES or kind not in ("axial", "default"):
+    if frames != FRAMES:
         raise CheckpointError(
-            f'config.json says "temporal_patch_size": {frames} and "rope_type": "{kind}"; we know '
-            f"{FRAMES} and axial."
+            f'config.json says "temporal_patch_size": {frames}; we know {FRAMES}.'
         )
     return {
-        "rotary": AxialRotary(entry(rope, "rope_theta", float, 10000.0)),
+        "rotary": AxialRotary(axial_base(config)),
         "temporal": FRAMES,
         "norm_eps": 1e-6,  # config.json says nothing about it
         "final_norm": None,

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from packvit.config import ImageConfig
+from packvit.config import ImageConfig, PaddedPatches
 from packvit.images.decode import MAX_PIXELS, ImageError, open_image, read_turn
 from packvit.images.resize import Resize, SizePlan, resize_plan
 
@@ -140,6 +140,8 @@ def plan_jpeg(
         size = resize_plan(*jpeg.upright, config, resize=resize, max_patches=max_patches)
     except ImageError:
         return Refusal("refused by its header")
+    if isinstance(config.sizing, PaddedPatches) and resize != "native":
+        return Refusal("padding")
     return JpegPlan(jpeg, size)
 
 

@@ -68,6 +68,10 @@ def to_patches(
         if plan.crop is not None:
             top, left, height, width = plan.crop
             pixels = pixels[top : top + height, left : left + width]
+        missing = [plan.rows * config.patch, plan.columns * config.patch]
+        if missing[0] > pixels.shape[0] or missing[1] > pixels.shape[1]:
+            fill = [(0, max(0, n - m)) for n, m in zip(missing, pixels.shape, strict=False)]
+            pixels = np.pad(pixels, (*fill, (0, 0)))
         patches = cut_patches(pixels, config.patch, patch_order)
     except MemoryError as error:
         raise ImageError("out_of_memory", "resize") from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil, floor, sqrt
 from typing import Literal
 
-from packvit.config import Exact, ImageConfig, MostPatches, PixelRange, ShortestEdge
+from packvit.config import Exact, ImageConfig, MostPatches, PaddedPatches, PixelRange, ShortestEdge
 from packvit.images.decode import MAX_PIXELS, ImageError
 
 Resize = Literal["checkpoint", "native"]
@@ -23,7 +23,8 @@ class SizePlan:
     """Resize to `height` x `width`, cut out `crop` (top, left, height, width), then patches.
 
     Units: pixels; `rows` and `columns` count patches. Pixels right of the last column and below the
-    last row are dropped, as the references' convolutions drop them.
+    last row are dropped, as the references' convolutions drop them; where there are fewer, black
+    ones fill them up.
     """
 
     height: int
@@ -66,6 +67,9 @@ def resize_plan(
     if isinstance(sizing, PixelRange):
         most = sizing.most if max_patches is None else max_patches * side**2
         return _plan(_pixel_range_size(height, width, unit, sizing.least, most), None, side)
+    if isinstance(sizing, PaddedPatches):
+        most = max_patches or sizing.patches
+        return _padded_plan(height, width, unit, side, most, sizing.side)
     if isinstance(sizing, MostPatches):
         rows, columns = _most_patches_grid(height, width, side, max_patches or sizing.patches)
         return _plan((rows * side, columns * side), None, side)
@@ -127,6 +131,21 @@ def _pixel_range_size(height: int, width: int, unit: int, least: int, most: int)
         grow = sqrt(least / (height * width))
         tall, wide = (ceil(pixels * grow / unit) * unit for pixels in (height, width))
     return tall, wide
+
+
+def _padded_plan(height: int, width: int, unit: int, patch: int, most: int, side: int) -> SizePlan:
+    """Return the reference's size, in its floating point, which never enlarges and then pads.
+
+    Source: transformers 5.17, models/kimi_k25/image_processing_kimi_k25.py.
+    """
+    patches = max(1.0, height // patch) * max(1.0, width // patch)
+    longest = side * patch
+    scale = min(1.0, sqrt(most / patches), longest / height, longest / width)
+    tall, wide = (min(longest, max(1, int(pixels * scale))) for pixels in (height, width))
+    rows, columns = (-(-pixels // unit) * unit // patch for pixels in (tall, wide))
+    if rows * columns * patch**2 > MAX_PIXELS:
+        raise ImageError("aspect_ratio", "resize", f"height {tall}, width {wide} once resized")
+    return SizePlan(tall, wide, None, rows, columns)
 
 
 def _most_patches_grid(height: int, width: int, side: int, most: int) -> tuple[int, int]:

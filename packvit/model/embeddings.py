@@ -14,6 +14,7 @@ from packvit.model.positions import (
     ResizedTables,
     axial_rotary,
     check_grid,
+    frame_waves,
     look_up,
     rotary,
     sine_cosine,
@@ -138,9 +139,14 @@ class PatchEmbeddings(nn.Module):
             return tokens + sine_cosine(self.axis(grid), places)
         if not (positions.any_grid or self.interpolate):
             check_grid(positions, grid, self.config.patch)
-        return tokens + look_up(
+        learned = look_up(
             self.resized, self.positions, places, grid, invariant=self.patches.invariant
         )
+        if positions.frames is not None:
+            width, dtype = self.config.width, learned.dtype
+            waves = frame_waves(grid, positions.frames, places, width, dtype)
+            learned = learned if waves is None else learned + waves
+        return tokens + learned
 
     def axis(self, grid: Grid) -> Float[Tensor, "side half"]:
         """Return the sine-cosine axis, as long as the longest frame has patches, at the least.

@@ -14,7 +14,7 @@ from packvit.model.activations import activate
 from packvit.model.linear import Linear
 from packvit.model.norms import Tokens, norm_of
 from packvit.packs.grid import Grid, read_grid, sequence_lengths, to_device
-from packvit.packs.places import PatchPlaces
+from packvit.packs.places import ClipPlaces, PatchPlaces
 from packvit.packs.segments import Segments
 
 
@@ -105,11 +105,15 @@ class Merged(NamedTuple):
 
 
 class Mergers(nn.Module):
-    """The merger of a checkpoint, and those of its deepstack."""
+    """The merger of a checkpoint, and those of its deepstack.
+
+    Where it attends over clips, it merges the mean over a clip's frames, and has no deepstack.
+    """
 
     def __init__(self, config: EncoderConfig, merger: Merger) -> None:
         super().__init__()
         self.side, self.layers = merger.side, merger.deepstack
+        self.clips = config.segments == "clip"
         self.last = PatchMerger(merger, config.width, norms_squares=False)
         self.deepstack = nn.ModuleList(
             PatchMerger(merger, config.width, norms_squares=True) for _ in merger.deepstack
@@ -121,6 +125,10 @@ class Mergers(nn.Module):
         Raises: ValueError naming the first image that does not divide into squares.
         """
         check_squares(grid, self.side)
+        if self.clips and any(frames > 1 for frames, _, _ in grid):
+            tokens = mean_over_frames(tokens, grid)
+        if self.clips:
+            grid = tuple((1, rows, columns) for _, rows, columns in grid)
         merging = Merging.of_images(grid, side=self.side, device=tokens.device)
         deep = zip(self.layers, self.deepstack, strict=True)
         return Merged(
@@ -128,6 +136,16 @@ class Mergers(nn.Module):
             {layer: merger(taps[layer], merging) for layer, merger in deep},
             merging.segments.lengths,
         )
+
+
+def mean_over_frames(tokens: Tokens, grid: Grid) -> Float[Tensor, "places D"]:
+    """Return each place of a clip as the mean over its frames, in one call, summed in order."""
+    clips = ClipPlaces.from_grid(grid, device=tokens.device)
+    ordered = tokens.index_select(0, clips.order).to(
+        torch.promote_types(tokens.dtype, torch.float32)
+    )
+    means = torch.segment_reduce(ordered, "mean", lengths=clips.frames, unsafe=True)
+    return means.to(tokens.dtype)
 
 
 def check_squares(grid: Grid, side: int) -> None:

@@ -150,6 +150,34 @@ def check_grid(positions: Table, grid: Grid, patch: int) -> None:
             )
 
 
+def frame_waves(
+    grid: Grid, most: int, places: PatchPlaces, width: int, dtype: torch.dtype
+) -> Float[Tensor, "T D"] | None:
+    """Return [sin | cos] of each patch's frame, zeros for images; None where all are images.
+
+    Raises: ValueError for a clip of more than `most` frames.
+    Source: Kimi K2.5 in transformers 5.17, models/kimi_k25: in fp32.
+    """
+    counts = [frames for frames, _, _ in grid]
+    longest = max(counts)
+    if longest > most:
+        raise ValueError(
+            f"Image {counts.index(longest)} has {longest} frames, but this checkpoint tells {most} "
+            "apart. Cut the clip into shorter ones."
+        )
+    if longest == 1:
+        return None
+    octave = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+    number = torch.arange(longest, dtype=torch.float32, device="cpu")
+    angles = number.outer(1.0 / 10000**octave)
+    waves = torch.cat([angles.sin(), angles.cos()], 1)
+    table = torch.cat([waves.new_zeros(1, width), waves]).to(dtype)
+    rows = [0 if count == 1 else 1 + frame for count in counts for frame in range(count)]
+    device = places.sequence.device
+    row = to_device(np.array(rows), device).index_select(0, places.sequence)
+    return table.to(device, non_blocking=True).index_select(0, row)
+
+
 class ResizedTables:
     """A learned table resized to the grids met lately, so that each is worked out once.
 

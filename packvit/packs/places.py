@@ -96,6 +96,30 @@ class WindowPlaces:
         return cls(order, back, window_lengths(grid, side))
 
 
+@dataclass(frozen=True, eq=False)
+class ClipPlaces:
+    """Each place of a clip in all of its frames: `order` lays them side by side, frame by frame."""
+
+    order: Int64[Tensor, " T"]
+    frames: Int64[Tensor, " places"]  # how many stand there, for each place of each clip
+
+    @classmethod
+    def from_grid(cls, grid: Grid, *, device: torch.device | str) -> "ClipPlaces":
+        """Compute both on the device, without a loop over clips."""
+        frames, rows, columns = np.asarray(grid, dtype=np.int64).T
+        sizes = rows * columns
+        totals = frames * sizes
+        host = np.array([frames, sizes, totals.cumsum() - totals, totals])
+        counts, places, starts, both = to_device(host, device).unbind()
+        total, distinct = int(totals.sum()), int(sizes.sum())
+        clip = torch.repeat_interleave(both, output_size=total)
+        count, size, start = (part.index_select(0, clip) for part in (counts, places, starts))
+        within = torch.arange(total, dtype=torch.int64, device=device) - start
+        place = within.div(count, rounding_mode="floor")
+        order = start + (within - place * count) * size + place
+        return cls(order, torch.repeat_interleave(counts, places, output_size=distinct))
+
+
 def window_lengths(grid: Grid, side: int) -> tuple[int, ...]:
     """Return the patches of each window of each frame, on the host."""
     lengths: list[int] = []

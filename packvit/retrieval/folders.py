@@ -6,6 +6,7 @@ No torch.
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from packvit.corpus import UsageError
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.folder.names import names_of
 from packvit.corpus.folder.reader import damaged, map_matrix, matrix_of, open_finished, read_whole
@@ -67,6 +68,10 @@ class Vectors:
         """Return the vectors of one part."""
         table = read_whole(self.folder, self.parts[number], [self.column])
         return to_matrix(table, self.column)
+
+    def ids(self, number: int) -> pa.Array:
+        """Return the ids of the rows of one part."""
+        return read_whole(self.folder, self.parts[number], ["id"])["id"].combine_chunks()
 
     def take(self, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return these columns of these rows, in their order; only their parts are read."""
@@ -135,3 +140,12 @@ def to_matrix(table: pa.Table, name: str) -> np.ndarray:
     if column.null_count:
         return matrix_of(table, name)
     return column.flatten().to_numpy().reshape(-1, column.type.list_size)
+
+
+@contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """Turn an OSError into a WriteError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} could not be written: {error.strerror}.") from error

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from packvit.atomic import replacing
-from packvit.corpus.folder.layout import make_folder, read_log, writing
+from packvit.corpus.folder.layout import make_folder, read_log
 from packvit.corpus.folder.names import names_of
-from packvit.retrieval.folders import BLOCK, Vectors
+from packvit.retrieval.folders import BLOCK, Vectors, unwritable
 from packvit.retrieval.nearest import find_nearest
 
 WANTED = 0.99  # recall, for which the search is widened up to WIDEST
@@ -93,7 +93,7 @@ def build(vectors: Vectors, path: Path, facts: Path) -> Facts:
         if recall >= WANTED:
             break
     known = Facts(digest_log(vectors.folder), len(index), expansion, recall)
-    with writing(path):
+    with unwritable(path):
         make_folder(path.parent)
         with replacing(path, facts, beside=vectors.folder) as (temporary, beside):
             index.save(str(temporary))

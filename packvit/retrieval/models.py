@@ -11,6 +11,11 @@ from packvit.corpus.settings import ModelChoice, digest_weights, load_encoder
 from packvit.encoder import Encoder
 from packvit.images.decode import Source
 from packvit.retrieval.folders import Vectors
+from packvit.retrieval.nearest import choose_device
+from packvit.text.encoder import TextEncoder
+from packvit.text.loading import load_text
+
+UNKNOWN = "\ue000"  # of no script: what a tokenizer makes of it, it makes of what it does not know
 
 
 def load_model(
@@ -39,11 +44,16 @@ def check_model(encoder: Encoder, manifest: dict[str, Any], folder: Path) -> Non
         return
     if manifest["weights_sha256"] != digest_weights(encoder):
         mine = encoder.checkpoint.name if encoder.checkpoint else type(encoder).__name__
-        raise UsageError(
-            f'The features in {folder} come from the model "{manifest["model"]}", and "{mine}" has '
-            "other weights, so they cannot be compared. Leave `model` out, or embed the folder's "
-            "photographs again."
-        )
+        raise other_weights(manifest, folder, mine)
+
+
+def other_weights(manifest: dict[str, Any], folder: Path, mine: str) -> UsageError:
+    """Return the error for a model that did not write a folder."""
+    return UsageError(
+        f'The features in {folder} come from the model "{manifest["model"]}", and "{mine}" has '
+        "other weights, so they cannot be compared. Leave `model` out, or embed the folder's "
+        "photographs again."
+    )
 
 
 def embed_photographs(
@@ -79,16 +89,17 @@ def word_column(vectors: Vectors) -> str:
     return named
 
 
-def load_words(vectors: Vectors, model: str | None, device: str | None) -> Any:
+def load_words(vectors: Vectors, model: str | None, device: str | None) -> TextEncoder:
     """Return the text tower of the model that wrote a folder.
 
     Raises: UsageError if its weights are others; CheckpointError.
     """
-    from packvit.text import load_text
-
     manifest = vectors.manifest
-    tower = load_text(model or manifest["model"], device=device, revision=manifest["revision"])
-    check_model(tower, manifest, vectors.folder)
+    where = choose_device(device)
+    tower = load_text(model or manifest["model"], device=where, revision=manifest["revision"])
+    assert tower.checkpoint
+    if manifest["weights_sha256"] != tower.checkpoint.sha256():
+        raise other_weights(manifest, vectors.folder, tower.checkpoint.name)
     return tower
 
 
@@ -100,7 +111,23 @@ def embed_words(
     Shapes: N texts -> float32 [N, D].
     Raises: UsageError for words that the tower cannot read; as `load_words`.
     """
-    try:
-        return load_words(vectors, model, device).embed(texts)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    tower = load_words(vectors, model, device)
+    read_words(tower, texts)
+    return tower.embed(texts)
+
+
+def read_words(tower: TextEncoder, texts: Sequence[str]) -> None:
+    """Refuse texts of which the tokenizer reads nothing: it knows none of their letters.
+
+    Raises: UsageError naming the first.
+    """
+    if tower.tokenizer is None:
+        name = tower.checkpoint.name if tower.checkpoint else "The text tower"
+        raise UsageError(f"{name} has no tokenizer, so it reads no words. Search by photographs.")
+    nothing, unknown, *known = (set(ids) for ids in tower.tokenize(["", UNKNOWN, *texts]))
+    for text, ids in zip(texts, known, strict=True):
+        if not ids - nothing - unknown:
+            raise UsageError(
+                f'The model\'s tokenizer reads nothing in "{text}": it knows no such language. Use '
+                "words of a language that the model was trained on."
+            )

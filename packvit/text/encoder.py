@@ -6,8 +6,6 @@ fixed length, so does the tokenizer, and what fills them is part of the text.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,37 +24,10 @@ from packvit.model.norms import norm
 from packvit.packs.grid import to_device
 from packvit.packs.planning import plan_packs
 from packvit.packs.segments import Segments
+from packvit.text.packs import TextFeatures, TextPack, as_text_pack, pooled_places
 from packvit.text.tokenizing import Tokenizer
 
 Vectors = Tensor | np.ndarray
-
-
-class TextPack(NamedTuple):
-    """What one forward takes: `text(pack)`, `text(*pack)` and `text.encode(pack)`.
-
-    Shapes: input_ids [T] int64 on the encoder's device; lengths N host ints, tokens of each text.
-    """
-
-    input_ids: Tensor
-    lengths: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TextFeatures:
-    """The outputs of a text encoder for a pack of N texts.
-
-    Shapes: tokens [T, D]; pooled [N, D], or the width of the tower's head; projected [N, E], or
-    None where images and texts share the space of `pooled`.
-    """
-
-    tokens: Tensor
-    pooled: Tensor
-    projected: Tensor | None
-    lengths: tuple[int, ...]
-
-    def vectors(self) -> Tensor:
-        """Return one vector a text in fp32, in the space shared with images. Shapes: [N, E]."""
-        return (self.pooled if self.projected is None else self.projected).float()
 
 
 class TextEmbeddings(nn.Module):
@@ -206,12 +177,16 @@ class TextEncoder(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as the reference's tokenizer makes them.
 
-        Raises: TypeError for what is no list of strings; ValueError without a tokenizer.
+        Raises: TypeError for what is no list of strings; ValueError without a tokenizer, or for a
+        text that is no Unicode.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError("texts must be a list of strings; a single text is a list of one.")
         if self.tokenizer is None:
             raise ValueError("This encoder has no tokenizer. Give ids to `encode`.")
+        for place, text in enumerate(texts):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"Text {place} is not valid Unicode: {text!r}. Type it as UTF-8.")
         return self.tokenizer(texts)
 
     def lay(self, ids: Sequence[Sequence[int]]) -> TextPack:
@@ -265,44 +240,3 @@ class TextEncoder(nn.Module):
         """
         logits = self.logits(images, texts)
         return logits.softmax(-1) if self.logit_bias is None else logits.sigmoid()
-
-
-def as_text_pack(input_ids: Tensor | TextPack, lengths: Sequence[int] | None) -> TextPack:
-    """Return what a call was given as one pack.
-
-    Raises: TypeError for a pack with other lengths beside it, or ids without them.
-    """
-    if isinstance(input_ids, TextPack):
-        if lengths is not None:
-            raise TypeError("A TextPack brings its own lengths. Leave the other ones out.")
-        return input_ids
-    if lengths is None:
-        raise TypeError(
-            "lengths is missing, which says how many tokens each text has. Give a TextPack, or "
-            "both of its parts: text(pack.input_ids, pack.lengths)."
-        )
-    return TextPack(input_ids, tuple(lengths))
-
-
-def pooled_places(
-    config: TextConfig, input_ids: Int[Tensor, " T"], segments: Segments
-) -> Int[Tensor, " N"]:
-    """Return which token of the pack is pooled for each text.
-
-    A text without the token asked for has its first one pooled, as in the reference.
-    """
-    starts, lengths = np.array(segments.starts), np.array(segments.lengths)
-    if config.pool == "last":
-        return to_device(starts + lengths - 1, input_ids.device)
-    device, texts = input_ids.device, len(lengths)
-    text = to_device(np.repeat(np.arange(texts), lengths), device)
-    ids = input_ids.long()
-    if config.pool == "largest":
-        most = ids.new_full((texts,), -1).scatter_reduce(0, text, ids, "amax")
-        hits = ids == most.index_select(0, text)
-    else:
-        hits = ids == config.end
-    nowhere = len(ids)
-    places = torch.where(hits, torch.arange(nowhere, dtype=torch.int64, device=device), nowhere)
-    first = ids.new_full((texts,), nowhere).scatter_reduce(0, text, places, "amin")
-    return torch.where(first < nowhere, first, to_device(starts, device))

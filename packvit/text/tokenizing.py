@@ -20,7 +20,7 @@ from packvit.checkpoints.downloads import fetch
 from packvit.checkpoints.errors import CheckpointError, NotCachedError
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.folders import find_file, read_json
-from packvit.config import TextConfig
+from packvit.config import TextConfig, check_choice
 
 SETTINGS = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
@@ -127,32 +127,47 @@ def find_tokenizer(checkpoint: Checkpoint, default: str, config: TextConfig) -> 
     longest = config.positions
     if isinstance(most, int) and 0 < most < longest:
         longest = most
-    if kind == "SiglipTokenizer":
-        file = locate(checkpoint, PIECES)
-        return file and read_pieces(file, checkpoint.name, settings, longest, config)
-    file, vocabulary, merges = (locate(checkpoint, name) for name in (WHOLE, VOCABULARY, MERGES))
-    if not file and not (vocabulary and merges):
+    wanted = (PIECES,) if kind == "SiglipTokenizer" else (WHOLE, VOCABULARY, MERGES)
+    files = {name: file for name in wanted if (file := locate(checkpoint, name))}
+    if not files.keys() & {PIECES, WHOLE} and len(files) < 2:
         return None
-    tokenizers = import_or_explain("tokenizers", checkpoint.name)
+    library = import_or_explain(
+        "sentencepiece" if PIECES in files else "tokenizers", checkpoint.name
+    )
     try:
-        tokenizer = (
-            tokenizers.Tokenizer.from_file(str(file))
-            if file
-            else clip_from_parts(tokenizers, vocabulary, merges, settings)
-        )
-    except Exception as error:  # the library raises nothing more exact
+        if PIECES in files:
+            return read_pieces(library, files[PIECES], settings, longest, config.padded)
+        return read_whole(library, files, kind, settings, longest, config.padded)
+    except Exception as error:  # the libraries raise nothing more exact
         raise CheckpointError(
             f"The tokenizer of {checkpoint.name} cannot be read ({error}). Download or copy "
-            f"{WHOLE if file else f'{VOCABULARY} and {MERGES}'} again."
+            f"{', '.join(files)} and {SETTINGS} again."
         ) from error
+
+
+def read_whole(
+    tokenizers: Any,
+    files: Mapping[str, Path],
+    kind: str,
+    settings: Json,
+    longest: int,
+    padded: bool,
+) -> FileTokenizer:
+    """Return the tokenizer of tokenizer.json, or of the two files before it, as its class is."""
+    tokenizer = (
+        tokenizers.Tokenizer.from_file(str(files[WHOLE]))
+        if WHOLE in files
+        else clip_from_parts(tokenizers, files[VOCABULARY], files[MERGES], settings)
+    )
     RULES.get(kind, as_filed)(tokenizers, tokenizer, settings)
     tokenizer.no_padding()
     tokenizer.enable_truncation(longest, direction=settings.get("truncation_side", "right"))
-    side = settings.get("padding_side", "left" if kind in LEFT else "right")
-    pad = tokenizer.token_to_id(word(settings, "pad_token", "<pad>")) if config.padded else None
-    if config.padded and pad is None:
-        raise CheckpointError(f"The tokenizer of {checkpoint.name} has no token to fill up with.")
-    return FileTokenizer(tokenizer, Filling(longest, pad, side))
+    pad = tokenizer.token_to_id(word(settings, "pad_token", "<pad>")) if padded else None
+    if padded and pad is None:
+        raise ValueError("it has no token to fill up with")
+    return FileTokenizer(
+        tokenizer, Filling(longest, pad, side(settings, "left" if kind in LEFT else "right"))
+    )
 
 
 def read_settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -195,9 +210,7 @@ def import_or_explain(library: str, name: str) -> Any:
         ) from error
 
 
-def clip_from_parts(
-    tokenizers: Any, vocabulary: Path | None, merges: Path | None, settings: Json
-) -> Any:
+def clip_from_parts(tokenizers: Any, vocabulary: Path, merges: Path, settings: Json) -> Any:
     """Return CLIP's tokenizer of the two files that came before tokenizer.json."""
     end = word(settings, "eos_token", "<|endoftext|>")
     model = tokenizers.models.BPE.from_file(
@@ -268,25 +281,22 @@ LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")  # what they fill up on, unless to
 
 
 def read_pieces(
-    file: Path, name: str, settings: Json, longest: int, config: TextConfig
+    library: Any, file: Path, settings: Json, longest: int, padded: bool
 ) -> PieceTokenizer:
     """Return SigLIP's tokenizer of a sentencepiece model."""
-    library = import_or_explain("sentencepiece", name)
-    try:
-        model = library.SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file} is not a sentencepiece model ({error}). Download or copy it again."
-        ) from error
+    model = library.SentencePieceProcessor(model_file=str(file))
     end = word(settings, "eos_token", "</s>")
     unknown, pad = word(settings, "unk_token", "<unk>"), word(settings, "pad_token", "</s>")
     special = {token: model.piece_to_id(token) for token in (end, unknown, pad)}
     for number, token in (settings.get("added_tokens_decoder") or {}).items():
         special[token["content"]] = int(number)
-    filling = Filling(
-        longest,
-        special[pad] if config.padded else None,
-        settings.get("padding_side", "right"),
-    )
+    filling = Filling(longest, special[pad] if padded else None, side(settings, "right"))
     lower = bool(settings.get("do_lower_case", True))
     return PieceTokenizer(model, special, end, unknown, lower, filling)
+
+
+def side(settings: Json, default: Side) -> Side:
+    """Return on which side texts are filled up."""
+    found = settings.get("padding_side", default)
+    check_choice("padding_side", found, ("left", "right"))
+    return found

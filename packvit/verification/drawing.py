@@ -53,8 +53,8 @@ def plan_shapes(encoder: Encoder, options: VerifyOptions, interpolates: bool) ->
     rows, columns = (table.rows, table.columns) if isinstance(table, Table) else (SQUARE, SQUARE)
     own, most = (1, rows, columns), QUICK_MOST if options.quick else MOST
     others = QUICK_SHAPES if options.quick else (*SHAPES, LARGEST)
-    if merger := encoder.config.merger:
-        own, *others = (in_squares(place, merger.side) for place in (own, *others))
+    side = encoder.images.multiple
+    own, others = in_squares(own, side), tuple(in_squares(place, side) for place in others)
     if not isinstance(table, Table) or table.any_grid:
         return [Shapes(repeated((*others, own), most), interpolate=False)]
     alone = (*repeated((own,), most), own, own, *repeated(((2, rows, columns),), most))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.folders import PREPROCESSOR, PROCESSOR
-from packvit.config import Table
+from packvit.config import ImageConfig, Table
 from packvit.encoder import Encoder
 from packvit.verification import Comparison, VerifyOptions
 from packvit.verification.drawing import draw, draw_photograph
@@ -67,8 +67,7 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
     rows, columns = (5, 7)
     if isinstance(table, Table) and not table.any_grid:
         rows, columns = table.rows, table.columns
-    if merger := encoder.config.merger:
-        rows, columns = rows * merger.side, columns * merger.side
+    rows, columns = rows * encoder.images.multiple, columns * encoder.images.multiple
     grid = ((1, rows, columns),) * (1 + 256 // (rows * columns))
     patches = draw(grid, encoder, seed=0)
     said, own, truth = (run(model, patches, grid)["tokens"] for model in (after, before, exact))
@@ -138,11 +137,20 @@ def compare_photographs(
                 ours = encoder.to_values(pack.hidden_states).cpu()
                 with Image.open(path) as photograph:
                     theirs, sides = prepare(processor, photograph, encoder.config.patch)
+                if not encoder.family.processor_normalizes:
+                    theirs = normalized(theirs, encoder.images)
                 worst = torch.inf
                 if sides == tuple(pack.grid_thw[0, 1:].tolist()):
                     worst = (ours.double() - theirs.double()).abs().max().item()
                 where = f"{suffix}, {height} x {width} pixels"
                 yield Comparison("pixels", where, "pixels", "none", "float32", "none", worst, limit)
+
+
+def normalized(values: Tensor, images: ImageConfig) -> Tensor:
+    """Return values from 0 to 1 as a model normalises them. Shapes: [patches, P]."""
+    numbers = torch.tensor([images.mean, images.std], dtype=torch.float32, device="cpu")
+    mean, std = numbers.repeat(1, values.shape[1] // 3)
+    return (values - mean) / std
 
 
 def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tuple[int, int]]:
@@ -154,6 +162,8 @@ def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tup
     made = processor(images=image.convert("RGB"), return_tensors="pt")
     if "image_grid_thw" in made:
         _, rows, columns = made["image_grid_thw"][0].tolist()
+        if made["pixel_values"].ndim == 4:  # in raster order
+            return made["pixel_values"].permute(0, 2, 3, 1).flatten(1), (rows, columns)
         side = processor.merge_size
         blocks = made["pixel_values"].unflatten(1, (3, -1, patch, patch))[:, :, 0]
         squares = blocks.view(rows // side, columns // side, side, side, 3, patch, patch)

@@ -256,15 +256,18 @@ def interpolation_error(device: torch.device | str) -> float:
 def run(
     model: nn.Module, patches: Sequence[Tensor], grid: Grid, *, interpolate: bool = False
 ) -> Answers:
-    """Return the model's outputs, running every frame by itself.
+    """Return the model's outputs, running every frame, or a tower's clip, by itself.
 
     Shapes: patches N x [patches, P], normalised, in the order (row, column, channel).
     """
     answers: dict[str, list[Tensor]] = {}
     for image, (frames, rows, columns) in zip(patches, grid, strict=True):
-        parts = [
-            run_frame(model, frame, rows, columns, interpolate) for frame in image.chunk(frames)
-        ]
+        if is_tower(tower(model)):  # a clip may be one sequence
+            parts = [run_whole(tower(model), image, (frames, rows, columns))]
+        else:
+            parts = [
+                run_frame(model, frame, rows, columns, interpolate) for frame in image.chunk(frames)
+            ]
         for kind in parts[0]:
             outputs = [part[kind] for part in parts]
             joined = torch.stack(outputs) if kind in PER_FRAME else torch.cat(outputs, -2)
@@ -276,6 +279,12 @@ PER_FRAME = ("prefix", "pooled", "projected")
 PER_SQUARE = ("merged", "deepstack")
 
 
+def run_whole(model: nn.Module, patches: Tensor, place: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Return a tower's outputs for one image or clip."""
+    weight = next(model.parameters())
+    return run_tower(model, patches.to(weight.device, weight.dtype), place)
+
+
 def run_frame(
     model: nn.Module, patches: Tensor, rows: int, columns: int, interpolate: bool
 ) -> dict[str, Tensor]:
@@ -283,8 +292,7 @@ def run_frame(
     looking = tower(model)
     weight = next(looking.parameters())
     patches = patches.to(weight.device, weight.dtype)
-    if is_tower(looking):
-        return run_tower(looking, patches, rows, columns)
+    take_normalized(looking)
     options = {"interpolate_pos_encoding": True} if interpolate else {}
     with RightInterpolation():
         out = looking(
@@ -298,17 +306,24 @@ def run_frame(
     }
     if first:
         said["prefix"] = state[:first]
-    if (pooled := getattr(out, "pooler_output", None)) is not None:
+    if (pooled := getattr(out, "pooler_output", getattr(out, "summary", None))) is not None:
         said["pooled"] = pooled[0]
         if shared := projection(model):
             said["projected"] = shared(pooled)[0]
     return said
 
 
+def take_normalized(model: Any) -> Any:
+    """Have a model that normalises pixels by itself, and in float32, take normalised ones."""
+    if hasattr(model, "make_preprocessor_external"):
+        model.make_preprocessor_external()
+    return model
+
+
 def inputs(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
     """Return the model's arguments for one image: pixels, or patches with mask and shape."""
     if is_tower(model):
-        return tower_inputs(model, patches, rows, columns)
+        return tower_inputs(model, patches, (1, rows, columns))
     if model.main_input_name == "pixel_values" and "num_patches" in model.config.to_dict():
         return {
             "pixel_values": patches[None],

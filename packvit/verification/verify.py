@@ -131,10 +131,11 @@ def verify(
         if not readable_by_transformers(encoder):
             remarks.append(TOWER if encoder.merger else CONVERTED)
             converted = Path(stack.enter_context(TemporaryDirectory()))
-            if encoder.projection is not None:
-                # transformers has no class of an image tower with its projection alone.
-                remarks.append(f"not compared: the projection to {encoder.config.projection}")
-                encoder = without_projection(encoder)
+            whole, encoder = encoder, tower_alone(encoder)
+            if encoder.projection is not whole.projection:
+                remarks.append(f"not compared: the projection to {whole.config.projection}")
+            if encoder.merger is not whole.merger:
+                remarks.append("not compared: the merger")
             encoder.save_pretrained(converted)
             reference = ReferenceModel(encoder.family, converted)
         else:
@@ -177,12 +178,27 @@ def readable_by_transformers(encoder: Encoder) -> bool:
     return layout == "transformers" and not without_text
 
 
-def without_projection(encoder: Encoder) -> Encoder:
-    """Return the same encoder without its projection to the space shared with text."""
+def tower_alone(encoder: Encoder) -> Encoder:
+    """Return an encoder without what transformers has in no class of its tower.
+
+    That is a projection to the space shared with text, or a merger beside the language model.
+    """
+    lacking = [
+        part
+        for part in ("projection", "merger")
+        if getattr(encoder, part) is not None and not has_words(encoder, part)
+    ]
     tower = copy(encoder)
-    tower._modules = {**encoder._modules, "projection": None}
-    tower.config = replace(encoder.config, projection=None)
+    tower._modules = {**encoder._modules, **dict.fromkeys(lacking)}
+    tower.config = replace(encoder.config, **dict.fromkeys(lacking))
     return tower
+
+
+def has_words(encoder: Encoder, part: str) -> bool:
+    """Return whether transformers' layout of a tower has a name for one of its parts."""
+    layouts = [layout for layout in encoder.family.layouts if layout.name == "transformers"]
+    rules = layouts[0].rules if layouts else ()
+    return any(rule.ours.startswith(f"{part}.") for rule in rules)
 
 
 def antialiases(encoder: Encoder) -> bool:

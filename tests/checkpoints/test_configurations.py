@@ -30,6 +30,10 @@ SIZES: dict[str, tuple[Any, ...]] = {
     "intermediate_size": (24, 40),
     "mlp_ratio": (1, 2, 3),
     "patch_size": (4, 7),
+    "max_img_size": (21, 32),
+    "num_cls_tokens": (3, 4),
+    "num_registers": (1, 7),
+    "summary_idxs": ([0, 1], [2, 0, 1], [1]),
     "image_size": (21, 28, 30, 32),  # of which patches leave pixels over
     "num_patches": (4, 9),
     "num_position_embeddings": (9, 16),
@@ -60,7 +64,8 @@ def draw_entries(kind: Any, variant: Variant, draw: np.random.Generator) -> dict
     for name, default in known.items():
         if name in SIZES:
             choices = SIZES[name]
-            drawn[name] = choices[int(draw.integers(len(choices)))]
+            chosen = choices[int(draw.integers(len(choices)))]
+            drawn[name] = float(chosen) if type(default) is float else chosen
         elif name in BIASES:
             drawn[name] = bias
         elif name in LEFT:

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import packvit
+from packvit.checkpoints.files import CheckpointError
 
 SMALL = {
     "hidden_size": 32,
@@ -112,4 +113,37 @@ def test_a_classifier_matrix_without_a_classifier_is_unexpected(tmp_path: Path):
     rename(tmp_path, "", {"classifier.weight": torch.zeros(2)})
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Dinov2Model"]
     with pytest.raises(packvit.CheckpointError, match=r"unexpected: classifier\.weight"):
+        packvit.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_a_wrapper_of_a_block_writes_into_names_is_no_obstacle(tmp_path: Path, sharded: bool):
+    model = make("Dinov2Model")
+    model.save_pretrained(tmp_path)
+    plain = packvit.load(tmp_path)
+    layers = model.encoder.layer
+    for number, layer in enumerate(layers):
+        layers[number] = torch.compile(layer)
+    tensors = model.state_dict()
+    assert "encoder.layer.0._orig_mod.norm1.weight" in tensors
+    (tmp_path / "model.safetensors").unlink()
+    if sharded:
+        names = sorted(tensors)
+        shards = {f"model-{number}.safetensors": names[number::2] for number in (0, 1)}
+        for file, held in shards.items():
+            save_file({name: tensors[name] for name in held}, tmp_path / file)
+        placed = {name: file for file, held in shards.items() for name in held}
+        index = {"metadata": {}, "weight_map": placed}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    assert same_weights(packvit.load(tmp_path), plain)
+
+
+def test_a_tensor_that_is_there_with_and_without_its_wrapper_is_not_chosen(tmp_path: Path):
+    make("Dinov2Model").save_pretrained(tmp_path)
+    twice = {"encoder.layer.0._orig_mod.norm1.weight": torch.zeros(32)}
+    rename(tmp_path, "", twice)
+    with pytest.raises(CheckpointError, match=r"unexpected: encoder\.layer\.0\.\S*norm1\.weight"):
         packvit.load(tmp_path)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,26 @@ def test_n2_dinov3s_defaults_are_those_of_its_class():
     assert image_config_from(named | {"size": 300}, NONSENSE).sizing == Exact(300, 300)
 
 
+def test_n2_tipsv2s_defaults_are_those_of_its_class():
+    path = "models/tipsv2/image_processing_tipsv2.py"
+    attributes = class_attributes("Tipsv2ImageProcessor", path)
+    named = {"image_processor_type": "Tipsv2ImageProcessor"}
+    assert attributes.keys() == {
+        *("resample", "size", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+    }
+    spelt = named | attributes | {"resample": int(attributes["resample"])}
+    given = replace(NONSENSE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    found = image_config_from(named, given, normalizes=False)
+    assert found == image_config_from(spelt, given, normalizes=False)
+    assert (found.sizing, found.mean) == (Exact(448, 448), (0.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match="do_normalize False"):
+        image_config_from(named, NONSENSE)
+
+
 def test_n2_every_known_class_is_compared():
-    assert {*MODULES, "DINOv3ViTImageProcessor"} == PROCESSORS.keys()
+    elsewhere = {"Qwen2VLImageProcessor"}  # in test_vision_towers.py
+    alone = {"DINOv3ViTImageProcessor", "Tipsv2ImageProcessor"}
+    assert {*MODULES, *alone, *elsewhere} == PROCESSORS.keys()
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -24,7 +24,9 @@ from packvit.families import FAMILIES
 ODD = [(1, 1, 1), (1, 1, 23), (1, 19, 1), (1, 3, 17), (2, 4, 6), (1, 5, 5), (1, 17, 3)]
 OWN = [(1, 5, 5), (3, 5, 5), (1, 5, 5)]
 DINOV3 = ("dinov3", "dinov3, no registers", "dinov3, gated")
-ANY_GRID = ("siglip2", "dinov2", "dinov2, swiglu", "dinov2, registers", *DINOV3)
+RADIO = ("radio", "radio, swiglu")
+TIPS = ("tipsv2", "tipsv2, swiglu")
+ANY_GRID = ("siglip2", "dinov2", "dinov2, swiglu", "dinov2, registers", *DINOV3, *RADIO, *TIPS)
 ONE_GRID = ("siglip", "clip", "clip, projected")  # their references refuse others, unless asked
 KINDS = (*ANY_GRID, *ONE_GRID)
 
@@ -73,6 +75,15 @@ def test_any_number_of_images_equals_the_reference(tmp_path: Path, kind: str, im
     compare(loaded(tmp_path, model), model, [(1, *pair) for pair in sides])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", [*RADIO, *TIPS])
+def test_other_dtypes_are_as_exact_as_the_reference(tmp_path: Path, kind: str, dtype: torch.dtype):
+    model = reference.build(kind, hidden_size=128).to(dtype)
+    model.save_pretrained(tmp_path)
+    encoder = packvit.load(tmp_path, dtype=dtype)
+    compare(encoder, model, [(1, rows, columns) for rows in range(1, 7) for columns in (2, 5, 9)])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_in_memory_is_taken_over(kind: str):
     model = reference.build(kind)
@@ -96,6 +107,8 @@ def test_transformers_loads_what_we_write_bit_for_bit(tmp_path: Path, kind: str)
     same = {"hidden_size", "patch_size", "num_hidden_layers", "layer_norm_eps"}
     if isinstance(packvit.load(tmp_path / "ours").config.positions, Table):
         same.add("image_size")  # rotary positions know no size of their own
+    same |= {"mlp_ratio", "use_swiglu_ffn", "qkv_bias", "num_register_tokens", "max_img_size"}
+    same |= {"num_cls_tokens", "num_registers", "summary_idxs", "norm_mean", "norm_std"}
     assert all(ours[name] == theirs[name] for name in same & theirs.keys())
     compare(packvit.load(tmp_path / "ours"), again.eval(), OWN)
 
@@ -210,8 +223,9 @@ def loaded_folder(tmp_path: Path, model: Any) -> Path:
 def test_what_is_carried_unused_survives_a_round_trip(tmp_path: Path, kind: str):
     model = reference.build(kind)
     encoder = loaded(tmp_path, model)
-    carried = {"dinov2": "mask_token", "dinov3": "mask_token"}.get(kind.split(",")[0])
+    carried = dict.fromkeys(("dinov2", "dinov3", "tipsv2"), "mask_token").get(kind.split(",")[0])
     labels = {carried} - {None} | ({"registers"} if kind == "dinov3, no registers" else set())
+    labels |= {"summary_idxs", "norm_mean", "norm_std"} if kind in RADIO else set()
     if not isinstance(encoder.config.positions, Table) or kind in ONE_GRID:
         path = tmp_path / "model" / "model.safetensors"
         tensors = load_file(path)

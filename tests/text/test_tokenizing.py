@@ -162,10 +162,22 @@ def test_a_text_is_cut_at_the_shorter_of_what_tokenizer_and_tower_take(tmp_path:
     assert [len(ids) for ids in tokenizer(["word " * 300])] == [LONGEST]
 
 
-def test_a_damaged_tokenizer_is_named(tmp_path: Path):
-    (tmp_path / "tokenizer.json").write_text("{}")
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[1, 2"),
+        ("tokenizer_config.json", '{"padding_side": "above"}'),
+        ("tokenizer_config.json", '{"truncation_side": 3}'),
+        ("tokenizer_config.json", '{"eos_token": 5, "add_eos_token": true}'),
+        ("tokenizer_config.json", '{"pad_token": "<none>"}'),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, name: str, damage: str):
+    two_towers.write_gemma_tokenizer(tmp_path)
+    (tmp_path / name).write_text(damage)
     with pytest.raises(CheckpointError, match=r"tokenizer of x cannot be read .*tokenizer\.json"):
-        of_folder(tmp_path, padded=False)
+        of_folder(tmp_path, padded=True, kind="GemmaTokenizer")
 
 
 def test_without_the_library_one_sentence_says_how_to_install_it(tmp_path: Path):

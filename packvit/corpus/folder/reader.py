@@ -14,6 +14,7 @@ from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
 from packvit.corpus.folder.opening import find_flaw
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, rows_of, shard_of
+from packvit.corpus.folder.swapping import restore
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +117,7 @@ def open_finished(folder: Path) -> dict[str, Any]:
 
     Raises: UsageError if it is none.
     """
+    restore(folder)
     if not folder.is_dir():
         state = "is not a folder" if os.path.lexists(folder) else "does not exist"
         raise UsageError(f"{folder} {state}. Name a feature folder that `packvit embed` wrote.")

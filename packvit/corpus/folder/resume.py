@@ -33,6 +33,7 @@ from packvit.corpus.folder.names import (
     FIRST,
     KNOWN,
     LOCK,
+    MARK,
     SPOOL,
     TEMPORARY,
     names_of,
@@ -246,7 +247,8 @@ def own_files(folder: Path) -> tuple[str, ...]:
     files = {name for below in ("", DATA, EXPORTS) for name in files_in(folder, below)}
     parts = sorted(name for name in files if part_number(name) is not None)
     fixed = (name for names in (FIRST, CURRENT) for name in names.fixed if name in files)
-    return (*left_over(folder), *parts, *sorted(fixed, key=is_manifest))
+    named = dict.fromkeys(fixed)  # both formats have some names
+    return (*left_over(folder), *parts, *sorted(named, key=is_manifest))
 
 
 def is_manifest(name: str) -> bool:
@@ -291,8 +293,8 @@ def check_usable(folder: Path, *, overwrite: bool = False) -> None:
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder. Choose another one for the features.")
     with writing(folder):
-        held = sorted(set(list_all(folder)) - {LOCK, *left_over(folder)})
-        foreign = sorted(set(held) - set(own_files(folder)))
+        held = sorted(set(list_all(folder)) - {LOCK, MARK, *left_over(folder)})
+        foreign = find_foreign(folder)
     if not held:
         return
     if not is_ours(folder):
@@ -311,6 +313,11 @@ def check_usable(folder: Path, *, overwrite: bool = False) -> None:
             "the one that the folder holds. Restore a copy of it, start over with `overwrite`, or "
             "choose another folder."
         )
+
+
+def find_foreign(folder: Path) -> list[str]:
+    """Return the files in a folder that packvit did not write."""
+    return sorted({*list_all(folder)} - {LOCK, MARK, *left_over(folder), *own_files(folder)})
 
 
 def list_all(folder: Path) -> list[str]:

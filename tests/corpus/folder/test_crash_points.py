@@ -29,7 +29,7 @@ from packvit.corpus.job import embed
 pytestmark = pytest.mark.soak
 
 INPUTS, PARTS = 130, 3  # 64 inputs a part, since tokens are written
-CHANGING = "openat,mkdir,write,fsync,rename,ftruncate,unlink"
+CHANGING = "openat,mkdir,write,pwrite64,fsync,rename,renameat2,ftruncate,unlink,rmdir"
 FAULTS = ("signal=KILL", "error=ENOSPC", "error=EIO")
 TRACED = re.compile(r"(\d+) +(\w+)\((.*)")
 
@@ -46,12 +46,14 @@ packvit.embed(photos, out=out, model=checkpoint, device="cpu", tokens=True, form
 with contextlib.redirect_stdout(sys.stderr):
     again = ["embed", photos, "--out", out, "--model", checkpoint, "--device", "cpu", "--tokens"]
     main(again, standalone_mode=False)
-import packvit.corpus.folder.merging
+from packvit.corpus.folder import merging, swapping
 numbers = itertools.count()  # a call must meet the same name in every run
 atomic.token_hex = lambda size: f"{next(numbers):0{2 * size}x}"
 print("ready", flush=True)
 for line in sys.stdin:
-    arguments, errors, strace = json.loads(line)
+    arguments, errors, exchanges, strace = json.loads(line)
+    if not exchanges:
+        swapping.RENAME_EXCHANGE = 1 << 10  # a flag that no kernel knows
     ready, go = os.pipe()
     pid = os.fork()
     if not pid:
@@ -78,7 +80,7 @@ class Point(NamedTuple):
     """A call that changes the folder, as strace can be told to meet it."""
 
     call: str
-    file: str  # below the folder; "" is the folder itself
+    file: str  # below the folder that is watched; "" is that folder itself
     place: int  # among the calls of this name to this file by one thread
 
 
@@ -89,6 +91,7 @@ class Bench:
         self.process = process
         self.photos = photos
         self.checkpoint = checkpoint
+        self.exchanges = True  # whether two folders can be exchanged in one step
 
     def job(self, out: Path, *options: str) -> list[str]:
         """Return the arguments of a job."""
@@ -100,17 +103,19 @@ class Bench:
         """Return the exit status of a command under strace, and what it said."""
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(json.dumps([arguments, str(errors), strace]) + "\n")
+        self.process.stdin.write(
+            json.dumps([arguments, str(errors), self.exchanges, strace]) + "\n"
+        )
         self.process.stdin.flush()
         status = self.process.stdout.readline()
         assert status, "the server died"
         return int(status), errors.read_text()
 
-    def points(self, arguments: list[str], out: Path) -> list[Point]:
-        """Return all points of a command that nothing disturbs."""
-        log = out.parent / "trace"
+    def points(self, arguments: list[str], root: Path) -> list[Point]:
+        """Return all points below `root` of a command that nothing disturbs."""
+        log = root.parent / "trace"
         traced = ["-o", str(log), "-y", "-s", "0", "-e", f"trace={CHANGING}"]
-        status, said = self.run(arguments, out.parent / "said", *traced)
+        status, said = self.run(arguments, root.parent / "said", *traced)
         assert status == 3, said  # many inputs are no images
         counts: Counter[tuple[str, str, str]] = Counter()
         found: dict[Point, None] = {}
@@ -121,7 +126,7 @@ class Bench:
             if parsed[2] == "openat" and "O_CREAT" not in line:
                 continue  # it reads, or opens the folder for the fsync that follows
             thread, call, rest = parsed.groups()
-            paths = re.findall(re.escape(str(out)) + r'(?:/([^">]+))?(?=[">])', rest)
+            paths = re.findall(re.escape(str(root)) + r'(?:/([^">]+))?(?=[">])', rest)
             if paths:
                 counts[thread, call, paths[0]] += 1
                 found[Point(call, paths[0], counts[thread, call, paths[0]])] = None
@@ -179,11 +184,16 @@ def meet(
     expected: Path,
     begin: Callable[[], None],
     fault: str,
-    mends: bool,
+    check: Callable[[Point], None],
+    root: Path | None = None,
 ) -> None:
-    """Have a command meet a fault at any of its calls, and begin it again each time."""
+    """Have a command meet a fault at any of its calls below `root`, and begin it again each time.
+
+    `check` looks at the folder after the fault.
+    """
+    root = root or out
     begin()
-    points = bench.points(arguments, out)
+    points = bench.points(arguments, root)
     assert contents(out) == contents(expected)
     assert {call for call, _, _ in points} >= {"openat", "write", "fsync", "rename"}
     met = 0
@@ -192,13 +202,11 @@ def meet(
         call, file, place = point
         status, said = bench.run(
             arguments,
-            out.parent / "said",
-            *("-o", "/dev/null", "-P", str(out / file), "-e", f"trace={call}"),
+            root.parent / "said",
+            *("-o", "/dev/null", "-P", str(root / file), "-e", f"trace={call}"),
             *("-e", f"inject={call}:{fault}:when={place}"),
         )
-        for entry in read_commits(out) if out.exists() else ():
-            lost = mends and entry.part == "data/part-00001.parquet"
-            assert lost or find_fault(out, entry) is None, point
+        check(point)
         if fault == "signal=KILL":
             assert status == -9, (point, said)
         elif status != 3:  # what is only tidied up need not succeed
@@ -211,9 +219,17 @@ def meet(
             main(arguments)
         assert ended.value.code == 3
         assert contents(out) == contents(expected), point
+        assert root == out or sorted(path.name for path in root.iterdir()) == ["out"], point
     assert not check_folder(out).faults
     assert met >= 0.9 * len(points)
     print(f"{fault}: {met} of {len(points)} points stopped the command")
+
+
+def check_parts(out: Path, state: str, point: Point) -> None:
+    """Check that all parts of the log are whole, except one that was lost before."""
+    for entry in read_commits(out) if out.exists() else ():
+        lost = state == "mending" and entry.part == "data/part-00001.parquet"
+        assert lost or find_fault(out, entry) is None, point
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -225,7 +241,7 @@ def test_a_job_that_meets_a_fault_at_any_call_ends_as_if_it_had_not(
     embed(photos, out=expected, model=bench.checkpoint, device="cpu", tokens=True, format="npy")
     assert len(read_commits(expected)) == PARTS
     ready = partial(begin, out, expected, state)
-    meet(bench, bench.job(out), out, expected, ready, fault, state == "mending")
+    meet(bench, bench.job(out), out, expected, ready, fault, partial(check_parts, out, state))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -241,7 +257,42 @@ def test_a_merge_that_meets_a_fault_at_any_call_ends_as_if_it_had_not(
         embed(photos, out=shard, shard=f"{number}/2", **same)
     arguments = ["merge", *shards, "--out", str(out), "--format", "npy"]
     ready = partial(begin, out, expected, state)
-    meet(bench, arguments, out, expected, ready, fault, state == "mending")
+    meet(bench, arguments, out, expected, ready, fault, partial(check_parts, out, state))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("way", ["exchange", "two renames"])
+def test_an_update_that_meets_a_fault_at_any_call_leaves_the_old_folder_or_the_new(
+    tmp_path: Path, bench: Bench, photos: Path, way: str, fault: str
+):
+    """Between two renames there is none, until the next command."""
+    disk, old, expected = tmp_path / "disk", tmp_path / "old", tmp_path / "undisturbed"
+    disk.mkdir()
+    earlier = shutil.copytree(photos, tmp_path / "earlier", symlinks=True)
+    (earlier / "good-0001.png").rename(earlier / "renamed.png")
+    (earlier / "good-0002.webp").unlink()
+    same = {"model": bench.checkpoint, "device": "cpu", "tokens": True, "invariant": True}
+    embed(earlier, out=old, format="npy", **same)
+    embed(photos, out=expected, format="npy", **same)
+    out, bench.exchanges = disk / "out", way == "exchange"
+
+    def begin() -> None:
+        for path in disk.iterdir():
+            shutil.rmtree(path)
+        shutil.copytree(old, out)
+
+    def check(point: Point) -> None:
+        if way == "exchange" or out.exists():
+            held = {name: data for name, data in contents(out).items() if name != ".updating"}
+            assert held in (contents(old), contents(expected)), point
+        else:
+            assert (disk / ".out.replaced").exists(), point
+
+    arguments = bench.job(out, "--update", "--invariant")
+    try:
+        meet(bench, arguments, out, expected, begin, fault, check, root=disk)
+    finally:
+        bench.exchanges = True
 
 
 # Runs a job on a disk that is too small for it, then read-only, and then again with room.

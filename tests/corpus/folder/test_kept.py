@@ -77,10 +77,10 @@ def test_a_tars_columns_are_those_that_datasets_reads(tmp_path: Path):
             f"{number:03}.cls": str(7 * number).encode(),
         }
     path = write_tar(tmp_path / "x.tar", files)
-    read = datasets.load_dataset(
+    read: Any = datasets.load_dataset(
         "webdataset", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
     )
-    rows = list(read.remove_columns("png"))
+    rows: list[Any] = list(read.remove_columns("png"))
     for row in rows:
         row["json"]["tags"] = json.dumps(row["json"]["tags"], ensure_ascii=False)
     types, values, notes = kept([path], "txt", "cls", "score", "good", "tags")
@@ -136,7 +136,7 @@ def test_a_folders_metadata_is_what_datasets_reads_and_the_deepest_counts(tmp_pa
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "train/metadata.jsonl").write_text(text)
-    reference = datasets.load_dataset(
+    reference: Any = datasets.load_dataset(
         "imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache")
     )
     expected = sorted((row["label"], row["caption"]) for row in reference)
@@ -278,6 +278,9 @@ def test_kept_columns_go_through_every_way_to_a_finished_folder(
     (job / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "x", "label": 0}\n')
     with pytest.raises(UsageError, match="kept_sha256"):
         embed(job, tmp_path / "one", checkpoint, keep=keep, rows_per_part=2)
+    assert embed(job, tmp_path / "one", checkpoint, update=True).reused == 5
+    changed = {"caption": ["x", *[None] * 4], "label": [0, *[None] * 4]}
+    assert packvit.read(tmp_path / "one").table.select(keep).to_pydict() == changed
 
 
 @pytest.mark.soak

@@ -484,3 +484,16 @@ def test_a_part_that_was_replaced_in_the_log_alone_is_renamed(
     embed(photos, out=out, model=encoder, tokens=True)
     assert read_part(out / "data/part-00001.parquet")["note"].to_pylist() == ["again"] * len(table)
     assert not check_folder(out).faults
+
+
+def test_an_unfinished_job_can_be_started_over(tmp_path: Path, photos: Path, encoder: Encoder):
+    embed(photos, out=tmp_path / "as", model=encoder, workers=1)
+
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(photos, out=tmp_path / "out", model=encoder, workers=1, max_patches=9, progress=stop)
+    assert (tmp_path / "out/_inputs.jsonl.gz").exists()
+    embed(photos, out=tmp_path / "out", model=encoder, workers=1, overwrite=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "as")

@@ -1,0 +1,107 @@
+"""`packvit evaluate knn|zeroshot`: the numbers that papers print."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from packvit.cli.command import Command
+from packvit.cli.embed import COUNT
+from packvit.cli.models import explaining, full_name
+from packvit.corpus import UsageError
+
+if TYPE_CHECKING:
+    from packvit.retrieval.evaluation import Accuracy
+
+
+@click.command(cls=Command, context_settings={"show_default": True})
+@click.argument("protocol", type=click.Choice(["knn", "zeroshot"]))
+@click.argument("folder")
+@click.option("--train", help="knn: the feature folder of the neighbours; all other rows if none.")
+@click.option("--label", help="The column of the labels; a row's first folder if none.")
+@click.option("--labels", help="A Parquet file with the columns id and label, or --label.")
+@click.option("--neighbours", type=COUNT, default=20, help="knn: how many vote.")
+@click.option("--temperature", type=float, default=0.07, help="knn: of the weights of votes.")
+@click.option(
+    "--template",
+    "templates",
+    multiple=True,
+    show_default=False,
+    help='zeroshot: words around a label, "a photo of a {}."; seven of CLIP\'s if none.',
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--model", help="zeroshot: where the folder's model is now, if it was moved.")
+@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+def evaluate(
+    protocol: str,
+    folder: str,
+    train: str | None,
+    label: str | None,
+    labels: str | None,
+    neighbours: int,
+    temperature: float,
+    templates: tuple[str, ...],
+    as_json: bool,
+    model: str | None,
+    device: str | None,
+) -> None:
+    """Print the accuracy of a model on the labelled photographs of a feature FOLDER.
+
+    knn is DINOv2's protocol: the 20 nearest by cosine vote, weighted by exp(cosine / 0.07).
+    zeroshot takes the label whose words are nearest. A photograph's label is the first sub-folder
+    that it lies in. The number that the model's authors print of ImageNet-1k stands beside it.
+
+    \b
+    Examples:
+      packvit evaluate knn val-features --train train-features
+      packvit evaluate knn features
+      packvit evaluate zeroshot features --labels labels.parquet
+    """
+    with explaining(model):
+        # torch is imported here, where Ctrl-C is handled.
+        from packvit.retrieval.evaluation import evaluate_knn, evaluate_zeroshot
+        from packvit.retrieval.zeroshot import TEMPLATES
+
+        try:
+            if protocol == "knn":
+                found = evaluate_knn(
+                    folder,
+                    train=train,
+                    label=label,
+                    labels=labels,
+                    neighbours=neighbours,
+                    temperature=temperature,
+                    device=device,
+                )
+            else:
+                found = evaluate_zeroshot(
+                    folder,
+                    label=label,
+                    labels=labels,
+                    templates=templates or TEMPLATES,
+                    model=model and full_name(model),
+                    device=device,
+                )
+        except UsageError as error:
+            raise click.UsageError(str(error)) from error
+        except ImportError as error:
+            raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps({"protocol": protocol} | asdict(found)))
+    else:
+        click.echo("\n".join(lines(protocol, found)))
+
+
+def lines(protocol: str, found: "Accuracy") -> list[str]:
+    """Return what is printed of an accuracy."""
+    said = [
+        f"{protocol} of {found.model}: {found.rows:,} photographs, {found.classes:,} labels",
+        f"top-1  {found.top1:.1%}",
+        f"top-5  {found.top5:.1%}",
+    ]
+    if found.published is not None:
+        said.append(f"published top-1 of this model on ImageNet-1k  {found.published:.1f}%")
+    if found.left_out:
+        said.append(f"{found.left_out:,} rows without features or a label were left out")
+    return said

@@ -1,0 +1,152 @@
+"""C-RADIO v3 and v4: ten prefix tokens, a summary of two of them, and no final norm.
+
+The table of positions is resized to the square of an image's longer side, of which the top left is
+taken. The model normalises pixels by itself, by CLIP's statistics.
+
+Source: "RADIOv2.5", arXiv:2412.07679; "C-RADIOv4", arXiv:2601.17237; transformers 5.17,
+models/radio.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from packvit.checkpoints.config_json import Json, entry
+from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
+from packvit.checkpoints.rules import Rule, gated, layers, linear_over_channels, rename, reshape
+from packvit.config import CLIP_STATISTICS, EncoderConfig, ImageConfig, Summary, Table
+from packvit.encoder import Encoder
+from packvit.families.dinov2_blocks import read_blocks, write_blocks
+
+MODEL = "radio_model.model."
+OURS, BLOCK = "encoder.layers.{i}.", f"{MODEL}blocks.{{i}}."
+GENERATOR = f"{MODEL}patch_generator."
+SCALE = "layer_scale{half}.lambda1"  # all ones in published checkpoints, which leave it out
+RULES = (
+    linear_over_channels("embeddings.patches.weight", f"{GENERATOR}embedder.weight"),
+    reshape("embeddings.positions", f"{GENERATOR}pos_embed", 1),
+    rename("embeddings.registers", f"{GENERATOR}cls_token.token"),  # class tokens among them
+    *layers(
+        OURS,
+        BLOCK,
+        {
+            "attention_norm": "norm1",
+            "attention.qkv": "attn.qkv",
+            "attention.out": "attn.proj",
+            "mlp_norm": "norm2",
+        },
+    ),
+    rename(f"{OURS}attention_scale.scale", BLOCK + SCALE.format(half=1)),
+    rename(f"{OURS}mlp_scale.scale", BLOCK + SCALE.format(half=2)),
+)
+PLAIN = layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"up": "fc1", "down": "fc2"})
+GATED = (
+    *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "weights_out"}),
+    *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "weights_in"),
+)
+CARRIED = {
+    "summary_idxs": "radio_model.summary_idxs",
+    "norm_mean": "radio_model.input_conditioner.norm_mean",
+    "norm_std": "radio_model.input_conditioner.norm_std",
+    "video_embedder": f"{GENERATOR}video_embedder.weight",
+}
+STATISTICS = dict(zip(("norm_mean", "norm_std"), map(list, CLIP_STATISTICS), strict=True))
+
+
+def read(config: Json, names: Collection[str]) -> EncoderConfig:
+    """Read config.json; the names say whether there are scales.
+
+    Raises: CheckpointError for class tokens, statistics or scales that no published model has.
+    """
+    blocks = read_blocks({"patch_size": 16, **config}, width=1280, layers=32, heads=16)
+    side = entry(config, "max_img_size", int, 2048) // blocks["patch"]
+    tokens = entry(config, "num_cls_tokens", int, 3)
+    registers = entry(config, "num_registers", int, 7)
+    chosen = entry({"summary_idxs": [0, 1], **config}, "summary_idxs", (list, tuple))
+    if not chosen or not all(type(x) is int and x in range(tokens) for x in chosen):
+        raise CheckpointError(
+            f'config.json says "summary_idxs": {chosen}, which are none of {tokens} class tokens.'
+        )
+    for name, known in STATISTICS.items():
+        if list(entry({name: known, **config}, name, (list, tuple))) != known:
+            raise CheckpointError(
+                f'config.json says "{name}": {config[name]}; we know CLIP\'s, {known}.'
+            )
+    scaled = BLOCK.format(i=0) + SCALE.format(half=1) in names
+    if not scaled and entry(config, "layerscale_value", float, 1.0) != 1.0:
+        raise CheckpointError(
+            f'config.json says "layerscale_value": {config["layerscale_value"]}, but there are no '
+            "tensors of scales, and without them we know 1."
+        )
+    return EncoderConfig(
+        **blocks,
+        positions=Table(side, side, "square_then_crop", any_grid=True),
+        patch_bias=False,
+        layer_scale=scaled,
+        registers=tokens + registers,
+        final_norm=None,
+        pool="class",
+        summary=Summary(tokens, tuple(chosen)),
+    )
+
+
+def write(config: EncoderConfig) -> dict[str, Any]:
+    """Write config.json as transformers' RadioConfig."""
+    table, summary = config.positions, config.summary
+    assert isinstance(table, Table)
+    assert summary is not None
+    written = write_blocks(config)
+    return {
+        **written,
+        **STATISTICS,
+        "model_type": "radio",
+        "architectures": ["RadioModel"],
+        "max_img_size": table.rows * config.patch,
+        "mlp_ratio": float(written["mlp_ratio"]),
+        "num_cls_tokens": summary.tokens,
+        "num_registers": config.registers - summary.tokens,
+        "summary_idxs": list(summary.chosen),
+    }
+
+
+def images(config: EncoderConfig) -> ImageConfig:
+    """Return RADIO's preprocessing: images as they are, in whole patches."""
+    return ImageConfig(config.patch, *CLIP_STATISTICS, "bicubic")
+
+
+def layout(mlp: tuple[Rule, ...]) -> Layout:
+    """Return the layout of checkpoints with one kind of MLP; heads for teachers are left."""
+    marker = mlp[0].theirs[0].format(i=0)
+    skipped = ("radio_model.adaptors",)
+    return Layout("transformers", marker, (*RULES, *mlp), read, write, CARRIED, skipped)
+
+
+FAMILY = Family(
+    name="C-RADIO",
+    model_types=("radio",),
+    layouts=(layout(PLAIN), layout(GATED)),
+    images=images,
+    checkpoints=(
+        *(f"nvidia/C-RADIOv3-{size}" for size in ("B", "L", "H")),
+        *(f"nvidia/C-RADIOv4-{size}" for size in ("SO400M", "H")),
+    ),
+    reference=Reference(
+        variants=(
+            Variant("plain", "RadioModel", {"max_img_size": 224, "mlp_ratio": 2.0}),
+            Variant("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
+        ),
+        processor="CLIPImageProcessorPil",
+        processor_options={
+            "do_normalize": False,
+            "do_center_crop": False,
+            "size": {"height": 512, "width": 512},
+        },
+    ),
+    processor_normalizes=False,
+)
+
+
+class RadioPacking(Encoder):
+    """C-RADIO on packs: `nvidia/C-RADIOv3-*` and `nvidia/C-RADIOv4-*`."""
+
+    family = FAMILY

@@ -1,0 +1,119 @@
+"""C-RADIO: what is its alone. Its outputs beside transformers' are in test_parity.py."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import packvit
+from packvit.checkpoints.errors import CheckpointError
+
+GRID = [(1, 3, 17), (2, 4, 6), (1, 5, 5), (1, 19, 1)]
+
+
+def saved(tmp_path: Path, **changes: Any) -> tuple[Path, Any]:
+    model = reference.build("radio", **changes)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_the_summary_is_the_chosen_class_tokens_end_to_end(tmp_path: Path):
+    folder, _ = saved(tmp_path, summary_idxs=[2, 0])
+    encoder = packvit.load(folder)
+    found = encoder.encode(reference.draw_patches(GRID, encoder.config.patch_dim), GRID)
+    assert found.prefix.shape == (5, 10, 64)
+    assert found.pooled is not None
+    assert torch.equal(found.pooled, torch.cat([found.prefix[:, 2], found.prefix[:, 0]], 1))
+
+
+def test_one_vector_of_an_image_is_its_summary(tmp_path: Path):
+    encoder = packvit.load(saved(tmp_path)[0])
+    images = [Image.effect_noise((side, 42), 90).convert("RGB") for side in (28, 70)]
+    pooled = encoder.encode(encoder.pack(images)).pooled
+    assert pooled is not None
+    np.testing.assert_allclose(encoder.embed(images), pooled.detach().numpy(), atol=1e-5)
+
+
+def test_heads_for_teachers_are_reported_and_what_reads_videos_is_carried(tmp_path: Path):
+    folder, _ = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    video = "radio_model.model.patch_generator.video_embedder.weight"
+    head = "radio_model.adaptors.siglip2-g.head_mlp.fc1.weight"
+    more = {video: torch.rand(64, 1176), head: torch.ones(2)}
+    rewrite(folder, tensors | more)
+    encoder = packvit.load(folder)
+    assert encoder.skipped == (head,)
+    encoder.save_pretrained(tmp_path / "ours")
+    after = load_file(tmp_path / "ours" / "model.safetensors")
+    assert after.keys() == {*tensors, video}
+    assert all(torch.equal(after[name], (tensors | more)[name]) for name in after)
+
+
+def test_published_checkpoints_have_no_scales(tmp_path: Path):
+    folder, model = saved(tmp_path)
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name:
+            parameter.data.fill_(1)
+    tensors = load_file(folder / "model.safetensors")
+    least = {name: tensor for name, tensor in tensors.items() if "layer_scale" not in name}
+    rewrite(folder, least)
+    encoder = packvit.load(folder)
+    assert not encoder.config.layer_scale
+    patches = reference.draw_patches(GRID, encoder.config.patch_dim)
+    ours, theirs = encoder(patches, GRID), reference.run(model, patches, GRID).tokens
+    assert (ours - theirs).abs().max() < 1e-4
+    encoder.save_pretrained(tmp_path / "ours")
+    assert load_file(tmp_path / "ours" / "model.safetensors").keys() == least.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"summary_idxs": [0, 3]}, "none of 3 class tokens"),
+        ({"summary_idxs": []}, "none of 3 class tokens"),
+        ({"norm_mean": [0.5, 0.5, 0.5]}, "norm_mean.*we know CLIP's"),
+    ],
+)
+def test_a_configuration_of_no_published_model_is_refused(changes: dict[str, Any], message: str):
+    layout = packvit.RadioPacking.family.layouts[0]
+    with pytest.raises(CheckpointError, match=message):
+        layout.read(changes, ())
+
+
+def test_the_width_of_every_mlp_survives():
+    layout = packvit.RadioPacking.family.layouts[0]
+    ratios = {1152: (4304 / 1152, 3.7362), 768: (4.0,), 1536: (8960 / 1536,)}
+    for width, ratio in ((width, ratio) for width, some in ratios.items() for ratio in some):
+        config = layout.read({"hidden_size": width, "mlp_ratio": ratio}, ())
+        assert config.mlp_width == int(width * ratio)
+        assert layout.read(layout.write(config), ()) == config
+
+
+def test_pixels_are_those_of_the_processor_normalised_by_the_model(tmp_path: Path):
+    folder, model = saved(tmp_path)
+    settings = {"do_normalize": False, "do_center_crop": False, "size": {"height": 56, "width": 70}}
+    processor = CLIPImageProcessorPil(**settings)
+    processor.save_pretrained(folder)
+    encoder = packvit.load(folder)
+    noise = np.random.default_rng(0).integers(0, 256, (61, 87, 3), np.uint8)
+    pack = encoder.pack([noise])
+    ours = reference.image(encoder.to_values(pack.hidden_states), 4, 5, 14)
+    theirs = processor(Image.fromarray(noise), return_tensors="pt")["pixel_values"]
+    assert torch.equal(ours, model.input_conditioner(theirs))
+
+
+def test_a_processor_that_normalises_is_refused(tmp_path: Path):
+    folder, _ = saved(tmp_path)
+    CLIPImageProcessorPil().save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"do_normalize True.*Set it to false"):
+        packvit.load(folder)
