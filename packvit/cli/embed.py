@@ -62,8 +62,9 @@ def split_names(
     "lists",
     multiple=True,
     metavar="FILE",
-    help="Also embed the paths in this file: text, one path a line, or .csv, .tsv, .jsonl or .parquet "
-    "with --column; - is text from stdin. Paths are relative to the working directory. May be repeated.",
+    help="Also embed the paths in this file: text, one path a line, or .csv, .tsv, .jsonl or "
+    ".parquet with --column; - is text from stdin. Paths are relative to the working directory. "
+    "May be repeated.",
 )
 @click.option("--column", default="path", help="The column of paths in a --list table.")
 @click.option(

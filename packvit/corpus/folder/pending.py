@@ -61,8 +61,8 @@ def read_inputs(path: Path) -> Iterator[tuple[str, str | None, list[Any]]]:
     """
     with gzip.open(path, "rb") as file:
         while line := file.readline(MOST_LINE):
-            name, path_of, kept = (*json.loads(line), None, None)[:3]
-            yield name, path_of, kept or []
+            name, *rest = json.loads(line)
+            yield name, rest[0] if rest else None, rest[1] if len(rest) > 1 else []
 
 
 def is_whole(path: Path, digest: str) -> bool:

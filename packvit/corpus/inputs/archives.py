@@ -60,7 +60,8 @@ def list_parquet(path: str, column: str, keeping: Keeping) -> Iterator[ArchiveEn
                     name = next(names) if names else None
                     if not name:
                         yield None
-                    kept = values and keeping.encode(next(values), f"row {number} of {spell(path)}")
+                    where = f"row {number} of {spell(path)}"
+                    kept = keeping.encode(next(values), where) if values else None
                     yield ArchiveEntry(name or text, text, Cell(group, row, place), kept=kept)
                     number += 1
         except (pa.ArrowException, OSError, StopIteration) as error:

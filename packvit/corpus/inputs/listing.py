@@ -122,7 +122,7 @@ class Listing:
                 for value, seen in zip(first_values(text, names), kinds, strict=True):
                     if value is not None:
                         seen.add(kind_of(value))
-            types = tuple(join_kinds(seen) for seen in kinds)
+            types: tuple[Kind, ...] = tuple(join_kinds(seen) for seen in kinds)
 
             def settle(text: str | None) -> str:
                 return encode_row(first_values(text, names), types)
