@@ -34,6 +34,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 # tokens of 1,024 float16 each a part of 131 MB.
 FEWEST_ROWS, MOST_ROWS = 64, 1024
 FEWEST_PARTS = 16  # of a job on GPUs, as far as its rows allow: two for each GPU of a host
+TYPICAL = (2000, 3000)  # height and width of a photograph
 NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can change what is written
 
 
@@ -96,7 +97,8 @@ class EmbedOptions:
     max_patches: int | None = None
     tokens: bool = False
     taps: tuple[int, ...] = ()  # layers: from the front, once `fit_options` has seen the encoder
-    dtype_out: DtypeOut = "float16"
+    dtype_out: DtypeOut = "float16"  # of tokens and taps
+    vector_dtype: DtypeOut = "float32"  # of pooled and projected
     token_budget: int = 16384
     max_pixels: int = MAX_PIXELS
     decode: Decode = "pil"
@@ -114,7 +116,8 @@ class EmbedOptions:
         lists += tuple(f"tap_{tap}" for tap in self.taps)
         pooled = config.vector_width if config.merger or config.summary else None
         projected = config.projection if self.text_space == "projected" else None
-        return Outputs(config.width, lists, self.dtype_out, pooled, projected, self.keep)
+        lists_in, vectors_in = self.dtype_out, self.vector_dtype
+        return Outputs(config.width, lists, lists_in, pooled, projected, vectors_in, self.keep)
 
     def decoders(self) -> Decoders:
         """Return the decoders of one embedding process; no worker is started yet."""
@@ -213,6 +216,15 @@ def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
 
 
+def typical_patches(encoder: Encoder, options: EmbedOptions) -> int:
+    """Return the patches of a photograph of common size and shape."""
+    height, width = TYPICAL
+    plan = resize_plan(
+        height, width, encoder.images, resize=options.resize, max_patches=options.max_patches
+    )
+    return plan.rows * plan.columns
+
+
 def choose_rows(device: torch.device | None, inputs: int, *, large: bool) -> int:
     """Return the rows of a part of a job of `inputs` on a kind of device; None is any.
 
@@ -290,6 +302,8 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "lists": list(outputs.lists),
         **({"keep": [list(column) for column in options.keep]} if options.keep else {}),
         "dtype_out": options.dtype_out,
+        # Left out where it is what it was before there was a choice.
+        **({"vector_dtype": "float16"} if options.vector_dtype == "float16" else {}),
         "rows_per_part": options.rows_per_part,
         "versions": {package: version_of(package) for package in ("packvit", *NUMBERS_FROM)},
     }

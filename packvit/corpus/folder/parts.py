@@ -33,9 +33,10 @@ class Outputs:
 
     width: int  # D
     lists: tuple[str, ...] = ()  # tokens, tap_11 ...
-    dtype_out: DtypeOut = "float16"  # of the lists; pooled is float32
+    dtype_out: DtypeOut = "float16"  # of the lists
     pooled: int | None = None  # the width of pooled, where it is not D
     projected: int | None = None  # the width of `projected`, where there is such a column
+    vector_dtype: DtypeOut = "float32"
     keep: tuple[tuple[str, Kind], ...] = ()  # columns that came with the inputs, and their types
 
     @classmethod
@@ -48,8 +49,10 @@ class Outputs:
             pooled = len(summary["chosen"]) * config["width"]
         shared = manifest.get("text_space") == "projected"
         projected = config["projection"] if shared else None
+        kind = manifest.get("vector_dtype", "float32")
         keep = tuple((name, kind) for name, kind in manifest.get("keep", ()))
-        return cls(config["width"], lists, manifest["dtype_out"], pooled, projected, keep)
+        width, dtype_out = config["width"], manifest["dtype_out"]
+        return cls(width, lists, dtype_out, pooled, projected, kind, keep)
 
     @property
     def vector_width(self) -> int:
@@ -65,7 +68,7 @@ class Outputs:
     @property
     def schema(self) -> pa.Schema:
         """The columns of a part and their types."""
-        element = pa.field("element", pa.float32())
+        element = pa.field("element", pa.type_for_alias(self.vector_dtype))
         vector = pa.list_(pa.field("element", pa.type_for_alias(self.dtype_out)), self.width)
         return pa.schema(
             [
@@ -92,8 +95,8 @@ def build_table(
 
     `kept` is a JSON array for each row of the values of `outputs.keep`.
 
-    Shapes: N rows; features [N, D] float32 for each of `outputs.vectors`, ignored where a row is
-    an error; lists N arrays [tokens, D] under each name, None where a row is an error.
+    Shapes: N rows; features [N, D] for each of `outputs.vectors`, of its dtype, ignored where a row
+    is an error; lists N arrays [tokens, D] under each name, None where a row is an error.
     """
     schema = outputs.schema
     bad = pa.array([row.status != "ok" for row in rows])
@@ -102,7 +105,9 @@ def build_table(
         for field in fields(Row)
     ]
     for name in outputs.vectors:
-        filled = np.where(bad.to_numpy(False)[:, None], 0, features[name])
+        filled = np.where(
+            bad.to_numpy(False)[:, None], features[name].dtype.type(0), features[name]
+        )
         columns.append(vectors(filled, schema, name, bad))
     for name in outputs.lists:
         arrays = [array for array in lists[name] if array is not None]
