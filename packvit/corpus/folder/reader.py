@@ -11,7 +11,7 @@ import pyarrow as pa
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import encode_manifest, read_commits, read_manifest
 from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
-from packvit.corpus.folder.opening import find_flaw
+from packvit.corpus.folder.opening import find_flaw, open_own
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, rows_of, shard_of
 from packvit.corpus.folder.swapping import restore
@@ -144,6 +144,7 @@ def read_whole(folder: Path, part: str, columns: list[str] | None = None) -> pa.
     Raises: UsageError if it cannot be read.
     """
     try:
+        open_own(folder / part).close()  # which is no pipe, and no link out of the folder
         return read_part(folder / part, columns)
     except (OSError, pa.ArrowException) as error:
         raise damaged(folder, part) from error
@@ -165,6 +166,7 @@ def map_matrix(folder: Path, name: str, shape: tuple[int, int], dtype: np.dtype[
     Raises: UsageError if it is missing or not a matrix of this shape and dtype.
     """
     try:
+        open_own(folder / name).close()
         matrix = np.load(folder / name, mmap_mode="c")
     except (OSError, ValueError) as error:
         raise damaged(folder, name) from error
