@@ -17,6 +17,7 @@ from packvit.fast.caches import keep_kernels
 from packvit.fast.hooks import is_hooked
 from packvit.fast.steps import Delta, add_norm, mlp_hidden, project
 from packvit.model.attention import Backend
+from packvit.model.capability import is_too_old
 from packvit.model.embeddings import CosSin
 from packvit.model.layers import Block, Blocks, first_linear
 from packvit.model.linear import Linear
@@ -36,16 +37,22 @@ def choose_blocks(blocks: Blocks, x: Tokens) -> RunBlocks:
 
 
 def can_run(blocks: Blocks, x: Tokens) -> bool:
-    """Return whether `run_blocks` applies: on CUDA, in 16 bits throughout, unwatched, uncompiled.
+    """Return whether `run_blocks` applies: on a recent GPU, 16 bits throughout, unwatched.
 
     Matrices may be anything, since what is no plain `Linear` is called; norms must be ours.
     """
-    if not (HAS_TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)):
+    if not can_hold(x):
         return False
     # What is compiled is fused by the compiler. A subclass of Tensor cannot be given to a kernel.
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return False
     return not is_hooked(blocks) and all(fits(block, x.dtype) for block in blocks.layers)
+
+
+def can_hold(x: Tokens) -> bool:
+    """Return whether our kernels run on tokens such as `x`; Triton has bfloat16 from 8.0 on."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return HAS_TRITON and x.is_cuda and half and not is_too_old(x.device)
 
 
 def fits(block: nn.Module, dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from packvit.config import Activation
 from packvit.fast.hooks import is_hooked
+from packvit.model.capability import HOPPER, capability
 from packvit.model.layers import Blocks, GatedMLP
 from packvit.model.linear import KeylessBiasLinear, Linear
 
@@ -230,16 +231,18 @@ def mlp_to_fp8(first: nn.Module, second: nn.Module, *, gated: bool) -> tuple[Lin
 @cache
 def is_hopper(device: torch.device) -> bool:
     """Return whether a CUDA device is of compute capability 9.0, which our matmuls were made on."""
-    # Fake tensors, which calls are counted with, need no GPU.
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+    return capability(device) == HOPPER
 
 
 def fp8_obstacle(module: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the matrices of `module` cannot be of 8 bits, or None; completes "fp8 ..."."""
     if device.type != "cuda":
         return f"needs a CUDA device and the encoder is on {device}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (9, 0):
+    found = capability(device)
+    if found is not None and found < HOPPER:
         return f"needs compute capability 9.0 and {device} is older"
+    if found is not None and found[0] > HOPPER[0] + 1:
+        return f"was made for compute capability 9.x and 10.x and {device} is newer"
     if dtype != torch.bfloat16:
         return f"computes beside bfloat16 and the encoder is in {dtype}"
     for layer in module.modules():

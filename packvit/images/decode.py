@@ -159,13 +159,15 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
 
     Raises: ImageError.
     """
-    notes = []
+    notes, upright = [], b""
     if data.startswith(SIGNATURE):
-        data, missed = without_large_texts(data)
-        if missed:
+        data, upright, missed = without_large_texts(data)
+        if missed and not upright:
             notes.append("EXIF unreadable")
     file = BytesIO(data)
     image = _open(data, file)
+    if upright:
+        image.info.setdefault("xmp", upright)  # where Pillow looks for it, behind EXIF
     _check(image, max_pixels)
     warns = image.format == "TIFF" or (image.format == "PNG" and b"acTL" in data)
     pixels = image.width * image.height * (2 if image.format in HEAVY else 1)

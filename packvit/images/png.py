@@ -1,5 +1,6 @@
 """PNGs without the texts and profiles that Pillow refuses to unpack. No torch."""
 
+import re
 import struct
 import zlib
 
@@ -7,17 +8,21 @@ from PIL import PngImagePlugin
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
-# Pillow looks for the orientation in these.
-UPRIGHT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+# Pillow looks for the orientation in these. Source: Pillow 13.0, `Image.getexif`.
+XMP, PROFILE = b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"
+TURNED = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+MOST_XMP = 16 << 20  # bytes that are looked through
 
 
-def without_large_texts(data: bytes) -> tuple[bytes, bool]:
-    """Return a PNG without texts and profiles beyond Pillow's limits, and whether one is missed.
+def without_large_texts(data: bytes) -> tuple[bytes, bytes, bool]:
+    """Return a PNG without texts and profiles beyond Pillow's limits, and what they say of upright.
 
-    Pixels need none of them; only a text that may say which way is up is missed. Nothing is
-    unpacked further than to the limit. A damaged chunk stays, so that it is found to be damaged.
+    That is the entry of XMP that says which way is up, or nothing, and whether one may be missed.
+    Pixels need no text. Nothing else is unpacked further than to the limit. A damaged chunk stays,
+    so that it is found to be damaged.
     """
-    kept, start, place, memory, missed = [], 0, len(SIGNATURE), 0, False
+    kept, start, place, memory = [], 0, len(SIGNATURE), 0
+    upright, missed = b"", False
     while place + 12 <= len(data):
         (size,) = struct.unpack_from(">I", data, place)
         kind, end = data[place + 4 : place + 8], place + 12 + size
@@ -30,13 +35,34 @@ def without_large_texts(data: bytes) -> tuple[bytes, bool]:
             if refused and zlib.crc32(kind + body) == int.from_bytes(data[end - 4 : end], "big"):
                 kept.append(data[start:place])
                 start = end
-                missed |= body.startswith(UPRIGHT)
+                if body.startswith(XMP):
+                    found = find_turned(kind, body)
+                    upright, missed = upright or found or b"", missed or found is None
+                missed |= body.startswith(PROFILE)
             else:
                 memory += length or 0
         place = end
     if not kept:
-        return data, False
-    return b"".join([*kept, data[start:]]), missed
+        return data, b"", False
+    return b"".join([*kept, data[start:]]), upright, missed
+
+
+def find_turned(kind: bytes, body: bytes) -> bytes | None:
+    """Return the orientation that XMP states, nothing if it has none, None if it is too large."""
+    text = body.partition(b"\0")[2]
+    packed = kind == b"zTXt" or text[:1] == b"\1"
+    if kind == b"iTXt":
+        text = text[2:].partition(b"\0")[2].partition(b"\0")[2]
+    elif kind == b"zTXt":
+        text = text[1:]
+    if packed:
+        unpacker = zlib.decompressobj()
+        try:
+            text = unpacker.decompress(text, MOST_XMP + 1)
+        except zlib.error:
+            return None
+    found = TURNED.search(text[:MOST_XMP])
+    return found[0] if found else None if len(text) > MOST_XMP else b""
 
 
 def unpacked_length(kind: bytes, body: bytes) -> int | None:

@@ -31,6 +31,18 @@ _OTHERS = (
     ("BPG", 0, b"BPG\xfb"),
     ("FLIF", 0, b"FLIF"),
 )
+# What a file must have beside the few bytes by which Pillow takes it for one of these: any text may
+# begin with "/*" or "Py", and many other files with zeros and ones.
+_PROOFS: dict[str, Callable[[bytes], bool]] = {
+    "XBM": lambda data: b"_width" in data[:4096],
+    "PPM": lambda data: data[2:3].isspace(),
+    "PCX": lambda data: data[2:3] == b"\1" and data[3:4] in (b"\1", b"\2", b"\4", b"\x08"),
+    "SGI": lambda data: data[2:3] in (b"\0", b"\1") and data[3:4] in (b"\1", b"\2"),
+    "WMF": lambda data: data.startswith(b"\xd7\xcd\xc6\x9a") or data[40:44] == b" EMF",
+    "ICO": lambda data: 0 < int.from_bytes(data[4:6], "little") <= 256,
+    "CUR": lambda data: 0 < int.from_bytes(data[4:6], "little") <= 256,
+    "DIB": lambda data: b"\1\0" in (data[8:10], data[12:14]),
+}
 _DIB_HEADERS = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
 _RLE = (1, 2)
 # Frames of a JPEG that libjpeg does not read, by the second byte of their marker.
@@ -64,7 +76,8 @@ def identify(data: bytes, formats: Sequence[str]) -> Verdict:
     verdicts = {name: _verdict(accept, data[:16]) for name, (_, accept) in Image.OPEN.items()}
     known = next((name for name in formats if verdicts.get(name)), None)
     if known is None:
-        other = next((name for name, verdict in verdicts.items() if verdict is True), None)
+        accepted = (name for name, verdict in verdicts.items() if verdict is True)
+        other = next((name for name in accepted if _PROOFS.get(name, bool)(data)), None)
         other = other or _other(data)
         return ("unsupported_format", other) if other else ("unidentified", None)
     if isinstance(verdicts[known], str):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from packvit.model.capability import HOPPER, OLDEST, Capability, capability
 from packvit.packs.segments import Segments
 
 Heads = Float[Tensor, "T H K"]
@@ -41,15 +42,22 @@ class Backend(NamedTuple):
     varlen: bool = True  # one launch whatever the lengths, so that a CUDA graph can hold it
 
 
-def flash_obstacle(inputs: AttentionInputs, oldest: tuple[int, int], largest: int) -> str | None:
-    """What every flash-attention kernel wants: half precision on a recent enough GPU."""
+def flash_obstacle(
+    inputs: AttentionInputs, oldest: Capability, largest: int, *, newest: int | None = None
+) -> str | None:
+    """What every flash-attention kernel wants: half precision on a recent enough GPU.
+
+    `newest` is the last generation of GPUs that it is built for, where it is not for all.
+    """
     if inputs.device.type != "cuda":
         return f"it needs CUDA tensors and these are on {inputs.device}"
     if inputs.dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16 and these are {inputs.dtype}"
-    # Fake CUDA tensors, with which call counts are tested, have no capability to ask for.
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(inputs.device) < oldest:
+    found = capability(inputs.device)
+    if found is not None and found < oldest:
         return f"it needs compute capability {oldest[0]}.{oldest[1]} and {inputs.device} is older"
+    if found is not None and newest is not None and found[0] > newest:
+        return f"it is built for compute capability {newest}.x and {inputs.device} is newer"
     head_dim = inputs.head_dim
     if head_dim % 8 or head_dim > largest:
         return f"it needs a head_dim divisible by 8, up to {largest}, and this one is {head_dim}"
@@ -107,7 +115,7 @@ def fa4_obstacle(inputs: AttentionInputs) -> str | None:
     """A wheel for Hopper and newer."""
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         return "flash_attn.cute is not installed; pip install 'packvit[hopper]'"
-    return flash_obstacle(inputs, (9, 0), 128)
+    return flash_obstacle(inputs, HOPPER, 128, newest=10)
 
 
 def run_fa3(query: Queries, key: Heads, value: Heads, queries: Segments, keys: Segments) -> Queries:
@@ -125,7 +133,7 @@ def fa3_obstacle(inputs: AttentionInputs) -> str | None:
     """No wheel is published; it is built for Hopper alone."""
     if find_spec("flash_attn_interface") is None:
         return "flash_attn_interface is not installed; build FlashAttention-3 from its repository"
-    return flash_obstacle(inputs, (9, 0), 256)
+    return flash_obstacle(inputs, HOPPER, 256, newest=9)
 
 
 def run_fa2(query: Queries, key: Heads, value: Heads, queries: Segments, keys: Segments) -> Queries:
@@ -142,7 +150,7 @@ def fa2_obstacle(inputs: AttentionInputs) -> str | None:
     """flash-attn-4 brings a `flash_attn` folder too, so the compiled part is what we look for."""
     if find_spec("flash_attn_2_cuda") is None:
         return "flash-attn is not installed; pip install --no-build-isolation 'packvit[flash]'"
-    return flash_obstacle(inputs, (8, 0), 256)
+    return flash_obstacle(inputs, OLDEST, 256)
 
 
 def run_torch(
@@ -166,7 +174,7 @@ def run_torch(
 
 def torch_obstacle(inputs: AttentionInputs) -> str | None:
     """FlashAttention-2 as it comes inside torch."""
-    return flash_obstacle(inputs, (8, 0), 256)
+    return flash_obstacle(inputs, OLDEST, 256)
 
 
 def run_sdpa(

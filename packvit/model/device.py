@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from packvit.model.capability import is_too_old
+
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -53,12 +55,13 @@ def name_device(device: torch.device) -> str:
 
 
 def find_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """Return the dtype that is meant; None is bfloat16 on CUDA and float32 elsewhere.
+    """Return the dtype that is meant; None is bfloat16 on a recent GPU and float32 elsewhere.
 
     Raises: ValueError for one that no encoder runs in; TypeError.
     """
     if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        recent = device.type == "cuda" and not is_too_old(device)
+        return torch.bfloat16 if recent else torch.float32
     if not isinstance(dtype, (str, torch.dtype)):
         raise TypeError(f'dtype is {dtype!r}, but must be a torch.dtype or a word as "bfloat16".')
     for name, found in DTYPES.items():

@@ -329,11 +329,14 @@ def interpolate(
 
     To one column torch (seen in 2.13, on the CPU) resizes wrongly when it antialiases: all rows
     come out as the first one does. To one row it does not, so the image is turned over.
+    Elsewhere than on CPUs and CUDA it may lack these kernels, so there the CPU resizes.
     """
     over = size[1] == 1
     given = (image.transpose(2, 3) if over else image).contiguous()
+    if given.device.type not in ("cpu", "cuda", "meta"):
+        given = given.cpu()
     wanted = size[::-1] if over else size
     resized = F.interpolate(
         given, wanted, mode=mode.name, align_corners=mode.corners, antialias=mode.antialias
     )
-    return resized.transpose(2, 3) if over else resized
+    return (resized.transpose(2, 3) if over else resized).to(image.device)

@@ -41,7 +41,7 @@ def last_order(model: Any, place: Place) -> Tensor:
         return order
     from transformers.vision_utils import get_vision_window_index
 
-    config, grid = model.config, torch.tensor([place], device="cpu")
+    config, grid = model.config, torch.tensor([place], dtype=torch.int64, device="cpu")
     side = config.spatial_merge_size
     windows, _ = get_vision_window_index(grid, side, config.window_size, config.patch_size)
     return order.view(-1, side**2)[windows].flatten()

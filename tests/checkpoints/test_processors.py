@@ -1,5 +1,6 @@
 """Rows N1 and N2 of the cases: image settings as transformers' own processors take them."""
 
+import copy
 import importlib
 import json
 from dataclasses import replace
@@ -9,17 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+import torch
+import towers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import SiglipImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import packvit
 from packvit import hub
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.processors import PROCESSORS, image_config_from, processor_name
-from packvit.config import Exact, ImageConfig, MostPatches
+from packvit.config import Exact, ImageConfig, MostPatches, PaddedPatches
 from packvit.images.patches import Patches, to_patches
+from packvit.model.embeddings import normalize
 
 PATCH = 14
 # Every entry must be read or be the named class's, so none may be right before.
@@ -163,9 +168,64 @@ def test_n2_tipsv2s_defaults_are_those_of_its_class():
 
 
 def test_n2_every_known_class_is_compared():
-    elsewhere = {"Qwen2VLImageProcessor"}  # in test_vision_towers.py
-    alone = {"DINOv3ViTImageProcessor", "Tipsv2ImageProcessor"}
-    assert {*MODULES, *alone, *elsewhere} == PROCESSORS.keys()
+    alone = {"DINOv3ViTImageProcessor", "Kimi_K25ImageProcessor", "Tipsv2ImageProcessor"}
+    assert {*MODULES, "Qwen2VLImageProcessor", *alone} == PROCESSORS.keys()
+
+
+PIXELS = st.integers(784, 20_000)
+
+
+@given(
+    drawn=st.fixed_dictionaries(
+        {},
+        optional={
+            "image_mean": STATISTICS,
+            "image_std": STATISTICS,
+            "resample": st.integers(0, 5),
+            "edges": st.tuples(PIXELS, PIXELS).map(sorted),
+            "min_pixels": st.integers(784, 2000),
+            "max_pixels": st.integers(2000, 20_000),
+        },
+    ),
+    height=st.integers(1, 150),
+    width=st.integers(1, 150),
+)
+@settings(max_examples=60, deadline=None)
+def test_drawn_settings_of_qwen_give_its_processors_pixels(
+    drawn: dict[str, Any], height: int, width: int
+):
+    named = drawn | {"image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": PATCH}
+    least, most = named.pop("edges", (784, 20_000))
+    named["size"] = {"shortest_edge": least, "longest_edge": most}
+    least, most = named.get("min_pixels", least), named.get("max_pixels", most)
+    pixels = np.random.default_rng(height * 100 + width).integers(0, 256, (height, width, 3))
+    image = Image.fromarray(pixels.astype(np.uint8))
+    if least > most:
+        with pytest.raises(ValueError, match="more than max_pixels"):
+            image_config_from(named, replace(NONSENSE, multiple=2))
+        return
+    config = image_config_from(named, replace(NONSENSE, multiple=2))
+    ours = to_patches(image, config, resize="checkpoint")
+    theirs = Qwen2VLImageProcessorPil.from_dict(copy.deepcopy(named))(
+        images=image, return_tensors="pt"
+    )
+    assert theirs["image_grid_thw"].tolist() == [[1, ours.rows, ours.columns]]
+    raw = torch.from_numpy(ours.patches)
+    values = normalize(raw, config.mean, config.std, channels_last=True)
+    order = towers.block_order(1, ours.rows, ours.columns)
+    assert torch.equal(towers.to_theirs(values, PATCH)[order], theirs["pixel_values"])
+
+
+def test_settings_of_kimi_are_read():
+    named = {"image_processor_type": "Kimi_K25ImageProcessor", "patch_size": PATCH}
+    whole = {"max_patches": 99, "size": {"max_height": 20, "max_width": 20}, "merge_size": 2}
+    default = replace(NONSENSE, multiple=2)
+    assert image_config_from(named, default).sizing == PaddedPatches(16384, 512)
+    assert image_config_from(named | whole, default).sizing == PaddedPatches(99, 20)
+    with pytest.raises(ValueError, match="both sides must be equal"):
+        image_config_from(named | {"size": {"max_height": 20, "max_width": 21}}, default)
+    with pytest.raises(ValueError, match="merge_size 3, but the model merges squares of 2"):
+        image_config_from(named | {"merge_size": 3}, default)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -220,7 +220,18 @@ def test_w1_small_texts_stay_since_one_may_say_which_way_is_up():
     assert (photo.width, photo.height) == (20, 30)
     packed = zlib.compress(says.encode() + b" " * MIB)
     large = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed)
-    assert decode(with_chunks(encode(pixels(20, 30), "PNG"), large)).note == "EXIF unreadable"
+    photo = decode(with_chunks(encode(pixels(20, 30), "PNG"), large))
+    assert (photo.width, photo.height, photo.note) == (20, 30, None)
+    plain = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b" " * 70 * MIB + says.encode())
+    for body, wanted in (
+        (large, 30),  # EXIF comes before XMP
+        (chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b" " * 2 * MIB)), 30),
+        (plain, 30),
+    ):
+        photo = decode(with_chunks(encode(pixels(30, 20), "PNG", exif=exif(1)), body))
+        assert photo.height == wanted
+    unread = decode(with_chunks(encode(pixels(30, 20), "PNG"), plain))
+    assert unread.note == "EXIF unreadable"
     turned = with_chunks(encode(pixels(20, 30), "PNG", exif=exif(6)), LARGE["iCCP"])
     assert (decode(turned).width, decode(turned).height) == (20, 30)
 
@@ -321,6 +332,30 @@ def test_w2_a_preview_of_a_cameras_raw_file_is_no_photograph():
 
 def test_w2_what_begins_with_two_letters_is_no_bmp():
     assert outcome(b"BMW makes cars, and motorcycles.\n" * 9) == ("unidentified", "starts like BMP")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"/* site.css */\nbody { color: red }\n",
+        b"#define SIZE 3\n",
+        b"Python is no image format\n",
+        b"P5x",
+        b"\1\0\0\0 four bytes of anything",
+        b"\n\5\7\7 and more",
+        b"\x01\xda\x55\x55 and more",
+        b"\0\0\1\0\0\0 an icon without images",
+    ],
+)
+def test_w2_what_begins_like_a_rare_format_is_not_taken_for_it(data: bytes):
+    assert outcome(data) == ("unidentified", None)
+
+
+def test_w2_images_of_rare_formats_are_still_told():
+    image = Image.fromarray(pixels(16, 16))
+    for kind in ("PPM", "PCX", "SGI", "ICO", "XBM", "DIB", "TGA"):
+        code = ("unidentified", None) if kind == "TGA" else ("unsupported_format", kind)
+        assert outcome(encode(image.convert("1") if kind == "XBM" else image, kind)) == code
 
 
 def test_w3_a_heic_is_decoded_or_the_extra_that_does_it_is_named():
