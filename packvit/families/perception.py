@@ -52,6 +52,7 @@ RULES = (
         for part in ("weight", "bias")
     ),
 )
+TIMM = "Perception Encoder is verified beside timm, in our tests: transformers has no class of it."
 OTHER = "vit_pe_core_tiny_patch16_384"  # of which an architecture without a name is a change
 IMAGES = {"interpolation": "bicubic", "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -137,7 +138,7 @@ FAMILY = Family(
     layouts=(Layout("transformers", "norm_pre.weight", RULES, read, write),),
     images=images,
     checkpoints=tuple(f"timm/{name}.fb" for name in ARCHITECTURES),
-    reference=Reference(variants=(), processor=""),  # timm, in the tests
+    reference=Reference(variants=(), processor="", elsewhere=TIMM),
 )
 
 

@@ -11,12 +11,14 @@ import perception
 import pytest
 import reference
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 import packvit
 from packvit.checkpoints.errors import CheckpointError
+from packvit.cli.verify import verify
 from packvit.encoder import Encoder
 from packvit.packs.features import Features
 from packvit.verification.rule import judge
@@ -218,3 +220,26 @@ def test_pixels_are_timms(tmp_path: Path, size: tuple[int, int]):
     pack = encoder.pack([noise])
     ours = reference.image(encoder.to_values(pack.hidden_states), 5, 5, 14)
     assert torch.equal(ours[0], transform(Image.fromarray(noise)))
+
+
+def test_verify_says_where_it_is_verified(tmp_path: Path):
+    found = CliRunner().invoke(verify, ["--family", "perception"])
+    assert found.exit_code == 2
+    assert "verified beside timm, in our tests" in found.stderr
+    folder = perception.write(tmp_path / "timm", "lang", perception.draw("lang"))
+    found = CliRunner().invoke(verify, ["--model", str(folder), "--quick"])
+    assert found.exit_code == 1
+    assert "verified beside timm, in our tests" in found.stderr
+
+
+def test_photographs_are_embedded_by_either_vector(tmp_path: Path):
+    images = [Image.effect_noise((side, 96), 90).convert("RGB") for side in (64, 160)]
+    core = packvit.load(perception.write(tmp_path / "core", "core", perception.draw("core")))
+    lang = packvit.load(perception.write(tmp_path / "lang", "lang", perception.draw("lang")))
+    assert core.text_space == "projected"
+    found = core.encode(core.pack(images), projected=True)
+    assert found.projected is not None
+    expected = found.projected.detach().numpy()
+    np.testing.assert_allclose(core.embed(images, projected=True), expected, atol=1e-5)
+    tokens = lang(*lang.pack(images)).detach().unflatten(0, (2, -1)).mean(1)
+    np.testing.assert_allclose(lang.embed(images), tokens.numpy(), atol=1e-5)
