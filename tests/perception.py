@@ -213,7 +213,7 @@ def run_frame(
 
 def timm_model(kind: str, folder: Path) -> Any:
     """timm's own model, with the weights of a checkpoint's folder."""
-    import timm
+    import timm  # pyright: ignore[reportMissingImports]
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     return model.eval()

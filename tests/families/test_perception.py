@@ -19,6 +19,7 @@ from torch import Tensor
 import packvit
 from packvit.checkpoints.errors import CheckpointError
 from packvit.cli.verify import verify
+from packvit.config import AxialRotary, Table
 from packvit.encoder import Encoder
 from packvit.packs.features import Features
 from packvit.verification.rule import judge
@@ -32,6 +33,11 @@ needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="timm is not i
 def encode(encoder: Encoder, patches: Tensor, grid: perception.Grid) -> Features:
     projected = encoder.projection is not None
     return encoder.encode(patches, grid, taps=range(encoder.config.layers), projected=projected)
+
+
+def stacked(rows: list[Tensor | None]) -> Tensor | None:
+    kept = [row for row in rows if row is not None]
+    return torch.stack(kept) if kept else None
 
 
 def named(outputs: Any) -> dict[str, Tensor]:
@@ -94,8 +100,8 @@ def test_every_output_equals_timms(tmp_path: Path, kind: str, dtype: torch.dtype
         torch.cat([one.tokens for one in each]),
         [torch.cat(layer) for layer in zip(*(one.taps for one in each), strict=True)],
         torch.stack([one.prefix for one in each]),
-        torch.stack([one.pooled for one in each]) if model.attn_pool else None,
-        torch.stack([one.projected for one in each]) if model.attn_pool else None,
+        stacked([one.pooled for one in each]),
+        stacked([one.projected for one in each]),
     )
     truth = perception.formula(tensors, kind, patches, grid)
     assert [*misses(encode(encoder, patches, grid), theirs, truth, dtype)] == []
@@ -143,7 +149,7 @@ def test_every_published_architecture_survives_by_its_name(name: str):
 @needs_timm
 @pytest.mark.parametrize("name", packvit.PerceptionPacking.family.model_types)
 def test_every_published_architecture_is_timms(name: str):
-    import timm
+    import timm  # pyright: ignore[reportMissingImports]
 
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -154,7 +160,8 @@ def test_every_published_architecture_is_timms(name: str):
         encoder = packvit.PerceptionPacking(config, packvit.PerceptionPacking.family.images(config))
     counted = sum(parameter.numel() for parameter in encoder.parameters())
     assert counted == sum(parameter.numel() for parameter in model.parameters())
-    assert config.rotary is not None
+    assert isinstance(config.rotary, AxialRotary)
+    assert isinstance(config.positions, Table)
     assert model.rope.grid_offset == config.rotary.offset
     assert [*model.patch_embed.grid_size] == [config.positions.rows] * 2
     assert config.heads == model.blocks[0].attn.num_heads
@@ -210,7 +217,7 @@ def test_every_gradient_equals_the_formulas(tmp_path: Path, kind: str):
 @needs_timm
 @pytest.mark.parametrize("size", [(61, 87), (96, 70), (300, 77), (70, 70), (71, 73)])
 def test_pixels_are_timms(tmp_path: Path, size: tuple[int, int]):
-    import timm.data
+    import timm.data  # pyright: ignore[reportMissingImports]
 
     folder = perception.write(tmp_path / "timm", "core", perception.draw("core"))
     encoder = packvit.load(folder)
