@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from packvit.retrieval.search import search as search
     from packvit.text.encoder import TextEncoder as TextEncoder
     from packvit.text.loading import load_text as load_text
+    from packvit.towers.replacing import replace_tower as replace_tower
+    from packvit.towers.replacing import restore_tower as restore_tower
 
 __version__ = version.VERSION
 
@@ -74,6 +76,8 @@ _HOMES = {
     "merge": "packvit.corpus.folder.merging",
     "plan_packs": "packvit.packs.planning",
     "read": "packvit.corpus.folder.reader",
+    "replace_tower": "packvit.towers.replacing",
+    "restore_tower": "packvit.towers.replacing",
     "search": "packvit.retrieval.search",
 }
 

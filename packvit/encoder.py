@@ -51,6 +51,7 @@ from packvit.model.trunk import (
     trunk_output,
 )
 from packvit.packs.checks import check_merged, check_patches, check_projected, count_from_front
+from packvit.packs.clips import Clip
 from packvit.packs.embedding import embed_images
 from packvit.packs.features import Features, Pack, as_pack, make_pack
 from packvit.packs.grid import (
@@ -246,12 +247,15 @@ class Encoder(nn.Module):
 
     def pack(
         self,
-        images: Sequence[Source],
+        images: Sequence[Source | Clip],
         *,
         resize: Resize | None = None,
         max_patches: int | None = None,
     ) -> Pack:
         """Make one pack of paths, bytes of files, PIL images or uint8 arrays [height, width, 3].
+
+        A clip is a list of those, or one array [frames, height, width, 3]: each frame is prepared
+        as an image is.
 
         `resize` "checkpoint" does as the checkpoint's own preprocessing; "native" keeps the aspect
         ratio, rounds each side to the nearest patch, never enlarges beyond that, and shrinks to
@@ -260,7 +264,7 @@ class Encoder(nn.Module):
         Raises: ImageError with the index and the code of the first image that cannot be used.
         """
         cutting = Cutting(self.images, self.patch_order, resize, max_patches)
-        return make_pack(images, cutting, self.device)
+        return make_pack(images, cutting, self.device, self.config.temporal)
 
     def embed(
         self,

@@ -4,7 +4,7 @@ Each gets what flatters it: fixed sizes, attention by torch's own kernel, and po
 computed once where its code allows it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
 from math import isqrt
 from typing import Any
@@ -17,53 +17,7 @@ from packvit.bench.contenders import Call, Contender, Subject, Unavailable, cut
 from packvit.bench.peers import Mode, Peer, compile_it, reference_options
 from packvit.config import EncoderConfig, Table
 from packvit.verification.references import tower
-
-NAMES: Mapping[str, str] = {  # timm's to ours, of tensors, of layers, and of those in a block
-    "patch_embed.proj": "embeddings.patches",
-    "patch_embed.norm": "embeddings.norm",
-    "norm_pre": "embeddings.norm",
-    "cls_token": "embeddings.class_token",
-    "reg_token": "embeddings.registers",
-    "pos_embed": "embeddings.positions",
-    "norm": "norm",
-    "norm1": "attention_norm",
-    "attn.qkv": "attention.qkv",
-    "attn.proj": "attention.out",
-    "ls1.gamma": "attention_scale.scale",
-    "gamma_1": "attention_scale.scale",
-    "norm2": "mlp_norm",
-    "mlp.fc1": "mlp.up",
-    "mlp.fc1_g": "mlp.gate_up",
-    "mlp.fc1_x": "mlp.gate_up",
-    "mlp.fc2": "mlp.down",
-    "ls2.gamma": "mlp_scale.scale",
-    "gamma_2": "mlp_scale.scale",
-}
-HALVES = {"mlp.fc1_g": 0, "mlp.fc1_x": 1}  # gate and up, whose rows alternate in ours
-
-
-def timm_weights(wanted: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return our weights under timm's names and in timm's shapes.
-
-    Raises: KeyError for a tensor of timm's that has no counterpart.
-    """
-    found = {}
-    for key, like in wanted.items():
-        name, opening = key, ""
-        if key.startswith("blocks."):
-            _, layer, name = key.split(".", 2)
-            opening = f"encoder.layers.{layer}."
-        stem, _, kind = name.rpartition(".")
-        source = NAMES[name] if name in NAMES else f"{NAMES[stem]}.{kind}"
-        tensor = ours[opening + source]
-        if stem in HALVES:
-            tensor = tensor[HALVES[stem] :: 2]
-        if name == "patch_embed.proj.weight":  # of flattened patches, channels last
-            tensor = tensor.unflatten(1, (*like.shape[2:], 3)).permute(0, 3, 1, 2)
-        if name == "pos_embed" and len(tensor) != like.shape[1]:
-            tensor = resized(tensor, like)
-        found[key] = tensor.reshape(like.shape)
-    return found
+from packvit.verification.timm_models import timm_weights
 
 
 def resized(table: Tensor, like: Tensor) -> Tensor:
@@ -98,7 +52,10 @@ def timm_model(subject: Subject) -> nn.Module:
     if config.final_norm == "pooled":
         model.norm = nn.Identity()  # of the class token alone, whose pooling nobody is asked for
     ours = subject.model.encoder.from_transformers(subject.model.reference).state_dict()
-    model.load_state_dict(timm_weights(model.state_dict(), ours))
+    table, wanted = ours.get("embeddings.positions"), model.state_dict()
+    if table is not None and len(table) != wanted["pos_embed"].shape[1]:
+        ours |= {"embeddings.positions": resized(table, wanted["pos_embed"])}
+    model.load_state_dict(timm_weights(wanted, ours))
     return model.eval().to(subject.patches)
 
 

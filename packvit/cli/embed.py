@@ -111,8 +111,8 @@ class EmbedCommand(Command):
 @click.option(
     "--dtype-out",
     type=click.Choice(["float16", "float32"]),
-    default="float16",
-    help="The dtype of written tokens and taps.",
+    help="The dtype of all written features; by default float32 for vectors of images, and float16 "
+    "for tokens and taps.",
 )
 @click.option(
     "--format",

@@ -22,6 +22,12 @@ MISSED = 1
     "siglip, clip, qwen3_vl, qwen2_5_vl, qwen2_vl, kimi_k25, radio, tipsv2, "
     "perception, or all.",
 )
+@click.option(
+    "--reference",
+    type=click.Choice(["transformers", "timm"]),
+    default="transformers",
+    help="timm: its model of the same weights as well, where it has one.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
 @click.option("--quick", is_flag=True, help="Fewer and smaller images.")
 @click.option(
@@ -45,6 +51,7 @@ def verify(
     model: str | None,
     revision: str | None,
     family: str | None,
+    reference: str,
     device: str | None,
     quick: bool,
     seed: int,
@@ -63,6 +70,7 @@ def verify(
     Examples:
       packvit verify --model apple/aimv2-large-patch14-native --certificate native.json
       packvit verify --model ./checkpoint
+      packvit verify --model facebook/dinov2-small --reference timm
       packvit verify --family all --quick
     """
     if (model is None) == (family is None):
@@ -72,7 +80,8 @@ def verify(
     from packvit.verification import certificate as certificates  # torch is imported here
 
     findings = []
-    for found in search(model, family, revision, device, VerifyOptions(quick=quick, seed=seed)):
+    options = VerifyOptions(quick=quick, seed=seed, timm=reference == "timm")
+    for found in search(model, family, revision, device, options):
         findings.append(found)
         click.echo(f"{title(found)}: {len(found.rows)} comparisons", err=True)
         if not as_json:
@@ -146,7 +155,8 @@ def search(
 
 def title(found: Findings) -> str:
     """Return the model and the reference in words."""
-    return f"{found.family} {found.variant} ({found.model}) beside {found.reference}"
+    both = found.reference + (f" and {found.second}" if found.second else "")
+    return f"{found.family} {found.variant} ({found.model}) beside {both}"
 
 
 def as_table(found: Findings) -> str:

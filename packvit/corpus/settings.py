@@ -33,6 +33,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 # tokens of 1,024 float16 each a part of 131 MB.
 FEWEST_ROWS, MOST_ROWS = 64, 1024
 FEWEST_PARTS = 16  # of a job on GPUs, as far as its rows allow: two for each GPU of a host
+TYPICAL = (2000, 3000)  # height and width of a photograph
 NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can change what is written
 
 
@@ -94,7 +95,8 @@ class EmbedOptions:
     max_patches: int | None = None
     tokens: bool = False
     taps: tuple[int, ...] = ()  # layers: from the front, once `fit_options` has seen the encoder
-    dtype_out: DtypeOut = "float16"
+    dtype_out: DtypeOut = "float16"  # of tokens and taps
+    vector_dtype: DtypeOut = "float32"  # of pooled and projected
     token_budget: int = 16384
     max_pixels: int = MAX_PIXELS
     decode: Decode = "pil"
@@ -111,7 +113,7 @@ class EmbedOptions:
         lists += tuple(f"tap_{tap}" for tap in self.taps)
         pooled = config.vector_width if config.merger or config.summary else None
         projected = config.projection if self.text_space == "projected" else None
-        return Outputs(config.width, lists, self.dtype_out, pooled, projected)
+        return Outputs(config.width, lists, self.dtype_out, pooled, projected, self.vector_dtype)
 
     def decoders(self) -> Decoders:
         """Return the decoders of one embedding process; no worker is started yet."""
@@ -210,6 +212,15 @@ def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
 
 
+def typical_patches(encoder: Encoder, options: EmbedOptions) -> int:
+    """Return the patches of a photograph of common size and shape."""
+    height, width = TYPICAL
+    plan = resize_plan(
+        height, width, encoder.images, resize=options.resize, max_patches=options.max_patches
+    )
+    return plan.rows * plan.columns
+
+
 def choose_rows(device: torch.device | None, inputs: int, *, large: bool) -> int:
     """Return the rows of a part of a job of `inputs` on a kind of device; None is any.
 
@@ -286,6 +297,8 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         **({"text_space": options.text_space} if options.text_space else {}),
         "lists": list(outputs.lists),
         "dtype_out": options.dtype_out,
+        # Left out where it is what it was before there was a choice.
+        **({"vector_dtype": "float16"} if options.vector_dtype == "float16" else {}),
         "rows_per_part": options.rows_per_part,
         "versions": {package: version_of(package) for package in ("packvit", *NUMBERS_FROM)},
     }

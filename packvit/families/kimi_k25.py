@@ -97,7 +97,9 @@ def write(config: EncoderConfig) -> dict[str, Any]:
     table, rotary = config.positions, config.rotary
     assert isinstance(table, Table)
     assert isinstance(rotary, AxialRotary)
-    return config_json.write_sizes(config) | {
+    sizes = config_json.write_sizes(config)
+    del sizes["num_channels"]  # of which its class knows nothing
+    return sizes | {
         "model_type": "kimi_k25_vision",
         "architectures": ["Kimi_K25VisionModel"],
         "merge_kernel_size": [SIDE, SIDE],
@@ -139,6 +141,7 @@ FAMILY = Family(
             Variant("clips", "Kimi_K25VisionModel", {"pos_emb_height": 14, "pos_emb_width": 14}),
         ),
         processor="Kimi_K25ImageProcessor",
+        processor_options={"patch_size": 16},  # of the small model above
     ),
 )
 

@@ -15,14 +15,16 @@ from packvit.images.resize import Resize, resize_plan
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """One image as flattened raw patches in raster order.
+    """One image as flattened raw patches in raster order, or the frames of a clip.
 
-    Shapes: patches uint8 [rows * columns, P], contiguous, P = side * side * 3.
+    Shapes: patches uint8 [frames * rows * columns, P], contiguous, P = side * side * 3, or of a
+    clip as many times that as a patch holds frames.
     """
 
     patches: np.ndarray  # without jaxtyping, which takes a decode worker 12 MB and 0.1 s
     rows: int
     columns: int
+    frames: int = 1  # of patches: a clip may have several times as many
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from packvit.images.decode import ImageError, Source, load_image
 from packvit.images.patches import Cutting, Patches
+from packvit.packs.clips import Clip, cut_clip, frames_of, of_one_width
 from packvit.packs.grid import Grid, GridLike, as_tensor, to_device
 
 
@@ -99,19 +100,25 @@ def image_means(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.segment_reduce(tokens.float(), "mean", lengths=counts, unsafe=True)
 
 
-def make_pack(images: Sequence[Source], cutting: Cutting, device: torch.device) -> Pack:
-    """Make one pack of paths, PIL images or uint8 arrays, as `Encoder.pack` says."""
+def make_pack(
+    images: Sequence[Source | Clip], cutting: Cutting, device: torch.device, temporal: int
+) -> Pack:
+    """Make one pack of images and clips, as `Encoder.pack` says; patches hold `temporal` frames."""
     check_list(images)
     if not images:
         raise ValueError("images is empty, but a pack holds at least one image.")
     cut = []
     for index, source in enumerate(images):
         try:
-            cut.append(cutting.cut(load_image(source).image))
+            frames = frames_of(source)
+            if frames is None:
+                cut.append(cutting.cut(load_image(source).image))
+            else:
+                cut.append(cut_clip(frames, cutting, temporal))
         except ImageError as error:
             error.index = index
             raise
-    return join(cut, device)
+    return lay(of_one_width(cut, temporal, cutting.order), cut, device)
 
 
 def check_list(images: object) -> None:
@@ -124,6 +131,11 @@ def check_list(images: object) -> None:
 
 def join(cut: Sequence[Patches], device: torch.device) -> Pack:
     """Lay the patches of images end to end, on a device."""
-    patches = torch.from_numpy(np.concatenate([one.patches for one in cut]))
-    grid = [[1, one.rows, one.columns] for one in cut]
+    return lay([one.patches for one in cut], cut, device)
+
+
+def lay(arrays: Sequence[np.ndarray], cut: Sequence[Patches], device: torch.device) -> Pack:
+    """Lay patches, of images cut so, end to end on a device."""
+    patches = torch.from_numpy(np.concatenate(arrays))
+    grid = [[one.frames, one.rows, one.columns] for one in cut]
     return Pack(patches.to(device), torch.tensor(grid, dtype=torch.int64, device="cpu"))

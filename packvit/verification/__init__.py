@@ -1,8 +1,8 @@
 """Compare our encoders with their reference implementations. This module imports no torch.
 
 `verify.py` verifies a checkpoint or a family, `comparison.py` compares outputs by the rule in
-`rule.py` and `files.py` what goes in and out of files, `references.py` runs transformers,
-`certificate.py` writes it all down.
+`rule.py` and `files.py` what goes in and out of files, `references.py` runs transformers and
+`timm_models.py` timm, `second.py` doubts both, `certificate.py` writes it all down.
 """
 
 from dataclasses import dataclass
@@ -58,6 +58,7 @@ class Findings:
     weights: str  # sha256, as `Checkpoint.sha256` has it
     settings: str  # sha256 of config.json and the image settings
     reference: str  # the class in transformers
+    second: str | None  # and timm's version and class, where it was asked
     device: str
     rows: tuple[Comparison, ...]
     not_compared: tuple[str, ...]  # what, and why not
@@ -76,3 +77,4 @@ class VerifyOptions:
     quick: bool = False
     lower: tuple[str, ...] = ("bfloat16",)
     seed: int = 0
+    timm: bool = False  # as a second reference

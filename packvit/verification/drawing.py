@@ -59,7 +59,11 @@ def plan_shapes(encoder: Encoder, options: VerifyOptions, interpolates: bool) ->
         return [Shapes(repeated((*others, own), most), interpolate=False)]
     alone = (*repeated((own,), most), own, own, *repeated(((2, rows, columns),), most))
     rounds = [Shapes(alone, interpolate=False)]
-    return [*rounds, Shapes(repeated(others, most), interpolate=True)] if interpolates else rounds
+    return (
+        [*rounds, Shapes(repeated(tuple(others), most), interpolate=True)]
+        if interpolates
+        else rounds
+    )
 
 
 def in_squares(place: tuple[int, int, int], side: int) -> tuple[int, int, int]:

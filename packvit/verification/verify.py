@@ -30,6 +30,8 @@ from packvit.verification.references import (
     interpolation_error,
     write_random,
 )
+from packvit.verification.second import compare_reference_neighbours, compare_with_timm, doubts
+from packvit.verification.timm_models import NoCounterpartError
 
 ANTIALIASED = ("bilinear_antialias", "bicubic_antialias")
 TOWER = "the reference is the tower alone, as save_pretrained writes it"
@@ -146,12 +148,23 @@ def verify(
                 f"{error:.1f}); the reference was run with a workaround"
             )
         rows: list[Comparison] = list(compare_outputs(encoder, reference, options))
+        rows.append(compare_reference_neighbours(encoder, reference, options))
+        second, missing = None, []
+        if options.timm:
+            try:
+                second, more = compare_with_timm(encoder, reference, options)
+                rows += more
+            except NoCounterpartError as error:
+                missing.append(f"timm: {error}")
+        remarks += doubts(rows)
         if memory is not None:
             rows.append(compare_taken_over(encoder, memory))
         rows += compare_saved(encoder, reference)
         obstacle = obstacle_to_photographs(reference, checkpoint)
         if obstacle is None:
             rows += compare_photographs(encoder, folder, options)
+        else:
+            missing.append(obstacle)
         return Findings(
             family=encoder.family.name,
             model=f"random weights, seed {options.seed}" if variant else checkpoint.name,
@@ -160,9 +173,10 @@ def verify(
             weights=checkpoint.sha256(),
             settings=certificate.settings_digest(checkpoint),
             reference=reference.architecture,
+            second=second,
             device=encoder.device.type,
             rows=tuple(rows),
-            not_compared=(obstacle,) if obstacle else (),
+            not_compared=tuple(missing),
             remarks=tuple(remarks),
         )
 

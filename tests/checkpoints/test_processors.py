@@ -206,9 +206,8 @@ def test_drawn_settings_of_qwen_give_its_processors_pixels(
         return
     config = image_config_from(named, replace(NONSENSE, multiple=2))
     ours = to_patches(image, config, resize="checkpoint")
-    theirs = Qwen2VLImageProcessorPil.from_dict(copy.deepcopy(named))(
-        images=image, return_tensors="pt"
-    )
+    processor: Any = Qwen2VLImageProcessorPil.from_dict(copy.deepcopy(named))
+    theirs = processor(images=image, return_tensors="pt")
     assert theirs["image_grid_thw"].tolist() == [[1, ours.rows, ours.columns]]
     raw = torch.from_numpy(ours.patches)
     values = normalize(raw, config.mean, config.std, channels_last=True)

@@ -54,7 +54,8 @@ class Part:
     def of(cls, shard: Shard, outputs: Outputs) -> "Part":
         """Return an empty part."""
         count = len(shard.inputs)
-        vectors = {n: np.zeros((count, width), np.float32) for n, width in outputs.vectors.items()}
+        kind = outputs.vector_dtype
+        vectors = {n: np.zeros((count, width), kind) for n, width in outputs.vectors.items()}
         return cls(shard, outputs, vectors, {name: [None] * count for name in outputs.lists})
 
     @property

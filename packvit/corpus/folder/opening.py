@@ -96,6 +96,8 @@ def find_flaw(manifest: Mapping[str, Any], names: Names) -> str | None:
         return "has lists that are no list of names."
     if manifest.get("dtype_out") not in ("float16", "float32"):
         return "has a dtype_out that is neither float16 nor float32."
+    if manifest.get("vector_dtype", "float32") not in ("float16", "float32"):
+        return "has a vector_dtype that is neither float16 nor float32."
     if type(manifest.get("complete")) is not bool:
         return "does not say whether the job is complete."
     if flaw := find_reuse_flaw(manifest):

@@ -25,9 +25,10 @@ class Outputs:
 
     width: int  # D
     lists: tuple[str, ...] = ()  # tokens, tap_11 ...
-    dtype_out: DtypeOut = "float16"  # of the lists; pooled is float32
+    dtype_out: DtypeOut = "float16"  # of the lists
     pooled: int | None = None  # the width of pooled, where it is not D
     projected: int | None = None  # the width of `projected`, where there is such a column
+    vector_dtype: DtypeOut = "float32"
 
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> "Outputs":
@@ -39,7 +40,8 @@ class Outputs:
             pooled = len(summary["chosen"]) * config["width"]
         shared = manifest.get("text_space") == "projected"
         projected = config["projection"] if shared else None
-        return cls(config["width"], lists, manifest["dtype_out"], pooled, projected)
+        kind = manifest.get("vector_dtype", "float32")
+        return cls(config["width"], lists, manifest["dtype_out"], pooled, projected, kind)
 
     @property
     def vector_width(self) -> int:
@@ -55,7 +57,7 @@ class Outputs:
     @property
     def schema(self) -> pa.Schema:
         """The columns of a part and their types."""
-        element = pa.field("element", pa.float32())
+        element = pa.field("element", pa.type_for_alias(self.vector_dtype))
         vector = pa.list_(pa.field("element", pa.type_for_alias(self.dtype_out)), self.width)
         return pa.schema(
             [
@@ -78,8 +80,8 @@ def build_table(
 ) -> pa.Table:
     """Return the table of a part: features are null wherever a row is an error.
 
-    Shapes: N rows; features [N, D] float32 for each of `outputs.vectors`, ignored where a row is
-    an error; lists N arrays [tokens, D] under each name, None where a row is an error.
+    Shapes: N rows; features [N, D] for each of `outputs.vectors`, of its dtype, ignored where a row
+    is an error; lists N arrays [tokens, D] under each name, None where a row is an error.
     """
     schema = outputs.schema
     bad = pa.array([row.status != "ok" for row in rows])
@@ -88,7 +90,7 @@ def build_table(
         for field in fields(Row)
     ]
     for name in outputs.vectors:
-        kept = np.where(bad.to_numpy(False)[:, None], 0, features[name])
+        kept = np.where(bad.to_numpy(False)[:, None], features[name].dtype.type(0), features[name])
         columns.append(vectors(kept, schema, name, bad))
     for name in outputs.lists:
         kept = [array for array in lists[name] if array is not None]

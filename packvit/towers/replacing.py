@@ -1,0 +1,101 @@
+"""Put an encoder where a transformers model has its vision tower, and take it out again."""
+
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from packvit.encoder import Encoder
+from packvit.families import FAMILIES
+from packvit.towers.in_place import BatchTower, PatchTower, TowerInPlace
+
+KINDS: dict[str, type[TowerInPlace]] = {
+    "Qwen3VLVisionModel": PatchTower,
+    "Qwen3VLMoeVisionModel": PatchTower,
+    "Qwen3_5VisionModel": PatchTower,
+    "Qwen2_5_VisionTransformerPretrainedModel": PatchTower,
+    "Qwen2VisionTransformerPretrainedModel": PatchTower,
+    "CLIPVisionModel": BatchTower,
+    "SiglipVisionModel": BatchTower,
+}
+
+
+class Slot(NamedTuple):
+    """Where a model holds a module."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+
+
+def replace_tower(model: nn.Module) -> Encoder:
+    """Replace the vision tower of a transformers model by ours, in place; return the encoder.
+
+    The model is called as before: `generate`, its processor and training stay as they are, and the
+    encoder's parameters are the model's, under other names. Runs Qwen3-VL and its successors,
+    Qwen2.5-VL, Qwen2-VL, and models that ask a CLIP or SigLIP tower for the tokens of a layer, as
+    LLaVA does. The tokens that the language model reads are the reference's, to rounding.
+
+    Raises: ValueError where there is no such tower, or more than one; CheckpointError.
+    """
+    found = [slot for slot in slots(model) if family_of(slot.module)]
+    if any(isinstance(slot.module, TowerInPlace) for slot in slots(model)):
+        raise ValueError("The model's vision tower is one of packvit's already.")
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} vision towers that packvit runs, and must "
+            f"hold one. It runs: {', '.join(KINDS)}."
+        )
+    [slot] = found
+    tower: Any = slot.module
+    family = family_of(tower)
+    assert family is not None
+    kind = KINDS[type(tower).__name__]
+    kind.check(model)
+    encoder = family.from_transformers(
+        tower,
+        patch_order="chw",
+        positions="interpolate" if family.family.reference.interpolates else "checkpoint",
+    )
+    encoder.train(tower.training)
+    encoder.requires_grad_(any(weight.requires_grad for weight in tower.parameters()))
+    setattr(slot.parent, slot.name, kind(encoder, tower))
+    return encoder
+
+
+def restore_tower(model: nn.Module) -> nn.Module:
+    """Put a model's own vision tower back, with the weights that ours has now; return the tower.
+
+    Raises: ValueError where `replace_tower` replaced none.
+    """
+    found = [slot for slot in slots(model) if isinstance(slot.module, TowerInPlace)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no tower of packvit's: nothing to restore.")
+    [slot] = found
+    ours = slot.module
+    assert isinstance(ours, TowerInPlace)
+    with TemporaryDirectory() as folder:
+        ours.encoder.save_pretrained(folder)
+        tower: Any = ours.theirs.from_pretrained(folder, config=ours.config, dtype=ours.dtype)
+    tower = tower.to(ours.encoder.device).train(ours.training)
+    tower.requires_grad_(any(weight.requires_grad for weight in ours.parameters()))
+    setattr(slot.parent, slot.name, tower)
+    return tower
+
+
+def slots(model: nn.Module) -> list[Slot]:
+    """Return every module within a model, with where it is held."""
+    return [
+        Slot(parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+    ]
+
+
+def family_of(module: nn.Module) -> type[Encoder] | None:
+    """Return the class of ours that runs a module of transformers, or None."""
+    config: Any = getattr(module, "config", None)
+    kind = getattr(config, "model_type", None)
+    if type(module).__name__ not in KINDS:
+        return None
+    return next((each for each in FAMILIES if kind in each.family.model_types), None)

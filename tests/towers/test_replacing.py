@@ -1,0 +1,204 @@
+"""A multimodal model with our encoder in the place of its tower answers as it did before."""
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+import packvit
+from packvit.towers.in_place import TowerInPlace
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+IMAGE, START, END = 90, 91, 92
+GRID = [(1, 4, 6), (1, 2, 8), (1, 6, 4)]
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give every tensor a scale at which it matters."""
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            scale = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.5
+            weight.copy_(torch.randn(weight.shape, generator=draw) * scale + (weight.ndim == 1))
+    return model.eval()
+
+
+def qwen3() -> tuple[Any, dict[str, Tensor]]:
+    config = Qwen3VLConfig(
+        text_config=TEXT
+        | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "depth": 3,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 16,
+        },
+        image_token_id=IMAGE,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    return randomise(Qwen3VLForConditionalGeneration(config)), asked_of_qwen()
+
+
+def qwen2_5() -> tuple[Any, dict[str, Tensor]]:
+    config = Qwen2_5_VLConfig(
+        text_config=TEXT
+        | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "depth": 3,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=IMAGE,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    return randomise(Qwen2_5_VLForConditionalGeneration(config)), asked_of_qwen()
+
+
+def asked_of_qwen() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    words = [5, 6]
+    for _, rows, columns in GRID:
+        words += [START, *[IMAGE] * (rows * columns // 4), END, 7]
+    patches = torch.randn(sum(t * h * w for t, h, w in GRID), 3 * 2 * 16, generator=draw)
+    ids = torch.tensor([words])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+        "pixel_values": patches,
+        "image_grid_thw": torch.tensor(GRID),
+    }
+
+
+def llava(kind: str) -> tuple[Any, dict[str, Tensor]]:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 24,
+        "patch_size": 4,
+    }
+    vision = CLIPVisionConfig(**sizes) if kind == "clip" else SiglipVisionConfig(**sizes)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="default" if kind == "clip" else "full",
+    )
+    draw = torch.Generator().manual_seed(2)
+    ids = torch.tensor([[5, *[IMAGE] * 36, 6, *[IMAGE] * 36, 7]])
+    pixels = torch.randn(2, 3, 24, 24, generator=draw)
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    return randomise(LlavaForConditionalGeneration(config)), asked
+
+
+MODELS = {
+    "Qwen3-VL": qwen3,
+    "Qwen2.5-VL": qwen2_5,
+    "LLaVA, CLIP": lambda: llava("clip"),
+    "LLaVA, SigLIP": lambda: llava("siglip"),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model_and_asked(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Tensor]]:
+    return MODELS[request.param]()
+
+
+def logits(model: Any, asked: dict[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return model(**asked).logits
+
+
+def words(model: Any, asked: dict[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return model.generate(**asked, max_new_tokens=6, do_sample=False)
+
+
+def test_logits_and_words_are_as_before_and_back_again(model_and_asked: Any):
+    model, asked = model_and_asked
+    before, said = logits(model, asked), words(model, asked)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dimmed = logits(model, asked | {"pixel_values": asked["pixel_values"] * 0.5})
+    assert (dimmed - before).abs().max() > 0.1  # the images matter
+    encoder = packvit.replace_tower(model)
+    assert isinstance(encoder, packvit.Encoder)
+    torch.testing.assert_close(logits(model, asked), before, rtol=1e-4, atol=1e-4)
+    assert torch.equal(words(model, asked), said)
+    with pytest.raises(ValueError, match="is one of packvit's already"):
+        packvit.replace_tower(model)
+    packvit.restore_tower(model)
+    assert torch.equal(logits(model, asked), before)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="nothing to restore"):
+        packvit.restore_tower(model)
+
+
+def test_gradients_of_the_whole_model_are_as_before(model_and_asked: Any):
+    model, asked = model_and_asked
+    other = copy.deepcopy(model)
+    packvit.replace_tower(other)
+
+    def gradient(one: Any) -> Tensor:
+        one(**asked, labels=asked["input_ids"]).loss.backward()
+        grads = [p.grad for n, p in one.named_parameters() if "language_model" in n]
+        return torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+    expected = gradient(model)
+    torch.testing.assert_close(gradient(other), expected, rtol=1e-3, atol=1e-5)
+    [place] = [m for m in other.modules() if isinstance(m, TowerInPlace)]
+    with_grad = [p.grad for p in place.encoder.encoder.parameters()]
+    assert all(grad is not None and grad.abs().max() > 0 for grad in with_grad[:4])
+
+
+def test_adapters_train_on_our_tower_and_come_back_with_it():
+    model, asked = qwen3()
+    encoder = packvit.replace_tower(model)
+    config = peft.LoraConfig(r=2, target_modules=r".*encoder\.encoder\.layers.*\.(qkv|out|up|down)")
+    adapted = peft.get_peft_model(model, config)
+    adapted(**asked, labels=asked["input_ids"]).loss.backward()
+    grads = {n: p.grad for n, p in adapted.named_parameters() if "lora_B" in n}
+    assert len(grads) == 4 * encoder.config.layers
+    assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_a_model_without_a_tower_of_ours_is_one_sentence():
+    with pytest.raises(ValueError, match="Linear holds 0 vision towers that packvit runs"):
+        packvit.replace_tower(nn.Linear(2, 2))
+    model, _ = llava("clip")
+    model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(ValueError, match="reads class tokens"):
+        packvit.replace_tower(model)
