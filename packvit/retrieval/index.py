@@ -75,7 +75,7 @@ CPU = torch.device("cpu")
 
 def build(vectors: Vectors, path: Path, facts: Path) -> Facts:
     """Build the index of a column, measure its recall, and write both files."""
-    index = usearch().Index(ndim=vectors.width, metric="cos", dtype="f16")
+    index = usearch().Index(ndim=vectors.width, metric="cos", dtype="bf16")
     for start, block in vectors.blocks():
         good = np.flatnonzero(np.isfinite(block).all(axis=1))
         index.add(good + start, block[good])
@@ -120,7 +120,7 @@ def usearch() -> Any:
     Raises: ImportError with what to install.
     """
     try:
-        import usearch.index
+        import usearch.index  # pyright: ignore[reportMissingImports] # an extra
     except ImportError as error:
         raise ImportError(
             f"An index needs usearch: {INSTALL}. Without it search is exact."
