@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from packvit.config import AxialRotary, Rotary, SinCos, Table
 from packvit.encoder import Encoder
 from packvit.model import positions
+from packvit.model import rotary as rotations
 from packvit.model.merging import Merging
 from packvit.packs.places import PatchPlaces
 
@@ -41,7 +42,7 @@ def swap_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
         swap_rotary_axes(encoder, patch)
     else:
         assert isinstance(encoder.config.rotary, Rotary)
-        turn = positions.rotate
+        turn = rotations.rotate
 
         def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
             quarter = cosine.shape[1] // 4
@@ -138,7 +139,7 @@ def pool_the_first_register(encoder: Encoder, patch: pytest.MonkeyPatch) -> None
 
 def swap_rotary_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
     """Take the column's angles for the row's, beside a table that is right."""
-    make = positions.axial_rotary
+    make = rotations.axial_rotary
 
     def swapped(kind: AxialRotary, places: PatchPlaces, head_dim: int) -> tuple[Tensor, Tensor]:
         other = "column_row" if kind.order == "row_column" else "row_column"

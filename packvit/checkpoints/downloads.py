@@ -1,8 +1,10 @@
 """The hub's models to folders of its cache. No torch."""
 
+import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -138,7 +140,12 @@ def fetch_range(
             size = answer.headers.get("Content-Range", "").rpartition("/")[2]
             if answer.status_code != 206 or not size.isdecimal():
                 raise NoRangesError(name)  # before its body, which may be the whole file
-            return answer.read(), int(size)
+            data = bytearray()
+            for piece in answer.iter_bytes():
+                data += piece
+                if len(data) > end - start:  # it sends more than it was asked for
+                    raise NoRangesError(name)
+            return bytes(data), int(size)
     except EntryNotFoundError:
         return None
     except (NotCachedError, NoRangesError):
@@ -177,13 +184,35 @@ def fetch(name: str, file: str, revision: str | None) -> Path | None:
             cached = try_to_load_from_cache(name, file, revision=revision)
             if cached is _CACHED_NO_EXIST:
                 return None
-        return Path(hf_hub_download(name, file, revision=revision))
+        with without_tries():
+            return Path(hf_hub_download(name, file, revision=revision))
     except LocalEntryNotFoundError as error:
         raise NotCachedError(explain(error, name, file, revision)) from error
     except EntryNotFoundError:
         return None
     except (*client_errors(), RuntimeError, ValueError) as error:
         raise CheckpointError(explain(error, name, file, revision)) from error
+
+
+@contextmanager
+def without_tries() -> Iterator[None]:
+    """Keep the hub's client from logging each failed try before our message says what is wrong.
+
+    That it waits for a limit of requests to pass is still said: it may take minutes.
+
+    Source: huggingface_hub 1.33 and 2.4, utils/_http.py.
+    """
+
+    def says_more(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return not (said.startswith(("Retrying in", "HTTP Error")) or " thrown while req" in said)
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.addFilter(says_more)
+    try:
+        yield
+    finally:
+        logger.removeFilter(says_more)
 
 
 def check_endpoint() -> None:

@@ -59,7 +59,9 @@ def read_places(request: Request, file: str) -> dict[str, Place] | None:
         raise damaged
     found = request(file, 8, 8 + length)
     try:
-        header = json.loads(found[0]) if found else None
+        header = json.loads(found[0]) if found else {}
+        if not isinstance(header, dict):
+            raise damaged
         places = {
             name: Place(
                 file,
@@ -68,13 +70,15 @@ def read_places(request: Request, file: str) -> dict[str, Place] | None:
                 entry["dtype"],
                 entry["shape"],
             )
-            for name, entry in (header or {}).items()
+            for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        if not all(8 + length <= place.start <= place.end <= size for place in places.values()):
+            raise damaged
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise damaged from error
     ends = [place.end for place in places.values()]
-    if not places or max(ends) != size or any(p.start > p.end for p in places.values()):
+    if not places or max(ends) != size:
         raise damaged
     return places
 

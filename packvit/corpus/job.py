@@ -32,7 +32,7 @@ from packvit.corpus.folder.layout import (
     read_manifest,
 )
 from packvit.corpus.folder.names import CURRENT, names_of, part_number
-from packvit.corpus.folder.parts import DtypeOut, Outputs
+from packvit.corpus.folder.parts import DtypeOut, Outputs, check_keep, find_keep_flaw
 from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, compare, read_rows, take_up
 from packvit.corpus.folder.reuse import (
@@ -45,6 +45,7 @@ from packvit.corpus.folder.reuse import (
     write_mtimes,
 )
 from packvit.corpus.folder.sharding import WHOLE, parse_shard, parts_of, rows_of
+from packvit.corpus.folder.sizes import describe_size, row_bytes
 from packvit.corpus.folder.swapping import clean, restore, updating
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.inputs.find import list_inputs
@@ -66,6 +67,7 @@ from packvit.corpus.settings import (
     digest_weights,
     fit_options,
     load_encoder,
+    typical_patches,
 )
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import begin_engine
@@ -86,6 +88,7 @@ def embed(
     lists: Sequence[str | os.PathLike[str]] = (),
     column: str = "path",
     image_column: str = "image",
+    keep: Sequence[str] = (),
     out: str | os.PathLike[str],
     model: str | os.PathLike[str] | Encoder | None = None,
     device: str | torch.device | None = None,
@@ -98,7 +101,7 @@ def embed(
     max_patches: int | None = None,
     tokens: bool = False,
     taps: Sequence[int] = (),
-    dtype_out: DtypeOut = "float16",
+    dtype_out: DtypeOut | None = None,
     format: Format = "parquet",
     token_budget: int = 16384,
     rows_per_part: int | None = None,
@@ -139,9 +142,10 @@ def embed(
     Parquet file of images has their bytes in `image_column`. `model` is a checkpoint's name or
     folder, or a loaded encoder, whose `device` to `positions` are already chosen; None is "tiny",
     the small encoder that comes with packvit. `tokens` and `taps` (layers, negative ones from the
-    end) also write the features of every patch, as `dtype_out`. `format` "npy" also writes a NumPy
-    matrix of the pooled features once all parts are written. `rows_per_part` inputs share a file,
-    which is written once all are embedded: what a killed job loses is less than that for each
+    end) also write the features of every patch. All features are written as `dtype_out`; None is
+    float32 for the vectors of images and float16 for those of patches. `format` "npy" also writes a
+    NumPy matrix of the pooled features once all parts are written. `rows_per_part` inputs share a
+    file, which is written once all are embedded: what a killed job loses is less than that for each
     process. None is what the folder has already, else 64 on a CPU or with tokens, and 1024 on a
     GPU or of a shard, or less for a job of few inputs. `workers` is the number of decoding
     processes; None is one for each CPU, up to 16. At most `pixels_in_flight` pixels are decoded or
@@ -149,6 +153,11 @@ def embed(
     `decode` "gpu" decodes JPEGs on the encoder's GPU if the result equals Pillow's bit for bit;
     the workers decode all other images. If a loaded encoder is on the GPU already, set
     CUDA_DEVICE_MAX_CONNECTIONS=32 before anything uses CUDA; otherwise it is set here.
+
+    `keep` names columns that come with the photographs and become columns of the parts: the keys of
+    a .json beside an image of the same key in a tar ("txt" and "cls" for members called so),
+    columns of Parquet files of images and of lists that are tables, and of a folder's
+    metadata.jsonl or .csv, as datasets writes them. A job resumes only with the same values.
 
     `processes` is the number of processes that embed, one for each GPU, or each with a share of
     the CPUs; each has its own workers and pixels in flight, and the output is the same. `ray` runs
@@ -169,6 +178,7 @@ def embed(
         lists=tuple(os.fspath(path) for path in lists),
         column=column,
         image_column=image_column,
+        keep=check_keep(keep),
     )
     choice = ModelChoice(
         model=model,
@@ -184,7 +194,8 @@ def embed(
         max_patches=max_patches,
         tokens=tokens,
         taps=tuple(taps),
-        dtype_out=dtype_out,
+        dtype_out=dtype_out or "float16",
+        vector_dtype=dtype_out or "float32",
         token_budget=token_budget,
         max_pixels=max_pixels,
         decode=decode,
@@ -252,6 +263,8 @@ def run_job(
     if "shard" in old:
         raise UsageError(f"{folder} is not updated: it holds a shard alone. Merge it first.")
     exported = bool(old.get("exports"))
+    if not inputs.keep and not find_keep_flaw(old):
+        inputs = replace(inputs, keep=tuple(name for name, _ in old.get("keep", ())))
     how = replace(
         how,
         reuse=(str(folder), *how.reuse),
@@ -285,9 +298,12 @@ def run_in(
         inputs.lists,
         column=inputs.column,
         image_column=inputs.image_column,
+        keep=inputs.keep,
         known=recorded.get("inputs_sha256"),
     )
     notes = () if updates else take_over(folder, recorded, listing)
+    notes += listing.notes
+    options = replace(options, keep=listing.settle_kept(inputs.keep))
     if model is None and len(listing) > TRIAL_INPUTS:
         raise UsageError(
             f"{len(listing)} inputs were found, but without a chosen model at most "
@@ -323,6 +339,7 @@ def run_in(
         format_of_folder = (CURRENT if how.overwrite else names_of(folder)).format
         manifest = draft(encoder, described, listing, format_of_folder) | part_of.entry
         name = encoder.checkpoint.name if encoder.checkpoint else ""
+        each = row_bytes(options.outputs(encoder.config), typical_patches(encoder, options))
         job = Job(str(folder), options, described, choice.positions, name)
         runner = choose_runner(context, job, processes, how.ray)
         del encoder, context  # only a runner in this process keeps them; the others need the memory
@@ -338,6 +355,9 @@ def run_in(
             if not rows_of(manifest) and len(listing):
                 notes = (f"Shard {part_of} has no rows: the job has fewer parts than shards.",)
                 found = replace(found, notes=(*notes, *found.notes))
+            todo = rows_of(manifest) - sum(entry.rows for entry in found.kept.values())
+            size = describe_size(folder, todo, each)
+            found = replace(found, notes=(*found.notes, *size))
             again = find_errors(folder, found.kept, choose_codes(how.retry_errors))
             devices = {device_name, *found.manifest.get("device_names", ())}
             begun = join_reuse([found.manifest.get("reused"), reusing.entry])
@@ -401,6 +421,7 @@ def draft(
 ) -> dict[str, Any]:
     """Return the manifest of a job before anything is written."""
     settings = {**described, "inputs_sha256": listing.sha256()}
+    settings |= {"kept_sha256": listing.kept_sha256()} if "keep" in described else {}
     return {
         "format": format,
         "complete": False,
@@ -481,8 +502,8 @@ def run(
     assert counts["rows"] == tally.progress.committed == tally.codes.total()
     if format == "npy":
         written = [names.part(number) for number in parts]
-        width = Outputs.of_manifest(manifest).vector_width
-        manifest |= {"exports": export(folder, names, written, counts["rows"], width, exports)}
+        outputs = Outputs.of_manifest(manifest)
+        manifest |= {"exports": export(folder, names, written, counts["rows"], outputs, exports)}
     put(folder / names.manifest, encode_manifest(manifest | {"complete": True, "counts": counts}))
     remove_inputs(folder)
     return Summary(

@@ -18,6 +18,7 @@ from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoder
 from packvit.corpus.folder.exports import Format
 from packvit.corpus.folder.known import Reuse
 from packvit.corpus.folder.parts import DtypeOut, Outputs
+from packvit.corpus.inputs.kept import Kind
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
@@ -33,6 +34,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 # tokens of 1,024 float16 each a part of 131 MB.
 FEWEST_ROWS, MOST_ROWS = 64, 1024
 FEWEST_PARTS = 16  # of a job on GPUs, as far as its rows allow: two for each GPU of a host
+TYPICAL = (2000, 3000)  # height and width of a photograph
 NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can change what is written
 
 
@@ -44,6 +46,7 @@ class InputOptions:
     lists: tuple[str, ...] = ()
     column: str = "path"
     image_column: str = "image"
+    keep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,8 @@ class EmbedOptions:
     max_patches: int | None = None
     tokens: bool = False
     taps: tuple[int, ...] = ()  # layers: from the front, once `fit_options` has seen the encoder
-    dtype_out: DtypeOut = "float16"
+    dtype_out: DtypeOut = "float16"  # of tokens and taps
+    vector_dtype: DtypeOut = "float32"  # of pooled and projected
     token_budget: int = 16384
     max_pixels: int = MAX_PIXELS
     decode: Decode = "pil"
@@ -104,6 +108,7 @@ class EmbedOptions:
     rows_per_part: int = FEWEST_ROWS  # of every part but the last, which may have fewer
     text_space: Literal["pooled", "projected"] | None = None  # the column that texts compare with
     reuse: Reuse | None = None  # the rows that may be taken over
+    keep: tuple[tuple[str, Kind], ...] = ()  # columns that come with the inputs, and their types
 
     def outputs(self, config: EncoderConfig) -> Outputs:
         """Return which features a part holds."""
@@ -111,7 +116,8 @@ class EmbedOptions:
         lists += tuple(f"tap_{tap}" for tap in self.taps)
         pooled = config.vector_width if config.merger or config.summary else None
         projected = config.projection if self.text_space == "projected" else None
-        return Outputs(config.width, lists, self.dtype_out, pooled, projected)
+        lists_in, vectors_in = self.dtype_out, self.vector_dtype
+        return Outputs(config.width, lists, lists_in, pooled, projected, vectors_in, self.keep)
 
     def decoders(self) -> Decoders:
         """Return the decoders of one embedding process; no worker is started yet."""
@@ -210,6 +216,15 @@ def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
     return replace(options, resize=resize, max_patches=max_patches, taps=layers)
 
 
+def typical_patches(encoder: Encoder, options: EmbedOptions) -> int:
+    """Return the patches of a photograph of common size and shape."""
+    height, width = TYPICAL
+    plan = resize_plan(
+        height, width, encoder.images, resize=options.resize, max_patches=options.max_patches
+    )
+    return plan.rows * plan.columns
+
+
 def choose_rows(device: torch.device | None, inputs: int, *, large: bool) -> int:
     """Return the rows of a part of a job of `inputs` on a kind of device; None is any.
 
@@ -285,7 +300,10 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "pooled": pooled_from(encoder.config),
         **({"text_space": options.text_space} if options.text_space else {}),
         "lists": list(outputs.lists),
+        **({"keep": [list(column) for column in options.keep]} if options.keep else {}),
         "dtype_out": options.dtype_out,
+        # Left out where it is what it was before there was a choice.
+        **({"vector_dtype": "float16"} if options.vector_dtype == "float16" else {}),
         "rows_per_part": options.rows_per_part,
         "versions": {package: version_of(package) for package in ("packvit", *NUMBERS_FROM)},
     }

@@ -12,13 +12,12 @@ from packvit.model.norms import Tokens, norm
 from packvit.model.positions import (
     Axes,
     ResizedTables,
-    axial_rotary,
     check_grid,
     frame_waves,
     look_up,
-    rotary,
     sine_cosine,
 )
+from packvit.model.rotary import axial_rotary, rotary
 from packvit.packs.grid import Grid
 from packvit.packs.places import PatchPlaces, PrefixPlaces
 

@@ -18,7 +18,7 @@ from packvit.model.attention import Backend
 from packvit.model.embeddings import CosSin
 from packvit.model.linear import KeylessBiasLinear, Linear
 from packvit.model.norms import Tokens, norm
-from packvit.model.positions import rotate
+from packvit.model.rotary import rotate
 from packvit.packs.segments import Segments, WindowSegments
 
 

@@ -1,10 +1,9 @@
-"""What tells a patch where it stands: pure functions of the host's grid.
+"""What is added to a patch to tell where it stands: pure functions of the host's grid.
 
 Everything is computed in float64 or float32 and rounded once to the encoder's dtype: a sine-cosine
 table built in bfloat16 is wrong by 0.08 on a 16 x 16 grid and by 1.4 on 16 x 256.
 """
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from packvit.config import AxialRotary, Rotary, SinCos, Table, TableResize
+from packvit.config import SinCos, Table, TableResize
 from packvit.packs.grid import Grid, to_device
 from packvit.packs.places import PatchPlaces
 
@@ -83,53 +82,6 @@ class Axes:
     def __reduce__(self) -> tuple[type["Axes"], tuple[SinCos, int]]:
         """Copy and travel empty."""
         return Axes, (self.positions, self.width)
-
-
-def rotary(
-    positions: Rotary, places: PatchPlaces, head_dim: int, dtype: torch.dtype
-) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]:
-    """Return cosine and sine of every patch's angles: [y | x | y | x], a quarter of K each.
-
-    A patch's coordinate is that of its centre, from -1 to 1 over each side of its own image, so
-    one formula serves all images of a pack. Angles are fp32, rounded once at the end.
-
-    Source: DINOv3 in transformers 5.17, models/dinov3_vit.
-    """
-    place = torch.stack([places.row, places.column], 1).float() + 0.5
-    coordinates = 2 * (place / torch.stack([places.rows, places.columns], 1)) - 1
-    octave = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=place.device)
-    angles = 2 * math.pi * coordinates[:, :, None] * (1 / positions.base**octave)
-    angles = angles.flatten(1).tile(2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def axial_rotary(
-    positions: AxialRotary, places: PatchPlaces, head_dim: int
-) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]:
-    """Return cosine and sine of every patch's angles, twice K/2 of them, in fp32.
-
-    In lower precision rows and columns beyond some hundred would be taken for one another.
-
-    Source: Qwen3-VL in transformers 5.17, models/qwen3_vl, whose frequencies are fp32 too.
-    """
-    half = head_dim // 2
-    octave = torch.arange(0, half, 2, dtype=torch.float32, device=places.row.device) / half
-    frequencies = 1.0 / positions.base**octave
-    axes = (places.row, places.column)
-    axes = axes if positions.order == "row_column" else axes[::-1]
-    angles = [(axis + positions.offset).float().outer(frequencies) for axis in axes]
-    inner = torch.stack(angles, 2 if positions.layout == "interleaved" else 1)
-    whole = inner.flatten(1).tile(2)
-    return whole.cos(), whole.sin()
-
-
-def rotate(
-    heads: Float[Tensor, "T H K"], cosine: Float[Tensor, "T K"], sine: Float[Tensor, "T K"]
-) -> Float[Tensor, "T H K"]:
-    """Turn each pair (k, k + K/2) of every head by the token's angles."""
-    first, second = heads.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], -1)
-    return heads * cosine.unsqueeze(1) + turned * sine.unsqueeze(1)
 
 
 def check_grid(positions: Table, grid: Grid, patch: int) -> None:

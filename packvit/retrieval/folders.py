@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.folder.names import names_of
+from packvit.corpus.folder.parts import Outputs
 from packvit.corpus.folder.reader import damaged, map_matrix, matrix_of, open_finished, read_whole
 
 BLOCK = 4096  # rows: 12 MiB at a width of 768
@@ -46,9 +47,9 @@ class Vectors:
         Raises: UsageError if a file is missing or damaged.
         """
         if self.exported:
-            matrix = map_matrix(self.folder, self.exported, (len(self), self.width))
+            matrix = self.map_exported(self.exported)
             for start in range(0, len(self), rows):
-                yield start, np.asarray(matrix[start : start + rows])
+                yield start, np.asarray(matrix[start : start + rows], np.float32)
             return
         with ThreadPoolExecutor(AHEAD) as readers:
             pending = [readers.submit(self.read_part, n) for n in range(min(AHEAD, self.count))]
@@ -67,7 +68,12 @@ class Vectors:
     def read_part(self, number: int) -> np.ndarray:
         """Return the vectors of one part."""
         table = read_whole(self.folder, self.parts[number], [self.column])
-        return to_matrix(table, self.column)
+        return np.asarray(to_matrix(table, self.column), np.float32)
+
+    def map_exported(self, name: str) -> np.ndarray:
+        """Return the exported matrix, of the dtype that the job wrote."""
+        kind = np.dtype(Outputs.of_manifest(self.manifest).vector_dtype)
+        return map_matrix(self.folder, name, (len(self), self.width), kind)
 
     def ids(self, number: int) -> pa.Array:
         """Return the ids of the rows of one part."""
@@ -87,8 +93,7 @@ class Vectors:
     def take_vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors [rows, D] of rows in ascending order; only their parts are read."""
         if self.exported:
-            matrix = map_matrix(self.folder, self.exported, (len(self), self.width))
-            return np.asarray(matrix[rows])
+            return np.asarray(self.map_exported(self.exported)[rows], np.float32)
         numbers = np.searchsorted(self.starts, rows, side="right") - 1
         taken = [
             self.read_part(number)[rows[numbers == number] - self.starts[number]]

@@ -354,3 +354,23 @@ def test_an_endpoint_that_is_no_url_is_named(tmp_path: Path, endpoint: str):
     reader = Reader(endpoint, tmp_path)
     assert reader.read("owner/two")["error"].startswith(f"HF_ENDPOINT is {endpoint!r}, but must be")
     reader.close()
+
+
+def test_the_first_line_is_ours_and_not_the_tries_of_the_hubs_client(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+):
+    import logging
+
+    from packvit.checkpoints.downloads import without_tries
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    said = ["HTTP Error 503 thrown while requesting GET x", "'cut' thrown while requesting GET x"]
+    with without_tries():
+        for line in [*said, "Retrying in 1s [Retry 1/5].", "Rate limited. Waiting 61s before"]:
+            logger.warning(line)
+    logger.warning("Retrying in 2s [Retry 1/5].")
+    told = capfd.readouterr().err + caplog.text
+    assert "Rate limited" in told
+    assert "Retrying in 2s" in told
+    assert "thrown while" not in told
+    assert "Retrying in 1s" not in told

@@ -213,3 +213,25 @@ def test_fewer_bytes_than_asked_for_are_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"35 bytes of model\.safetensors for 36"):
         fetch_tensors(request_of(files), chosen, tmp_path / WEIGHTS)
     assert not (tmp_path / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"[" * 100_000,
+        b"{",
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1000000000000]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}',
+        b'{"a": 5}',
+    ],
+)
+def test_a_header_that_lies_about_its_file_is_refused(header: bytes):
+    whole = len(header).to_bytes(8, "little") + header + bytes(4)
+
+    def request(file: str, start: int, end: int) -> tuple[bytes, int]:
+        return whole[start:end], len(whole)
+
+    with pytest.raises(CheckpointError, match="its header does not fit its"):
+        read_places(request, "model.safetensors")

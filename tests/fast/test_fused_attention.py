@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from packvit.model.positions import rotate
+from packvit.model.rotary import rotate
 
 
 @pytest.mark.gpu

@@ -14,14 +14,13 @@ from packvit.config import AxialRotary, SinCos, Table
 from packvit.model.positions import (
     MODES,
     ResizedTables,
-    axial_rotary,
     look_up,
     resize,
     resize_together,
-    rotate,
     sine_cosine,
     sine_cosine_axis,
 )
+from packvit.model.rotary import axial_rotary, rotate
 from packvit.packs.places import PatchPlaces
 
 CPU = torch.device("cpu")

@@ -54,7 +54,8 @@ class Part:
     def of(cls, shard: Shard, outputs: Outputs) -> "Part":
         """Return an empty part."""
         count = len(shard.inputs)
-        vectors = {n: np.zeros((count, width), np.float32) for n, width in outputs.vectors.items()}
+        kind = outputs.vector_dtype
+        vectors = {n: np.zeros((count, width), kind) for n, width in outputs.vectors.items()}
         return cls(shard, outputs, vectors, {name: [None] * count for name in outputs.lists})
 
     @property
@@ -77,7 +78,8 @@ class Part:
     def table(self) -> pa.Table:
         """Return the table to write."""
         assert [row.id for row in self.rows] == [source.id for source in self.shard.inputs]
-        table = build_table(self.outputs, self.rows, self.vectors, self.lists)
+        kept = [source.kept for source in self.shard.inputs]
+        table = build_table(self.outputs, self.rows, self.vectors, self.lists, kept)
         if self.shard.written is None:
             return table
         with reading(self.shard.written):

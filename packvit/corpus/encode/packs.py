@@ -36,7 +36,7 @@ MakeReady = Callable[[Sequence[Prepared]], Sequence[Ready] | None]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The features of one image: vectors {name: [D] float32}, lists {name: [tokens, D]}.
+    """The features of one image: vectors {name: [D]}, lists {name: [tokens, D]}.
 
     Both are empty for an error.
     """
@@ -53,15 +53,16 @@ class PendingPack:
     `end` is None if they are filled already. `rows` are those of all images, `lengths` their
     tokens: 0 for an error, which is not encoded.
 
-    Shapes: vectors [N, D] and lists [T, D] under each name; finite, fits [T] under each name.
+    Shapes: vectors [N, D] and lists [T, D] under each name; finite and fits under each name, [N] of
+    vectors and [T] of lists.
     """
 
     rows: tuple[Row, ...]
     lengths: tuple[int, ...]
     vectors: dict[str, Tensor]
     lists: dict[str, Tensor]
-    finite: dict[str, Tensor]  # whether all numbers of a token are finite
-    fits: dict[str, Tensor]  # whether they still are in dtype_out
+    finite: dict[str, Tensor]  # whether all numbers of a vector, or of a token, are finite
+    fits: dict[str, Tensor]  # whether they still are in the dtype that is written
     start: torch.cuda.Event | None
     end: torch.cuda.Event | None
     seconds: float  # that submitting took: all of the work on a CPU
@@ -107,14 +108,15 @@ def submit(encoder: Encoder, images: Sequence[Ready], options: EmbedOptions) -> 
     vectors |= {} if features.projected is None else {"projected": features.vectors()}
     lists = {"tokens": features.tokens} if options.tokens else {}
     lists |= {f"tap_{layer}": features.taps[layer] for layer in options.taps}
+    kept = {name: t.to(getattr(torch, options.vector_dtype)) for name, t in vectors.items()}
     stored = {name: t.to(getattr(torch, options.dtype_out)) for name, t in lists.items()}
     pending = PendingPack(
         rows=rows,
         lengths=tuple(0 if image.patches is None else image.row.patches for image in images),
-        vectors={name: to_host(found) for name, found in vectors.items()},
+        vectors={name: to_host(found) for name, found in kept.items()},
         lists={name: to_host(tokens) for name, tokens in stored.items()},
-        finite={name: to_host(t.isfinite().all(1)) for name, t in lists.items()},
-        fits={name: to_host(t.isfinite().all(1)) for name, t in stored.items()},
+        finite={n: to_host(t.isfinite().all(1)) for n, t in (vectors | lists).items()},
+        fits={n: to_host(t.isfinite().all(1)) for n, t in (kept | stored).items()},
         start=start,
         end=end,
         seconds=time.perf_counter() - began,
@@ -168,8 +170,9 @@ def collect(pending: PendingPack, dtype_out: DtypeOut) -> tuple[list[Encoded], f
     starts = list(accumulate(lengths[:-1], initial=0))
     vectors = {name: found.numpy() for name, found in pending.vectors.items()}
     finite, fits = (np.ones(len(starts), bool) for _ in range(2))
-    for found in vectors.values():
-        finite &= np.logical_and.reduce(np.isfinite(found), 1)
+    for name in vectors:
+        finite &= pending.finite[name].numpy()
+        fits &= pending.fits[name].numpy()
     arrays: dict[str, list[np.ndarray]] = {}
     for name, tokens in pending.lists.items():
         finite &= np.logical_and.reduceat(pending.finite[name].numpy(), starts)

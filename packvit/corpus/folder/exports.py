@@ -1,6 +1,7 @@
 """Files made from a finished job's parts for readers without Parquet. No torch.
 
-    pooled.npy   float32 [rows, D]: a row for each input, in their order; NaN where it is an error
+    pooled.npy   [rows, D], of the dtype of pooled: a row for each input, in their order; NaN where
+                 it is an error
     ids.jsonl    a line for each input, in the same order: its id and status
 
 Both are derived from the parts. The manifest records their sha256, and a missing or damaged file is
@@ -19,7 +20,7 @@ from packvit.atomic import replacing
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import make_folder, writing
 from packvit.corpus.folder.names import Names
-from packvit.corpus.folder.parts import read_part
+from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.resume import find_damage
 
 Format = Literal["parquet", "npy"]
@@ -39,16 +40,17 @@ def export(
     names: Names,
     parts: Sequence[str],
     rows: int,
-    width: int,
+    outputs: Outputs,
     recorded: Mapping[str, Any],
 ) -> Exports:
     """Write the files that are missing or damaged; return the manifest's record of all.
 
-    Shapes: `parts` hold `rows` rows of D = `width` together.
+    `parts` hold `rows` rows of these outputs together.
+
     Raises: WriteError if a file cannot be written.
     """
     makers: dict[str, Callable[[BinaryIO], None]] = {
-        names.pooled: lambda file: write_pooled(file, folder, parts, rows, width),
+        names.pooled: lambda file: write_pooled(file, folder, parts, rows, outputs),
         names.ids: lambda file: write_ids(file, folder, parts),
     }
     return {
@@ -72,13 +74,16 @@ def make(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> dict[str
     return {"bytes": size, "sha256": digest}
 
 
-def write_pooled(file: BinaryIO, folder: Path, parts: Sequence[str], rows: int, width: int) -> None:
+def write_pooled(
+    file: BinaryIO, folder: Path, parts: Sequence[str], rows: int, outputs: Outputs
+) -> None:
     """Write a NumPy file of all pooled vectors, part by part."""
-    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+    width, descr = outputs.vector_width, np.dtype(outputs.vector_dtype).newbyteorder("<").str
+    header = {"descr": descr, "fortran_order": False, "shape": (rows, width)}
     np.lib.format.write_array_header_1_0(file, header)
     for (pooled,) in read(folder, parts, ["pooled"]):
         valid = pooled.is_valid().to_numpy(zero_copy_only=False)
-        vectors = np.full((len(pooled), width), np.nan, "<f4")
+        vectors = np.full((len(pooled), width), np.nan, descr)
         vectors[valid] = pooled.drop_null().flatten().to_numpy().reshape(-1, width)
         file.write(vectors.tobytes())
 

@@ -212,8 +212,8 @@ def run(
             report(done)
     if format == "npy":
         names = [CURRENT.part(number) for number, _, _ in parts]
-        width, before = Outputs.of_manifest(manifest).vector_width, manifest["exports"]
-        made = export(folder, CURRENT, names, counts["rows"], width, before)
+        outputs, before = Outputs.of_manifest(manifest), manifest["exports"]
+        made = export(folder, CURRENT, names, counts["rows"], outputs, before)
         manifest |= {"exports": made}
     whole = manifest | {"complete": True, "counts": counts}
     put(folder / CURRENT.manifest, encode_manifest(whole))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from packvit.corpus.folder.names import Names
+from packvit.corpus.folder.parts import find_keep_flaw
 
 MOST_MANIFEST = 16 << 20  # bytes
 MOST_LOG = 1 << 30
@@ -96,9 +97,11 @@ def find_flaw(manifest: Mapping[str, Any], names: Names) -> str | None:
         return "has lists that are no list of names."
     if manifest.get("dtype_out") not in ("float16", "float32"):
         return "has a dtype_out that is neither float16 nor float32."
+    if manifest.get("vector_dtype", "float32") not in ("float16", "float32"):
+        return "has a vector_dtype that is neither float16 nor float32."
     if type(manifest.get("complete")) is not bool:
         return "does not say whether the job is complete."
-    if flaw := find_reuse_flaw(manifest):
+    if flaw := find_keep_flaw(manifest) or find_reuse_flaw(manifest):
         return flaw
     return find_export_flaw(manifest.get("exports", {}), names)
 

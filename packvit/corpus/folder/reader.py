@@ -11,7 +11,7 @@ import pyarrow as pa
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import encode_manifest, read_commits, read_manifest
 from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
-from packvit.corpus.folder.opening import find_flaw
+from packvit.corpus.folder.opening import find_flaw, open_own
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, rows_of, shard_of
 from packvit.corpus.folder.swapping import restore
@@ -21,9 +21,9 @@ from packvit.corpus.folder.swapping import restore
 class FeatureFolder:
     """The rows of a feature folder, one for every input, in their order.
 
-    Shapes: N ids and statuses; matrix [N, D] float32, NaN where a row is an error. Where the job
-    wrote `_exports/pooled.npy` (`--format npy`), the matrix is that file, memory-mapped; writing to
-    the matrix changes the copy in memory only.
+    Shapes: N ids and statuses; matrix [N, D], of the dtype that was written, NaN where a row is an
+    error. Where the job wrote `_exports/pooled.npy` (`--format npy`), the matrix is that file,
+    memory-mapped; writing to the matrix changes the copy in memory only.
     """
 
     folder: Path
@@ -90,7 +90,8 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
             f"{path} holds shard {shard} of a job alone. Put all of them together with "
             "`packvit merge` first."
         )
-    rows, width = manifest["inputs"], Outputs.of_manifest(manifest).vector_width
+    rows, outputs = manifest["inputs"], Outputs.of_manifest(manifest)
+    shape, kind = (rows, outputs.vector_width), np.dtype(outputs.vector_dtype)
     parts = tuple(entry.part for entry in read_commits(path))
     if sum(entry.rows for entry in read_commits(path)) != rows:
         raise damaged(path, names.commits)
@@ -98,10 +99,7 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
     columns = ["id", "status"] if exported else ["id", "status", "pooled"]
     ids: list[str] = []
     statuses: list[str] = []
-    if exported:
-        matrix = map_matrix(path, names.pooled, (rows, width))
-    else:
-        matrix = np.empty((rows, width), np.float32)
+    matrix = map_matrix(path, names.pooled, shape, kind) if exported else np.empty(shape, kind)
     for part in parts:
         table = read_whole(path, part, columns)
         if not exported:
@@ -146,6 +144,7 @@ def read_whole(folder: Path, part: str, columns: list[str] | None = None) -> pa.
     Raises: UsageError if it cannot be read.
     """
     try:
+        open_own(folder / part).close()  # which is no pipe, and no link out of the folder
         return read_part(folder / part, columns)
     except (OSError, pa.ArrowException) as error:
         raise damaged(folder, part) from error
@@ -155,22 +154,23 @@ def matrix_of(table: pa.Table, name: str) -> np.ndarray:
     """Return a column of vectors [rows, D], NaN where a row is an error."""
     column = table[name].combine_chunks()
     width = column.type.list_size
-    vectors = np.full((len(column), width), np.nan, np.float32)
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
-    vectors[valid] = column.drop_null().flatten().to_numpy().reshape(-1, width)
+    values = column.drop_null().flatten().to_numpy()
+    vectors = np.full((len(column), width), np.nan, values.dtype)
+    vectors[column.is_valid().to_numpy(zero_copy_only=False)] = values.reshape(-1, width)
     return vectors
 
 
-def map_matrix(folder: Path, name: str, shape: tuple[int, int]) -> np.ndarray:
+def map_matrix(folder: Path, name: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
     """Return the exported matrix, memory-mapped; nothing that is written to it reaches the file.
 
-    Raises: UsageError if it is missing or not a matrix of this shape.
+    Raises: UsageError if it is missing or not a matrix of this shape and dtype.
     """
     try:
+        open_own(folder / name).close()
         matrix = np.load(folder / name, mmap_mode="c")
     except (OSError, ValueError) as error:
         raise damaged(folder, name) from error
-    if (matrix.shape, matrix.dtype) != (shape, np.float32):
+    if (matrix.shape, matrix.dtype) != (shape, dtype):
         raise damaged(folder, name)
     return matrix
 

@@ -148,7 +148,7 @@ def rotate_kernel(
 def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, *, back: bool = False) -> None:
     """Turn heads by their token's rotary angles, in place; `back` by the angles' negatives.
 
-    A quarter of the passes that `model.positions.rotate` makes over memory, which is its reference
+    A quarter of the passes that `model.rotary.rotate` makes over memory, which is its reference
     implementation. `back` is the inverse and so the derivative's transpose, where both halves of a
     head have the same angles, as all rotary positions of ours do.
 

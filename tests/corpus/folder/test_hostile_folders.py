@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from rotten import write_good
 
+import packvit
 from packvit.cli import main
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.layout import read_manifest, write_manifest
@@ -137,3 +138,16 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path, photos: Path, enc
     with pytest.raises(OSError, match="could not be written"):
         embed(photos, out=tmp_path / "out", model=encoder)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", [PART, CURRENT.pooled])
+@pytest.mark.parametrize("replace", [to_pipe, to_link])
+def test_what_is_read_from_a_folder_is_no_pipe_and_no_link(
+    tmp_path: Path, whole: Path, name: str, replace: Callable[[Path], None]
+):  # case S6
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    assert len(packvit.read(out).ids) == 3
+    replace(out / name)
+    with pytest.raises(UsageError, match=r"damaged"):
+        packvit.read(out)

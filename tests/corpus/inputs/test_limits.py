@@ -150,10 +150,12 @@ OPENERS = {
     "corpus/inputs/limits.py": {"open"},  # /proc
     "images/decode.py": {"open"},  # `read_file`, of regular files
     "checkpoints/folders.py": {"read_bytes"},  # of files that `find_file` found in their folder
-    "checkpoints/downloads.py": {"hf_hub_download"},
+    "checkpoints/downloads.py": {"hf_hub_download", "http_stream_backoff"},
+    "checkpoints/ranges.py": {"read_bytes"},  # of small files that were downloaded
     "checkpoints/files.py": {"safe_open", "path.open"},
 }
-CALLS = {"open", "url_to_fs", "read_bytes", "read_text", "hf_hub_download", "safe_open", "urlopen"}
+CALLS = {"open", "url_to_fs", "read_bytes", "read_text", "safe_open", "urlopen"}
+CALLS |= {"hf_hub_download", "http_stream_backoff", "http_backoff", "get_session"}
 
 
 def test_nothing_else_opens_what_comes_from_outside():
