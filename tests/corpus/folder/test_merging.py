@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -204,6 +205,22 @@ def test_a_merge_resumes_over_a_killed_one_and_over_a_job_that_was_begun_there(
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
     merge(shards, out=out, format="npy")
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("certified", [3, 2])
+def test_the_certificate_of_the_first_shard_is_kept_if_all_have_one(
+    tmp_path: Path, shards: list[Path], certified: int
+):
+    for folder in shards[:certified]:
+        data = json.dumps({"machine": folder.name}).encode()
+        (folder / "_certificate.json").write_bytes(data)
+        change(folder, certificate_sha256=hashlib.sha256(data).hexdigest())
+    out = tmp_path / "out"
+    merge(shards, out=out)
+    kept = out / "_certificate.json"
+    assert not check_folder(out).faults
+    assert kept.exists() == (certified == 3)
+    assert certified < 3 or json.loads(kept.read_bytes()) == {"machine": "1"}
 
 
 def test_a_folder_that_others_write_or_fill_is_not_merged_into(
