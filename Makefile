@@ -27,6 +27,9 @@ pictures: install
 	$(BIN)/python -m demo.picture docs/pictures/pack.png
 	options=$$($(BIN)/python -m demo.trained demo-model) && $(BIN)/python -m demo.photographs \
 		| xargs $(BIN)/packvit pca $$options --width 1000 --out docs/pictures/pca.webp
+	$(BIN)/python -m demo.photographs | xargs $(BIN)/packvit embed --model tiny --out demo-features
+	$(BIN)/python -m demo.photographs | grep -E 'left|china' \
+		| xargs $(BIN)/packvit search demo-features -t 3 --width 1000 --out docs/pictures/search.webp
 
 # A process of tests on each core: each has a gigabyte of memory, so no more than four.
 test: install

@@ -23,6 +23,7 @@ EXECUTED = (
     "gpu-decoding.md",
     "embedding.md",
     "pictures.md",
+    "search.md",
     "coming-from-research-code.md",
     "training.md",
 )

@@ -48,6 +48,13 @@ class EmbedCommand(Command):
         return super().parse_args(ctx, said)
 
 
+def split_names(
+    context: click.Context, option: click.Parameter, names: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the names in an option, which commas separate."""
+    return tuple(name for each in names for name in each.split(","))
+
+
 @click.command(cls=EmbedCommand, context_settings={"show_default": True})
 @click.argument("photos", nargs=-1)
 @click.option(
@@ -55,12 +62,22 @@ class EmbedCommand(Command):
     "lists",
     multiple=True,
     metavar="FILE",
-    help="Also embed the paths in this file: text, one path a line, or .csv, .tsv or .parquet with "
-    "--column; - is text from stdin. Paths are relative to the working directory. May be repeated.",
+    help="Also embed the paths in this file: text, one path a line, or .csv, .tsv, .jsonl or "
+    ".parquet with --column; - is text from stdin. Paths are relative to the working directory. "
+    "May be repeated.",
 )
 @click.option("--column", default="path", help="The column of paths in a --list table.")
 @click.option(
     "--image-column", default="image", help="The column of image bytes in a Parquet file."
+)
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="NAMES",
+    callback=split_names,
+    help="Also write these columns that come with the photographs, such as caption,label: of the "
+    ".json, .txt and .cls beside them in a tar, of Parquet files of images, of tables of paths, "
+    "and of a folder's metadata.jsonl or .csv.",
 )
 @click.option("--out", required=True, help="The feature folder to create or to resume.")
 @click.option("--model", help=MODEL_HELP)
@@ -251,7 +268,7 @@ def embed(
       packvit embed a.jpg b.png --out features --tokens --tap 11 --json
       packvit embed photos --out features --device cuda --decode gpu
       packvit embed 'shards/*.tar' s3://bucket/photos --out features
-      packvit embed --list photos.csv --column file --out features
+      packvit embed --list photos.csv --column file --keep caption --out features
       find photos -name '*.jpg' | packvit embed --list - --out features
     """
     lists += tuple(STDIN for name in photos if name in PIPED)  # a list, as nothing else can be

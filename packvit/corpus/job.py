@@ -32,7 +32,7 @@ from packvit.corpus.folder.layout import (
     read_manifest,
 )
 from packvit.corpus.folder.names import CURRENT, names_of, part_number
-from packvit.corpus.folder.parts import DtypeOut, Outputs
+from packvit.corpus.folder.parts import DtypeOut, Outputs, check_keep, find_keep_flaw
 from packvit.corpus.folder.pending import describe, remove_inputs, take_over, write_inputs
 from packvit.corpus.folder.resume import Resumed, check_usable, compare, read_rows, take_up
 from packvit.corpus.folder.reuse import (
@@ -88,6 +88,7 @@ def embed(
     lists: Sequence[str | os.PathLike[str]] = (),
     column: str = "path",
     image_column: str = "image",
+    keep: Sequence[str] = (),
     out: str | os.PathLike[str],
     model: str | os.PathLike[str] | Encoder | None = None,
     device: str | torch.device | None = None,
@@ -153,6 +154,11 @@ def embed(
     the workers decode all other images. If a loaded encoder is on the GPU already, set
     CUDA_DEVICE_MAX_CONNECTIONS=32 before anything uses CUDA; otherwise it is set here.
 
+    `keep` names columns that come with the photographs and become columns of the parts: the keys of
+    a .json beside an image of the same key in a tar ("txt" and "cls" for members called so),
+    columns of Parquet files of images and of lists that are tables, and of a folder's
+    metadata.jsonl or .csv, as datasets writes them. A job resumes only with the same values.
+
     `processes` is the number of processes that embed, one for each GPU, or each with a share of
     the CPUs; each has its own workers and pixels in flight, and the output is the same. `ray` runs
     them on a Ray cluster instead: its address, "auto" for the one that this machine is part of, or
@@ -172,6 +178,7 @@ def embed(
         lists=tuple(os.fspath(path) for path in lists),
         column=column,
         image_column=image_column,
+        keep=check_keep(keep),
     )
     choice = ModelChoice(
         model=model,
@@ -256,6 +263,8 @@ def run_job(
     if "shard" in old:
         raise UsageError(f"{folder} is not updated: it holds a shard alone. Merge it first.")
     exported = bool(old.get("exports"))
+    if not inputs.keep and not find_keep_flaw(old):
+        inputs = replace(inputs, keep=tuple(name for name, _ in old.get("keep", ())))
     how = replace(
         how,
         reuse=(str(folder), *how.reuse),
@@ -289,9 +298,12 @@ def run_in(
         inputs.lists,
         column=inputs.column,
         image_column=inputs.image_column,
+        keep=inputs.keep,
         known=recorded.get("inputs_sha256"),
     )
     notes = () if updates else take_over(folder, recorded, listing)
+    notes += listing.notes
+    options = replace(options, keep=listing.settle_kept(inputs.keep))
     if model is None and len(listing) > TRIAL_INPUTS:
         raise UsageError(
             f"{len(listing)} inputs were found, but without a chosen model at most "
@@ -409,6 +421,7 @@ def draft(
 ) -> dict[str, Any]:
     """Return the manifest of a job before anything is written."""
     settings = {**described, "inputs_sha256": listing.sha256()}
+    settings |= {"kept_sha256": listing.kept_sha256()} if "keep" in described else {}
     return {
         "format": format,
         "complete": False,

@@ -18,6 +18,7 @@ from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoder
 from packvit.corpus.folder.exports import Format
 from packvit.corpus.folder.known import Reuse
 from packvit.corpus.folder.parts import DtypeOut, Outputs
+from packvit.corpus.inputs.kept import Kind
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
@@ -45,6 +46,7 @@ class InputOptions:
     lists: tuple[str, ...] = ()
     column: str = "path"
     image_column: str = "image"
+    keep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +108,7 @@ class EmbedOptions:
     rows_per_part: int = FEWEST_ROWS  # of every part but the last, which may have fewer
     text_space: Literal["pooled", "projected"] | None = None  # the column that texts compare with
     reuse: Reuse | None = None  # the rows that may be taken over
+    keep: tuple[tuple[str, Kind], ...] = ()  # columns that come with the inputs, and their types
 
     def outputs(self, config: EncoderConfig) -> Outputs:
         """Return which features a part holds."""
@@ -113,7 +116,8 @@ class EmbedOptions:
         lists += tuple(f"tap_{tap}" for tap in self.taps)
         pooled = config.vector_width if config.merger or config.summary else None
         projected = config.projection if self.text_space == "projected" else None
-        return Outputs(config.width, lists, self.dtype_out, pooled, projected, self.vector_dtype)
+        lists_in, vectors_in = self.dtype_out, self.vector_dtype
+        return Outputs(config.width, lists, lists_in, pooled, projected, vectors_in, self.keep)
 
     def decoders(self) -> Decoders:
         """Return the decoders of one embedding process; no worker is started yet."""
@@ -296,6 +300,7 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "pooled": pooled_from(encoder.config),
         **({"text_space": options.text_space} if options.text_space else {}),
         "lists": list(outputs.lists),
+        **({"keep": [list(column) for column in options.keep]} if options.keep else {}),
         "dtype_out": options.dtype_out,
         # Left out where it is what it was before there was a choice.
         **({"vector_dtype": "float16"} if options.vector_dtype == "float16" else {}),

@@ -84,7 +84,8 @@ def hit_panels(
 ) -> Iterator[Panel]:
     """Yield a panel for each query, and for each of its hits."""
     for query, hits in zip(found.queries, shown, strict=True):
-        yield Panel((draw_query(query),), (query.typed,))
+        named = query.typed if len(query.terms) > 1 else PurePath(query.typed).name
+        yield Panel((draw_query(query),), (named,))
         for hit in hits:
             caption = f"{hit.score:.3f}  {PurePath(hit.id).name}"
             yield Panel((thumbnails[hit.path],), (caption,))

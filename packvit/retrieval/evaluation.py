@@ -184,10 +184,10 @@ def evaluate_zeroshot(
     truth = np.array([-1 if each is None else place[each] for each in found])
     right1 = right5 = judged = 0
     for start, block in vectors.blocks():
-        _, cosines = score(tower, block, classes)
+        logits, _ = score(tower, block, classes)
         wanted = truth[start : start + len(block)]
-        good = np.isfinite(cosines).all(axis=1) & (wanted >= 0)
-        order = np.argsort(-cosines[good], axis=1, kind="stable")
+        good = np.isfinite(logits).all(axis=1) & (wanted >= 0)
+        order = np.argsort(-logits[good], axis=1, kind="stable")
         hits = order[:, :5] == wanted[good][:, None]
         right1 += int(hits[:, 0].sum())
         right5 += int(hits.any(axis=1).sum())

@@ -51,10 +51,11 @@ def read_queries(asked: Asked) -> list[Query]:
 
     Raises: UsageError for a sign without a term, or a name of a photograph that is not there.
     """
-    alone = isinstance(asked, (str, bytes, os.PathLike)) or not isinstance(asked, Sequence)
+    alone = isinstance(asked, (str, bytes)) or not isinstance(asked, Sequence)
+    listed: Sequence[Source] = [asked] if alone else asked  # pyright: ignore[reportAssignmentType] # told apart above
     found: list[Query] = []
     sign = ""
-    for one in [asked] if alone else asked:
+    for one in listed:
         name = show(one)
         if isinstance(one, str) and not sign:
             sign, one = part_sign(one)

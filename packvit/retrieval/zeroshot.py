@@ -23,7 +23,7 @@ from torch import Tensor
 from packvit.atomic import replacing
 from packvit.corpus import UsageError
 from packvit.corpus.inputs.addresses import check_local
-from packvit.retrieval.folders import open_vectors, unwritable
+from packvit.retrieval.folders import Vectors, open_vectors, unwritable
 from packvit.retrieval.models import load_words, read_words, word_column
 from packvit.text.encoder import TextEncoder
 
@@ -38,7 +38,7 @@ TEMPLATES = (
     "a photo of the small {}.",
 )
 SUFFIXES = (".parquet", ".csv")
-SCORES = 1000  # labels at most whose scores are all written
+SCORES = 100  # labels at most whose scores are all written
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +65,7 @@ def zeroshot(
 
     The table has a row for each of the folder's, in their order: `id`, `label`, `score` and the
     `cosine` of the label, null where the row is an error, and in Parquet `scores`, those of all
-    labels in the order that the schema's metadata gives, of up to 1,000 labels.
+    labels in the order that the schema's metadata gives, of up to 100 labels.
 
     Raises: UsageError for arguments that cannot be used or a model without a text tower;
     CheckpointError; WriteError.
@@ -75,6 +75,13 @@ def zeroshot(
     vectors = open_vectors(folder, word_column(plain))
     tower = load_words(vectors, model, device)
     classes = embed_labels(tower, labels, templates)
+    return write_labels(vectors, tower, labels, classes, target)
+
+
+def write_labels(
+    vectors: Vectors, tower: TextEncoder, labels: Sequence[str], classes: Tensor, target: Path
+) -> Labelled:
+    """Write the table of the labels, whose vectors are `classes` [L, E]."""
     counts = np.zeros(len(labels), np.int64)
     errors = 0
     with (
@@ -84,9 +91,11 @@ def zeroshot(
     ):
         for number in range(vectors.count):
             ids = vectors.ids(number)
-            scores, cosines = score(tower, vectors.read_part(number), classes)
-            good = np.isfinite(cosines).all(axis=1)
-            best = np.argmax(np.where(good[:, None], cosines, 0), axis=1)
+            block = vectors.read_part(number)
+            logits, scores = score(tower, block, classes)
+            good = np.asarray(np.isfinite(logits).all(axis=1))
+            best = np.argmax(np.where(good[:, None], logits, 0), axis=1)
+            cosines = best_cosines(block, classes.cpu().numpy(), best)
             counts += np.bincount(best[good], minlength=len(labels))
             errors += int((~good).sum())
             writer.write(to_table(ids, labels, good, best, scores, cosines))
@@ -159,15 +168,20 @@ def embed_labels(
 def score(
     tower: TextEncoder, vectors: np.ndarray, classes: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the model's probabilities and the cosines of rows and labels; NaN without a vector.
+    """Return how well labels fit rows: the model's logits and its probabilities; NaN for no vector.
 
     Shapes: vectors [N, E], classes [L, E] -> float32 [N, L] twice.
     """
-    images = torch.tensor(vectors, device=tower.device)
-    images = images / torch.linalg.vector_norm(images, dim=1, keepdim=True)
     with torch.inference_mode():
-        likely = tower.probabilities(images, classes)
-        return likely.float().cpu().numpy(), (images @ classes.T).cpu().numpy()
+        images = torch.tensor(vectors, device=tower.device)
+        logits = tower.logits(images, classes)
+        return logits.cpu().numpy(), tower.judge(logits).cpu().numpy()
+
+
+def best_cosines(vectors: np.ndarray, classes: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """Return the cosine of each row to its best label. Shapes: [N, E], [L, E], [N] -> [N]."""
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    return np.einsum("nd,nd->n", vectors, classes[best]) / norms
 
 
 def to_table(
@@ -176,7 +190,7 @@ def to_table(
     good: np.ndarray,
     best: np.ndarray,
     scores: np.ndarray,
-    cosines: np.ndarray,
+    cosines: np.ndarray,  # to the best label
 ) -> pa.Table:
     """Return rows of the table of labels."""
     rows = np.arange(len(best))
@@ -188,7 +202,7 @@ def to_table(
         "id": ids,
         "label": named.cast(pa.string()),
         "score": pa.array(scores[rows, best], pa.float32(), mask=bad),
-        "cosine": pa.array(cosines[rows, best], pa.float32(), mask=bad),
+        "cosine": pa.array(cosines, pa.float32(), mask=bad),
     }
     if len(labels) <= SCORES:
         flat = pa.array(np.where(bad[:, None], 0, scores).reshape(-1), pa.float32())

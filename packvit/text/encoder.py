@@ -238,5 +238,8 @@ class TextEncoder(nn.Module):
 
         Shapes: as `logits`.
         """
-        logits = self.logits(images, texts)
+        return self.judge(self.logits(images, texts))
+
+    def judge(self, logits: Tensor) -> Tensor:
+        """Return the probabilities that logits stand for. Shapes: [N, M] -> [N, M]."""
         return logits.softmax(-1) if self.logit_bias is None else logits.sigmoid()

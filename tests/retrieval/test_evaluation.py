@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ def invoke(*argv: object) -> Result:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Features of digits to learn from, and to judge; each lies in a folder named as it is."""
     work = tmp_path_factory.mktemp("digits")
-    found = load_digits()
+    found: Any = load_digits()
     for number, (image, digit) in enumerate(zip(found.images, found.target, strict=True)):
         if number == 220:
             break
@@ -46,13 +47,18 @@ def read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return rows.matrix, np.array([name.split("/")[0] for name in rows.ids])
 
 
+def voters(neighbours: int) -> KNeighborsClassifier:
+    weights: Any = weigh
+    return KNeighborsClassifier(neighbours, weights=weights, metric="cosine")
+
+
 def weigh(distances: np.ndarray) -> np.ndarray:
     return np.exp((1 - distances) / 0.07)
 
 
 def test_accuracy_is_that_of_scikit_learns_weighted_votes(digits: tuple[Path, Path]):
     train, test = digits
-    votes = KNeighborsClassifier(20, weights=weigh, metric="cosine").fit(*read(train))
+    votes = voters(20).fit(*read(train))
     vectors, truth = read(test)
     likely = votes.predict_proba(vectors)
     found = evaluate_knn(test, train=train, device="cpu")
@@ -69,7 +75,7 @@ def test_without_a_folder_to_learn_from_each_row_is_judged_by_all_others(digits:
     right = 0
     for row in range(len(vectors)):
         rest = np.arange(len(vectors)) != row
-        votes = KNeighborsClassifier(5, weights=weigh, metric="cosine")
+        votes = voters(5)
         right += votes.fit(vectors[rest], truth[rest]).predict(vectors[[row]])[0] == truth[row]
     assert evaluate_knn(train, neighbours=5, device="cpu").top1 == right / len(vectors)
 
@@ -84,7 +90,7 @@ def test_labels_may_come_from_a_table(tmp_path: Path, digits: tuple[Path, Path])
         test, labels=tmp_path / "labels.parquet", label="parity", neighbours=3, device="cpu"
     )
     assert (found.rows, found.left_out, found.classes) == (50, 10, 2)
-    votes = KNeighborsClassifier(3, weights=weigh, metric="cosine")
+    votes = voters(3)
     right = 0
     for row in range(50):
         rest = np.arange(50) != row

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 import tarfile
 from dataclasses import replace
@@ -162,7 +163,7 @@ def test_photographs_are_found_again_wherever_they_came_from(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(photos, "one")
     (tmp_path / "odd").mkdir()
-    shutil.copy(good(photos, 0), b"odd/caf\xe9 \\xe9.jpg")
+    shutil.copy(good(photos, 0), os.fsdecode(b"odd/caf\xe9 \\xe9.jpg"))
     data = (good(photos, 1)).read_bytes()
     with tarfile.open("some.tar", "w") as tar:
         for name in ("in/x.jpg", "in/y.jpg"):

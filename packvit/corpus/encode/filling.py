@@ -78,7 +78,8 @@ class Part:
     def table(self) -> pa.Table:
         """Return the table to write."""
         assert [row.id for row in self.rows] == [source.id for source in self.shard.inputs]
-        table = build_table(self.outputs, self.rows, self.vectors, self.lists)
+        kept = [source.kept for source in self.shard.inputs]
+        table = build_table(self.outputs, self.rows, self.vectors, self.lists, kept)
         if self.shard.written is None:
             return table
         with reading(self.shard.written):

@@ -26,7 +26,7 @@ from packvit.corpus.folder.layout import (
 )
 from packvit.corpus.folder.names import CURRENT, MTIMES, Names, names_of, part_number
 from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, read_own
-from packvit.corpus.folder.parts import Outputs, read_part
+from packvit.corpus.folder.parts import Outputs, encode_kept, read_part
 from packvit.corpus.folder.resume import (
     BESIDE,
     files_in,
@@ -90,11 +90,11 @@ def check_folder(folder: Path) -> Check:
     check = Check(str(folder))
     manifest = check_manifest(check, folder, names)
     entries = check_log(check, folder, names)
-    ids = hashlib.sha256()
+    ids, kept = hashlib.sha256(), hashlib.sha256()
     for number, entry in sorted(entries.items()):
-        check_part(check, folder, number, entry, manifest, ids)
+        check_part(check, folder, number, entry, manifest, (ids, kept))
     if manifest:
-        check_whole(check, names, manifest, entries, ids.hexdigest())
+        check_whole(check, names, manifest, entries, (ids.hexdigest(), kept.hexdigest()))
     stray = {name for name in files_in(folder, names.parts) if part_number(name) is not None}
     for name in sorted(stray - {entry.part for entry in entries.values()}):
         check.add(name, f"is not in {names.commits}, so readers must not use it.")
@@ -183,7 +183,7 @@ def check_part(
     number: int,
     entry: Commit,
     manifest: dict[str, Any] | None,
-    ids: Any,  # a hash object, updated with the ids
+    digests: tuple[Any, Any],  # hash objects, updated with the ids and with what was kept
 ) -> None:
     """Check a part against its line in the log and against the manifest."""
     fault = find_fault(folder, entry)
@@ -199,7 +199,7 @@ def check_part(
     check.parts += 1
     check.rows += table.num_rows
     for name in plain["id"]:
-        ids.update(name.encode() + b"\0")
+        digests[0].update(name.encode() + b"\0")
     good = np.array([status == "ok" for status in plain["status"]], bool)
     tokens = np.array(
         [
@@ -232,6 +232,8 @@ def check_part(
         if not table.schema.equals(Outputs.of_manifest(manifest).schema):
             check.add(entry.part, "does not have the columns that the manifest describes.", BUG)
             return
+        for text in encode_kept(table, manifest):
+            digests[1].update(text.encode() + b"\0")
     for found in features_faults(table, plain, good, tokens):
         check.add(entry.part, found, BUG)
 
@@ -262,9 +264,16 @@ def features_faults(
 
 
 def check_whole(
-    check: Check, names: Names, manifest: dict[str, Any], entries: dict[int, Commit], ids: str
+    check: Check,
+    names: Names,
+    manifest: dict[str, Any],
+    entries: dict[int, Commit],
+    digests: tuple[str, str],
 ) -> None:
-    """Check that no part is missing, and that the rows are the job's inputs."""
+    """Check that no part is missing, and that the rows are the job's inputs.
+
+    `digests` are those of the ids, and of what was kept.
+    """
     wanted, shard = parts_of(manifest), shard_of(manifest)
     parts = len(wanted)
     whose = "this job" if shard == WHOLE else f"shard {shard}"
@@ -282,8 +291,10 @@ def check_whole(
         check.add(names.manifest, "says that the job is not complete.")
     # Ids are unique in the listing, so an equal digest means that the rows' ids are unique too.
     whole = shard == WHOLE and check.parts == parts == len(entries)
-    if whole and ids != manifest["inputs_sha256"]:
+    if whole and digests[0] != manifest["inputs_sha256"]:
         check.add(names.manifest, "lists other inputs than the rows, or in another order.", BUG)
+    if whole and "keep" in manifest and digests[1] != manifest.get("kept_sha256"):
+        check.add(names.manifest, "was written for other kept columns than the rows have.", BUG)
     counts = {
         "rows": check.rows,
         "ok": check.rows - sum(check.errors.values()),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from packvit.corpus.folder.names import Names
+from packvit.corpus.folder.parts import find_keep_flaw
 
 MOST_MANIFEST = 16 << 20  # bytes
 MOST_LOG = 1 << 30
@@ -100,7 +101,7 @@ def find_flaw(manifest: Mapping[str, Any], names: Names) -> str | None:
         return "has a vector_dtype that is neither float16 nor float32."
     if type(manifest.get("complete")) is not bool:
         return "does not say whether the job is complete."
-    if flaw := find_reuse_flaw(manifest):
+    if flaw := find_keep_flaw(manifest) or find_reuse_flaw(manifest):
         return flaw
     return find_export_flaw(manifest.get("exports", {}), names)
 

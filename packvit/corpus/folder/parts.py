@@ -4,7 +4,9 @@ The same rows give the same bytes. A flipped bit is detected by readers that ver
  (in pyarrow: `page_checksum_verification=True`).
 """
 
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,8 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from packvit.corpus import UsageError
 from packvit.corpus.folder.rows import Row
+from packvit.corpus.inputs.kept import KINDS, Kind
 
+# Columns of ours, with whatever outputs: a job with others can keep the same columns.
+OURS = re.compile(
+    "|".join([*(f.name for f in fields(Row)), "pooled", "projected", "tokens", r"tap_.*"])
+)
 DtypeOut = Literal["float16", "float32"]
 
 
@@ -29,6 +37,7 @@ class Outputs:
     pooled: int | None = None  # the width of pooled, where it is not D
     projected: int | None = None  # the width of `projected`, where there is such a column
     vector_dtype: DtypeOut = "float32"
+    keep: tuple[tuple[str, Kind], ...] = ()  # columns that came with the inputs, and their types
 
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> "Outputs":
@@ -41,7 +50,9 @@ class Outputs:
         shared = manifest.get("text_space") == "projected"
         projected = config["projection"] if shared else None
         kind = manifest.get("vector_dtype", "float32")
-        return cls(config["width"], lists, manifest["dtype_out"], pooled, projected, kind)
+        keep = tuple((name, kind) for name, kind in manifest.get("keep", ()))
+        width, dtype_out = config["width"], manifest["dtype_out"]
+        return cls(width, lists, dtype_out, pooled, projected, kind, keep)
 
     @property
     def vector_width(self) -> int:
@@ -68,6 +79,7 @@ class Outputs:
                 *(pa.field(name, pa.int32()) for name in ("frames", "rows", "columns")),
                 *(pa.field(n, pa.list_(element, width)) for n, width in self.vectors.items()),
                 *(pa.field(n, pa.list_(pa.field("element", vector))) for n in self.lists),
+                *(pa.field(name, pa.type_for_alias(kind)) for name, kind in self.keep),
             ]
         )
 
@@ -77,8 +89,11 @@ def build_table(
     rows: Sequence[Row],
     features: Mapping[str, np.ndarray],
     lists: Mapping[str, Sequence[np.ndarray | None]],
+    kept: Sequence[str | None] = (),
 ) -> pa.Table:
     """Return the table of a part: features are null wherever a row is an error.
+
+    `kept` is a JSON array for each row of the values of `outputs.keep`.
 
     Shapes: N rows; features [N, D] for each of `outputs.vectors`, of its dtype, ignored where a row
     is an error; lists N arrays [tokens, D] under each name, None where a row is an error.
@@ -90,17 +105,23 @@ def build_table(
         for field in fields(Row)
     ]
     for name in outputs.vectors:
-        kept = np.where(bad.to_numpy(False)[:, None], features[name].dtype.type(0), features[name])
-        columns.append(vectors(kept, schema, name, bad))
+        filled = np.where(
+            bad.to_numpy(False)[:, None], features[name].dtype.type(0), features[name]
+        )
+        columns.append(vectors(filled, schema, name, bad))
     for name in outputs.lists:
-        kept = [array for array in lists[name] if array is not None]
+        arrays = [array for array in lists[name] if array is not None]
         sizes = [0 if array is None else len(array) for array in lists[name]]
-        values = np.concatenate([np.empty((0, outputs.width), outputs.dtype_out), *kept])
+        values = np.concatenate([np.empty((0, outputs.width), outputs.dtype_out), *arrays])
         offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
         inner = vectors(values, schema, name)
         columns.append(
             pa.ListArray.from_arrays(offsets, inner, type=schema.field(name).type, mask=bad)
         )
+    if outputs.keep:
+        values = [json.loads(text or "") for text in kept]
+        for place, (_, kind) in enumerate(outputs.keep):
+            columns.append(pa.array([row[place] for row in values], pa.type_for_alias(kind)))
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -123,6 +144,11 @@ def replace_rows(old: pa.Table, new: pa.Table, places: Sequence[int]) -> pa.Tabl
     return both.take(pa.array(order)).combine_chunks()
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether a column holds features."""
+    return pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Return a part, or columns of it, verifying every page's checksum.
 
@@ -135,10 +161,10 @@ def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
 def encode_parquet(table: pa.Table) -> pa.Buffer:
     """Return a part's bytes: one row group, a checksum on every page.
 
-    Text and sizes are compressed with zstd. Features are not: on float16 noise zstd saves 8 % and
+    Text and numbers are compressed with zstd. Features are not: on float16 noise zstd saves 8 % and
     takes 2.5 times as long to write.
     """
-    plain = [field.name for field in fields(Row)]
+    plain = [field.name for field in table.schema if not is_list(field.type)]
     sink = pa.BufferOutputStream()
     # pyarrow's stubs lack the choice by column, hence the ignored errors of pyright.
     pq.write_table(
@@ -151,3 +177,42 @@ def encode_parquet(table: pa.Table) -> pa.Buffer:
         write_page_checksum=True,
     )
     return sink.getvalue()
+
+
+def check_keep(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of columns to keep, checked against those that a part has anyway.
+
+    Raises: UsageError.
+    """
+    if isinstance(names, str):
+        raise UsageError(f'keep is "{names}", but must be a list of names of columns.')
+    for place, name in enumerate(names):
+        if not name or "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise UsageError(f"keep names {json.dumps(name)}, which no column is called.")
+        if OURS.fullmatch(name):
+            raise UsageError(
+                f'keep names "{name}", which is a column of every feature folder. Give it another '
+                "name where it comes from."
+            )
+        if name in names[:place]:
+            raise UsageError(f'keep names "{name}" twice.')
+    return tuple(names)
+
+
+def encode_kept(table: pa.Table, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the JSON arrays that the kept columns of a part were made of."""
+    columns = [table[name].to_pylist() for name, _ in manifest.get("keep", ())]
+    return [json.dumps(list(row)) for row in zip(*columns, strict=True)]
+
+
+def find_keep_flaw(manifest: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a manifest's record of columns that were kept, or None."""
+    keep = manifest.get("keep", [])
+    pairs = isinstance(keep, list) and all(isinstance(p, list) and len(p) == 2 for p in keep)
+    if not pairs or not all(isinstance(name, str) and kind in KINDS for name, kind in keep):
+        return "has keep that is no list of names and types."
+    try:
+        check_keep([name for name, _ in keep])
+    except UsageError:
+        return "has keep with names that no column to keep may have."
+    return None

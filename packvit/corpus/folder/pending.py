@@ -7,7 +7,8 @@ resumes becomes a row `missing`, and the job goes on.
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ import pyarrow as pa
 from packvit.atomic import replacing
 from packvit.corpus.folder.layout import read_commits, writing
 from packvit.corpus.folder.names import PENDING, part_number
-from packvit.corpus.folder.parts import read_part
+from packvit.corpus.folder.parts import find_keep_flaw, read_part
 from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.listing import Gone, Listing
 
-MOST_LINE = 1 << 20  # bytes of an id and a path; a longer line is no JSON
+MOST_LINE = 64 << 20  # bytes of an id, a path and what is kept; a longer line is no JSON
 MOST_NAMED = 3  # of the inputs in a message
 
 
 def write_inputs(folder: Path, listing: Listing) -> None:
-    """Write the ids of all inputs, and the paths of local ones, unless the file is there.
+    """Write the ids of all inputs, the paths of local ones, and what is kept of each.
+
+    If the file is there, it stays.
 
     URLs are left out: they may have credentials.
     """
@@ -41,6 +44,8 @@ def write_inputs(folder: Path, listing: Listing) -> None:
     ):
         for source in listing:
             line = [source.id] if is_url(source.path) else [source.id, source.path]
+            if source.kept is not None:
+                line = [source.id, *(line[1:] or [None]), json.loads(source.kept)]
             packed.write(json.dumps(line).encode() + b"\n")
 
 
@@ -50,37 +55,40 @@ def remove_inputs(folder: Path) -> None:
         (folder / PENDING).unlink(missing_ok=True)
 
 
-def read_inputs(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Yield the ids and local paths that `write_inputs` wrote.
+def read_inputs(path: Path) -> Iterator[tuple[str, str | None, list[Any]]]:
+    """Yield the ids, local paths and kept values that `write_inputs` wrote.
 
     Raises: OSError, EOFError or ValueError if the file is damaged.
     """
     with gzip.open(path, "rb") as file:
         while line := file.readline(MOST_LINE):
             name, *rest = json.loads(line)
-            yield name, rest[0] if rest else None
+            yield name, rest[0] if rest else None, rest[1] if len(rest) > 1 else []
 
 
 def is_whole(path: Path, digest: str) -> bool:
     """Return whether the file's ids have the digest of a manifest."""
     ids = hashlib.sha256()
     try:
-        for name, _ in read_inputs(path):
+        for name, *_ in read_inputs(path):
             ids.update(name.encode() + b"\0")
     except (OSError, EOFError, ValueError, TypeError, AttributeError, RecursionError):
         return False
     return ids.hexdigest() == digest
 
 
-def read_missing(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """Yield the ids of a job whose parts are all there; the path is "" unless it was missing.
+def read_missing(folder: Path, keep: Sequence[str]) -> Iterator[tuple[str, str | None, list[Any]]]:
+    """Yield the ids and kept values of a job whose parts are all there.
+
+    The path is "" unless the input was missing.
 
     Raises: OSError or pyarrow.ArrowException if a part cannot be read.
     """
     for entry in sorted(read_commits(folder), key=lambda entry: part_number(entry.part) or 0):
-        table = read_part(folder / entry.part, ["id", "status"])
-        for name, status in zip(*(table[n].to_pylist() for n in ("id", "status")), strict=True):
-            yield name, None if status == "missing" else ""
+        table = read_part(folder / entry.part, ["id", "status", *keep])
+        for row in table.to_pylist():
+            gone = row["status"] == "missing"
+            yield row["id"], None if gone else "", [row[name] for name in keep]
 
 
 def take_over(folder: Path, recorded: Mapping[str, Any], listing: Listing) -> tuple[str, ...]:
@@ -89,19 +97,24 @@ def take_over(folder: Path, recorded: Mapping[str, Any], listing: Listing) -> tu
     If that does not make it the recorded job's, the listing stays as it is.
     """
     digest = recorded.get("inputs_sha256")
-    path = folder / PENDING
+    path, known_by_parts = folder / PENDING, False
+    keep = [name for name, _ in recorded.get("keep", ())] if not find_keep_flaw(recorded) else []
     if not isinstance(digest, str) or digest == listing.sha256():
         return ()
     if path.is_file() and not path.is_symlink() and is_whole(path, digest):
         known = read_inputs(path)
     elif recorded.get("complete") is True:
-        known = read_missing(folder)
+        known, known_by_parts = read_missing(folder, keep), True
     else:
         return ()
     try:
-        gone = listing.compare(known)
+        gone = listing.compare(
+            (name, at, json.dumps(dict(zip(keep, kept, strict=True)))) for name, at, kept in known
+        )
     except (OSError, ValueError, pa.ArrowException):
         return ()
+    if known_by_parts:
+        gone = listing.gone = replace(gone, knows_paths=False)
     if gone.new or gone.there or not listing.take_over(digest):
         return ()
     plural = "s of this job are" if gone.count > 1 else " of this job is"
@@ -112,9 +125,10 @@ def describe(gone: Gone | None) -> str | None:
     """Return how a job's inputs differ from the recorded ones, or None if that is not known."""
     if gone is None:
         return None
+    left = "left out though there" if gone.knows_paths else "left out, or no longer there"
     said = [
         (gone.names, gone.count, "no longer there"),
-        (gone.there, gone.count_there, "left out though there"),
+        (gone.there, gone.count_there, left),
         (gone.new, gone.count_new, "new"),
     ]
     return "; ".join(f"{what}: {named(names, count)}" for names, count, what in said if count)

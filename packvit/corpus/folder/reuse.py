@@ -30,7 +30,7 @@ from packvit.corpus.folder.sharding import find_shard_flaw
 from packvit.corpus.inputs.listing import Listing
 
 # Settings that a row does not depend on, under `invariant`; without it, nothing is promised.
-BESIDE_ROWS = ("revision", "token_budget", "plan_version", "rows_per_part", "versions")
+BESIDE_ROWS = ("revision", "token_budget", "plan_version", "rows_per_part", "versions", "keep")
 NOT_IN_NUMBERS = ("pyarrow",)  # of the versions: parts are written anew
 FRESH = 2 * 10**9  # nanoseconds: a file changed this recently may change again unnoticed
 

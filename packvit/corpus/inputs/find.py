@@ -22,19 +22,22 @@ from packvit.corpus.inputs.addresses import (
     spell_bytes,
 )
 from packvit.corpus.inputs.archives import list_parquet
+from packvit.corpus.inputs.kept import Keeping
 from packvit.corpus.inputs.listing import Listing, by_suffix, readable, spooling
 from packvit.corpus.inputs.lists import looks_like_list, read_list
 from packvit.corpus.inputs.reader import find_kind, find_url, unreadable
 from packvit.corpus.inputs.retries import find_status, persist
 from packvit.corpus.inputs.roots import record_root
 from packvit.corpus.inputs.sources import Input as Input
-from packvit.corpus.inputs.tars import list_tar
+from packvit.corpus.inputs.tars import Beside, list_tar
 from packvit.images.decode import ImageError, find_file
 
 # Of the formats that images/ decodes; HEIC with an extra, without which each is a row that says so.
 SUFFIXES = b".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .hif".split()
 PHOTOGRAPHS = frozenset(SUFFIXES)
 COMPRESSED = re.compile(rb"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
+# What comes with the photographs of a folder. Source: datasets 4, folder_based_builder.py.
+METADATA = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
 
 MOST_DEPTH = 32  # nested pages of links
 
@@ -55,6 +58,7 @@ def list_inputs(
     *,
     column: str = "path",
     image_column: str = "image",
+    keep: Sequence[str] = (),
     known: str | None = None,
 ) -> Listing:
     """Return the photographs that `paths` and `lists` name; folders are walked recursively.
@@ -63,22 +67,24 @@ def list_inputs(
     photographs in it. The inputs of a single folder or archive are named by their path in it; of
     several, the name starts with the path as typed. Links to folders are followed only if they are
     named themselves, so there are no loops. `lists` are files of paths, each of one file; in a
-    table, `column` holds paths, and `image_column` the bytes of images. `known` is the digest of
-    the inputs of a job that is resumed: a path that has disappeared since is then a row, not an
-    error.
+    table, `column` holds paths, and `image_column` the bytes of images. `keep` names columns that
+    come with the photographs. `known` is the digest of the inputs of a job that is resumed: a path
+    that has disappeared since is then a row, not an error.
 
     Raises: UsageError if there are no inputs, if none of the named paths exists, if a pattern
-    matches nothing, if two inputs have the same name, or if a server cannot list a folder;
+    matches nothing, if two inputs have the same name, if a server cannot list a folder, or if a
+    column to keep is nowhere;
     WriteError if the temporary file cannot be written.
     """
     with spooling():
-        finder = Finder(Listing(), image_column)
+        keeping = Keeping(tuple(keep))
+        finder = Finder(Listing(), image_column, keeping)
         alone = len(paths) + len(lists) == 1
         for path in paths:
             finder.add_path(os.fsencode(path), alone=alone)
         for path in lists:
-            for name in read_list(path, column):
-                finder.add_listed(name)
+            for name, kept in read_list(path, column, keeping):
+                finder.add_listed(name, kept)
         listing = finder.listing
         listing.root = record_root(paths, lists, image_column)
         if not len(listing):
@@ -96,15 +102,19 @@ def list_inputs(
         mistake = finder.find_mistake()
         if mistake and known != listing.sha256():
             raise mistake
+        if known is None:
+            keeping.check_met()
+        listing.notes = keeping.notes()
     return listing
 
 
 class Finder:
     """Adds the photographs that paths name to a listing."""
 
-    def __init__(self, listing: Listing, image_column: str) -> None:
+    def __init__(self, listing: Listing, image_column: str, keeping: Keeping) -> None:
         self.listing = listing
         self.image_column = image_column
+        self.keeping = keeping
         self.protocols: set[tuple[str, ...]] = set()  # whose packages are known to be installed
         self.gone: list[bytes] = []  # paths as typed that do not exist
         self.silent: list[tuple[bytes, ImageError]] = []  # URLs whose server gave no answer
@@ -215,6 +225,7 @@ class Finder:
 
     def walk(self, root: bytes, prefix: bytes, chain: bytes, *, remote: bool) -> None:
         """Add all photographs under the folder `root`; their names start with `prefix`."""
+        before = len(self.listing)
         self.listing.push(root, prefix)
         for entry, name in self.entries(chain, remote=remote):
             if entry.is_folder:
@@ -225,8 +236,26 @@ class Finder:
                 else:
                     code = find_obstacle(entry.path)
                 self.listing.add(name, entry.path + chain, code)
+            elif self.keeping and not entry.is_folder and entry.name in METADATA:
+                self.add_metadata(entry, name, chain)
             elif not entry.is_folder:
                 self.listing.pass_over(entry.name)
+        self.listing.join_beside(before)
+
+    def add_metadata(self, entry: Entry, name: bytes, chain: bytes) -> None:
+        """Add what a file of metadata says of the photographs in its folder, and below.
+
+        What lies deeper counts first, as in datasets.
+        """
+        above = name.removesuffix(entry.name)
+        rank = METADATA.index(entry.name) - len(METADATA) * above.count(b"/")
+        path = os.fsdecode(entry.path + chain)
+        try:
+            for below, kept in read_list(path, "file_name", self.keeping):
+                if kept:
+                    self.listing.add_beside(above + os.path.normpath(below), kept, rank)
+        except UsageError:
+            self.keeping.fail(spell(path))
 
     def entries(self, chain: bytes, *, remote: bool) -> Iterator[tuple[Entry, bytes]]:
         """Yield the entries of all pending folders, with their names.
@@ -296,31 +325,44 @@ class Finder:
         try:
             source = os.fsdecode(path)
             if suffix == b".tar":
-                found = list_tar(source, PHOTOGRAPHS)
+                found = list_tar(source, PHOTOGRAPHS, self.keeping)
             else:
-                found = list_parquet(source, self.image_column)
+                found = list_parquet(source, self.image_column, self.keeping)
             for item in found:
                 if isinstance(item, bytes):
                     self.listing.pass_over(item)
+                elif isinstance(item, Beside):
+                    if item.kept:
+                        self.listing.add_beside(prefix + item.name, item.kept)
                 elif item is not None:
-                    short, whole, within, code = item
-                    whole = prefix + whole
-                    self.listing.add(prefix + short, path, code, within, whole=whole, repeats=True)
+                    self.listing.add(
+                        prefix + item.name,
+                        path,
+                        item.code,
+                        item.within,
+                        whole=prefix + item.whole,
+                        repeats=True,
+                        kept=item.kept,
+                    )
                 else:
                     distinct = False
         except ImageError as error:
             if remote and len(self.listing) == before and error.code in ("missing", "unreadable"):
                 raise
             # Its own row says that photographs may be missing.
+            self.listing.join_beside(before)
             self.listing.settle(before, distinct=distinct)
             self.listing.add(spell_bytes(path), path, error.code)
             return error.code
         if len(self.listing) == before:
             self.empty.append((path, self.listing.ignored - ignored))
+        self.listing.join_beside(before)
         self.listing.settle(before, distinct=distinct)
         return None
 
-    def add_file(self, path: bytes, *, repeats: bool = False) -> str | None:
+    def add_file(
+        self, path: bytes, *, repeats: bool = False, kept: str | None = None
+    ) -> str | None:
         """Add one file, which is read as a photograph whatever its suffix.
 
         Returns the error code if it is known to be unreadable.
@@ -339,15 +381,15 @@ class Finder:
                 self.protocols.add(named)
         else:
             code = find_obstacle(path)
-        self.listing.add(spell_bytes(path), path, code, repeats=repeats)
+        self.listing.add(spell_bytes(path), path, code, repeats=repeats, kept=kept)
         return code
 
-    def add_listed(self, path: bytes) -> None:
+    def add_listed(self, path: bytes, kept: str | None) -> None:
         """Add a path of a list; one with a refused protocol becomes an error row."""
         try:
-            self.add_file(path, repeats=True)
+            self.add_file(path, repeats=True, kept=kept)
         except UsageError:
-            self.listing.add(spell_bytes(path), path, None, repeats=True)
+            self.listing.add(spell_bytes(path), path, None, repeats=True, kept=kept)
 
 
 def shown(path: bytes) -> str:

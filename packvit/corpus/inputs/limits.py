@@ -11,6 +11,7 @@ MOST_PAGE = 32 << 20  # bytes of a page of links after decompression: some 300,0
 PAGE_SECONDS = 60.0  # for a page of links, each time it is asked for
 MOST_LIST = 2 << 30  # bytes of a list at a URL
 MOST_LINE = 1 << 20  # bytes of a line of a list; systems take paths of 4 KiB
+MOST_VALUES = 1 << 20  # bytes of what is kept of an input beside its features, such as a caption
 MOST_KEPT = 64 << 20  # bytes of a table that are unpacked at a time, where that can be chosen
 MOST_RATIO = 200  # of unpacked to packed size of a table, above that: photographs hardly compress
 MOST_RATIO_OF_ZIP = 10  # of a zip's member, above MOST_UNDECLARED

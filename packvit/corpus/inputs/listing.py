@@ -9,12 +9,13 @@ import re
 import sqlite3
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs.addresses import spell_bytes
+from packvit.corpus.inputs.kept import Kind, encode_row, first_values, join_kinds, kind_of
 from packvit.corpus.inputs.sources import Cell, Input, Member
 
 MOST_SUFFIXES = 1000  # that are told apart; names may have as many as there are files
@@ -43,6 +44,7 @@ class Gone:
     count_there: int
     new: tuple[str, ...]  # not recorded
     count_new: int
+    knows_paths: bool = True  # else `there` may hold inputs that are gone
 
 
 class Listing:
@@ -53,6 +55,7 @@ class Listing:
         self.length = 0
         self.root: dict[str, str] = {}  # where ids start from, for the manifest
         self.gone: Gone | None = None  # beside the recorded inputs of a job, once compared
+        self.notes: tuple[str, ...] = ()  # on what comes with inputs and cannot be read
         # No name: SQLite makes a temporary file and unlinks it at once.
         self.rows = sqlite3.connect("", check_same_thread=False, isolation_level=None)
         weakref.finalize(self, self.rows.close)
@@ -61,7 +64,9 @@ class Listing:
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
             CREATE TABLE found(
                 name BLOB, whole BLOB, path BLOB, code TEXT,
-                first INT, second INT, column TEXT, secret INT, repeats INT);
+                first INT, second INT, column TEXT, secret INT, repeats INT, kept TEXT);
+            CREATE TABLE beside(name BLOB, rank INT, kept TEXT);
+            CREATE INDEX by_name ON beside(name);
             CREATE TABLE pending(number INTEGER PRIMARY KEY, path BLOB, name BLOB);
         """)
         self.rows.execute("BEGIN")  # one transaction for all insertions
@@ -86,37 +91,69 @@ class Listing:
     def between(self, start: int, stop: int) -> Iterator[Input]:
         """Yield the inputs from `start` to before `stop`, in order."""
         rows = self.rows.execute(
-            "SELECT id, path, code, first, second, column FROM inputs "
+            "SELECT id, path, code, first, second, column, kept FROM inputs "
             "WHERE rowid > ? AND rowid <= ? ORDER BY rowid",
             (start, stop),
         )
-        for name, path, code, first, second, column in rows:
+        for name, path, code, first, second, column, kept in rows:
             within = None
             if column is not None:
                 within = Cell(first, second, column)
             elif first is not None:
                 within = Member(first, second)
-            yield Input(name, os.fsdecode(path), (code, "list") if code else None, within)
+            yield Input(name, os.fsdecode(path), (code, "list") if code else None, within, kept)
 
     def sha256(self) -> str:
         """Return a digest of the inputs' names and order, which determine parts and packs."""
         ids = self.rows.execute("SELECT id FROM inputs ORDER BY rowid")
-        return digest_ids(name for (name,) in ids)
+        return digest_texts(name for (name,) in ids)
 
-    def compare(self, recorded: Iterable[tuple[str, str | None]]) -> Gone:
-        """Compare with the ids and local paths that a job recorded.
+    def settle_kept(self, names: Sequence[str]) -> tuple[tuple[str, Kind], ...]:
+        """Return the columns to keep with their types, and give each input an array of values.
 
-        A path None is taken for gone, and "" for there.
+        It is called once, when the inputs are those of the job.
+
+        Raises: WriteError if the temporary file cannot be written.
+        """
+        if not names:
+            return ()
+        kinds: list[set[str]] = [set() for _ in names]
+        with spooling():
+            for (text,) in self.rows.execute("SELECT kept FROM inputs WHERE kept IS NOT NULL"):
+                for value, seen in zip(first_values(text, names), kinds, strict=True):
+                    if value is not None:
+                        seen.add(kind_of(value))
+            types: tuple[Kind, ...] = tuple(join_kinds(seen) for seen in kinds)
+
+            def settle(text: str | None) -> str:
+                return encode_row(first_values(text, names), types)
+
+            self.rows.create_function("settled", 1, settle, deterministic=True)
+            self.rows.execute("UPDATE inputs SET kept = settled(kept)")
+        return tuple(zip(names, types, strict=True))
+
+    def kept_sha256(self) -> str:
+        """Return a digest of what is kept of the inputs, in order."""
+        kept = self.rows.execute("SELECT kept FROM inputs ORDER BY rowid")
+        return digest_texts(text for (text,) in kept)
+
+    def compare(self, recorded: Iterable[tuple[str, str | None, str | None]]) -> Gone:
+        """Compare with the ids, local paths and kept values that a job recorded.
+
+        A path None is taken for gone, and "" for there; values are as `add` takes them.
         """
         run = self.rows.execute
         self.rows.executescript("""
-            CREATE TABLE recorded(id TEXT, path BLOB);
+            CREATE TABLE recorded(id TEXT, path BLOB, kept TEXT);
             CREATE TABLE absent(id TEXT, there INT);
             CREATE INDEX IF NOT EXISTS by_id ON inputs(id);
         """)
-        rows = ((name, path and path.encode("utf-8", "surrogateescape")) for name, path in recorded)
+        rows = (
+            (name, path and path.encode("utf-8", "surrogateescape"), kept)
+            for name, path, kept in recorded
+        )
         run("BEGIN")
-        self.rows.executemany("INSERT INTO recorded(id, path) VALUES (?, ?)", rows)
+        self.rows.executemany("INSERT INTO recorded(id, path, kept) VALUES (?, ?, ?)", rows)
         run("CREATE INDEX by_recorded ON recorded(id)")
         absent = "SELECT id, path FROM recorded WHERE id NOT IN (SELECT id FROM inputs)"
         for name, path in run(absent):
@@ -143,13 +180,13 @@ class Listing:
         Returns False, and changes nothing, if they do not have the digest.
         """
         ids = self.rows.execute("SELECT id FROM recorded ORDER BY rowid")
-        if digest_ids(name for (name,) in ids) != digest:
+        if digest_texts(name for (name,) in ids) != digest:
             return False
         self.rows.executescript("""
             CREATE TABLE whole AS
                 SELECT recorded.id AS id, coalesce(inputs.path, CAST(recorded.id AS BLOB)) AS path,
                     CASE WHEN inputs.id IS NULL THEN 'missing' ELSE code END AS code,
-                    first, second, column
+                    first, second, column, coalesce(inputs.kept, recorded.kept) AS kept
                 FROM recorded LEFT JOIN inputs ON inputs.id = recorded.id ORDER BY recorded.rowid;
             DROP TABLE recorded; DROP TABLE inputs; ALTER TABLE whole RENAME TO inputs;
         """)
@@ -165,11 +202,13 @@ class Listing:
         *,
         whole: bytes | None = None,
         repeats: bool = False,
+        kept: str | None = None,
     ) -> None:
         """Add an input; `code` is its error if it is known to be unreadable.
 
         `whole` replaces its name if names in its archive are not distinct: see `settle`. One that
         `repeats` may have a name that others have too, as in archives and lists: see `sort`.
+        `kept` are the values that come with it, as a JSON object.
         """
         place: tuple[int | None, int | None, str | None] = (None, None, None)
         if isinstance(within, Member):
@@ -177,8 +216,17 @@ class Listing:
         elif isinstance(within, Cell):
             place = (within.group, within.row, within.column)
         self.length += 1
-        row = (name, whole, path, code, *place, spell_bytes(path) != path, repeats)
-        self.rows.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        row = (name, whole, path, code, *place, spell_bytes(path) != path, repeats, kept)
+        self.rows.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def add_beside(self, name: bytes, kept: str, rank: int = 0) -> None:
+        """Add values that come with the inputs of this name; the lowest rank counts."""
+        self.rows.execute("INSERT INTO beside VALUES (?, ?, ?)", (name, rank, kept))
+
+    def join_beside(self, before: int) -> None:
+        """Give the inputs that were added since the length `before` the values added meanwhile."""
+        self.rows.execute(JOIN_BESIDE, (before,))
+        self.rows.execute("DELETE FROM beside")
 
     def settle(self, before: int, *, distinct: bool = True) -> None:
         """Give an archive's inputs their whole names, unless their short names are distinct.
@@ -215,9 +263,9 @@ class Listing:
             pass
         self.rows.executescript("""  -- which commits first
             CREATE TABLE inputs AS
-                SELECT readable(name) AS id, path, code, first, second, column
+                SELECT readable(name) AS id, path, code, first, second, column, kept
                 FROM found ORDER BY name;
-            DROP TABLE found; DROP TABLE pending;
+            DROP TABLE found; DROP TABLE beside; DROP TABLE pending;
         """)
         repeated = "SELECT id FROM inputs GROUP BY id HAVING count(*) > 1 ORDER BY id LIMIT 1"
         for (name,) in self.rows.execute(repeated):
@@ -236,12 +284,20 @@ SET_APART = """
     ) WHERE found.rowid = which AND place > 1
 """
 
+JOIN_BESIDE = """
+    UPDATE found SET kept = (
+        SELECT group_concat(kept, char(10)) FROM (
+            SELECT kept FROM beside WHERE beside.name = found.name ORDER BY rank, rowid
+        )
+    ) WHERE rowid > ? AND EXISTS (SELECT 1 FROM beside)
+"""
 
-def digest_ids(ids: Iterable[str]) -> str:
-    """Return the digest of ids in order; `readable` leaves no NUL in them."""
+
+def digest_texts(texts: Iterable[str]) -> str:
+    """Return the digest of ids or JSON in order, in which there is no NUL."""
     digest = hashlib.sha256()
-    for name in ids:
-        digest.update(name.encode() + b"\0")
+    for text in texts:
+        digest.update(text.encode() + b"\0")
     return digest.hexdigest()
 
 

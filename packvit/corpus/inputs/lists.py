@@ -1,18 +1,22 @@
-"""Read lists of paths: lines of a text, or a column of a CSV, TSV or Parquet file. No torch."""
+"""Read lists of paths: lines of a text, or a column of a CSV, TSV, JSONL or Parquet file.
+
+No torch.
+"""
 
 import codecs
 import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from packvit.corpus import UsageError
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import bare, is_url, spell
-from packvit.corpus.inputs.archives import NAMES, describe_columns
-from packvit.corpus.inputs.cells import fit, is_text
+from packvit.corpus.inputs.archives import describe_columns, find_kept, list_values
+from packvit.corpus.inputs.cells import is_text
+from packvit.corpus.inputs.kept import Keeping, read_object
 from packvit.corpus.inputs.reader import open_source
 from packvit.images.decode import CODES, ImageError
 
@@ -20,11 +24,12 @@ STDIN = "/dev/stdin"  # a list of lines, which a pipe may be
 PIPED = ("-", STDIN, "/dev/fd/0", "/proc/self/fd/0")
 PIECE = 1 << 16  # bytes of a list that are read at once
 MOST_PEEK = 4096  # bytes of a file, to tell a text
+ListRow = tuple[bytes, Mapping[str, Any]]  # a path, and the values of columns to keep
 CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
 
 
-def read_list(path: str, column: str) -> Iterator[bytes]:
-    """Yield the paths of a list, in order; its suffix says which kind of file it is.
+def read_list(path: str, column: str, keeping: Keeping) -> Iterator[tuple[bytes, str | None]]:
+    """Yield the paths of a list with what comes with them, in order; its suffix says its kind.
 
     Raises: UsageError if it cannot be read, has no such column, or has a row without a path.
     """
@@ -32,6 +37,7 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
     kind = {
         ".csv": read_csv,
         ".tsv": partial(read_csv, delimiter="\t"),
+        ".jsonl": read_lines,
         ".parquet": read_parquet,
     }.get(suffix)
     number = 0
@@ -40,15 +46,15 @@ def read_list(path: str, column: str) -> Iterator[bytes]:
             if kind is None:
                 for line in unmarked(path, file):
                     if name := line.rstrip(b"\r\n"):
-                        yield name
+                        yield name, None
                 return
-            for name in kind(path, file, column):
+            for name, values in kind(path, file, column, keeping):
                 number += 1
                 if not name:
                     raise UsageError(
                         f'{spell(path)} has no "{column}" in row {number}. Fill it, or drop it.'
                     )
-                yield name
+                yield name, keeping.encode(values, f"row {number} of {spell(path)}")
     except ImageError as error:
         raise UsageError(f"The list {spell(path)} cannot be read: {CODES[error.code]}.") from error
     except OSError as error:
@@ -125,8 +131,10 @@ def lines(path: str, file: Any) -> Iterator[bytes]:
         yield rest
 
 
-def read_csv(path: str, file: Any, column: str, *, delimiter: str = ",") -> Iterator[bytes]:
-    """Yield a column of a CSV or TSV file whose first line names its columns."""
+def read_csv(
+    path: str, file: Any, column: str, keeping: Keeping, *, delimiter: str = ","
+) -> Iterator[ListRow]:
+    """Yield the rows of a CSV or TSV file whose first line names its columns."""
     try:
         text = codecs.iterdecode(unmarked(path, file), "utf-8", "surrogateescape")
         rows = csv.reader(text, delimiter=delimiter)
@@ -134,16 +142,38 @@ def read_csv(path: str, file: Any, column: str, *, delimiter: str = ",") -> Iter
         if names.count(column) != 1:
             raise no_column(path, column, ", ".join(names))
         place = names.index(column)
+        keeping.meet(names)
+        kept = {name: names.index(name) for name in keeping.names if names.count(name) == 1}
         for row in rows:
             if row:  # an empty line is no row
                 name = row[place] if place < len(row) else ""
-                yield name.encode("utf-8", "surrogateescape")
+                values = {name: row[at] or None for name, at in kept.items() if at < len(row)}
+                yield name.encode("utf-8", "surrogateescape"), values
     except csv.Error as error:
         raise UsageError(f"{spell(path)} cannot be read as a table: {error}.") from error
 
 
-def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
-    """Yield a column of a Parquet file."""
+def read_lines(path: str, file: Any, column: str, keeping: Keeping) -> Iterator[ListRow]:
+    """Yield the rows of a file with a JSON object on each line."""
+    for number, line in enumerate(unmarked(path, file), 1):
+        if not line.strip():
+            continue
+        try:
+            values = read_object(line)
+            name = values.get(column) or ""
+            encoded = os.fsencode(name) if isinstance(name, str) else None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{spell(path)} has no JSON object in line {number}.") from error
+        if column not in values:
+            raise no_column(path, column, ", ".join(values))
+        if encoded is None:
+            raise UsageError(f'{spell(path)} has a "{column}" that is no text in line {number}.')
+        keeping.meet(values)
+        yield encoded, values
+
+
+def read_parquet(path: str, file: Any, column: str, keeping: Keeping) -> Iterator[ListRow]:
+    """Yield the rows of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -153,11 +183,10 @@ def read_parquet(path: str, file: Any, column: str) -> Iterator[bytes]:
         kind = schema.field(column).type if schema.names.count(column) == 1 else None
         if kind is None or not is_text(kind):
             raise no_column(path, column, describe_columns(schema))
+        columns = find_kept(path, schema, keeping, ())
         for group in range(table.num_row_groups):
-            rows, _ = fit(table.metadata.row_group(group), [column], NAMES)
-            for batch in table.iter_batches(rows, row_groups=[group], columns=[column]):
-                for name in batch.column(0).to_pylist():
-                    yield os.fsencode(name or "")
+            for row in list_values(table, group, list(dict.fromkeys([column, *columns]))):
+                yield os.fsencode(row[column] or ""), row
     except pa.ArrowException as error:
         raise UsageError(
             f"The list {spell(path)} cannot be read: it is not a whole Parquet file."

@@ -33,6 +33,7 @@ class Input:
     path: str  # a path, with surrogates for bytes that are not UTF-8; or a URL
     error: tuple[str, str] | None = None  # (code, stage) of an input that can't be read
     within: Member | Cell | None = None  # None: all of the file
+    kept: str | None = None  # a JSON array of what comes with it: see kept.py
 
 
 def read(

@@ -8,14 +8,17 @@ import os
 import re
 import tarfile
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from packvit.corpus.inputs import limits
+from packvit.corpus.inputs.kept import Keeping, read_member
 from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.sources import Cell, Member
 from packvit.images.decode import ImageError
 
 # A sample's key: its path up to the first dot of its name. Source: webdataset 1.0, tariterators.py.
-KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.[^/]*", re.DOTALL)
+KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 BLOCK = 512  # of a tar
 MOST_HEADER = 8 << 20  # bytes of a long name or of pax records, which are read whole
 MOST_ZEROS = 64 << 20  # bytes between joined archives: tar pads to 10 KiB, some context to 1 MiB
@@ -30,8 +33,24 @@ EXTENDED = (
     tarfile.GNUTYPE_LONGLINK,
 )
 
-# A photograph in an archive: its key or short name, its whole name, its place, or its error code.
-ArchiveEntry = tuple[bytes, bytes, Member | Cell | None, str | None]
+
+@dataclass(frozen=True, slots=True)
+class ArchiveEntry:
+    """A photograph in an archive: its key or short name, its whole name, its place, or its code."""
+
+    name: bytes
+    whole: bytes
+    within: Member | Cell | None
+    code: str | None = None
+    kept: str | None = None  # what comes with it, as a JSON object
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What comes with the photographs of a key, as a JSON object."""
+
+    name: bytes
+    kept: str | None
 
 
 class Header(tarfile.TarInfo):
@@ -49,8 +68,10 @@ class Header(tarfile.TarInfo):
         return header
 
 
-def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[ArchiveEntry | bytes]:
-    """Yield the photographs of a tar, and the name of every other file in it.
+def list_tar(
+    path: str, suffixes: frozenset[bytes], keeping: Keeping
+) -> Iterator[ArchiveEntry | Beside | bytes]:
+    """Yield the photographs of a tar, what comes with them, and the names of all other files.
 
     Folders and links named like photographs, and sparse files, are errors.
 
@@ -62,7 +83,7 @@ def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[ArchiveEntry | b
             length = find_length(file)
             start: int | None = 0
             while start is not None:
-                start = yield from list_archive(file, start, length, suffixes)
+                start = yield from list_archive(file, start, length, suffixes, keeping)
         # What tarfile raises for damaged headers.
         except (
             tarfile.TarError,
@@ -78,8 +99,8 @@ def list_tar(path: str, suffixes: frozenset[bytes]) -> Iterator[ArchiveEntry | b
 
 
 def list_archive(
-    file: Any, start: int, length: int, suffixes: frozenset[bytes]
-) -> Generator[ArchiveEntry | bytes, None, int | None]:
+    file: Any, start: int, length: int, suffixes: frozenset[bytes], keeping: Keeping
+) -> Generator[ArchiveEntry | Beside | bytes, None, int | None]:
     """Yield the photographs of the archive at `start`; return the start of the next, or None.
 
     Raises: ImageError truncated; tarfile's errors.
@@ -94,7 +115,8 @@ def list_archive(
         if member.size < 0 or tar.offset <= before:  # a pax record may have set another size
             raise ImageError("truncated", "list")
         before = tar.offset
-        yield from describe_member(member, length, suffixes)
+        found = read_beside(file, member, keeping) if keeping and member.isreg() else None
+        yield from (found,) if found else describe_member(member, length, suffixes)
         if before > length + BLOCK:  # which a seek may refuse
             raise ImageError("truncated", "list")
     # tarfile takes an unreadable header for the end.
@@ -102,6 +124,29 @@ def list_archive(
     if file.read(BLOCK) != bytes(BLOCK):
         raise ImageError("truncated", "list")
     return find_next(file, tar.offset + BLOCK)
+
+
+def read_beside(file: Any, member: Any, keeping: Keeping) -> Beside | None:
+    """Return what a member says of the photographs of its key; None if that is not asked for.
+
+    Source: webdataset's members of one sample have one key, and their extensions say what they are.
+    """
+    key = KEY.fullmatch(member.name.encode("utf-8", "surrogateescape"))
+    extension = key[2].decode("utf-8", "backslashreplace") if key else ""
+    if key is None or not keeping.wants_member(extension):
+        return None
+    where = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if member.issparse() or member.size > limits.MOST_VALUES:
+        keeping.fail(where)
+        return Beside(key[1], None)
+    file.seek(member.offset_data)
+    try:
+        values = read_member(extension, file.read(member.size))
+    except (ValueError, RecursionError):
+        keeping.fail(where)
+        return Beside(key[1], None)
+    keeping.meet(values)
+    return Beside(key[1], keeping.encode(values, where))
 
 
 def describe_member(
@@ -122,7 +167,7 @@ def describe_member(
     elif member.offset_data + member.size > length:
         code = "truncated"
     place = None if code else Member(member.offset_data, member.size)
-    yield key[1] if key else name, name, place, code
+    yield ArchiveEntry(key[1] if key else name, name, place, code)
 
 
 def find_next(file: Any, start: int) -> int | None:
