@@ -87,6 +87,12 @@ SIZES: dict[str, tuple[Published, Published]] = {
         Published("B", {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),
         Published("H", {}),
     ),
+    "Perception Encoder": (
+        Published("core T", {"architecture": "vit_pe_core_tiny_patch16_384", "num_classes": 512}),
+        Published(
+            "core G", {"architecture": "vit_pe_core_gigantic_patch14_448", "num_classes": 1280}
+        ),
+    ),
     "TIPSv2": (
         Published("B", {}),
         Published("g", sized(1536, 40, 24, 4096, use_swiglu_ffn=True)),

@@ -39,10 +39,14 @@ UNCHANGED_STATISTICS: tuple[Statistics, Statistics] = ((0.0, 0.0, 0.0), (1.0, 1.
 
 @dataclass(frozen=True, slots=True)
 class ShortestEdge:
-    """Resize until the shorter side is `edge` pixels, then cut `crop` (height, width) out of it."""
+    """Resize until the shorter side is `edge` pixels, then cut `crop` (height, width) out of it.
+
+    Of an odd rest the smaller half stands before the crop, or an even half: torchvision.
+    """
 
     edge: int
     crop: tuple[int, int] | None = None
+    rest: Literal["floor", "even"] = "floor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +185,14 @@ class Summary:
     chosen: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The heads and the MLP of a pooling head, where they are not as the blocks' are."""
+
+    heads: int
+    mlp_width: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig:
     """The size of a tower's blocks and their named choices.
@@ -226,7 +238,9 @@ class EncoderConfig(TransformerConfig):
     final_norm: Literal["tokens", "pooled"] | None = "tokens"  # "pooled": of the class token alone
     pool: Literal["query", "probe", "class"] | None = None  # what makes one vector of a sequence
     summary: Summary | None = None  # of which tokens "class" makes it, where not of the first alone
+    probe: Probe | None = None  # the head that "probe" means
     projection: int | None = None  # width of the space shared with text, where there is one
+    projection_bias: bool = False
     merger: Merger | None = None
 
     @property

@@ -42,7 +42,14 @@ from packvit.model.memory import check_room
 from packvit.model.merging import Mergers
 from packvit.model.norms import norm
 from packvit.model.pooling import pooling_head
-from packvit.model.trunk import Trunk, TrunkOutput, plan_forward, run_trunk, trunk_output
+from packvit.model.trunk import (
+    Trunk,
+    TrunkOutput,
+    plan_forward,
+    run_trunk,
+    token_stream,
+    trunk_output,
+)
 from packvit.packs.checks import check_merged, check_patches, check_projected, count_from_front
 from packvit.packs.clips import Clip
 from packvit.packs.embedding import embed_images
@@ -100,7 +107,8 @@ class Encoder(nn.Module):
         self.head = pooling_head(config)
         self.merger = Mergers(config, config.merger) if config.merger else None
         shared = config.projection
-        self.projection = Linear(config.width, shared, bias=False) if shared else None
+        bias = config.projection_bias
+        self.projection = Linear(config.width, shared, bias=bias) if shared else None
         self.fast: FastForward | None = FastForward()  # None: `model/trunk.py` as it is
 
     @property
@@ -235,7 +243,7 @@ class Encoder(nn.Module):
         if self.head is None:
             return None
         segments = Segments.from_lengths(output.plan.lengths, device=self.device)
-        return self.head(output.tokens, segments, output.plan.backend)
+        return self.head(token_stream(output), segments, output.plan.backend)
 
     def pack(
         self,

@@ -12,7 +12,7 @@ from packvit.checkpoints.description import describe
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.folders import WEIGHTS, listing
-from packvit.checkpoints.layouts import LayoutName, image_tower
+from packvit.checkpoints.layouts import LayoutName, image_tower, named_type
 from packvit.config import GridPolicy, LoadOptions, PatchOrder
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
@@ -79,7 +79,7 @@ def family_of(checkpoint: Checkpoint) -> type[Encoder]:
         if encoder.family.claims(checkpoint.config):
             return encoder
     known = ", ".join(name for encoder in FAMILIES for name in encoder.family.model_types)
-    found = checkpoint.config.get("model_type")
+    found = named_type(checkpoint.config)
     raise CheckpointError(
         f'{checkpoint.name} is of model type "{found}", which packvit does not run. '
         f"It runs: {known}."

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
-from packvit.checkpoints.layouts import Family, Layout
+from packvit.checkpoints.layouts import Family, Layout, named_type
 from packvit.checkpoints.processors import image_config_from
 from packvit.checkpoints.rules import bind
 from packvit.config import EncoderConfig, ImageConfig, TransformerConfig
@@ -27,7 +27,7 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
     """
     if not family.claims(checkpoint.config):
         raise CheckpointError(
-            f'{checkpoint.name} is of model type "{checkpoint.config.get("model_type")}", but '
+            f'{checkpoint.name} is of model type "{named_type(checkpoint.config)}", but '
             f"{family.name} is {' or '.join(family.model_types)}. "
             "packvit.load finds the right family by itself."
         )

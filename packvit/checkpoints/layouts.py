@@ -54,6 +54,7 @@ class Reference:
     processor: str  # the class in transformers that prepares images
     processor_options: Json = field(default_factory=dict)  # where the class's defaults are others
     interpolates: bool = False  # whether the models take `interpolate_pos_encoding`
+    elsewhere: str = ""  # where there are no variants: what it is compared with, in a sentence
 
     @property
     def models(self) -> frozenset[str]:
@@ -76,7 +77,7 @@ class Family:
 
     def claims(self, config: Json) -> bool:
         """Return whether a checkpoint with this config.json is one of ours."""
-        return config.get("model_type") in self.model_types
+        return named_type(config) in self.model_types
 
     def layout(self, names: Collection[str], config: Json) -> Layout:
         """Return the layout whose marker is among the tensors' names, or behind one prefix.
@@ -134,6 +135,11 @@ class Family:
                 return layout
         known = ", ".join(dict.fromkeys(f'"{layout.name}"' for layout in self.layouts))
         raise ValueError(f'{self.name} has no layout "{name}". Choose one of: {known}.')
+
+
+def named_type(config: Json) -> Any:
+    """Return the type of model that config.json names: timm's calls it an architecture."""
+    return config.get("model_type", config.get("architecture"))
 
 
 def image_tower(families: Sequence[Family]) -> Part:

@@ -53,11 +53,16 @@ def rename(ours: str, theirs: str) -> Rule:
     return Rule(ours, (theirs,), lambda tensors: tensors[0], lambda tensor: [tensor])
 
 
-def fuse(ours: str, *theirs: str) -> Rule:
-    """One tensor of ours that stacks several equal ones of theirs: thirds for q, k and v."""
+def fuse(ours: str, *theirs: str, shares: Sequence[int] = ()) -> Rule:
+    """One tensor of ours that stacks several of theirs: thirds for q, k and v.
+
+    `shares` are their numbers of rows, in proportion, where they are not equal.
+    """
+    shares = shares or (1,) * len(theirs)
 
     def split(tensor: Tensor) -> list[Tensor]:
-        return [part.clone() for part in tensor.chunk(len(theirs))]  # files cannot share storage
+        rows = [len(tensor) * share // sum(shares) for share in shares]
+        return [part.clone() for part in tensor.split(rows)]  # files cannot share storage
 
     return Rule(ours, theirs, lambda tensors: torch.cat(list(tensors)), split)
 

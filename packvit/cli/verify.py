@@ -19,7 +19,8 @@ MISSED = 1
 @click.option(
     "--family",
     help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, "
-    "siglip, clip, qwen3_vl, qwen2_5_vl, qwen2_vl, kimi_k25, radio, tipsv2, or all.",
+    "siglip, clip, qwen3_vl, qwen2_5_vl, qwen2_vl, kimi_k25, radio, tipsv2, "
+    "perception, or all.",
 )
 @click.option(
     "--reference",
@@ -140,8 +141,14 @@ def search(
                 )
             yield found
         for name, encoder in known.items():
-            if family in ("all", name):
-                yield from verify_family(encoder, options, device=device)
+            if family not in ("all", name):
+                continue
+            elsewhere = encoder.family.reference.elsewhere
+            if elsewhere and family == name:
+                raise click.UsageError(elsewhere)
+            if elsewhere:
+                click.echo(elsewhere, err=True)
+            yield from verify_family(encoder, options, device=device)
     except (CheckpointError, ImportError, OSError) as error:
         raise click.ClickException(str(error)) from error
 

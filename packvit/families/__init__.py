@@ -6,6 +6,7 @@ from packvit.families.clip import ClipPacking
 from packvit.families.dinov2 import Dinov2Packing
 from packvit.families.dinov3 import DINOv3ViTPacking
 from packvit.families.kimi_k25 import KimiK25VisionPacking
+from packvit.families.perception import PerceptionPacking
 from packvit.families.qwen2_5_vl import Qwen25VisionTransformerPacking
 from packvit.families.qwen2_vl import Qwen2VisionTransformerPacking
 from packvit.families.qwen3_vl import Qwen3VLVisionPacking
@@ -27,4 +28,5 @@ FAMILIES: tuple[type[Encoder], ...] = (
     KimiK25VisionPacking,
     RadioPacking,
     Tipsv2VisionPacking,
+    PerceptionPacking,
 )

@@ -24,7 +24,7 @@ def read_blocks(config: Json, **defaults: int) -> dict[str, Any]:
 
     `mlp_ratio` and `use_swiglu_ffn` give the width of the MLP.
     """
-    size = sizes(config, **defaults)
+    size = sizes(config, SIZES, **defaults)
     gated = entry(config, "use_swiglu_ffn", bool, False)
     ratio = entry(config, "mlp_ratio", (int, float), 4)
     return size | {

@@ -85,10 +85,20 @@ def resize_plan(
         return SizePlan(height, width, None, height // side, width // side)
     if isinstance(sizing, Exact):
         return _plan((sizing.height, sizing.width), sizing.crop, side)
-    return _plan(_shortest_edge_size(height, width, sizing), sizing.crop, side)
+    return _plan(_shortest_edge_size(height, width, sizing), sizing.crop, side, sizing.rest)
 
 
-def _plan(size: tuple[int, int], crop: tuple[int, int] | None, side: int) -> SizePlan:
+def half(rest: int, to: Literal["floor", "even"]) -> int:
+    """Return the part of a rest that stands before a crop in its middle."""
+    return rest // 2 if to == "floor" else round(rest / 2)
+
+
+def _plan(
+    size: tuple[int, int],
+    crop: tuple[int, int] | None,
+    side: int,
+    rest: Literal["floor", "even"] = "floor",
+) -> SizePlan:
     """Plan a resize to `size` and a centre crop, both (height, width)."""
     height, width = size
     if height * width > MAX_PIXELS:
@@ -100,7 +110,7 @@ def _plan(size: tuple[int, int], crop: tuple[int, int] | None, side: int) -> Siz
                 f"The preprocessing cuts {crop[0]} x {crop[1]} pixels (height x width) out of an "
                 f"image resized to {height} x {width}. Let it resize to at least the crop."
             )
-        box = ((height - crop[0]) // 2, (width - crop[1]) // 2, *crop)
+        box = (half(height - crop[0], rest), half(width - crop[1], rest), *crop)
         height, width = crop
     if min(height, width) < side:
         raise ValueError(

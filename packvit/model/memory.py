@@ -17,6 +17,7 @@ that the caller holds, one D for each tap, lists on their way to a file in fp32,
 positions resized before, and the workspaces of the libraries.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -121,10 +122,11 @@ def parameter_count(config: EncoderConfig) -> int:
     if config.pool == "query":  # kv, out with a bias, and the query itself
         head = 3 * width**2 + (2 + 2 * bool(config.qkv_bias)) * width
     elif config.pool == "probe":  # qkv and out with biases, the probe, and an MLP behind a norm
-        head = 4 * width**2 + 5 * width + norm + mlp_count(config)
+        mlp = config.probe.mlp_width if config.probe else config.mlp_width
+        head = 4 * width**2 + 5 * width + norm + mlp_count(replace(config, mlp_width=mlp))
     last = norm if config.final_norm else 0
     merging = merger_count(config.merger, width) if config.merger else 0
-    shared = (config.projection or 0) * width
+    shared = (config.projection or 0) * (width + config.projection_bias)
     return embedding + config.layers * block + last + head + merging + shared
 
 

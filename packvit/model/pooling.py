@@ -1,10 +1,12 @@
 """What makes one vector of a sequence: the heads that checkpoints come with."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from packvit.config import EncoderConfig
+from packvit.config import EncoderConfig, Probe
 from packvit.model.attention import Backend
 from packvit.model.layers import MLP
 from packvit.model.linear import Linear, affine
@@ -35,12 +37,13 @@ class ProbePool(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        own = config.probe or Probe(config.heads, config.mlp_width)
+        self.heads = own.heads
         self.probe = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
         self.qkv: nn.Module = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
         self.norm = norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(replace(config, mlp_width=own.mlp_width))
 
     def forward(self, tokens: Tokens, segments: Segments, backend: Backend) -> Pooled:
         """Return one vector for each sequence."""

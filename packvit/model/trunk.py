@@ -119,3 +119,13 @@ def trunk_output(x: Tensor, tapped: dict[int, Tensor], plan: ForwardPlan) -> Tru
         {layer: tap.index_select(0, places.patches) for layer, tap in tapped.items()},
         plan,
     )
+
+
+def token_stream(output: TrunkOutput) -> Tensor:
+    """Return prefix tokens and patches of every sequence side by side, as blocks have them."""
+    places = output.plan.places
+    if places is None:
+        return output.tokens
+    stream = output.tokens.new_empty(sum(output.plan.lengths), output.tokens.shape[1])
+    stream = stream.index_copy(0, places.patches, output.tokens)
+    return stream.index_copy(0, places.prefix, output.prefix.flatten(0, 1))

@@ -103,6 +103,8 @@ class ReferenceModel:
         """
         config = json.loads((self.folder / "config.json").read_bytes())
         known = self.family.reference.models
+        if not known:
+            raise CheckpointError(self.family.reference.elsewhere)
         named = config.get("architectures") or ["none"]
         if len(named) != 1 or named[0] not in known:
             raise CheckpointError(
