@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,14 @@ def take_over(folder: Path, recorded: Mapping[str, Any], listing: Listing) -> tu
     If that does not make it the recorded job's, the listing stays as it is.
     """
     digest = recorded.get("inputs_sha256")
-    path = folder / PENDING
+    path, known_by_parts = folder / PENDING, False
     keep = [name for name, _ in recorded.get("keep", ())] if not find_keep_flaw(recorded) else []
     if not isinstance(digest, str) or digest == listing.sha256():
         return ()
     if path.is_file() and not path.is_symlink() and is_whole(path, digest):
         known = read_inputs(path)
     elif recorded.get("complete") is True:
-        known = read_missing(folder, keep)
+        known, known_by_parts = read_missing(folder, keep), True
     else:
         return ()
     try:
@@ -112,6 +113,8 @@ def take_over(folder: Path, recorded: Mapping[str, Any], listing: Listing) -> tu
         )
     except (OSError, ValueError, pa.ArrowException):
         return ()
+    if known_by_parts:
+        gone = listing.gone = replace(gone, knows_paths=False)
     if gone.new or gone.there or not listing.take_over(digest):
         return ()
     plural = "s of this job are" if gone.count > 1 else " of this job is"
@@ -122,9 +125,10 @@ def describe(gone: Gone | None) -> str | None:
     """Return how a job's inputs differ from the recorded ones, or None if that is not known."""
     if gone is None:
         return None
+    left = "left out though there" if gone.knows_paths else "left out, or no longer there"
     said = [
         (gone.names, gone.count, "no longer there"),
-        (gone.there, gone.count_there, "left out though there"),
+        (gone.there, gone.count_there, left),
         (gone.new, gone.count_new, "new"),
     ]
     return "; ".join(f"{what}: {named(names, count)}" for names, count, what in said if count)

@@ -44,6 +44,7 @@ class Gone:
     count_there: int
     new: tuple[str, ...]  # not recorded
     count_new: int
+    knows_paths: bool = True  # else `there` may hold inputs that are gone
 
 
 class Listing:
