@@ -10,6 +10,7 @@ from packvit import version
 
 if TYPE_CHECKING:
     from packvit.checkpoints.errors import CheckpointError as CheckpointError
+    from packvit.corpus.batches import Embedder as Embedder
     from packvit.corpus.folder.merging import merge as merge
     from packvit.corpus.folder.reader import FeatureFolder as FeatureFolder
     from packvit.corpus.folder.reader import read as read
@@ -53,6 +54,7 @@ _HOMES = {
     "ClipPacking": "packvit.families.clip",
     "DINOv3ViTPacking": "packvit.families.dinov3",
     "Dinov2Packing": "packvit.families.dinov2",
+    "Embedder": "packvit.corpus.batches",
     "Encoder": "packvit.encoder",
     "FeatureFolder": "packvit.corpus.folder.reader",
     "Features": "packvit.packs.features",

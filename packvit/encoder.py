@@ -300,7 +300,7 @@ class Encoder(nn.Module):
                 self.device,
                 width=(projected and self.config.projection) or self.config.vector_width,
                 token_budget=token_budget,
-                skip_errors=errors == "nan",
+                on_error=None if errors == "raise" else lambda index, error: None,
             )
 
     def check_layer(self, layer: object) -> int:

@@ -6,26 +6,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packvit.images.decode import ImageError, Source, load_image
+from packvit.images.decode import ImageError, load_image
 from packvit.images.patches import Cutting, Patches
 from packvit.packs.features import Pack, check_list, join
 from packvit.packs.planning import plan_packs
 
 
 def embed_images(
-    images: Sequence[Source],
+    images: Sequence[object],
     run: Callable[[Pack], Tensor],
     cutting: Cutting,
     device: torch.device,
     *,
     width: int,
     token_budget: int,
-    skip_errors: bool,
+    on_error: Callable[[int, ImageError], None] | None,
 ) -> np.ndarray:
-    """Return what `run` makes of each image, one after another; NaN for those that are skipped.
+    """Return what `run` makes of each image, one after another.
+
+    An image that cannot be used is NaN, and `on_error` is called with its index.
 
     Shapes: run(pack of n images) -> [n, D = width]; -> float32 [N, D].
-    Raises: ImageError with the index of the first image that cannot be used, unless `skip_errors`.
+    Raises: ImageError with the index of the first image that cannot be used, without `on_error`.
     """
     check_list(images)
     waiting: dict[int, Patches] = {}  # by the image's place among those that can be used
@@ -36,10 +38,11 @@ def embed_images(
             try:
                 cut = cutting.cut(load_image(source).image)
             except ImageError as error:
-                if skip_errors:
-                    continue
                 error.index = index
-                raise
+                if on_error is None:
+                    raise
+                on_error(index, error)
+                continue
             waiting[len(places)] = cut
             places.append(index)
             yield len(cut.patches)
