@@ -8,7 +8,7 @@ image_processing_backends.py, models/auto/image_processing_auto.py, and the clas
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
@@ -173,7 +173,7 @@ def _of_family(given: Mapping[str, Any], default: ImageConfig, normalizes: bool)
     if "max_num_patches" in given and not isinstance(sizing, MostPatches):
         sizing = MostPatches()
     if isinstance(sizing, ShortestEdge):
-        sizing = ShortestEdge(sizing.edge)
+        sizing = replace(sizing, crop=None)
         if isinstance(given.get("size"), Mapping) and "shortest_edge" not in given["size"]:
             crop = None  # the family's crop belongs to its own way of resizing
     elif isinstance(sizing, Exact):
@@ -270,7 +270,7 @@ def _sizing(given: Mapping[str, Any], name: str | None, defaults: Defaults) -> S
     if sizing is None:
         raise ValueError("do_resize, but no size. Add a size.")
     if isinstance(sizing, ShortestEdge):
-        return ShortestEdge(sizing.edge, crop)
+        return replace(sizing, crop=crop)
     return Exact(sizing.height, sizing.width, crop)
 
 

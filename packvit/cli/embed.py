@@ -330,7 +330,9 @@ def what_is_written(meter: Meter | None, out: str, overwrite: bool, update: bool
     """Return a message on what a stopped job has written, and how to resume it."""
     if meter is None or meter.last is None:
         return "Stopped before anything was written. Run the same command again."
-    if update:
+    from packvit.corpus.folder.swapping import new_of
+
+    if update and new_of(Path(out).resolve()).exists():
         return f"Stopped: {out} is as it was. The same command resumes the update."
     from packvit.corpus.folder.layout import (
         read_commits,  # imports pyarrow, which would slow down `--help`

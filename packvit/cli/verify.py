@@ -8,12 +8,14 @@ import click
 
 from packvit.cli.command import Command
 from packvit.cli.models import MODEL_HELP, explaining, full_name
+from packvit.cli.published import run_published
 from packvit.verification import Comparison, Findings, VerifyOptions
 
 MISSED = 1
 
 
 @click.command(cls=Command, context_settings={"show_default": True})
+@click.argument("names", nargs=-1)
 @click.option("--model", help=MODEL_HELP)
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
 @click.option(
@@ -21,6 +23,14 @@ MISSED = 1
     help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, "
     "siglip, clip, qwen3_vl, qwen2_5_vl, qwen2_vl, kimi_k25, radio, tipsv2, "
     "perception, or all.",
+)
+@click.option(
+    "--published",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Verify published checkpoints, NAMES or all that are known, and write a certificate of "
+    "each into FOLDER; the same command goes on where it was stopped.",
+    show_default=False,
 )
 @click.option(
     "--reference",
@@ -48,9 +58,11 @@ MISSED = 1
 @click.pass_context
 def verify(
     context: click.Context,
+    names: tuple[str, ...],
     model: str | None,
     revision: str | None,
     family: str | None,
+    published: Path | None,
     reference: str,
     device: str | None,
     quick: bool,
@@ -72,15 +84,26 @@ def verify(
       packvit verify --model ./checkpoint
       packvit verify --model facebook/dinov2-small --reference timm
       packvit verify --family all --quick
+      packvit verify --published certificates facebook/dinov2-small facebook/dinov2-base
     """
-    if (model is None) == (family is None):
-        raise click.UsageError("Give either --model or --family.")
+    if sum(choice is not None for choice in (model, family, published)) != 1:
+        raise click.UsageError("Give one of --model, --family and --published.")
+    if names and published is None:
+        raise click.UsageError(
+            f"{names[0]} stands alone, and NAMES are for --published. Write --model {names[0]}."
+        )
+    if published is not None and certificate is not None:
+        raise click.UsageError("--published writes into its own folder. Leave out --certificate.")
     if revision is not None and model is None:
         raise click.UsageError("--revision needs --model; random weights have no revision.")
     from packvit.verification import certificate as certificates  # torch is imported here
 
+    check_device(device)
     findings = []
     options = VerifyOptions(quick=quick, seed=seed, timm=reference == "timm")
+    if published is not None:
+        known = [full_name(name) for name in names]
+        context.exit(run_published(known, published, options, device, as_json=as_json))
     for found in search(model, family, revision, device, options):
         findings.append(found)
         click.echo(f"{title(found)}: {len(found.rows)} comparisons", err=True)
@@ -109,6 +132,16 @@ def folder_of(model: str | None) -> Path | None:
     return Path(model) if model and model not in EMBEDDED and Path(model).is_dir() else None
 
 
+def check_device(device: str | None) -> None:
+    """Raise a click.UsageError for a device that is not here."""
+    from packvit.model.device import find_device
+
+    try:
+        find_device(device)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def search(
     model: str | None,
     family: str | None,
@@ -118,16 +151,11 @@ def search(
 ) -> Iterator[Findings]:
     """Verify the chosen encoders one after another.
 
-    Raises: click.UsageError for an unknown device or family, ClickException for other errors.
+    Raises: click.UsageError for an unknown family, ClickException for other errors.
     """
     from packvit.checkpoints.errors import CheckpointError
-    from packvit.model.device import find_device
     from packvit.verification.verify import family_names, verify_checkpoint, verify_family
 
-    try:
-        find_device(device)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
     known = family_names()
     if family is not None and family != "all" and family not in known:
         raise click.UsageError(

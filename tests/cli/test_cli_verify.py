@@ -114,8 +114,8 @@ def test_a_miss_is_named_and_the_exit_code_is_1(checkpoint: Path, no_tolerance: 
 
 def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2():
     for argv, answer in (
-        ((), "Give either --model or --family"),
-        (("--model", "tiny", "--family", "all"), "Give either --model or --family"),
+        ((), "Give one of --model, --family and --published"),
+        (("--model", "tiny", "--family", "all"), "Give one of --model, --family and --published"),
         (("--family", "vgg"), 'No family is called "vgg". Choose all or one of: aimv2, siglip2,'),
         (("--family", "clip", "--revision", "main"), "--revision needs --model"),
         (("--model", "tiny", "--device", "toaster"), 'device "toaster" cannot be used'),

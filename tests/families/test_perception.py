@@ -215,7 +215,7 @@ def test_every_gradient_equals_the_formulas(tmp_path: Path, kind: str):
 
 
 @needs_timm
-@pytest.mark.parametrize("size", [(61, 87), (96, 70), (300, 77), (70, 70), (71, 73)])
+@pytest.mark.parametrize("size", [(61, 87), (96, 70), (300, 77), (70, 70), (70, 73), (77, 70)])
 def test_pixels_are_timms(tmp_path: Path, size: tuple[int, int]):
     import timm.data  # pyright: ignore[reportMissingImports]
 

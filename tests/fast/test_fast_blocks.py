@@ -142,7 +142,16 @@ def test_adapters_run_on_the_fast_path_and_change_what_they_change(kind: str):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["aimv2", "siglip2", "dinov3", "clip"])
 def test_gradients_of_adapters_reach_every_block(kind: str):
+    """By four draws: one gives fused gradients 0.7 to 1.4 times the plain ones' distance."""
+    draws = [gradients_of_adapters(kind, seed) for seed in range(4)]
+    found, plain, exact = (torch.cat(each) for each in zip(*draws, strict=True))
+    assert_near(found, plain, exact)
+
+
+def gradients_of_adapters(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of drawn adapters: fused, plain, and plain in fp32."""
     encoder, patches, grid = on_gpu(kind)
+    torch.manual_seed(seed)
     adapted = block_linears(encoder)
     made = peft.LoraConfig(r=2, target_modules=adapted, init_lora_weights=False)
     model = peft.get_peft_model(encoder, made, autocast_adapter_dtype=False)
@@ -160,7 +169,7 @@ def test_gradients_of_adapters_reach_every_block(kind: str):
     plain = gradients(patches)
     encoder.backend = "auto"
     model.float()
-    assert_near(found, plain, gradients(patches.float()))
+    return found, plain, gradients(patches.float())
 
 
 @pytest.mark.gpu

@@ -164,7 +164,7 @@ def test_autocast_on_cuda_attends_by_varlen_in_bf16(tmp_path: Path, kind: str):
     patches = reference.draw_patches(OWN, encoder.config.patch_dim).cuda()
     exact = encoder(patches, GRID).detach()
     with torch.autocast("cuda", torch.bfloat16):
-        assert encoder.attention == "torch"
+        assert encoder.attention in ("fa4", "torch")  # the first where it is installed
         tokens = encoder(patches, GRID)
     assert 0 < (tokens - exact).norm() < 0.05 * exact.norm()
     tokens.float().square().mean().backward()

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from packvit.atomic import temporary_name
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.known import Place, Reuse, Trusted, stat_input, write_index
-from packvit.corpus.folder.layout import encode_manifest, put, read_commits, read_manifest
+from packvit.corpus.folder.layout import encode_manifest, put, read_commits, read_manifest, writing
 from packvit.corpus.folder.names import CURRENT, FORMATS, KNOWN, MTIMES, names_of, part_number
 from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, read_own
 from packvit.corpus.folder.parts import read_part
@@ -154,7 +154,8 @@ def indexed(folder: Path, reusing: Reusing) -> Iterator[None]:
     read = sources if reusing.trust_mtime else ()
     trusted = (file for source in read for file in read_trusted(source))
     try:
-        write_index(path, list_rows(sources), trusted)
+        with writing(path):
+            write_index(path, list_rows(sources), trusted)
         yield
     except sqlite3.Error as error:
         raise WriteError(f"{path} could not be written or read: {error}.") from error

@@ -119,13 +119,17 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def restore(folder: Path) -> None:
-    """Rename the new folder if a kill has left none in its place; or else the old one."""
+    """Rename the new folder if a kill has left none in its place; or else the old one.
+
+    Raises: WriteError.
+    """
     new, old = new_of(folder), old_of(folder)
     if os.path.lexists(folder) or not old.is_dir():
         return
-    with suppress(FileNotFoundError):  # another command has done so
-        os.rename(new if is_finished(new) else old, folder)
-    sync(folder.parent)
+    with writing(folder):
+        with suppress(FileNotFoundError):  # another command has done so
+            os.rename(new if is_finished(new) else old, folder)
+        sync(folder.parent)
 
 
 def clean(folder: Path) -> None:
