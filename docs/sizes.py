@@ -120,15 +120,22 @@ def vector_of(config: EncoderConfig) -> str:
 
 
 def families_table() -> str:
-    """Return a row for each family: what it is, how large, and what a pack takes on a GPU."""
-    lines = [
+    """Return a row for each family: what it is, how large, and what a pack takes on a GPU.
+
+    Towers of multimodal models are listed behind the table, which is to stay short.
+    """
+    lines, towers = [], []
+    head = [
         "| family | class | checkpoints | parameters | GPU memory | one vector an image |",
         "|---|---|---|---|---|---|",
     ]
     for encoder in FAMILIES:
         family = encoder.family
         configs = [configuration(family.name, size) for size in SIZES[family.name]]
-        counts = [count(parameter_count(config)) for config in configs]
+        counts = list(dict.fromkeys(count(parameter_count(config)) for config in configs))
+        if configs[0].merger:
+            towers.append(f"{family.name} ({' to '.join(counts)})")
+            continue
         memory = [f"{peak_bytes(config, TOKENS, BF16) / 2**30:.1f}" for config in configs]
         labels = [size.label for size in SIZES[family.name]]
         published = f"{len(family.checkpoints)}, {labels[0]} to {labels[1]}"
@@ -137,4 +144,5 @@ def families_table() -> str:
             f"| {family.name} | `{encoder.__name__}` | {published} | {' to '.join(counts)} | "
             f"{' to '.join(memory)} GiB | {vector} |"
         )
-    return "\n".join(lines) + "\n"
+    listed = f"Vision towers of multimodal models, with their mergers: {', '.join(towers)}."
+    return "\n".join([*head, *lines, "", listed]) + "\n"

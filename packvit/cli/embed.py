@@ -253,9 +253,9 @@ def embed(
 ) -> None:
     """Write the features of PHOTOS to a feature folder.
 
-    PHOTOS are folders, files, quoted patterns ('photos/**/*.jpg'), .tar archives, .parquet files of
-    image bytes, and URLs of any of these (s3://, gs://, hf://, https://). Paths in a file are
-    given with --list.
+    PHOTOS are folders, files, quoted patterns ('photos/**/*.jpg'), .tar and .zip archives,
+    .parquet files of image bytes, and URLs of any of these (s3://, gs://, hf://, https://). Paths
+    in a file are given with --list.
 
     Every photograph becomes one row, in Parquet files. A photograph that cannot be read becomes a
     row with the error; the exit code is then 3. A job that was stopped for any reason resumes when

@@ -137,7 +137,7 @@ def embed(
     `trust_mtime` does not even read a file whose name, size and time of change are those that a
     job with `trust_mtime` recorded.
 
-    `photos` are folders, which are walked, files, patterns, tar and Parquet files of images, and
+    `photos` are folders to be walked, files, patterns, tar, zip and Parquet files of images, and
     URLs of these; `lists` are files of paths. A list that is a table has its paths in `column`; a
     Parquet file of images has their bytes in `image_column`. `model` is a checkpoint's name or
     folder, or a loaded encoder, whose `device` to `positions` are already chosen; None is "tiny",

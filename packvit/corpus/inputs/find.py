@@ -30,11 +30,13 @@ from packvit.corpus.inputs.retries import find_status, persist
 from packvit.corpus.inputs.roots import record_root
 from packvit.corpus.inputs.sources import Input as Input
 from packvit.corpus.inputs.tars import Beside, list_tar
+from packvit.corpus.inputs.zips import list_zip, member_url
 from packvit.images.decode import ImageError, find_file
 
 # Of the formats that images/ decodes; HEIC with an extra, without which each is a row that says so.
 SUFFIXES = b".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .hif".split()
 PHOTOGRAPHS = frozenset(SUFFIXES)
+ARCHIVES = (b".tar", b".parquet", b".zip")
 COMPRESSED = re.compile(rb"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 # What comes with the photographs of a folder. Source: datasets 4, folder_based_builder.py.
 METADATA = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
@@ -63,10 +65,10 @@ def list_inputs(
 ) -> Listing:
     """Return the photographs that `paths` and `lists` name; folders are walked recursively.
 
-    A path is a folder, a file, a pattern, or a URL of one; a tar or Parquet file stands for the
-    photographs in it. The inputs of a single folder or archive are named by their path in it; of
-    several, the name starts with the path as typed. Links to folders are followed only if they are
-    named themselves, so there are no loops. `lists` are files of paths, each of one file; in a
+    A path is a folder, a file, a pattern, or a URL of one; a tar, zip or Parquet file stands for
+    the photographs in it. The inputs of a single folder or archive are named by their path in it;
+    of several, the name starts with the path as typed. Links to folders are followed only if they
+    are named themselves, so there are no loops. `lists` are files of paths, each of one file; in a
     table, `column` holds paths, and `image_column` the bytes of images. `keep` names columns that
     come with the photographs. `known` is the digest of the inputs of a job that is resumed: a path
     that has disappeared since is then a row, not an error.
@@ -318,13 +320,18 @@ class Finder:
             )
         suffix = os.path.splitext(name)[1].lower()
         remote = is_url(os.fsdecode(path))
-        if suffix not in (b".tar", b".parquet") or not (remote or find_obstacle(path) is None):
+        if suffix not in ARCHIVES or not (remote or find_obstacle(path) is None):
+            return self.add_file(path)
+        if suffix == b".zip" and b"::" in path:  # zip://a.zip::b.zip, a file in a file
             return self.add_file(path)
         prefix = b"" if alone else spell_bytes(path) + b"/"
         before, ignored, distinct = len(self.listing), self.listing.ignored, True
         try:
             source = os.fsdecode(path)
-            if suffix == b".tar":
+            if suffix == b".zip":
+                self.add_zip(path, prefix)
+                found = ()
+            elif suffix == b".tar":
                 found = list_tar(source, PHOTOGRAPHS, self.keeping)
             else:
                 found = list_parquet(source, self.image_column, self.keeping)
@@ -359,6 +366,19 @@ class Finder:
         self.listing.join_beside(before)
         self.listing.settle(before, distinct=distinct)
         return None
+
+    def add_zip(self, path: bytes, prefix: bytes) -> None:
+        """Add the photographs in a zip.
+
+        Raises: ImageError truncated if it is damaged, or what opening it raises.
+        """
+        for item in list_zip(os.fsdecode(path), PHOTOGRAPHS):
+            if isinstance(item, bytes):
+                self.listing.pass_over(item)
+            else:
+                name, code = item
+                url, name = member_url(name, path), prefix + name
+                self.listing.add(name, url, code, whole=name, repeats=True)
 
     def add_file(
         self, path: bytes, *, repeats: bool = False, kept: str | None = None
@@ -439,7 +459,7 @@ def is_photograph(name: bytes) -> bool:
 
 def is_other(name: bytes) -> bool:
     """Return whether a local file has no suffix of a photograph or an archive."""
-    archive = os.path.splitext(name)[1].lower() in (b".tar", b".parquet")
+    archive = os.path.splitext(name)[1].lower() in ARCHIVES
     return not (is_photograph(name) or archive) and os.path.isfile(name)
 
 
@@ -451,7 +471,7 @@ def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
     if not remote:
         return os.path.isdir(typed)
     head = os.fsencode(bare(os.fsdecode(head)))
-    if is_photograph(head) or os.path.splitext(head)[1].lower() in (b".tar", b".parquet"):
+    if is_photograph(head) or os.path.splitext(head)[1].lower() in ARCHIVES:
         return False
     return find_kind(os.fsdecode(typed)) == "folder"
 

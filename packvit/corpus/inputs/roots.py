@@ -13,7 +13,7 @@ from packvit.corpus.inputs.addresses import is_url, spell
 from packvit.corpus.inputs.listing import readable
 
 KEYS = ("path", "image_column")
-ARCHIVES = (".tar", ".parquet")
+ARCHIVES = (".tar", ".parquet", ".zip")
 ESCAPE = re.compile(rb"\\x(00|5c|[89a-f][0-9a-f])")  # what `listing.readable` writes
 
 

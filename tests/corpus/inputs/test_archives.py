@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import tarfile
+import warnings
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -356,3 +358,37 @@ def test_one_value_in_many_rows_is_not_unpacked_for_all(tmp_path: Path):
     said, peak = run.stdout.split()
     assert said == "unreadable"
     assert int(peak) < 400 << 10
+
+
+def test_a_zip_gives_its_photographs_and_error_rows_for_what_must_not_be_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number, name in enumerate(("b.png", "a/1.png", "a::b.png", "locked.png")):
+            archive.writestr(name, photo(number))
+        archive.writestr("notes.txt", "no photograph")
+        archive.writestr("bomb.png", bytes(257 << 20), compresslevel=1)
+    data = bytearray(Path("x.zip").read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"locked.png"))
+    data[entry + 8] |= 1  # the flag of encryption, in the central directory
+    Path("x.zip").write_bytes(data)
+    expected = {
+        "a/1.png": photo(1),
+        "a::b.png": "unreadable",
+        "b.png": photo(0),
+        "bomb.png": "unreadable",
+        "locked.png": "unreadable",
+    }
+    listing = list_inputs(["x.zip"])
+    assert outcome(listing) == expected
+    assert (listing.passed_over, listing.root["path"]) == ({".txt": 1}, str(tmp_path / "x.zip"))
+    for name in ("*.zip", f"file://{tmp_path}/x.zip"):
+        found = outcome(list_inputs([name]))
+        assert [*found.values()] == [*expected.values()]
+    with zipfile.ZipFile("z.zip", "w") as archive, warnings.catch_warnings(action="ignore"):
+        for _ in range(2):
+            archive.writestr("b.png", photo(0))
+    assert outcome(list_inputs(["z.zip"])) == {"b.png": photo(0), "b.png#2": photo(0)}
+    Path("y.zip").write_bytes(data[:-100])
+    assert outcome(list_inputs(["x.zip", "y.zip"]))["y.zip"] == "truncated"
