@@ -37,7 +37,7 @@ def swap_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
         def swapped(axis: Tensor, places: PatchPlaces) -> Tensor:
             return make(axis, places).roll(axis.shape[1], 1)
 
-        patch.setattr("packvit.encoder.sine_cosine", swapped)
+        patch.setattr("packvit.model.embeddings.sine_cosine", swapped)
     elif isinstance(encoder.config.rotary, AxialRotary):
         swap_rotary_axes(encoder, patch)
     else:

@@ -127,14 +127,12 @@ def test_an_installed_wheel_works_away_from_the_checkout(dist: Path, tmp_path: P
     Image.open(paths[1]).convert("RGB").save(tmp_path / "cat.jpg")
     Image.open(paths[2]).save(tmp_path / "street.png")
     example = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)[0]
-    (tmp_path / "example.py").write_text(f"{example}\nprint(packvit.__file__, cat.shape)\n")
+    (tmp_path / "example.py").write_text(f"{example}\nprint(packvit.__file__, vectors.shape)\n")
     printed = run(fresh / "bin" / "python", "example.py", cwd=tmp_path)
     said = printed.splitlines()[-1].split(maxsplit=1)  # what it prints itself, test_docs.py reads
     assert Path(said[0]) == packages / "packvit" / "__init__.py"
-    encoder = packvit.load("tiny")
-    pack = encoder.pack([tmp_path / "cat.jpg", tmp_path / "street.png"])
-    features = encoder.encode(pack.hidden_states, pack.grid_thw, taps=(0, -1))
-    assert said[1].strip() == str(features.per_image()[0].shape)
+    vectors = packvit.load("tiny").embed([tmp_path / "cat.jpg", tmp_path / "street.png"])
+    assert said[1].strip() == str(vectors.shape)
 
 
 @pytest.mark.parametrize("folder", ["packvit", "demo", "docs", "recipes", "README.md"])

@@ -29,6 +29,7 @@ Reason = Literal[
     "restart markers missing",
     "too narrow",
     "nearest filter",
+    "padding",
 ]
 # Of luma, against chroma's (1, 1): (horizontal, vertical).
 Sampling = tuple[int, int]

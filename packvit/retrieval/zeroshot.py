@@ -173,7 +173,7 @@ def score(
     Shapes: vectors [N, E], classes [L, E] -> float32 [N, L] twice.
     """
     with torch.inference_mode():
-        images = torch.tensor(vectors, device=tower.device)
+        images = torch.tensor(vectors, dtype=torch.float32, device=tower.device)
         logits = tower.logits(images, classes)
         return logits.cpu().numpy(), tower.judge(logits).cpu().numpy()
 

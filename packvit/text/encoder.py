@@ -223,7 +223,10 @@ class TextEncoder(nn.Module):
         Shapes: images [N, E], texts [M, E], vectors of the shared space, tensors or what both
         `embed` return -> [N, M].
         """
-        seen, read = (torch.as_tensor(each, device=self.device) for each in (images, texts))
+        seen, read = (
+            torch.as_tensor(each, dtype=torch.float32, device=self.device)
+            for each in (images, texts)
+        )
         scale = self.logit_scale
         if self.config.most_scale is not None:
             scale = scale.clamp(0.0, math.log(self.config.most_scale))

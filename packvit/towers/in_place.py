@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,8 +61,8 @@ class PatchTower(TowerInPlace):
         """
         grid = grid_thw.tolist()  # once a forward, as in the reference
         raster = torch.cat([square_order(*image, side=self.spatial_merge_size) for image in grid])
-        starts = torch.tensor([0, *(t * h * w for t, h, w in grid[:-1])]).cumsum(0)
-        raster += starts.repeat_interleave(torch.tensor([t * h * w for t, h, w in grid]))
+        sizes = np.array([t * h * w for t, h, w in grid])
+        raster += torch.from_numpy(np.repeat(sizes.cumsum() - sizes, sizes))
         raster = raster.to(hidden_states.device, non_blocking=True)
         patches = torch.empty_like(hidden_states)
         patches[raster] = hidden_states

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from packvit.atomic import sync
+from packvit.atomic import rename_flushed, sync
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import claim, read_manifest, writing
 from packvit.corpus.folder.names import DATA, EXPORTS, LOCK, MARK
@@ -95,9 +95,9 @@ def swap(folder: Path) -> None:
     new, old = new_of(folder), old_of(folder)
     sync(new)
     if not exchange(new, folder):
-        os.rename(folder, old)
+        rename_flushed(folder, old)
         with suppress(FileNotFoundError):  # another command has restored it
-            os.rename(new, folder)
+            rename_flushed(new, folder)
     sync(folder.parent)
 
 
@@ -126,10 +126,8 @@ def restore(folder: Path) -> None:
     new, old = new_of(folder), old_of(folder)
     if os.path.lexists(folder) or not old.is_dir():
         return
-    with writing(folder):
-        with suppress(FileNotFoundError):  # another command has done so
-            os.rename(new if is_finished(new) else old, folder)
-        sync(folder.parent)
+    with writing(folder), suppress(FileNotFoundError):  # another command has done so
+        rename_flushed(new if is_finished(new) else old, folder)
 
 
 def clean(folder: Path) -> None:

@@ -129,12 +129,14 @@ def test_a_list_without_lines_is_refused_before_it_fills_memory(tmp_path: Path, 
 
 def test_lines_are_the_same_wherever_they_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from packvit.corpus.inputs import lists
+    from packvit.corpus.inputs.kept import Keeping
 
     path = tmp_path / "x.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n\nthree\xff\nlast")
     for piece in (1, 2, 3, 7, 1000):
         monkeypatch.setattr(lists, "PIECE", piece)
-        assert [*lists.read_list(str(path), "path")] == [b"one", b"two", b"three\xff", b"last"]
+        found = [name for name, _ in lists.read_list(str(path), "path", Keeping())]
+        assert found == [b"one", b"two", b"three\xff", b"last"]
 
 
 def test_memory_is_limited_only_while_it_is_asked_for():

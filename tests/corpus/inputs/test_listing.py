@@ -50,13 +50,13 @@ def fill(count: int) -> Listing:
 def test_shards_are_drawn_one_at_a_time_and_skip_what_is_kept():
     listing = fill(2500)
     kept = {1: Commit("data/part-00001.parquet", 1024, 2, 0, 0, "")}
-    drawn = list(shards(listing, 1024, Path("out"), kept, {}))
+    drawn = list(shards(listing, range(3), 1024, Path("out"), kept, {}))
     assert [(shard.number, len(shard.inputs)) for shard in drawn] == [(0, 1024), (2, 452)]
     ids = [source.id for source in listing]
     assert ids == sorted(ids)
-    every = shards(listing, 1024, Path("out"), {}, {})
+    every = shards(listing, range(3), 1024, Path("out"), {}, {})
     assert [source.id for shard in every for source in shard.inputs] == ids
-    again = list(shards(listing, 1024, Path("out"), kept, {1: (0, 1023)}))[1]
+    again = list(shards(listing, range(3), 1024, Path("out"), kept, {1: (0, 1023)}))[1]
     assert [source.id for source in again.inputs] == [ids[1024], ids[2047]]
     assert (again.written, again.places) == (Path("out/data/part-00001.parquet"), (0, 1023))
 
