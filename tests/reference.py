@@ -91,12 +91,11 @@ KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
     ),
     "tipsv2": (Tipsv2VisionModel, Tipsv2VisionConfig, {"mlp_ratio": 1.6875}),
     "tipsv2, swiglu": (Tipsv2VisionModel, Tipsv2VisionConfig, {"use_swiglu_ffn": True}),
-    "radio": (RadioModel, RadioConfig, {"mlp_ratio": 1.5, "max_img_size": 5 * 14}),
-    "radio, swiglu": (
+    "radio": (
         RadioModel,
         RadioConfig,
         {
-            "use_swiglu_ffn": True,
+            "mlp_ratio": 1.5,
             "max_img_size": 5 * 14,
             "num_cls_tokens": 4,
             "summary_idxs": [2, 0, 3],

@@ -13,7 +13,7 @@ from typing import Any
 from packvit.checkpoints.config_json import Json, entry
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
-from packvit.checkpoints.rules import Rule, gated, layers, linear_over_channels, rename, reshape
+from packvit.checkpoints.rules import layers, linear_over_channels, rename, reshape
 from packvit.config import CLIP_STATISTICS, EncoderConfig, ImageConfig, Summary, Table
 from packvit.encoder import Encoder
 from packvit.families.dinov2_blocks import read_blocks, write_blocks
@@ -39,11 +39,7 @@ RULES = (
     rename(f"{OURS}attention_scale.scale", BLOCK + SCALE.format(half=1)),
     rename(f"{OURS}mlp_scale.scale", BLOCK + SCALE.format(half=2)),
 )
-PLAIN = layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"up": "fc1", "down": "fc2"})
-GATED = (
-    *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "weights_out"}),
-    *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "weights_in"),
-)
+MLP = layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"up": "fc1", "down": "fc2"})
 CARRIED = {
     "summary_idxs": "radio_model.summary_idxs",
     "norm_mean": "radio_model.input_conditioner.norm_mean",
@@ -114,27 +110,27 @@ def images(config: EncoderConfig) -> ImageConfig:
     return ImageConfig(config.patch, *CLIP_STATISTICS, "bicubic")
 
 
-def layout(mlp: tuple[Rule, ...]) -> Layout:
-    """Return the layout of checkpoints with one kind of MLP; heads for teachers are left."""
-    marker = mlp[0].theirs[0].format(i=0)
-    skipped = ("radio_model.adaptors",)
-    return Layout("transformers", marker, (*RULES, *mlp), read, write, CARRIED, skipped)
-
+LAYOUT = Layout(
+    "transformers",
+    MLP[0].theirs[0].format(i=0),
+    (*RULES, *MLP),
+    read,
+    write,
+    CARRIED,
+    skipped=("radio_model.adaptors",),  # heads for teachers
+)
 
 FAMILY = Family(
     name="C-RADIO",
     model_types=("radio",),
-    layouts=(layout(PLAIN), layout(GATED)),
+    layouts=(LAYOUT,),
     images=images,
     checkpoints=(
         *(f"nvidia/C-RADIOv3-{size}" for size in ("B", "L", "H")),
         *(f"nvidia/C-RADIOv4-{size}" for size in ("SO400M", "H")),
     ),
     reference=Reference(
-        variants=(
-            Variant("plain", "RadioModel", {"max_img_size": 224, "mlp_ratio": 2.0}),
-            Variant("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
-        ),
+        variants=(Variant("plain", "RadioModel", {"max_img_size": 224, "mlp_ratio": 2.0}),),
         processor="CLIPImageProcessorPil",
         processor_options={
             "do_normalize": False,

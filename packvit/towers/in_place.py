@@ -1,5 +1,6 @@
 """An encoder that is called as the vision tower of a transformers model is."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -116,7 +117,7 @@ class BatchTower(TowerInPlace):
     def forward(
         self,
         pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         **unused: Any,
     ) -> Any:
         """Return `last_hidden_state`, `pooler_output`, and `hidden_states` where asked for.
@@ -131,7 +132,9 @@ class BatchTower(TowerInPlace):
         squares = pixel_values[:, :, : rows * side, : columns * side]
         squares = squares.unflatten(3, (columns, side)).unflatten(2, (rows, side))
         patches = squares.permute(0, 2, 4, 1, 3, 5).reshape(images * rows * columns, -1)
-        taps = range(config.layers) if output_hidden_states else ()
+        # Since transformers 5.24 a model may name the layers; numbers count from the embedding.
+        wanted = output_hidden_states is not None and output_hidden_states is not False
+        taps = range(config.layers) if wanted else ()
         found = self.encoder.encode(patches, [(1, rows, columns)] * images, taps=taps)
 
         def whole(tokens: Tensor) -> Tensor:

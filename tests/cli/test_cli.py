@@ -99,7 +99,7 @@ def test_help_is_shown_for_the_short_option_too():
     """W8"""
     for name in (None, *COMMANDS):
         shown = CliRunner().invoke(main, [*([name] if name else []), "-h"])
-        assert shown.exit_code == 0
+        assert shown.exit_code == 0, (name, shown.output)
         assert "-h, --help" in shown.stdout
 
 

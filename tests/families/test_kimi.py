@@ -3,6 +3,7 @@
 import ast
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,8 +76,11 @@ def build(seed: int = 0) -> Kimi:
 def publish(kimi: Kimi, folder: Path) -> Path:
     """Write both as Kimi publishes them, beside a language model's tensors."""
     held = kimi.tower.state_dict()
-    turn = PermuteForRope(permute_layer_names=["q_proj", "k_proj"], inverse=True)
+    turn: Any = PermuteForRope(permute_layer_names=["q_proj", "k_proj"], inverse=True)
     turn.config = kimi.tower.config
+    permute = getattr(turn, "_apply", None) or partial(  # transformers 5.17, and since 5.24
+        turn._permute_for_rope, config=kimi.tower.config
+    )
     tensors: dict[str, Tensor] = {"language_model.lm_head.weight": torch.ones(2)}
     for name in ("patch_embed.proj.weight", "patch_embed.proj.bias"):
         tensors[f"vision_tower.{name}"] = held[name]
@@ -90,7 +94,7 @@ def publish(kimi: Kimi, folder: Path) -> Path:
             for theirs, published in NAMES.items():
                 tensors[f"{block}{published}.{kind}"] = held[f"layers.{layer}.{theirs}.{kind}"]
             q, k, v = (held[f"layers.{layer}.attn.{part}_proj.{kind}"] for part in "qkv")
-            tensors[f"{block}wqkv.{kind}"] = torch.cat([turn._apply(q), turn._apply(k), v])
+            tensors[f"{block}wqkv.{kind}"] = torch.cat([permute(q), permute(k), v])
     projector = {"pre_norm": "pre_norm", "in_proj": "proj.0", "out_proj": "proj.2"}
     for theirs, published in projector.items():
         layer = kimi.projector.get_submodule(theirs)

@@ -184,6 +184,7 @@ def test_gradients_of_the_whole_model_are_as_before(model_and_asked: Any):
     assert all(grad is not None and grad.abs().max() > 0 for grad in with_grad[:4])
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_train_on_our_tower_and_come_back_with_it():
     model, asked = qwen3()
     encoder = packvit.replace_tower(model)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from packvit.verification import VerifyOptions, second
 from packvit.verification.drawing import Shapes, repeated
 from packvit.verification.references import ReferenceModel, write_random
 from packvit.verification.verify import family_names, verify_variant
+from packvit.version import is_newer
 
 FAST = VerifyOptions(quick=True, lower=())
 VARIANTS = {
@@ -30,7 +32,7 @@ VARIANTS = {
 # Of these timm has no model with the same weights.
 WITHOUT = {"aimv2 native", "aimv2 headless", "qwen3_vl deepstack", "qwen3_vl plain"}
 WITHOUT |= {"qwen2_5_vl windows", "qwen2_vl plain", "kimi_k25 clips"}
-WITHOUT |= {"radio plain", "radio SwiGLU", "tipsv2 plain", "tipsv2 SwiGLU"}
+WITHOUT |= {"radio plain", "tipsv2 plain", "tipsv2 SwiGLU"}
 
 
 def written(name: str, folder: Path) -> tuple[Encoder, ReferenceModel]:
@@ -62,6 +64,9 @@ def test_a_reference_whose_images_feel_each_other_is_named():
     """transformers 5.17 runs MiniMax-M3's tower without segments: no verdict rests on it."""
     patches = list(torch.randn(3, 24, 3 * 8 * 8, generator=torch.Generator().manual_seed(0)))
     found = second.compare_leak(MiniMaxTower(), patches, 4, 6)
+    if is_newer(metadata.version("transformers"), "5.17"):  # mended by 5.24, at the latest
+        assert found.passed
+        return
     assert not found.passed
     assert found.worst > 0.1
     assert found.where == "transformers' MiniMaxTower, 4 x 6"
