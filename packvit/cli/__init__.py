@@ -12,7 +12,7 @@ from types import FrameType
 
 import click
 
-from packvit.cli.command import Mistake, mistakes_first
+from packvit.cli.command import HELP, Mistake, mistakes_first
 from packvit.out_of_memory import has_room_to_start, is_out_of_memory
 from packvit.version import VERSION
 
@@ -100,7 +100,6 @@ NO_MEMORY = (
     "Memory ran out. Choose a smaller model, or give this more memory; what bounds it here may be "
     "ulimit, a container, or the GPU."
 )
-HELP = ["-h", "--help"]  # for the commands too
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": HELP})
@@ -128,8 +127,6 @@ def help_page() -> str:
         commands[f"packvit {name}"] = command
     page = ["# Command line\n\nWritten by `help_page()`; a test fails when it is out of date.\n"]
     for name, command in commands.items():
-        shown = command.make_context(
-            name, [], resilient_parsing=True, terminal_width=88, help_option_names=HELP
-        )
+        shown = command.make_context(name, [], resilient_parsing=True, terminal_width=88)
         page.append(f"## {name}\n\n```\n{command.get_help(shown)}\n```\n")
     return "\n".join(page)

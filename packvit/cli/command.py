@@ -17,6 +17,9 @@ SUBJECT = re.compile(r"(?:^|(?<=\. ))([a-z_]+)(?= (?:is|asks|cannot|names)\b)")
 IDENTIFIER = re.compile(r"(?<![\w./\"'=-])([a-z]+(?:_[a-z]+)+)(?![\w/=\"'-]|\.\w)")
 
 
+HELP = ["-h", "--help"]
+
+
 class Mistake(click.UsageError):
     """Wrong use; only a mistake in the words of a command is followed by where its help is."""
 
@@ -44,6 +47,10 @@ def mistakes_first(ctx: click.Context) -> Iterator[None]:
 
 class Command(click.Command):
     """A command that answers mistakes in its own options' words."""
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """Return both names, also where the command is run by itself: click keeps the first."""
+        return HELP
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the options; what they get wrong is the first line."""

@@ -319,6 +319,7 @@ def test_an_index_on_the_hub_may_not_lead_out_and_its_shards_must_be_there(
     )
 
 
+@pytest.mark.soak  # it waits for the hub client's own tries
 def test_a_hub_that_cannot_be_reached_is_told_from_a_model_that_is_not_there(
     tmp_path: Path, hub: Hub
 ):

@@ -28,7 +28,7 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def test_the_summary_is_the_chosen_class_tokens_end_to_end(tmp_path: Path):
-    folder, _ = saved(tmp_path, summary_idxs=[2, 0])
+    folder, _ = saved(tmp_path, num_cls_tokens=3, summary_idxs=[2, 0])
     encoder = packvit.load(folder)
     found = encoder.encode(reference.draw_patches(GRID, encoder.config.patch_dim), GRID)
     assert found.prefix.shape == (5, 10, 64)

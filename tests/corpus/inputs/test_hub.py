@@ -171,6 +171,7 @@ def test_a_file_or_member_is_read_by_one_request_for_its_bytes_alone(hub: type[H
             assert [int(last) - int(first) + 1 for first, last in areas] == sizes
 
 
+@pytest.mark.soak  # it waits for the hub client's own tries
 def test_a_listing_that_breaks_off_is_never_taken_for_all_there_is(hub: type[Hub]):
     write_served(5)
     hub.broken.add("photos?4")
