@@ -3,9 +3,10 @@
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from packvit.checkpoints.errors import CheckpointError, NotCachedError
@@ -41,9 +42,10 @@ def download(name: str, revision: str | None, part: Part | None = None) -> Path:
         raise CheckpointError(f"The model {name!r} has no {CONFIG} on the hub{at}.")
     snapshot, commit = config.parent, config.parent.name
     fetch_image_settings(name, commit)
-    if part and part.applies(read_json(snapshot, CONFIG) or {}):
+    entries = (read_json(snapshot, CONFIG) or {}) if part else {}
+    if part and part.applies(entries):
         try:
-            if folder := download_part(name, snapshot, part):
+            if folder := download_part(name, snapshot, part, entries):
                 return folder
         except NoRangesError:
             pass  # a mirror that sends whole files alone
@@ -66,7 +68,7 @@ def download(name: str, revision: str | None, part: Part | None = None) -> Path:
     return snapshot
 
 
-def download_part(name: str, snapshot: Path, part: Part) -> Path | None:
+def download_part(name: str, snapshot: Path, part: Part, config: Mapping[str, Any]) -> Path | None:
     """Return a folder with the wanted tensors of a model, or None where the whole is wanted.
 
     Raises: CheckpointError saying what is wrong with the model or the connection.
@@ -86,7 +88,7 @@ def download_part(name: str, snapshot: Path, part: Part) -> Path | None:
         return fetch_range(name, file, commit, start, end)
 
     def choose_names(names: Collection[str]) -> Collection[str]:
-        return part.wanted(read_json(snapshot, CONFIG) or {}, names)
+        return part.wanted(config, names)
 
     try:
         chosen = choose(request, None, WEIGHTS, choose_names)
@@ -126,10 +128,7 @@ def fetch_range(
 
     try:
         if constants.HF_HUB_OFFLINE:
-            raise NotCachedError(
-                f"{file} of {name!r} is not in the cache, and HF_HUB_OFFLINE forbids to download "
-                "it. Unset it for one run, or give a folder."
-            )
+            raise NotCachedError(explain_offline(name, file))
         with http_stream_backoff(
             "GET",
             hf_hub_url(name, file, revision=commit),
@@ -252,10 +251,7 @@ def explain(error: Exception, name: str, file: str, revision: str | None) -> str
     log_in = 'log in with "hf auth login" or set HF_TOKEN'
     if isinstance(error, errors.LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
-            return (
-                f"{file} of {name!r} is not in the cache, and HF_HUB_OFFLINE forbids to download "
-                "it. Unset it for one run, or give a folder."
-            )
+            return explain_offline(name, file)
         if not isinstance(error.__cause__, errors.HfHubHTTPError):
             return (
                 f"The hub cannot be reached, and {file} of {name!r} is not in the cache. Check the "
@@ -285,6 +281,14 @@ def explain(error: Exception, name: str, file: str, revision: str | None) -> str
     return (
         f"{file} of {name!r} could not be downloaded ({reason}). Check the network and the disk of "
         "the cache, then try again."
+    )
+
+
+def explain_offline(name: str, file: str) -> str:
+    """Return what to do about a file that is neither here nor may be asked for."""
+    return (
+        f"{file} of {name!r} is not in the cache, and HF_HUB_OFFLINE forbids to download "
+        "it. Unset it for one run, or give a folder."
     )
 
 

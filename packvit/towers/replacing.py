@@ -38,18 +38,17 @@ def replace_tower(model: nn.Module) -> Encoder:
 
     Raises: ValueError where there is no such tower, or more than one; CheckpointError.
     """
-    found = [slot for slot in slots(model) if family_of(slot.module)]
-    if any(isinstance(slot.module, TowerInPlace) for slot in slots(model)):
+    held = slots(model)
+    if any(isinstance(slot.module, TowerInPlace) for slot in held):
         raise ValueError("The model's vision tower is one of packvit's already.")
+    found = [(slot, family) for slot in held if (family := family_of(slot.module))]
     if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} holds {len(found)} vision towers that packvit runs, and must "
             f"hold one. It runs: {', '.join(KINDS)}."
         )
-    [slot] = found
+    [(slot, family)] = found
     tower: Any = slot.module
-    family = family_of(tower)
-    assert family is not None
     kind = KINDS[type(tower).__name__]
     kind.check(model)
     encoder = family.from_transformers(
