@@ -11,7 +11,6 @@ import csv
 import random
 import sys
 import time
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from packvit.text.packs import TextPack
 from packvit.text.saving import save_towers
 from packvit.training import sharding
 from packvit.training.blocks import checkpoint_activations, freeze
-from recipes.distil import check_same, open_log, schedule
+from recipes.distil import check_same, open_log, read_settings, schedule
 from recipes.sigmoid import sigmoid_loss
 
 
@@ -72,10 +71,7 @@ class Towers(nn.Module):
 
 def main(path: str) -> None:
     """Train, log and save as a configuration file says."""
-    try:
-        settings = Settings(**tomllib.loads(Path(path).read_text()))
-    except (OSError, TypeError, tomllib.TOMLDecodeError) as error:
-        sys.exit(f"{path} cannot be used: {error}. recipes/contrast.toml shows every entry.")
+    settings = read_settings(Settings, path, "recipes/contrast.toml")
     device = sharding.start()
     own = sharding.own(settings.batch)
     torch.manual_seed(settings.seed)

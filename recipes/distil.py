@@ -13,12 +13,12 @@ import math
 import sys
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from packvit.training import sharding
 from packvit.training.blocks import checkpoint_activations, freeze
 from packvit.training.sampling import Step, count_tokens, plan_steps
 
+Chosen = TypeVar("Chosen")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 COLUMNS = ("step", "loss", "tokens", "rate", "seconds")
 
@@ -72,10 +73,7 @@ class Student(nn.Module):
 
 def main(path: str) -> None:
     """Train, log and save as a configuration file says."""
-    try:
-        settings = Settings(**tomllib.loads(Path(path).read_text()))
-    except (OSError, TypeError, tomllib.TOMLDecodeError) as error:
-        sys.exit(f"{path} cannot be used: {error}. recipes/distil.toml shows every entry.")
+    settings = read_settings(Settings, path, "recipes/distil.toml")
     device = sharding.start()
     own = sharding.own(settings.shares)
     half = torch.bfloat16 if settings.bf16 else torch.float32
@@ -176,6 +174,14 @@ def find_photographs(settings: Settings, teacher: Encoder) -> tuple[list[Path], 
     if not files:
         sys.exit(f"There is no photograph in {', '.join(settings.photographs)}.")
     return files, lengths
+
+
+def read_settings(kind: Callable[..., Chosen], path: str, example: str) -> Chosen:
+    """Return what a configuration file chooses, or exit naming a file that shows every entry."""
+    try:
+        return kind(**tomllib.loads(Path(path).read_text()))
+    except (OSError, TypeError, tomllib.TOMLDecodeError) as error:
+        sys.exit(f"{path} cannot be used: {error}. {example} shows every entry.")
 
 
 def check_same(path: Path, settings: Mapping[str, Any]) -> None:
