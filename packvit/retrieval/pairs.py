@@ -1,12 +1,12 @@
 """All pairs of rows whose cosine reaches a threshold: exact, in blocks, with bounded memory.
 
-Most pairs are ruled out by a few dimensions. With P an orthonormal basis of M of them, and r(u) what
-is left of the length of u, the head h(u) = (Pu, r(u)) is as long as u, and u . v <= h(u) . h(v): one
-product of M + 1 columns. It says that the distance of two vectors is at least that of their heads.
+Most pairs are ruled out by a few dimensions. With P an orthonormal basis of M of them, and r(u)
+what is left of the length of u, the head h(u) = (Pu, r(u)) is as long as u, and u . v is at most
+h(u) . h(v), a product of M + 1 columns: two vectors are at least as far apart as their heads.
 
-Heads are rounded to bfloat16, whose products many CPUs compute four times as fast. No head moves by
-more than d, so h(u) . h(v) is at most the product of the rounded heads plus 2d + d^2. The pairs that
-reach the threshold there are compared in full.
+Heads are rounded to bfloat16, whose products many CPUs compute four times as fast. No head moves
+by more than d, so h(u) . h(v) is at most the product of the rounded heads plus 2d + d^2. The pairs
+that reach the threshold there are compared in full.
 """
 
 import time
