@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # workers that decode read this file, and never torch
     import torch
 
 Norm = Literal["rms", "layer"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 PatchOrder = Literal["hwc", "chw"]
 TableResize = Literal[
@@ -271,13 +271,17 @@ class TextConfig(TransformerConfig):
     vocabulary: int
     positions: int
     causal: bool = True  # a token attends to itself and those before it
-    # Which token of a text is pooled: the first that is `end`, the first of the largest id, or the
-    # last.
-    pool: Literal["end", "largest", "last"] = "end"
+    # Which token of a text is pooled: the first that is `end`, the first of the largest id, the
+    # last, or all of them, by their mean.
+    pool: Literal["end", "largest", "last", "mean"] = "end"
     end: int = 0
     padded: bool = False  # texts are filled up to `positions` tokens, which all take part
     head: int | None = None  # width of a matrix with a bias over the pooled token
     projection: int | None = None  # width of one without, into the space shared with images
+    sinusoids: bool = False  # for positions, instead of a table that is learned
+    scaled_tokens: bool = False  # a token's row is multiplied by the root of the width
+    scaled: bool = True  # has a scale of logits; a tower that was saved alone has none
+    first_scale: float | None = None  # its logarithm, where the checkpoint may not hold it
     logit_bias: bool = False  # beside the scale: pairs are judged one by one, by a sigmoid
     most_scale: float | None = None  # what the scale of logits is clamped to
 
