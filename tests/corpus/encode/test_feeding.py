@@ -27,7 +27,8 @@ from packvit.corpus.folder.parts import Outputs
 from packvit.corpus.folder.resume import differences
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.find import Input, list_inputs
-from packvit.corpus.settings import EmbedOptions, describe_job
+from packvit.corpus.manifest import describe_job
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
