@@ -16,7 +16,8 @@ from packvit.config import GridPolicy
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.addresses import check_local
-from packvit.corpus.inputs.find import Input, list_inputs
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import Input
 from packvit.corpus.job import MOST_WORKERS, count_cpus
 from packvit.corpus.loading import load_encoder
 from packvit.corpus.progress import Tally, Tell
