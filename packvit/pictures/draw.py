@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from packvit.atomic import write_whole
-from packvit.config import GridPolicy
+from packvit.config import GridPolicy, LoadOptions
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.addresses import check_local
@@ -97,9 +97,8 @@ def draw(
     if folder:
         model, revision = model or manifest["model"], revision or manifest["revision"]
         options, positions = options_of(manifest), manifest["positions"]
-    encoder, _ = load_encoder(
-        ModelChoice(model=model, device=device, revision=revision, positions=positions)
-    )
+    loading = LoadOptions(device=device, positions=positions)
+    encoder, _ = load_encoder(ModelChoice(model=model, revision=revision, options=loading))
     if folder:
         check_model(encoder, manifest, folder)
     tally = Tally(len(inputs), progress)
