@@ -30,6 +30,7 @@ from packvit.corpus.inputs.retries import find_status, persist
 from packvit.corpus.inputs.roots import record_root
 from packvit.corpus.inputs.sources import Input as Input
 from packvit.corpus.inputs.tars import Beside, list_tar
+from packvit.corpus.inputs.unpacking import is_packed
 from packvit.corpus.inputs.zips import list_zip, member_url
 from packvit.images.decode import ImageError, find_file
 
@@ -37,7 +38,7 @@ from packvit.images.decode import ImageError, find_file
 SUFFIXES = b".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .hif".split()
 PHOTOGRAPHS = frozenset(SUFFIXES)
 ARCHIVES = (b".tar", b".parquet", b".zip")
-COMPRESSED = re.compile(rb"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
+UNREAD = re.compile(rb"\.tar\.(z|lz|lz4|lzma|lzo|br|7z|rar)$", re.IGNORECASE)
 # What comes with the photographs of a folder. Source: datasets 4, folder_based_builder.py.
 METADATA = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
 
@@ -313,12 +314,12 @@ class Finder:
         Raises: ImageError missing or unreadable for a URL of an archive that lists nothing.
         """
         name = os.fsencode(bare(os.fsdecode(path)))
-        if COMPRESSED.search(name):
+        if UNREAD.search(name):
             raise UsageError(
-                f"{shown(path)} is compressed, so its members cannot be read in place. "
-                "Decompress it to a .tar, which is about as large: photographs hardly compress."
+                f"{shown(path)} is compressed in a way that is not read: gzip, bzip2, xz and zstd "
+                "are. Decompress it to a .tar, which is about as large."
             )
-        suffix = os.path.splitext(name)[1].lower()
+        suffix = suffix_of(name)
         remote = is_url(os.fsdecode(path))
         if suffix not in ARCHIVES or not (remote or find_obstacle(path) is None):
             return self.add_file(path)
@@ -457,9 +458,14 @@ def is_photograph(name: bytes) -> bool:
     return os.path.splitext(name)[1].lower() in PHOTOGRAPHS
 
 
+def suffix_of(name: bytes) -> bytes:
+    """Return the suffix of a name in lower case; that of a compressed tar is a tar's."""
+    return b".tar" if is_packed(os.fsdecode(name)) else os.path.splitext(name)[1].lower()
+
+
 def is_other(name: bytes) -> bool:
     """Return whether a local file has no suffix of a photograph or an archive."""
-    archive = os.path.splitext(name)[1].lower() in ARCHIVES
+    archive = suffix_of(name) in ARCHIVES
     return not (is_photograph(name) or archive) and os.path.isfile(name)
 
 
@@ -471,7 +477,7 @@ def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
     if not remote:
         return os.path.isdir(typed)
     head = os.fsencode(bare(os.fsdecode(head)))
-    if is_photograph(head) or os.path.splitext(head)[1].lower() in ARCHIVES:
+    if is_photograph(head) or suffix_of(head) in ARCHIVES:
         return False
     return find_kind(os.fsdecode(typed)) == "folder"
 

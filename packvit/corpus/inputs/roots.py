@@ -11,9 +11,10 @@ from typing import Any
 
 from packvit.corpus.inputs.addresses import is_url, spell
 from packvit.corpus.inputs.listing import readable
+from packvit.corpus.inputs.unpacking import SUFFIXES
 
 KEYS = ("path", "image_column")
-ARCHIVES = (".tar", ".parquet", ".zip")
+ARCHIVES = (".tar", ".parquet", ".zip", *SUFFIXES)
 ESCAPE = re.compile(rb"\\x(00|5c|[89a-f][0-9a-f])")  # what `listing.readable` writes
 
 
@@ -58,5 +59,5 @@ def written(name: str) -> bytes:
 
 
 def is_archive(path: str) -> bool:
-    """Return whether a name is a tar's or a Parquet file's."""
+    """Return whether a name is an archive's."""
     return path.lower().endswith(ARCHIVES)
