@@ -11,10 +11,9 @@ from typing import Any
 
 from packvit.corpus.inputs.addresses import is_url, spell
 from packvit.corpus.inputs.listing import readable
-from packvit.corpus.inputs.unpacking import SUFFIXES
+from packvit.corpus.inputs.suffixes import is_archive
 
 KEYS = ("path", "image_column")
-ARCHIVES = (".tar", ".parquet", ".zip", *SUFFIXES)
 ESCAPE = re.compile(rb"\\x(00|5c|[89a-f][0-9a-f])")  # what `listing.readable` writes
 
 
@@ -56,8 +55,3 @@ def place(root: str, name: str) -> str:
 def written(name: str) -> bytes:
     """Return the bytes that `readable` made text of."""
     return ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), os.fsencode(name))
-
-
-def is_archive(path: str) -> bool:
-    """Return whether a name is an archive's."""
-    return path.lower().endswith(ARCHIVES)

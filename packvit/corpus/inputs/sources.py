@@ -14,7 +14,8 @@ from packvit.corpus.inputs.cells import Cell as Cell
 from packvit.corpus.inputs.cells import read_cell
 from packvit.corpus.inputs.reader import read_part_of_url, read_url
 from packvit.corpus.inputs.retries import persist
-from packvit.corpus.inputs.unpacking import Spent, is_packed, read_packed
+from packvit.corpus.inputs.suffixes import is_packed
+from packvit.corpus.inputs.unpacking import Spent, read_packed
 from packvit.images.decode import MAX_BYTES, ImageError, read_file
 
 

@@ -15,7 +15,8 @@ from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.kept import Keeping, read_member
 from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.sources import Cell, Member
-from packvit.corpus.inputs.unpacking import Unpacked, is_packed
+from packvit.corpus.inputs.suffixes import is_packed
+from packvit.corpus.inputs.unpacking import Unpacked
 from packvit.images.decode import ImageError
 
 # A sample's key: its path up to the first dot of its name. Source: webdataset 1.0, tariterators.py.

@@ -21,22 +21,16 @@ from typing import Any
 
 from packvit.corpus import WriteError
 from packvit.corpus.inputs import limits
-from packvit.corpus.inputs.addresses import bare, is_url
+from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.reader import open_source, open_stream, unreadable
 from packvit.images.decode import ImageError, find_file
 
-SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 PIECE = 1 << 20  # bytes that are unpacked at once
 STEP = 4096  # of which so many are asked for at once: those before a damage are lost
 SPENT_SECONDS = 0.25  # that are told at once
 
 # Called with the seconds that unpacking a piece took, which are no single image's.
 Spent = Callable[[float], None]
-
-
-def is_packed(path: str) -> bool:
-    """Return whether a path or URL is called like a compressed tar."""
-    return bare(path).lower().endswith(SUFFIXES)
 
 
 def open_zstd(file: Any) -> Any:
