@@ -20,6 +20,7 @@ from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
 from packvit.model.memory import peak
+from packvit.packs.checks import count_from_front
 
 # Rows of a part, a power of two. 64 are about a minute of a large model on a CPU, and with 1,000
 # tokens of 1,024 float16 each a part of 131 MB.
@@ -141,7 +142,9 @@ def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
     """
     images, positions, resize = encoder.images, encoder.config.positions, options.resize
     try:
-        layers = tuple(sorted({encoder.check_layer(layer) for layer in options.taps}))
+        layers = tuple(
+            sorted({count_from_front(layer, encoder.config.layers) for layer in options.taps})
+        )
         plans = [  # of two photographs whose grids only a fixed size makes equal
             resize_plan(*size, images, resize=resize, max_patches=options.max_patches)
             for size in ((600, 900), (3000, 1000))
@@ -170,7 +173,7 @@ def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
             f"An image may have {most} patches, but token_budget lets a pack hold "
             f"{options.token_budget}. Raise token_budget, or lower max_patches."
         )
-    return replace(options, resize=resize, max_patches=max_patches, taps=layers)
+    return replace(options, resize=resize, max_patches=max_patches, taps=tuple(sorted(layers)))
 
 
 def typical_patches(encoder: Encoder, options: EmbedOptions) -> int:
