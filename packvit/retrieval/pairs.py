@@ -63,7 +63,8 @@ def find_pairs(unit: np.ndarray, threshold: float, device: torch.device, tell: T
         if count > MOST_PAIRS:
             raise UsageError(
                 f"More than {MOST_PAIRS:,} pairs of photographs have a cosine of {threshold:g} or "
-                "more, which are not groups of copies. Raise `threshold`."
+                "more, which are not groups of copies. Raise `threshold`, or leave out photographs "
+                "that are all alike, such as placeholders."
             )
         found.append((left[kept], right[kept], scores))
     empty = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))

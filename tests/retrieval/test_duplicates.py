@@ -139,6 +139,25 @@ def test_a_chain_of_which_only_neighbours_are_alike_is_not_one_group(tmp_path: P
             assert vectors[a] @ vectors[b] >= 0.99
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows_and_rows_without_a_vector_are_no_groups(tmp_path: Path, rows: int):
+    vectors = np.random.default_rng(1).standard_normal((rows, 8)).astype(np.float32)
+    blank = np.full_like(vectors, np.nan)
+    for name, drawn in (("few", vectors), ("broken", blank), ("zero", np.zeros_like(vectors))):
+        folder = write_folder(tmp_path / name, [(drawn_rows(0, rows), drawn)], 8)
+        found = find_duplicates(folder, pixels=False)
+        assert (found.groups, found.rows) == ((), rows)
+
+
+def test_rows_that_are_not_finite_are_left_out(tmp_path: Path):
+    vectors = np.random.default_rng(1).standard_normal((6, 8)).astype(np.float32)
+    vectors[2], vectors[4], vectors[5, 0] = np.nan, 0, np.inf
+    vectors[3] = 2 * vectors[1]
+    folder = write_folder(tmp_path / "some", [(drawn_rows(0, 6), vectors)], 8)
+    [group] = find_duplicates(folder, pixels=False, keep="first").groups
+    assert [member.id[-5] for member in group] == ["1", "3"]
+
+
 def test_so_many_pairs_that_they_are_no_copies_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pairs_module, "MOST_PAIRS", 1000)
     with pytest.raises(UsageError, match="More than 1,000 pairs of photographs have a cosine"):
