@@ -20,7 +20,7 @@ from packvit.config import ImageConfig
 from packvit.corpus.decode.prepare import Preprocessing
 from packvit.corpus.decode.processes import Worker
 from packvit.corpus.folder.checking import check_folder
-from packvit.corpus.inputs.find import Input
+from packvit.corpus.inputs.sources import Input
 
 pytestmark = pytest.mark.soak
 
