@@ -55,7 +55,7 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
         raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
     try:
         if find_device(choice.device).type == "cuda":
-            from packvit.fast.caches import import_ahead  # kernels, which a GPU alone has
+            from packvit.fast.imports import import_ahead  # kernels, which a GPU alone has
 
             import_ahead()
         options = LoadOptions(

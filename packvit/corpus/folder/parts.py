@@ -150,9 +150,7 @@ def make_column(values: Sequence[str | int | None], kind: pa.DataType) -> pa.Arr
     return pa.Array.from_buffers(kind, len(values), buffers)
 
 
-def make_numbers(
-    values: np.ndarray, kind: pa.DataType, given: pa.Buffer | None = None
-) -> pa.Array:
+def make_numbers(values: np.ndarray, kind: pa.DataType, given: pa.Buffer | None = None) -> pa.Array:
     """Return numbers as a column without a copy where they have its type; `given` has their bits.
 
     Shapes: values [N].
