@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -11,6 +10,7 @@ from packvit.model.attention import Backend
 from packvit.model.layers import MLP
 from packvit.model.linear import Linear, affine
 from packvit.model.norms import Tokens, norm
+from packvit.model.parameters import drawn
 from packvit.packs.segments import Segments
 
 Pooled = Float[Tensor, "S D"]
@@ -22,7 +22,7 @@ class QueryPool(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.query = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        self.query = drawn(config.width)
         self.kv = Linear(config.width, 2 * config.width, bias=bool(config.qkv_bias))
         self.out = Linear(config.width, config.width)
 
@@ -39,7 +39,7 @@ class ProbePool(nn.Module):
         super().__init__()
         own = config.probe or Probe(config.heads, config.mlp_width)
         self.heads = own.heads
-        self.probe = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        self.probe = drawn(config.width)
         self.qkv: nn.Module = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
         self.norm = norm(config)

@@ -40,7 +40,8 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_package_is_run_whole_only_once_something_of_its_own_is_asked_for() -> None:
     import_sparing("attention_kernels", "operators", first=("operators.patches",))
     found = sys.modules["attention_kernels"]
-    assert found.ROWS == 3 and found.AFTER_PATCHES
+    assert found.ROWS == 3
+    assert found.AFTER_PATCHES
     assert "operators_compiler" not in sys.modules
 
     from operators import softmax  # pyright: ignore[reportMissingImports]
@@ -54,7 +55,8 @@ def test_a_package_that_is_imported_already_is_taken_as_it_is() -> None:
     import operators  # pyright: ignore[reportMissingImports]
 
     import_sparing("attention_kernels", "operators", first=("operators.patches",))
-    assert sys.modules["operators"] is operators and callable(operators.softmax)
+    assert sys.modules["operators"] is operators
+    assert callable(operators.softmax)
 
 
 @pytest.mark.skipif(
