@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from packvit.config import GridPolicy
+from packvit.config import GridPolicy, LoadOptions
 from packvit.corpus import UsageError
 from packvit.corpus.completing import choose_codes
 from packvit.corpus.decode.prepare import Decode
@@ -139,15 +139,17 @@ def embed(
         image_column=image_column,
         keep=check_keep(keep),
     )
-    choice = ModelChoice(
-        model=model,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        revision=revision,
-        positions=positions,
-        invariant=invariant,
-    )
+    try:
+        loading = LoadOptions(
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            positions=positions,
+            invariant=invariant,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    choice = ModelChoice(model=model, revision=revision, options=loading)
     options = EmbedOptions(
         resize=resize,
         max_patches=max_patches,
