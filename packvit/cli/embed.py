@@ -73,7 +73,7 @@ def split_names(
     metavar="NAMES",
     callback=split_names,
     help="Also write these columns that come with the photographs, such as caption,label: of the "
-    ".json, .txt and .cls beside them in a tar, of Parquet files of images, of tables of paths, "
+    ".json, .txt and .cls beside them, of Parquet files of images, of tables of paths, "
     "and of a folder's metadata.jsonl or .csv.",
 )
 @click.option("--out", required=True, help="The feature folder to create or to resume.")
