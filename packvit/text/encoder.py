@@ -21,6 +21,7 @@ from packvit.model.device import current
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear
 from packvit.model.norms import norm
+from packvit.model.parameters import drawn
 from packvit.packs.grid import to_device
 from packvit.packs.planning import plan_packs
 from packvit.packs.segments import Segments
@@ -40,8 +41,7 @@ class TextEmbeddings(nn.Module):
         if config.sinusoids:
             self.register_buffer("positions", sinusoids(config), persistent=False)
         else:
-            drawn = torch.empty(config.positions, config.width).normal_(std=0.02)
-            self.positions = nn.Parameter(drawn)
+            self.positions = drawn(config.positions, config.width)
 
     def forward(self, input_ids: Int[Tensor, " T"], places: Int[Tensor, " T"]) -> Tensor:
         """Embed T tokens; `places` counts them within their text. Shapes: -> [T, D]."""
