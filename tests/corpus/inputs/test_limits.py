@@ -154,7 +154,8 @@ OPENERS = {
     "checkpoints/folders.py": {"read_bytes"},  # of files that `find_file` found in their folder
     "checkpoints/downloads.py": {"hf_hub_download", "http_stream_backoff"},
     "checkpoints/ranges.py": {"read_bytes"},  # of small files that were downloaded
-    "checkpoints/files.py": {"safe_open", "path.open"},
+    "checkpoints/files.py": {"path.open"},
+    "checkpoints/tensors.py": {"safe_open", "path.open"},
 }
 CALLS = {"open", "url_to_fs", "read_bytes", "read_text", "safe_open", "urlopen"}
 CALLS |= {"hf_hub_download", "http_stream_backoff", "http_backoff", "get_session"}
