@@ -2,10 +2,11 @@
 
 from operator import index
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from packvit.config import EncoderConfig
+from packvit.config import EncoderConfig, VideoRotary
 
 
 def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.device) -> None:
@@ -38,6 +39,61 @@ def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.de
             f"hidden_states is on {hidden_states.device}, but the encoder is on {device}. "
             f'Move it: hidden_states.to("{device}").'
         )
+
+
+def read_positions(
+    patch_positions: object, config: EncoderConfig, family: str, patches: int, device: torch.device
+) -> Tensor:
+    """Check where the caller says that patches stand, and return it on `device`.
+
+    On a device it is copied to the host once, which waits for it.
+
+    Shapes: [T, 3], any integer dtype -> [T, 3] int64.
+    Raises: ValueError for another shape, or naming the first place that there is not; TypeError
+    for what holds no numbers.
+    """
+    frames = check_video(config, family).frames
+    if not isinstance(patch_positions, Tensor | np.ndarray):
+        raise TypeError(
+            f"patch_positions is a {type(patch_positions).__name__}, but must be a tensor or an "
+            "array [T, 3] of integers: (time, row, column) of each patch."
+        )
+    places = torch.as_tensor(patch_positions)
+    if places.shape != (patches, 3):
+        raise ValueError(
+            f"patch_positions is {list(places.shape)}, but must be [{patches}, 3]: (time, row, "
+            "column) of each patch of hidden_states."
+        )
+    if places.is_floating_point() or places.is_complex() or places.dtype == torch.bool:
+        raise ValueError(
+            f"patch_positions holds {places.dtype}, but must hold integers. Round it down: "
+            "patch_positions.long()."
+        )
+    host = places.to("cpu", torch.int64)
+    wrong = (host < 0).any(1)
+    if frames is not None:
+        wrong |= host[:, 0] >= frames
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        times = "" if frames is None else f", and times end at {frames - 1}"
+        raise ValueError(
+            f"patch_positions[{first}] is {tuple(host[first].tolist())}, but (time, row, column) "
+            f"count from 0{times}."
+        )
+    return places.to(device, torch.int64, non_blocking=True)
+
+
+def check_video(config: EncoderConfig, family: str) -> VideoRotary:
+    """Return the positions of an encoder whose patches have places in time.
+
+    Raises: ValueError for any other encoder.
+    """
+    if not isinstance(config.rotary, VideoRotary):
+        raise ValueError(
+            f"patch_positions says where each patch stands, which this {family} checkpoint takes "
+            "from grid_thw alone. Leave it out."
+        )
+    return config.rotary
 
 
 def check_projected(config: EncoderConfig, family: str, pooled: bool = True) -> None:

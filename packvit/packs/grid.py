@@ -15,8 +15,8 @@ GridLike = Tensor | np.ndarray | Sequence[Sequence[int]]
 ROW_MEANING = "Each row of grid_thw is (frames, rows, columns) counted in patches, not pixels."
 
 
-def read_grid(grid_thw: GridLike, *, patches: int) -> Grid:
-    """Check `grid_thw` against the number of patches and return its rows as host ints.
+def read_grid(grid_thw: GridLike, *, patches: int | None) -> Grid:
+    """Check `grid_thw` against the number of patches, if any, and return its rows as host ints.
 
     On the host this is free; a grid on a device is copied once, and the host waits for it.
 
@@ -37,7 +37,7 @@ def read_grid(grid_thw: GridLike, *, patches: int) -> Grid:
         if min(row) < 1:
             raise ValueError(f"grid_thw[{image}] is {row}; every count is 1 or more. {ROW_MEANING}")
     described = sum(frames * rows * columns for frames, rows, columns in grid)
-    if described != patches:
+    if patches is not None and described != patches:
         raise ValueError(
             f"hidden_states holds {patches} patches, but grid_thw describes {described} "
             f"({len(grid)} images). {ROW_MEANING}"
