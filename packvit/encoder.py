@@ -178,7 +178,7 @@ class Encoder(nn.Module):
         projected: bool = False,
         merged: bool = False,
         projection: bool | None = None,
-        patch_positions: Tensor | np.ndarray | None = None,
+        patch_positions: GridLike | None = None,
     ) -> Features:
         """Return everything the encoder says about a pack, or about what `forward` takes.
 
@@ -245,7 +245,7 @@ class Encoder(nn.Module):
         hidden_states: Tensor,
         grid_thw: GridLike,
         taps: Collection[int] = (),
-        patch_positions: Tensor | np.ndarray | None = None,
+        patch_positions: GridLike | None = None,
     ) -> TrunkOutput:
         """Check what came in, and run it through the trunk."""
         check_patches(hidden_states, self.config, self.device)
@@ -253,10 +253,10 @@ class Encoder(nn.Module):
         backend = resolve(self.backend, self.attention_inputs)
         if self.compiled:
             backend = opaque(backend)
-        given = patch_positions
-        if given is not None:
+        given = None
+        if patch_positions is not None:
             patches, name = len(hidden_states), self.family.name
-            given = read_positions(given, self.config, name, patches, self.device)
+            given = read_positions(patch_positions, self.config, name, patches, self.device)
         plan = plan_forward(self.config, grid, backend, taps, self.device, given)
         values = self.to_values(hidden_states)
         if self.fast is None or self.compiled:  # what is compiled is fused by the compiler

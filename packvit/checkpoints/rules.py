@@ -190,7 +190,7 @@ def bind(rules: Sequence[Rule], heads: int) -> tuple[Rule, ...]:
 
 
 def neighbours(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """The weights and biases of q, k and v, in one matrix or three, whose angles turn neighbours."""
+    """Weights and biases of q, k and v, of one name or of three, whose angles turn neighbours."""
     return tuple(replace(rule, pairs=True) for rule in layers("", "", {ours: theirs}))
 
 

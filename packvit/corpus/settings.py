@@ -11,7 +11,14 @@ import torch
 
 from packvit import hub
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import EncoderConfig, GridPolicy, LoadOptions, MostPatches, Table
+from packvit.config import (
+    EncoderConfig,
+    GridPolicy,
+    ImageConfig,
+    LoadOptions,
+    MostPatches,
+    Table,
+)
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
@@ -282,7 +289,7 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "config": asdict(encoder.config),
         "positions": "interpolate" if encoder.embeddings.interpolate else "checkpoint",
         "preprocessing": {
-            **asdict(encoder.images),
+            **without_clips(encoder.images),
             "resize": options.resize,
             "max_patches": options.max_patches,
             "max_pixels": options.max_pixels,
@@ -307,6 +314,11 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "rows_per_part": options.rows_per_part,
         "versions": {package: version_of(package) for package in ("packvit", *NUMBERS_FROM)},
     }
+
+
+def without_clips(images: ImageConfig) -> dict[str, Any]:
+    """Return how images are prepared; a job has no clips, so how theirs are decides nothing."""
+    return {name: value for name, value in asdict(images).items() if name != "frame_sizing"}
 
 
 def pooled_from(config: EncoderConfig) -> str:

@@ -2,11 +2,13 @@
 
 from operator import index
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from packvit.config import EncoderConfig, VideoRotary
+from packvit.packs.grid import GridLike, as_tensor
+
+PLACE_MEANING = "Each row of patch_positions is (time, row, column) of a patch."
 
 
 def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.device) -> None:
@@ -42,7 +44,11 @@ def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.de
 
 
 def read_positions(
-    patch_positions: object, config: EncoderConfig, family: str, patches: int, device: torch.device
+    patch_positions: GridLike,
+    config: EncoderConfig,
+    family: str,
+    patches: int,
+    device: torch.device,
 ) -> Tensor:
     """Check where the caller says that patches stand, and return it on `device`.
 
@@ -53,21 +59,15 @@ def read_positions(
     for what holds no numbers.
     """
     frames = check_video(config, family).frames
-    if not isinstance(patch_positions, Tensor | np.ndarray):
-        raise TypeError(
-            f"patch_positions is a {type(patch_positions).__name__}, but must be a tensor or an "
-            "array [T, 3] of integers: (time, row, column) of each patch."
-        )
-    places = torch.as_tensor(patch_positions)
+    places = as_tensor(patch_positions, "patch_positions", PLACE_MEANING)
     if places.shape != (patches, 3):
         raise ValueError(
-            f"patch_positions is {list(places.shape)}, but must be [{patches}, 3]: (time, row, "
-            "column) of each patch of hidden_states."
+            f"patch_positions is {list(places.shape)}, but must be [{patches}, 3], as there are "
+            f"{patches} patches. {PLACE_MEANING}"
         )
     if places.is_floating_point() or places.is_complex() or places.dtype == torch.bool:
         raise ValueError(
-            f"patch_positions holds {places.dtype}, but must hold integers. Round it down: "
-            "patch_positions.long()."
+            f"patch_positions holds {places.dtype}, but must hold integers. {PLACE_MEANING}"
         )
     host = places.to("cpu", torch.int64)
     wrong = (host < 0).any(1)

@@ -45,19 +45,19 @@ def read_grid(grid_thw: GridLike, *, patches: int | None) -> Grid:
     return grid
 
 
-def as_tensor(grid_thw: GridLike) -> Tensor:
-    """Return a grid given as a list or an array as a tensor on the host.
+def as_tensor(rows: GridLike, name: str = "grid_thw", meaning: str = ROW_MEANING) -> Tensor:
+    """Return rows of numbers given as a list or an array as a tensor on the host.
 
     Raises: TypeError for what holds no numbers.
     """
-    if isinstance(grid_thw, Tensor):
-        return grid_thw
+    if isinstance(rows, Tensor):
+        return rows
     try:
-        return torch.from_numpy(np.array(grid_thw))
+        return torch.from_numpy(np.array(rows))
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"grid_thw is {grid_thw!r}, but must be a tensor, an array or a list of rows of three "
-            f"whole numbers. {ROW_MEANING}"
+            f"{name} is {rows!r}, but must be a tensor, an array or a list of rows of three "
+            f"whole numbers. {meaning}"
         ) from error
 
 
