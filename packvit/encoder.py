@@ -6,6 +6,7 @@ arguments. Segments and places are worked out here, once, on the host.
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Literal, TypeVar, Unpack
 from warnings import warn
 
@@ -18,8 +19,7 @@ from packvit.checkpoints import saving
 from packvit.checkpoints.description import describe
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.in_memory import read_model
-from packvit.checkpoints.layouts import Family, LayoutName, image_tower
-from packvit.checkpoints.parameters import fill_parameters
+from packvit.checkpoints.layouts import Family, LayoutName, check_family, image_tower
 from packvit.config import (
     EncoderConfig,
     GridPolicy,
@@ -34,23 +34,23 @@ from packvit.images.decode import Source
 from packvit.images.patches import Cutting
 from packvit.images.resize import Resize
 from packvit.model.attention import AttentionInputs, opaque, resolve
-from packvit.model.device import current, find_device, find_dtype
+from packvit.model.building import build
+from packvit.model.device import current
 from packvit.model.embeddings import PatchEmbeddings, to_values
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear, make_invariant
-from packvit.model.memory import check_room
 from packvit.model.merging import Mergers
 from packvit.model.norms import norm
-from packvit.model.pooling import pooling_head
+from packvit.model.pooling import pool_sequences, pooling_head
 from packvit.model.trunk import (
     Trunk,
     TrunkOutput,
     plan_forward,
     run_trunk,
-    token_stream,
     trunk_output,
 )
 from packvit.packs.checks import (
+    check_config,
     check_merged,
     check_patches,
     check_projected,
@@ -69,7 +69,6 @@ from packvit.packs.grid import (
     to_device,
 )
 from packvit.packs.places import places_in_clips
-from packvit.packs.segments import Segments
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
@@ -92,12 +91,7 @@ class Encoder(nn.Module):
         positions: GridPolicy = "checkpoint",
     ) -> None:
         super().__init__()
-        if not isinstance(config, EncoderConfig):
-            name = type(self).__name__
-            raise TypeError(
-                f"{name} is built from an EncoderConfig, not from {config!r}. To load a checkpoint "
-                f"write {name}.from_pretrained(name_or_folder), or packvit.load(name_or_folder)."
-            )
+        check_config(config, type(self).__name__)
         self.config = config
         self.images = images
         self.patch_order: PatchOrder = patch_order
@@ -144,10 +138,7 @@ class Encoder(nn.Module):
     @property
     def attention_inputs(self) -> AttentionInputs:
         """What decides which attention backends can run."""
-        kind = self.device.type
-        cast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else self.dtype
-        return AttentionInputs(self.device, dtype, self.config.head_dim)
+        return AttentionInputs.of(self.device, self.dtype, self.config.head_dim)
 
     def __call__(self, hidden_states: Tensor | Pack, grid_thw: GridLike | None = None) -> Tensor:
         """Return what `forward` returns of two tensors, or of one pack; hooks see the tensors."""
@@ -205,7 +196,7 @@ class Encoder(nn.Module):
             check_projected(self.config, self.family.name, pooled)
         if merged:
             check_merged(self.config, self.family.name)
-        asked = [self.check_layer(layer) for layer in taps]
+        asked = [count_from_front(layer, self.config.layers) for layer in taps]
         merger = self.merger if merged else None
         deep = merger.layers if merger else ()
         with current(self.device):
@@ -253,10 +244,8 @@ class Encoder(nn.Module):
         backend = resolve(self.backend, self.attention_inputs)
         if self.compiled:
             backend = opaque(backend)
-        given = None
-        if patch_positions is not None:
-            patches, name = len(hidden_states), self.family.name
-            given = read_positions(patch_positions, self.config, name, patches, self.device)
+        name, patches = self.family.name, len(hidden_states)
+        given = read_positions(patch_positions, self.config, name, patches, self.device)
         plan = plan_forward(self.config, grid, backend, taps, self.device, given)
         values = self.to_values(hidden_states)
         if self.fast is None or self.compiled:  # what is compiled is fused by the compiler
@@ -267,14 +256,7 @@ class Encoder(nn.Module):
 
     def pool(self, output: TrunkOutput) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
-        if self.config.pool == "class":
-            chosen = self.config.summary.chosen if self.config.summary else (0,)
-            first = torch.cat([output.prefix[:, token] for token in chosen], 1)
-            return self.norm(first) if self.config.final_norm == "pooled" else first
-        if self.head is None:
-            return None
-        segments = Segments.from_lengths(output.plan.lengths, device=self.device)
-        return self.head(token_stream(output), segments, output.plan.backend)
+        return pool_sequences(output, self.config, self.norm, self.head)
 
     def pack(
         self,
@@ -321,25 +303,17 @@ class Encoder(nn.Module):
         check_choice("errors", errors, ("raise", "nan"))
         if projected:
             check_projected(self.config, self.family.name)
+        merged = bool(self.merger) and not projected
         with torch.inference_mode():
             return embed_images(
                 images,
-                lambda pack: self.encode(
-                    pack, projected=projected, merged=bool(self.merger) and not projected
-                ).vectors(),
+                lambda pack: self.encode(pack, projected=projected, merged=merged).vectors(),
                 Cutting(self.images, self.patch_order, resize, max_patches),
                 self.device,
                 width=(projected and self.config.projection) or self.config.vector_width,
                 token_budget=token_budget,
                 on_error=None if errors == "raise" else lambda index, error: None,
             )
-
-    def check_layer(self, layer: object) -> int:
-        """Return the number of a tapped layer, counted from the front.
-
-        Raises: ValueError for a layer that is not there; TypeError.
-        """
-        return count_from_front(layer, self.config.layers)
 
     def to_values(self, hidden_states: Tensor) -> Tensor:
         """Return patches in the encoder's dtype, raw pixels normalised."""
@@ -360,7 +334,7 @@ class Encoder(nn.Module):
         Raises: as `packvit.load`; TypeError on `Encoder` itself, which is of no family.
         """
         chosen = LoadOptions(**options)
-        cls.check_family()
+        check_family(cls)
         tower = image_tower([cls.family])
         checkpoint = checkpoints.read(name_or_folder, revision=revision, part=tower)
         return cls.from_checkpoint(checkpoint, chosen)
@@ -375,20 +349,11 @@ class Encoder(nn.Module):
 
         Raises: CheckpointError if it is not a vision model of this family.
         """
-        cls.check_family()
+        check_family(cls)
         checkpoint = read_model(model)
         first = next(model.parameters())
         options = {"device": first.device, "dtype": first.dtype, **options}
         return cls.from_checkpoint(checkpoint, LoadOptions(**options))
-
-    @classmethod
-    def check_family(cls) -> None:
-        """Refuse to load by the class that all families share."""
-        if not hasattr(cls, "family"):
-            raise TypeError(
-                f"{cls.__name__} is what all families share, and is of none itself. Use "
-                "packvit.load, which finds a checkpoint's family, or a family's own class."
-            )
 
     @classmethod
     def from_checkpoint(
@@ -399,28 +364,22 @@ class Encoder(nn.Module):
         Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option
         that cannot be taken here.
         """
-        device = find_device(options.device)
-        dtype = find_dtype(options.dtype, device)
         described = describe(cls.family, checkpoint)
-        with torch.inference_mode(False):  # so that it can be trained, wherever it is loaded
-            with torch.device("meta"):
-                encoder = cls(
-                    described.config,
-                    described.images,
-                    attention=options.attention,
-                    patch_order=options.patch_order,
-                    positions=options.positions,
-                )
-            numbers = sum(parameter.numel() for parameter in encoder.parameters())
-            check_room(checkpoint.name, numbers * dtype.itemsize, device)
-            encoder.carried, encoder.skipped = fill_parameters(
-                encoder, checkpoint, described.layout, options.patch_order, device, dtype
-            )
+        make = partial(
+            cls,
+            described.config,
+            described.images,
+            attention=options.attention,
+            patch_order=options.patch_order,
+            positions=options.positions,
+        )
+        encoder, found = build(make, checkpoint, described.layout, options)
+        encoder.carried, encoder.skipped = found.carried, found.skipped
         encoder.origin = saving.Origin(checkpoint.config, described.config)
         # A model in memory is copied, and must not be kept alive by its copy.
         encoder.checkpoint = checkpoint if checkpoint.files else None
         resolve(options.attention, encoder.attention_inputs)  # refused here, not in a forward
-        encoder.eval().switch_on(options)
+        encoder.switch_on(options)
         return encoder
 
     def switch_on(self, options: LoadOptions) -> None:
@@ -439,11 +398,15 @@ class Encoder(nn.Module):
         self.fp8, self.invariant, self.compiled = options.fp8, options.invariant, options.compile
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], layout: LayoutName = "transformers"
+        self,
+        folder: str | os.PathLike[str],
+        layout: LayoutName = "transformers",
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write config.json and model.safetensors in a published layout, in the encoder's dtype.
 
         What was loaded in that dtype is written back bit for bit, what it carried unused too.
+        `state_dict` are the weights where the encoder's own are sharded over processes.
 
         Raises: ValueError for a layout that the family does not have, or weights in 8 bits.
         """
@@ -457,7 +420,7 @@ class Encoder(nn.Module):
             self.family,
             layout,
             self.config,
-            self.state_dict(),
+            self.state_dict() if state_dict is None else state_dict,
             self.carried,
             origin=self.origin,
             patch_order=self.patch_order,

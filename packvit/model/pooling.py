@@ -11,6 +11,7 @@ from packvit.model.attention import Backend
 from packvit.model.layers import MLP
 from packvit.model.linear import Linear, affine
 from packvit.model.norms import Tokens, norm_of
+from packvit.model.trunk import TrunkOutput, token_stream
 from packvit.packs.segments import Segments
 
 Pooled = Float[Tensor, "S D"]
@@ -81,3 +82,17 @@ def pooling_head(config: EncoderConfig) -> QueryPool | ProbePool | None:
     if config.pool == "query":
         return QueryPool(config)
     return ProbePool(config) if config.pool == "probe" else None
+
+
+def pool_sequences(
+    output: TrunkOutput, config: EncoderConfig, last_norm: nn.Module, head: nn.Module | None
+) -> Pooled | None:
+    """Return the checkpoint's one vector a sequence, or None if it has none."""
+    if config.pool == "class":
+        chosen = config.summary.chosen if config.summary else (0,)
+        first = torch.cat([output.prefix[:, token] for token in chosen], 1)
+        return last_norm(first) if config.final_norm == "pooled" else first
+    if head is None:
+        return None
+    segments = Segments.from_lengths(output.plan.lengths, device=output.tokens.device)
+    return head(token_stream(output), segments, output.plan.backend)

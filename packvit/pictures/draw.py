@@ -16,10 +16,12 @@ from packvit.config import GridPolicy
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.addresses import check_local
-from packvit.corpus.inputs.find import Input, list_inputs
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import Input
 from packvit.corpus.job import MOST_WORKERS, count_cpus
+from packvit.corpus.loading import load_encoder
 from packvit.corpus.progress import Tally, Tell
-from packvit.corpus.settings import EmbedOptions, ModelChoice, load_encoder
+from packvit.corpus.settings import EmbedOptions, ModelChoice
 from packvit.images.resize import Resize
 from packvit.pictures.maps import Background, pca_sheet, similarity_sheet
 from packvit.pictures.neighbours import (

@@ -14,7 +14,8 @@ from PIL import Image
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import read_commits, read_manifest
 from packvit.corpus.folder.names import CURRENT, FORMATS
-from packvit.corpus.settings import EmbedOptions, digest_weights
+from packvit.corpus.loading import digest_weights
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.images.decode import ImageError, Source, load_image
 from packvit.pictures.colours import BLANK

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from packvit.corpus import UsageError
-from packvit.corpus.settings import ModelChoice, digest_weights, load_encoder
+from packvit.corpus.loading import digest_weights, load_encoder
+from packvit.corpus.settings import ModelChoice
 from packvit.encoder import Encoder
 from packvit.images.decode import Source
 from packvit.retrieval.folders import Vectors

@@ -84,10 +84,7 @@ class TextEncoder(nn.Module):
     @property
     def attention_inputs(self) -> AttentionInputs:
         """What decides which attention backends can run."""
-        kind = self.device.type
-        cast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else self.dtype
-        return AttentionInputs(self.device, dtype, self.config.head_dim)
+        return AttentionInputs.of(self.device, self.dtype, self.config.head_dim)
 
     def __call__(
         self, input_ids: Tensor | TextPack, lengths: Sequence[int] | None = None

@@ -18,8 +18,10 @@ from packvit.corpus.encode.filling import Part
 from packvit.corpus.folder.layout import Staged, stage
 from packvit.corpus.folder.resume import differences
 from packvit.corpus.folder.rows import Row
+from packvit.corpus.loading import load_encoder
+from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Effort
-from packvit.corpus.settings import EmbedOptions, ModelChoice, describe_job, load_encoder
+from packvit.corpus.settings import EmbedOptions, ModelChoice
 from packvit.encoder import Encoder
 
 # Errors whose message is for the user.

@@ -26,8 +26,10 @@ from packvit.corpus.folder.layout import fingerprint, read_commits
 from packvit.corpus.folder.parts import Outputs
 from packvit.corpus.folder.resume import differences
 from packvit.corpus.folder.rows import Row
-from packvit.corpus.inputs.find import Input, list_inputs
-from packvit.corpus.settings import EmbedOptions, describe_job
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import Input
+from packvit.corpus.manifest import describe_job
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
