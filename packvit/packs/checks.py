@@ -56,12 +56,12 @@ def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.de
 
 
 def read_positions(
-    patch_positions: GridLike,
+    patch_positions: GridLike | None,
     config: EncoderConfig,
     family: str,
     patches: int,
     device: torch.device,
-) -> Tensor:
+) -> Tensor | None:
     """Check where the caller says that patches stand, and return it on `device`.
 
     On a device it is copied to the host once, which waits for it.
@@ -70,6 +70,8 @@ def read_positions(
     Raises: ValueError for another shape, or naming the first place that there is not; TypeError
     for what holds no numbers.
     """
+    if patch_positions is None:
+        return None
     frames = check_video(config, family).frames
     places = as_tensor(patch_positions, "patch_positions", PLACE_MEANING)
     if places.shape != (patches, 3):
