@@ -17,7 +17,7 @@ from packvit.corpus.inputs.mistakes import no_answer, no_photographs, not_there,
 from packvit.corpus.inputs.named_files import NamedFiles, find_obstacle
 from packvit.corpus.inputs.reader import find_kind
 from packvit.corpus.inputs.roots import record_root
-from packvit.corpus.inputs.suffixes import ARCHIVES, METADATA, SUFFIXES, is_other, is_photograph
+from packvit.corpus.inputs.suffixes import METADATA, SUFFIXES, is_archive, is_other, is_photograph
 from packvit.corpus.inputs.walking import Entry, walk
 from packvit.images.decode import ImageError
 
@@ -232,7 +232,7 @@ def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
     """
     if not remote:
         return os.path.isdir(typed)
-    head = os.fsencode(bare(os.fsdecode(head)))
-    if is_photograph(head) or os.path.splitext(head)[1].lower() in ARCHIVES:
+    text = bare(os.fsdecode(head))
+    if is_photograph(os.fsencode(text)) or is_archive(text):
         return False
     return find_kind(os.fsdecode(typed)) == "folder"

@@ -15,7 +15,7 @@ from packvit.corpus.inputs.kept import Keeping
 from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.inputs.mistakes import shown
 from packvit.corpus.inputs.reader import find_url, unreadable
-from packvit.corpus.inputs.suffixes import ARCHIVES, COMPRESSED, PHOTOGRAPHS
+from packvit.corpus.inputs.suffixes import ARCHIVES, PHOTOGRAPHS, UNREAD, suffix_of
 from packvit.corpus.inputs.tars import Beside, list_tar
 from packvit.corpus.inputs.zips import list_zip, member_url
 from packvit.images.decode import ImageError, find_file
@@ -38,14 +38,13 @@ class NamedFiles:
 
         Raises: ImageError missing or unreadable for a URL of an archive that lists nothing.
         """
-        name = os.fsencode(bare(os.fsdecode(path)))
-        if COMPRESSED.search(name):
+        text = os.fsdecode(path)
+        if UNREAD.search(os.fsencode(bare(text))):
             raise UsageError(
-                f"{shown(path)} is compressed, so its members cannot be read in place. "
-                "Decompress it to a .tar, which is about as large: photographs hardly compress."
+                f"{shown(path)} is compressed in a way that is not read: gzip, bzip2, xz and zstd "
+                "are. Decompress it to a .tar, which is about as large."
             )
-        suffix = os.path.splitext(name)[1].lower()
-        remote = is_url(os.fsdecode(path))
+        suffix, remote = suffix_of(text), is_url(text)
         if suffix not in ARCHIVES or not (remote or find_obstacle(path) is None):
             return self.add_file(path)
         if suffix == b".zip" and b"::" in path:  # zip://a.zip::b.zip, a file in a file
@@ -53,14 +52,13 @@ class NamedFiles:
         prefix = b"" if alone else spell_bytes(path) + b"/"
         before, ignored, distinct = len(self.listing), self.listing.ignored, True
         try:
-            source = os.fsdecode(path)
             if suffix == b".zip":
                 self.add_zip(path, prefix)
                 found = ()
             elif suffix == b".tar":
-                found = list_tar(source, PHOTOGRAPHS, self.keeping)
+                found = list_tar(text, PHOTOGRAPHS, self.keeping)
             else:
-                found = list_parquet(source, self.image_column, self.keeping)
+                found = list_parquet(text, self.image_column, self.keeping)
             for item in found:
                 if isinstance(item, bytes):
                     self.listing.pass_over(item)

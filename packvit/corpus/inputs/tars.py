@@ -1,6 +1,6 @@
 """List the photographs in a tar by their offsets. No torch.
 
-Nothing is unpacked. Concatenated archives are read to the end of the last one, as by
+No member is unpacked. Concatenated archives are read to the end of the last one, as by
 `tar --ignore-zeros`. Sizes are checked before they are used.
 """
 
@@ -15,6 +15,8 @@ from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.kept import Keeping, read_member
 from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.sources import Cell, Member
+from packvit.corpus.inputs.suffixes import is_packed
+from packvit.corpus.inputs.unpacking import Unpacked
 from packvit.images.decode import ImageError
 
 # A sample's key: its path up to the first dot of its name. Source: webdataset 1.0, tariterators.py.
@@ -78,7 +80,7 @@ def list_tar(
     Raises: ImageError truncated, after the readable members, if it is damaged; or what opening it
     raises.
     """
-    with open_source(path) as file, unreadable():
+    with Unpacked(path) if is_packed(path) else open_source(path) as file, unreadable():
         try:
             length = find_length(file)
             start: int | None = 0
