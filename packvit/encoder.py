@@ -7,7 +7,7 @@ arguments. Segments and places are worked out here, once, on the host.
 import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Literal, TypeVar, Unpack
+from typing import Any, ClassVar, Literal, TypeVar
 from warnings import warn
 
 import numpy as np
@@ -24,7 +24,6 @@ from packvit.config import (
     EncoderConfig,
     GridPolicy,
     ImageConfig,
-    LoadKeywords,
     LoadOptions,
     PatchOrder,
     check_choice,
@@ -325,11 +324,11 @@ class Encoder(nn.Module):
         name_or_folder: str | os.PathLike[str],
         *,
         revision: str | None = None,
-        **options: Unpack[LoadKeywords],
+        **options: Any,
     ) -> AnyEncoder:
         """Load a checkpoint of this family by its name on the hub, or from a folder.
 
-        Takes what `packvit.load` takes, and refuses other families' checkpoints.
+        `options` are those of `packvit.load`. Other families' checkpoints are refused.
 
         Raises: as `packvit.load`; TypeError on `Encoder` itself, which is of no family.
         """
@@ -340,20 +339,18 @@ class Encoder(nn.Module):
         return cls.from_checkpoint(checkpoint, chosen)
 
     @classmethod
-    def from_transformers(
-        cls: type[AnyEncoder], model: nn.Module, **options: Unpack[LoadKeywords]
-    ) -> AnyEncoder:
+    def from_transformers(cls: type[AnyEncoder], model: nn.Module, **options: Any) -> AnyEncoder:
         """Copy the weights of a transformers model in memory.
 
-        Takes the options of `packvit.load`; device and dtype are by default the model's own.
+        `options` are those of `packvit.load`; device and dtype are by default the model's own.
 
         Raises: CheckpointError if it is not a vision model of this family.
         """
         check_family(cls)
         checkpoint = read_model(model)
         first = next(model.parameters())
-        options = {"device": first.device, "dtype": first.dtype, **options}
-        return cls.from_checkpoint(checkpoint, LoadOptions(**options))
+        chosen = LoadOptions(**{"device": first.device, "dtype": first.dtype, **options})
+        return cls.from_checkpoint(checkpoint, chosen)
 
     @classmethod
     def from_checkpoint(

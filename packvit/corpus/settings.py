@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
-from packvit.config import EncoderConfig, GridPolicy, MostPatches, Table
+from packvit.config import EncoderConfig, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
@@ -45,12 +45,8 @@ class ModelChoice:
     """The encoder of a job, and how it is loaded; None is the embedded "tiny"."""
 
     model: str | os.PathLike[str] | Encoder | None = None
-    device: str | torch.device | None = None
-    dtype: str | torch.dtype | None = None
-    attention: str = "auto"
     revision: str | None = None
-    positions: GridPolicy = "checkpoint"
-    invariant: bool = False
+    options: LoadOptions = field(default_factory=LoadOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

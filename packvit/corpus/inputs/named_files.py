@@ -11,13 +11,14 @@ from packvit.corpus.inputs.addresses import (
     spell_bytes,
 )
 from packvit.corpus.inputs.archives import list_parquet
+from packvit.corpus.inputs.beside import read_beside
 from packvit.corpus.inputs.kept import Keeping
 from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.inputs.mistakes import shown
 from packvit.corpus.inputs.reader import find_url, unreadable
 from packvit.corpus.inputs.suffixes import ARCHIVES, PHOTOGRAPHS, UNREAD, suffix_of
 from packvit.corpus.inputs.tars import Beside, list_tar
-from packvit.corpus.inputs.zips import list_zip, member_url
+from packvit.corpus.inputs.zips import list_zip
 from packvit.images.decode import ImageError, find_file
 
 
@@ -46,15 +47,14 @@ class NamedFiles:
             )
         suffix, remote = suffix_of(text), is_url(text)
         if suffix not in ARCHIVES or not (remote or find_obstacle(path) is None):
-            return self.add_file(path)
+            return self.add_file(path, kept=None if remote else read_beside(path, self.keeping))
         if suffix == b".zip" and b"::" in path:  # zip://a.zip::b.zip, a file in a file
             return self.add_file(path)
         prefix = b"" if alone else spell_bytes(path) + b"/"
         before, ignored, distinct = len(self.listing), self.listing.ignored, True
         try:
             if suffix == b".zip":
-                self.add_zip(path, prefix)
-                found = ()
+                found = list_zip(path, PHOTOGRAPHS, self.keeping)
             elif suffix == b".tar":
                 found = list_tar(text, PHOTOGRAPHS, self.keeping)
             else:
@@ -68,7 +68,7 @@ class NamedFiles:
                 elif item is not None:
                     self.listing.add(
                         prefix + item.name,
-                        path,
+                        item.path or path,
                         item.code,
                         item.within,
                         whole=prefix + item.whole,
@@ -90,19 +90,6 @@ class NamedFiles:
         self.listing.join_beside(before)
         self.listing.settle(before, distinct=distinct)
         return None
-
-    def add_zip(self, path: bytes, prefix: bytes) -> None:
-        """Add the photographs in a zip.
-
-        Raises: ImageError truncated if it is damaged, or what opening it raises.
-        """
-        for item in list_zip(os.fsdecode(path), PHOTOGRAPHS):
-            if isinstance(item, bytes):
-                self.listing.pass_over(item)
-            else:
-                name, code = item
-                url, name = member_url(name, path), prefix + name
-                self.listing.add(name, url, code, whole=name, repeats=True)
 
     def add_file(
         self, path: bytes, *, repeats: bool = False, kept: str | None = None
