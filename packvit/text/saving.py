@@ -42,7 +42,7 @@ def save_towers(
     embedding = permute_patches(images[EMBEDDING], encoder.patch_order, back=True)
     layout = encoder.family.layout(source.tensors, source.config)
     stored = store({**images, EMBEDDING: embedding}, layout.rules)
-    stored |= store(words, tower_of(source).layout(source.tensors).rules)
+    stored |= store(words, tower_of(source).layout(source.tensors, source.config).rules)
     dtype = str(embedding.dtype).removeprefix("torch.")
     checkpoints.write(
         folder,
