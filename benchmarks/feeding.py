@@ -46,7 +46,8 @@ from packvit.corpus.decode.prepare import Decode, Prepared
 from packvit.corpus.encode.context import EmbedContext, make_context
 from packvit.corpus.encode.packs import OnDevice, PendingPack, Ready, collect, submit
 from packvit.corpus.folder.layout import read_commits
-from packvit.corpus.inputs.find import Input, list_inputs
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import Input
 from packvit.corpus.job import fair_workers
 from packvit.corpus.progress import Progress
 from packvit.corpus.settings import EmbedOptions, choose_rows, fit_options

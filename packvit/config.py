@@ -4,7 +4,7 @@ Two families differ in these values and in the names of their weights, in nothin
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # workers that decode read this file, and never torch
     import torch
@@ -282,7 +282,7 @@ class TextConfig(TransformerConfig):
     most_scale: float | None = None  # what the scale of logits is clamped to
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
     """What a caller chooses when an encoder is loaded; `packvit.load` says what each means.
 
@@ -306,19 +306,6 @@ class LoadOptions:
                 "fp8=True and invariant=True exclude each other: matmuls in fp8 are not batch "
                 "invariant. Leave one of them out."
             )
-
-
-class LoadKeywords(TypedDict, total=False):
-    """The fields of `LoadOptions` as keyword arguments, for type checkers."""
-
-    device: "torch.device | str | None"
-    dtype: "torch.dtype | str | None"
-    attention: str
-    patch_order: PatchOrder
-    positions: GridPolicy
-    invariant: bool
-    compile: bool
-    fp8: bool
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,17 +1,13 @@
-"""The options of a job: checked against the encoder, and recorded in the manifest."""
+"""The options of a job, checked against the encoder."""
 
-import hashlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
-from packvit import hub
-from packvit.checkpoints.errors import CheckpointError
-from packvit.config import EncoderConfig, GridPolicy, LoadOptions, MostPatches, Table
+from packvit.config import EncoderConfig, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
@@ -23,19 +19,14 @@ from packvit.encoder import Encoder
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
-from packvit.model.device import find_device
 from packvit.model.memory import peak
-from packvit.packs.planning import PLAN_VERSION
-from packvit.version import version_of
+from packvit.packs.checks import count_from_front
 
-TRIAL_MODEL = "tiny"
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 # Rows of a part, a power of two. 64 are about a minute of a large model on a CPU, and with 1,000
 # tokens of 1,024 float16 each a part of 131 MB.
 FEWEST_ROWS, MOST_ROWS = 64, 1024
 FEWEST_PARTS = 16  # of a job on GPUs, as far as its rows allow: two for each GPU of a host
 TYPICAL = (2000, 3000)  # height and width of a photograph
-NUMBERS_FROM = ("torch", "numpy", "pillow", "pyarrow")  # packages that can change what is written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +42,11 @@ class InputOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
-    """The encoder of a job, and how it is loaded; None is `TRIAL_MODEL`."""
+    """The encoder of a job, and how it is loaded; None is the embedded "tiny"."""
 
     model: str | os.PathLike[str] | Encoder | None = None
-    device: str | torch.device | None = None
-    dtype: str | torch.dtype | None = None
-    attention: str = "auto"
     revision: str | None = None
-    positions: GridPolicy = "checkpoint"
-    invariant: bool = False
+    options: LoadOptions = field(default_factory=LoadOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,39 +115,6 @@ class EmbedOptions:
         )
 
 
-def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
-    """Return the encoder, and the digest of its weights, which is computed while they are loaded.
-
-    Raises: UsageError for wrong arguments; CheckpointError if the checkpoint itself is wrong.
-    """
-    model, dtype = choice.model, choice.dtype
-    assert not isinstance(model, Encoder)
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
-    try:
-        if find_device(choice.device).type == "cuda":
-            from packvit.fast.caches import import_ahead  # kernels, which a GPU alone has
-
-            import_ahead()
-        options = LoadOptions(
-            device=choice.device,
-            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
-            attention=choice.attention,
-            positions=choice.positions,
-            invariant=choice.invariant,
-        )
-        name = TRIAL_MODEL if model is None else model
-        checkpoint = hub.read_tower(name, choice.revision)
-        with ThreadPoolExecutor(1, "packvit-digest") as other:
-            digest = other.submit(checkpoint.sha256)
-            encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, options)
-            return encoder, digest.result()
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
 def check_options(options: EmbedOptions) -> None:
     """Refuse counts below 1 and unknown choices."""
     counts = ("max_patches", "token_budget", "max_pixels", "workers", "pixels_in_flight")
@@ -184,7 +138,9 @@ def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
     """
     images, positions, resize = encoder.images, encoder.config.positions, options.resize
     try:
-        layers = tuple(sorted({encoder.check_layer(layer) for layer in options.taps}))
+        layers = tuple(
+            sorted({count_from_front(layer, encoder.config.layers) for layer in options.taps})
+        )
         plans = [  # of two photographs whose grids only a fixed size makes equal
             resize_plan(*size, images, resize=resize, max_patches=options.max_patches)
             for size in ((600, 900), (3000, 1000))
@@ -213,7 +169,7 @@ def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
             f"An image may have {most} patches, but token_budget lets a pack hold "
             f"{options.token_budget}. Raise token_budget, or lower max_patches."
         )
-    return replace(options, resize=resize, max_patches=max_patches, taps=layers)
+    return replace(options, resize=resize, max_patches=max_patches, taps=tuple(sorted(layers)))
 
 
 def typical_patches(encoder: Encoder, options: EmbedOptions) -> int:
@@ -270,56 +226,3 @@ def check_memory(encoder: Encoder, options: EmbedOptions, free: int | None) -> N
         f"{beside}, and {encoder.device} has {free / 2**30:.1f} GiB free. {advice}, or free the "
         "device of other programs."
     )
-
-
-def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[str, Any]:
-    """Return all settings that decide what is written, for the fingerprint and the manifest."""
-    outputs = options.outputs(encoder.config)
-    return {
-        "revision": encoder.checkpoint.revision if encoder.checkpoint else None,
-        "weights_sha256": weights,
-        "family": encoder.family.name,
-        "config": asdict(encoder.config),
-        "positions": "interpolate" if encoder.embeddings.interpolate else "checkpoint",
-        "preprocessing": {
-            **asdict(encoder.images),
-            "resize": options.resize,
-            "max_patches": options.max_patches,
-            "max_pixels": options.max_pixels,
-            # The pixels are the same except in damaged scans, which the two fill differently.
-            "decode": options.decode,
-        },
-        "device": encoder.device.type,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "attention": encoder.attention,
-        "invariant": encoder.invariant,
-        "fp8": encoder.fp8,
-        "compiled": encoder.compiled,
-        "token_budget": options.token_budget,
-        "plan_version": PLAN_VERSION,
-        "pooled": pooled_from(encoder.config),
-        **({"text_space": options.text_space} if options.text_space else {}),
-        "lists": list(outputs.lists),
-        **({"keep": [list(column) for column in options.keep]} if options.keep else {}),
-        "dtype_out": options.dtype_out,
-        # Left out where it is what it was before there was a choice.
-        **({"vector_dtype": "float16"} if options.vector_dtype == "float16" else {}),
-        "rows_per_part": options.rows_per_part,
-        "versions": {package: version_of(package) for package in ("packvit", *NUMBERS_FROM)},
-    }
-
-
-def pooled_from(config: EncoderConfig) -> str:
-    """Return in words what an image's one vector is."""
-    if config.pool:
-        return "checkpoint"
-    return "mean of merged tokens" if config.merger else "mean of tokens"
-
-
-def digest_weights(encoder: Encoder) -> str:
-    """Return a digest of the weights in memory, which may have been trained since loading."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -18,7 +18,7 @@ from packvit.corpus.decode.queue import Decoders
 from packvit.corpus.encode.context import make_preprocessing
 from packvit.corpus.encode.packs import encode_halved
 from packvit.corpus.folder.rows import Row
-from packvit.corpus.inputs.find import Input
+from packvit.corpus.inputs.sources import Input
 from packvit.corpus.settings import EmbedOptions, check_options, fit_options
 from packvit.encoder import Encoder
 from packvit.images.decode import ImageError, Source, load_image

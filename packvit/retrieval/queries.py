@@ -9,7 +9,7 @@ from pathlib import PurePath
 import numpy as np
 
 from packvit.corpus import UsageError
-from packvit.corpus.inputs.find import is_photograph
+from packvit.corpus.inputs.suffixes import is_photograph
 from packvit.images.decode import CODES, ImageError, Source
 from packvit.retrieval.folders import Vectors
 from packvit.retrieval.models import embed_photographs, embed_words, word_column

@@ -21,6 +21,7 @@ from packvit.model.device import current
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear
 from packvit.model.norms import norm
+from packvit.model.parameters import drawn
 from packvit.packs.grid import to_device
 from packvit.packs.planning import plan_packs
 from packvit.packs.segments import Segments
@@ -36,7 +37,7 @@ class TextEmbeddings(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.vocabulary, config.width)
-        self.positions = nn.Parameter(torch.empty(config.positions, config.width).normal_(std=0.02))
+        self.positions = drawn(config.positions, config.width)
 
     def forward(self, input_ids: Int[Tensor, " T"], places: Int[Tensor, " T"]) -> Tensor:
         """Embed T tokens; `places` counts them within their text. Shapes: -> [T, D]."""
@@ -84,10 +85,7 @@ class TextEncoder(nn.Module):
     @property
     def attention_inputs(self) -> AttentionInputs:
         """What decides which attention backends can run."""
-        kind = self.device.type
-        cast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else self.dtype
-        return AttentionInputs(self.device, dtype, self.config.head_dim)
+        return AttentionInputs.of(self.device, self.dtype, self.config.head_dim)
 
     def __call__(
         self, input_ids: Tensor | TextPack, lengths: Sequence[int] | None = None

@@ -55,7 +55,8 @@ def verify_checkpoint(
     checkpoint = hub.read_tower(name_or_folder, revision)
     kind = hub.family_of(checkpoint)
     import_reference(kind.family)
-    return verify(kind.from_checkpoint(checkpoint, LoadOptions(device, torch.float32)), options)
+    loading = LoadOptions(device=device, dtype=torch.float32)
+    return verify(kind.from_checkpoint(checkpoint, loading), options)
 
 
 def verify_family(
@@ -104,7 +105,8 @@ def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
     ):
         return found
     import_reference(encoder.family)
-    exact = type(encoder).from_checkpoint(checkpoint, LoadOptions(encoder.device, torch.float32))
+    options = LoadOptions(device=encoder.device, dtype=torch.float32)
+    exact = type(encoder).from_checkpoint(checkpoint, options)
     lower = tuple({"bfloat16", dtype} - {"float32"})
     findings = verify(exact, VerifyOptions(quick=True, lower=lower))
     if findings.missed:

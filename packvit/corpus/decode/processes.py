@@ -16,7 +16,7 @@ from packvit.corpus import DecoderError
 from packvit.corpus.decode.prepare import Admit, JpegFile, Prepared, Preprocessing
 from packvit.corpus.decode.worker import receive, receive_into, send
 from packvit.corpus.folder.rows import Row
-from packvit.corpus.inputs.find import Input
+from packvit.corpus.inputs.sources import Input
 
 SECONDS_TO_START = 120.0  # 0.15 on an idle machine
 PAUSES = (0.2, 1.0, 3.0)  # seconds, before a worker that died while starting is started again

@@ -11,7 +11,7 @@ from threading import Condition, Lock, Thread
 
 from packvit.corpus.decode.prepare import Prepared, Preprocessing
 from packvit.corpus.decode.processes import Worker, Workers
-from packvit.corpus.inputs.find import Input
+from packvit.corpus.inputs.sources import Input
 
 PIXELS_IN_FLIGHT = 256_000_000  # 16 workers at photographs of 16 MP; some 2 GB while they decode
 IMAGE_TIMEOUT = 60.0  # seconds

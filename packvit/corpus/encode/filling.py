@@ -17,7 +17,7 @@ from packvit.corpus.folder.known import REUSED
 from packvit.corpus.folder.layout import reading
 from packvit.corpus.folder.parts import Outputs, build_table, read_part, replace_rows
 from packvit.corpus.folder.rows import Row
-from packvit.corpus.inputs.find import Input
+from packvit.corpus.inputs.sources import Input
 from packvit.packs.planning import plan_packs
 
 

@@ -29,7 +29,7 @@ from packvit.corpus.encode.packs import (
 from packvit.corpus.folder.layout import Commit, commit
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.folder.taking import Taker
-from packvit.corpus.inputs.find import Input
+from packvit.corpus.inputs.sources import Input
 from packvit.corpus.progress import Effort
 from packvit.out_of_memory import suppressed
 from packvit.packs.planning import WINDOW

@@ -14,6 +14,8 @@ from packvit.corpus.inputs.cells import Cell as Cell
 from packvit.corpus.inputs.cells import read_cell
 from packvit.corpus.inputs.reader import read_part_of_url, read_url
 from packvit.corpus.inputs.retries import persist
+from packvit.corpus.inputs.suffixes import is_packed
+from packvit.corpus.inputs.unpacking import Spent, read_packed
 from packvit.images.decode import MAX_BYTES, ImageError, read_file
 
 
@@ -37,31 +39,38 @@ class Input:
 
 
 def read(
-    source: Input, *, pause: Callable[[float], None] = time.sleep, alone: bool = False
+    source: Input,
+    *,
+    pause: Callable[[float], None] = time.sleep,
+    spent: Spent = lambda seconds: None,
+    alone: bool = False,
 ) -> bytes:
     """Return the bytes of an input; a server that is busy is asked again, after a `pause`.
 
-    `alone` says that this process does nothing else: its memory is limited meanwhile.
+    `spent` hears of the seconds in which an archive is unpacked. `alone` says that this process
+    does nothing else: its memory is limited meanwhile.
 
     Raises: ImageError missing, not_a_file, unreadable, truncated or out_of_memory.
     """
     if is_url(source.path):
-        return persist(lambda: read_once(source, pause, alone), pause=pause)
-    return read_once(source, pause, alone)
+        return persist(lambda: read_once(source, pause, spent, alone), pause=pause)
+    return read_once(source, pause, spent, alone)
 
 
-def read_once(source: Input, pause: Callable[[float], None], alone: bool) -> bytes:
+def read_once(source: Input, pause: Callable[[float], None], spent: Spent, alone: bool) -> bytes:
     """Return the bytes of an input, or raise as `read` does."""
     if isinstance(source.within, Cell):
         data = read_cell(source.path, source.within, alone=alone)
         if isinstance(data, bytes):
             return data
-        return read(Input(spell(data), data), pause=pause, alone=alone)
+        return read(Input(spell(data), data), pause=pause, spent=spent, alone=alone)
     member = source.within
     if member and member.size > MAX_BYTES:
         raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
     place = (member.offset, member.size) if member else None
-    if not is_url(source.path):
+    if place and is_packed(source.path):
+        data = read_packed(source.path, *place, spent)
+    elif not is_url(source.path):
         data = read_file(source.path, *place) if place else read_file(source.path)
     else:
         try:

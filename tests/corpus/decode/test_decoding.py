@@ -28,7 +28,8 @@ from packvit.corpus.decode.queue import TOGETHER, DecodeQueue, Decoders, Stopped
 from packvit.corpus.decode.worker import MOST_BYTES
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.layout import read_commits
-from packvit.corpus.inputs.find import Input, list_inputs
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import Input
 from packvit.encoder import Encoder
 
 HALF = (0.5, 0.5, 0.5)
@@ -99,7 +100,7 @@ class Modules(Input):
 
     def __reduce__(self):
         modules = "','.join(sorted(__import__('sys').modules))"
-        inputs = "__import__('packvit.corpus.inputs.find', fromlist=['Input'])"
+        inputs = "__import__('packvit.corpus.inputs.sources', fromlist=['Input'])"
         return eval, (f"{inputs}.Input({modules}, '/nowhere')",)
 
 

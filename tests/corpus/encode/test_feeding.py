@@ -11,7 +11,6 @@ import torch
 from jpegs import embed_with, parts, read_rows, write_mixed
 from PIL import Image
 from rotten import encode, pixels, write_good
-from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit.config import ImageConfig
@@ -26,8 +25,10 @@ from packvit.corpus.folder.layout import fingerprint, read_commits
 from packvit.corpus.folder.parts import Outputs
 from packvit.corpus.folder.resume import differences
 from packvit.corpus.folder.rows import Row
-from packvit.corpus.inputs.find import Input, list_inputs
-from packvit.corpus.settings import EmbedOptions, describe_job
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.sources import Input
+from packvit.corpus.manifest import describe_job
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
@@ -36,16 +37,6 @@ from packvit.images.patches import cut_patches
 
 HALF = (0.5, 0.5, 0.5)
 IMAGES = ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic", sizing=None)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def encoder(checkpoint: Path) -> Encoder:
-    return packvit.load(checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")

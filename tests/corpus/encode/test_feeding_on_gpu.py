@@ -19,11 +19,12 @@ from packvit.corpus import UsageError
 from packvit.corpus.encode.filling import Shard
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.sources import read
+from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Effort
 from packvit.corpus.runners.embedder import Job
 from packvit.corpus.runners.host import run_processes
 from packvit.corpus.runners.order import Work
-from packvit.corpus.settings import EmbedOptions, describe_job
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded, JpegDecoder
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
@@ -31,11 +32,6 @@ from packvit.images.decode import ImageError, decode
 from packvit.images.patches import to_patches
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

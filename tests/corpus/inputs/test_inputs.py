@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packvit.corpus import UsageError
-from packvit.corpus.inputs.find import SUFFIXES, Listing, list_inputs
-from packvit.corpus.inputs.listing import by_suffix, readable
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.inputs.listing import Listing, by_suffix, readable
+from packvit.corpus.inputs.suffixes import SUFFIXES
 
 
 def touch(*paths: Path) -> None:

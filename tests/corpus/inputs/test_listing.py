@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packvit.corpus import WriteError
+from packvit.corpus.completing import shards
 from packvit.corpus.folder.layout import Commit
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing, spooling
-from packvit.corpus.job import shards
 
 NAMES = st.binary(min_size=1, max_size=4).filter(
     lambda name: name not in (b".", b"..") and not set(name) & {0, ord("/")}

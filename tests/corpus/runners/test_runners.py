@@ -22,11 +22,12 @@ from packvit.corpus import EmbedderError, UsageError
 from packvit.corpus.encode.filling import Shard
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.job import embed
+from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Progress, Shares
 from packvit.corpus.runners.embedder import Job, load_alike
 from packvit.corpus.runners.host import Embedder, Pool
 from packvit.corpus.runners.order import Sequencer
-from packvit.corpus.settings import EmbedOptions, describe_job
+from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 
 INPUTS, PARTS = 640, 10  # 64 inputs a part, since tokens are written

@@ -1,0 +1,151 @@
+"""Start a job in a folder: list its inputs, load its encoder, lock the folder."""
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from packvit.corpus import UsageError
+from packvit.corpus.completing import choose_codes, find_errors, run
+from packvit.corpus.encode.context import make_context
+from packvit.corpus.folder.layout import claim, read_manifest
+from packvit.corpus.folder.names import CURRENT, names_of
+from packvit.corpus.folder.pending import describe, take_over
+from packvit.corpus.folder.resume import check_usable, compare, take_up
+from packvit.corpus.folder.reuse import Reusing, describe_reuse, join_reuse, open_source
+from packvit.corpus.folder.sharding import WHOLE, parse_shard, rows_of
+from packvit.corpus.folder.sizes import describe_size, row_bytes
+from packvit.corpus.folder.swapping import clean
+from packvit.corpus.inputs.find import list_inputs
+from packvit.corpus.loading import choose_encoder
+from packvit.corpus.manifest import describe_job, draft, rows_before
+from packvit.corpus.progress import Summary, Tally, Tell
+from packvit.corpus.runners import choose_runner
+from packvit.corpus.runners.embedder import Job
+from packvit.corpus.settings import (
+    EmbedOptions,
+    InputOptions,
+    ModelChoice,
+    RunOptions,
+    check_memory,
+    choose_rows,
+    fit_options,
+    typical_patches,
+)
+from packvit.gpu.decoder import begin_engine
+from packvit.model.device import name_device
+from packvit.model.memory import free_memory
+from packvit.verification.verify import vouch
+
+TRIAL_INPUTS = 1000  # the most inputs of a job without a chosen model
+
+
+def run_in(
+    folder: Path,
+    inputs: InputOptions,
+    choice: ModelChoice,
+    options: EmbedOptions,
+    how: RunOptions,
+    progress: Tell | None,
+    *,
+    updates: bool,
+) -> Summary:
+    """Do the job in a folder; one that `updates` another is claimed already."""
+    model, processes = choice.model, how.processes
+    part_of = WHOLE if how.shard is None else parse_shard(how.shard)
+    if how.rows_per_part is not None:
+        options = replace(options, rows_per_part=how.rows_per_part)
+    check_usable(folder, overwrite=how.overwrite)
+    recorded = {} if how.overwrite else read_manifest(folder) or {}
+    listing = list_inputs(
+        inputs.photos,
+        inputs.lists,
+        column=inputs.column,
+        image_column=inputs.image_column,
+        keep=inputs.keep,
+        known=recorded.get("inputs_sha256"),
+    )
+    notes = () if updates else take_over(folder, recorded, listing)
+    notes += listing.notes
+    options = replace(options, keep=listing.settle_kept(inputs.keep))
+    if model is None and len(listing) > TRIAL_INPUTS:
+        raise UsageError(
+            f"{len(listing)} inputs were found, but without a chosen model at most "
+            f"{TRIAL_INPUTS} are embedded, since the default model is small. "
+            'Choose one, for example `model="apple/aimv2-large-patch14-native"`.'
+        )
+    with options.decoders() as decoders:
+        if how.here and not (read_manifest(folder) or {}).get("complete"):
+            decoders.start(len(listing))  # while the model is loaded
+        engine = None
+        if (
+            options.decode == "gpu"
+            and torch.cuda.is_available()
+            and choice.options.device in (None, "cuda")
+        ):
+            engine = begin_engine(torch.device("cuda"))  # while the model is loaded
+        encoder, weights = choose_encoder(choice, verify=how.verify)
+        options = fit_options(encoder, options)
+        if not recorded or "text_space" in recorded:  # folders of before are finished as they are
+            options = replace(options, text_space=encoder.text_space)
+        if how.rows_per_part is None:
+            large = options.tokens or bool(options.taps)
+            kind = encoder.device if part_of == WHOLE else None
+            rows = rows_before(recorded) or choose_rows(kind, len(listing), large=large)
+            options = replace(options, rows_per_part=rows)
+        described = describe_job(encoder, weights, options)
+        device_name = name_device(encoder.device)
+        reusing = choose_reuse(folder, how, described, device_name)
+        options = replace(options, reuse=reusing.reuse(folder))
+        context = make_context(encoder, options, decoders, engine)
+        check_memory(encoder, options, free_memory(encoder.device))
+        certificate = vouch(encoder, weights) if how.verify else None
+        format_of_folder = (CURRENT if how.overwrite else names_of(folder)).format
+        manifest = draft(encoder, described, listing, format_of_folder) | part_of.entry
+        name = encoder.checkpoint.name if encoder.checkpoint else ""
+        each = row_bytes(options.outputs(encoder.config), typical_patches(encoder, options))
+        job = Job(str(folder), options, described, choice.options.positions, name)
+        runner = choose_runner(context, job, processes, how.ray)
+        del encoder, context  # only a runner in this process keeps them; the others need the memory
+        tally = Tally(rows_of(manifest), progress, options.token_budget)
+        with nullcontext() if updates else claim(folder):
+            if not updates:
+                clean(folder)
+            # Another update was begun there, of inputs that have changed since.
+            stale = updates and bool(compare(recorded, json.loads(json.dumps(manifest))))
+            differ = describe(listing.gone)
+            found = take_up(folder, manifest, overwrite=how.overwrite or stale, inputs=differ)
+            found = replace(found, notes=(*notes, *found.notes))
+            if not rows_of(manifest) and len(listing):
+                notes = (f"Shard {part_of} has no rows: the job has fewer parts than shards.",)
+                found = replace(found, notes=(*notes, *found.notes))
+            todo = rows_of(manifest) - sum(entry.rows for entry in found.kept.values())
+            size = describe_size(folder, todo, each)
+            found = replace(found, notes=(*found.notes, *size))
+            again = find_errors(folder, found.kept, choose_codes(how.retry_errors))
+            devices = {device_name, *found.manifest.get("device_names", ())}
+            begun = join_reuse([found.manifest.get("reused"), reusing.entry])
+            found = replace(found, begun={"device_names": sorted(devices), **begun})
+            return run(
+                runner, listing, folder, found, again, certificate, how.format, reusing, tally
+            )
+
+
+def choose_reuse(
+    folder: Path, how: RunOptions, described: Mapping[str, Any], device_name: str
+) -> Reusing:
+    """Return the folders whose rows a job in `folder` takes over.
+
+    Raises: UsageError if one cannot be used.
+    """
+    found = [Path(name) for name in how.reuse]
+    if folder.exists() and any(path.exists() and path.samefile(folder) for path in found):
+        raise UsageError(f"reuse names {folder}, the folder of this job. Ask for `update` instead.")
+    across = how.reuse_across_versions
+    sources = [open_source(path, described, across_versions=across) for path in found]
+    entry = describe_reuse(sources, described, device_name, trust_mtime=how.trust_mtime)
+    return Reusing(tuple(sources), entry, how.trust_mtime)
