@@ -55,6 +55,7 @@ class Reference:
     processor_options: Json = field(default_factory=dict)  # where the class's defaults are others
     interpolates: bool = False  # whether the models take `interpolate_pos_encoding`
     library: Literal["transformers", "timm"] = "transformers"  # whose models they are
+    elsewhere: str = ""  # where there are no variants: what it is compared with, in a sentence
 
     @property
     def models(self) -> frozenset[str]:

@@ -108,7 +108,11 @@ def dups(
             err=True,
         )
     elif lost:
-        click.echo(f"{len(lost)} photographs cannot be read and are left blank.", err=True)
+        click.echo(
+            f"{len(lost)} photographs cannot be read and are left blank. Name their folder with "
+            "--root.",
+            err=True,
+        )
 
 
 class Slowly:

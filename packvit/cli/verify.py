@@ -23,7 +23,7 @@ MISSED = 1
     "--family",
     help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, "
     "siglip, clip, qwen3_vl, qwen2_5_vl, qwen2_vl, kimi_k25, radio, tipsv2, "
-    "perception, or all.",
+    "perception, onevision, or all.",
 )
 @click.option(
     "--published",
@@ -173,6 +173,12 @@ def search(
             yield found
         for name, encoder in known.items():
             if family not in ("all", name):
+                continue
+            elsewhere = encoder.family.reference.elsewhere
+            if elsewhere and family == name:
+                raise click.UsageError(elsewhere)
+            if elsewhere:
+                click.echo(elsewhere, err=True)
                 continue
             try:
                 import_reference(encoder.family)

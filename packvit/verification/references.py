@@ -119,6 +119,8 @@ class ReferenceModel:
         if self.library == "timm":
             return timm_reference.architecture(config)
         known = self.family.reference.models
+        if not known:
+            raise CheckpointError(self.family.reference.elsewhere)
         named = config.get("architectures") or ["none"]
         if len(named) != 1 or named[0] not in known:
             raise CheckpointError(
