@@ -17,7 +17,7 @@ from packvit.corpus.inputs.mistakes import shown
 from packvit.corpus.inputs.reader import find_url, unreadable
 from packvit.corpus.inputs.suffixes import ARCHIVES, COMPRESSED, PHOTOGRAPHS
 from packvit.corpus.inputs.tars import Beside, list_tar
-from packvit.corpus.inputs.zips import list_zip, member_url
+from packvit.corpus.inputs.zips import list_zip
 from packvit.images.decode import ImageError, find_file
 
 
@@ -102,9 +102,9 @@ class NamedFiles:
             if isinstance(item, bytes):
                 self.listing.pass_over(item)
             else:
-                name, code = item
-                url, name = member_url(name, path), prefix + name
-                self.listing.add(name, url, code, whole=name, repeats=True)
+                name, place, code = item
+                name = prefix + name
+                self.listing.add(name, path, code, place, whole=name, repeats=True)
 
     def add_file(
         self, path: bytes, *, repeats: bool = False, kept: str | None = None

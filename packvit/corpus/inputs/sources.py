@@ -14,6 +14,7 @@ from packvit.corpus.inputs.cells import Cell as Cell
 from packvit.corpus.inputs.cells import read_cell
 from packvit.corpus.inputs.reader import read_part_of_url, read_url
 from packvit.corpus.inputs.retries import persist
+from packvit.corpus.inputs.zips import LOCAL, Zipped, check_zipped, find_packed, unpack
 from packvit.images.decode import MAX_BYTES, ImageError, read_file
 
 
@@ -32,7 +33,7 @@ class Input:
     id: str  # always valid UTF-8
     path: str  # a path, with surrogates for bytes that are not UTF-8; or a URL
     error: tuple[str, str] | None = None  # (code, stage) of an input that can't be read
-    within: Member | Cell | None = None  # None: all of the file
+    within: Member | Zipped | Cell | None = None  # None: all of the file
     kept: str | None = None  # a JSON array of what comes with it: see kept.py
 
 
@@ -57,21 +58,34 @@ def read_once(source: Input, pause: Callable[[float], None], alone: bool) -> byt
         if isinstance(data, bytes):
             return data
         return read(Input(spell(data), data), pause=pause, alone=alone)
-    member = source.within
-    if member and member.size > MAX_BYTES:
+    place = source.within
+    if isinstance(place, Zipped):
+        check_zipped(place)
+        header = read_part(source.path, Member(place.offset, LOCAL.size))
+        start = find_packed(header, place)
+        return unpack(read_part(source.path, Member(start, place.packed)), place)
+    return read_part(source.path, place)
+
+
+def read_part(path: str, place: Member | None) -> bytes:
+    """Return the bytes of a file or URL, or of a part of it.
+
+    Raises: ImageError as `read` does.
+    """
+    if place and place.size > MAX_BYTES:
         raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
-    place = (member.offset, member.size) if member else None
-    if not is_url(source.path):
-        data = read_file(source.path, *place) if place else read_file(source.path)
+    where = (place.offset, place.size) if place else None
+    if not is_url(path):
+        data = read_file(path, *where) if where else read_file(path)
     else:
         try:
-            data = read_part_of_url(source.path, *place) if place else read_url(source.path)
+            data = read_part_of_url(path, *where) if where else read_url(path)
         except UsageError as error:
             note = f"its protocol is none of {', '.join(ALLOWED)}"
             raise ImageError("unreadable", "read", note) from error
         except ImportError as error:  # reported before the job starts, where it can be known
             note = "what reads its protocol is not installed"
             raise ImageError("unreadable", "read", note) from error
-    if member and len(data) < member.size:
+    if place and len(data) < place.size:
         raise ImageError("truncated", "read", "the archive ends before it")
     return data
