@@ -4,13 +4,13 @@ Two families differ in these values and in the names of their weights, in nothin
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # workers that decode read this file, and never torch
     import torch
 
 Norm = Literal["rms", "layer"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 PatchOrder = Literal["hwc", "chw"]
 TableResize = Literal[
@@ -271,18 +271,22 @@ class TextConfig(TransformerConfig):
     vocabulary: int
     positions: int
     causal: bool = True  # a token attends to itself and those before it
-    # Which token of a text is pooled: the first that is `end`, the first of the largest id, or the
-    # last.
-    pool: Literal["end", "largest", "last"] = "end"
+    # Which token of a text is pooled: the first that is `end`, the first of the largest id, the
+    # last, or all of them, by their mean.
+    pool: Literal["end", "largest", "last", "mean"] = "end"
     end: int = 0
     padded: bool = False  # texts are filled up to `positions` tokens, which all take part
     head: int | None = None  # width of a matrix with a bias over the pooled token
     projection: int | None = None  # width of one without, into the space shared with images
+    sinusoids: bool = False  # for positions, instead of a table that is learned
+    scaled_tokens: bool = False  # a token's row is multiplied by the root of the width
+    scaled: bool = True  # has a scale of logits; a tower that was saved alone has none
+    first_scale: float | None = None  # its logarithm, where the checkpoint may not hold it
     logit_bias: bool = False  # beside the scale: pairs are judged one by one, by a sigmoid
     most_scale: float | None = None  # what the scale of logits is clamped to
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
     """What a caller chooses when an encoder is loaded; `packvit.load` says what each means.
 
@@ -306,19 +310,6 @@ class LoadOptions:
                 "fp8=True and invariant=True exclude each other: matmuls in fp8 are not batch "
                 "invariant. Leave one of them out."
             )
-
-
-class LoadKeywords(TypedDict, total=False):
-    """The fields of `LoadOptions` as keyword arguments, for type checkers."""
-
-    device: "torch.device | str | None"
-    dtype: "torch.dtype | str | None"
-    attention: str
-    patch_order: PatchOrder
-    positions: GridPolicy
-    invariant: bool
-    compile: bool
-    fp8: bool
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

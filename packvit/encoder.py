@@ -6,7 +6,8 @@ arguments. Segments and places are worked out here, once, on the host.
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import ClassVar, Literal, TypeVar, Unpack
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeVar
 from warnings import warn
 
 import numpy as np
@@ -18,13 +19,11 @@ from packvit.checkpoints import saving
 from packvit.checkpoints.description import describe
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.in_memory import read_model
-from packvit.checkpoints.layouts import Family, LayoutName, image_tower
-from packvit.checkpoints.parameters import fill_parameters
+from packvit.checkpoints.layouts import Family, LayoutName, check_family, image_tower
 from packvit.config import (
     EncoderConfig,
     GridPolicy,
     ImageConfig,
-    LoadKeywords,
     LoadOptions,
     PatchOrder,
     check_choice,
@@ -34,23 +33,28 @@ from packvit.images.decode import Source
 from packvit.images.patches import Cutting
 from packvit.images.resize import Resize
 from packvit.model.attention import AttentionInputs, opaque, resolve
-from packvit.model.device import current, find_device, find_dtype
+from packvit.model.building import build
+from packvit.model.device import current
 from packvit.model.embeddings import PatchEmbeddings, to_values
 from packvit.model.layers import Blocks
 from packvit.model.linear import Linear, make_invariant
-from packvit.model.memory import check_room
 from packvit.model.merging import Mergers
 from packvit.model.norms import norm
-from packvit.model.pooling import pooling_head
+from packvit.model.pooling import pool_sequences, pooling_head
 from packvit.model.trunk import (
     Trunk,
     TrunkOutput,
     plan_forward,
     run_trunk,
-    token_stream,
     trunk_output,
 )
-from packvit.packs.checks import check_merged, check_patches, check_projected, count_from_front
+from packvit.packs.checks import (
+    check_config,
+    check_merged,
+    check_patches,
+    check_projected,
+    count_from_front,
+)
 from packvit.packs.clips import Clip
 from packvit.packs.embedding import embed_images
 from packvit.packs.features import Features, Pack, as_pack, make_pack
@@ -61,7 +65,6 @@ from packvit.packs.grid import (
     sequence_lengths,
     to_device,
 )
-from packvit.packs.segments import Segments
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
@@ -84,12 +87,7 @@ class Encoder(nn.Module):
         positions: GridPolicy = "checkpoint",
     ) -> None:
         super().__init__()
-        if not isinstance(config, EncoderConfig):
-            name = type(self).__name__
-            raise TypeError(
-                f"{name} is built from an EncoderConfig, not from {config!r}. To load a checkpoint "
-                f"write {name}.from_pretrained(name_or_folder), or packvit.load(name_or_folder)."
-            )
+        check_config(config, type(self).__name__)
         self.config = config
         self.images = images
         self.patch_order: PatchOrder = patch_order
@@ -136,10 +134,7 @@ class Encoder(nn.Module):
     @property
     def attention_inputs(self) -> AttentionInputs:
         """What decides which attention backends can run."""
-        kind = self.device.type
-        cast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else self.dtype
-        return AttentionInputs(self.device, dtype, self.config.head_dim)
+        return AttentionInputs.of(self.device, self.dtype, self.config.head_dim)
 
     def __call__(self, hidden_states: Tensor | Pack, grid_thw: GridLike | None = None) -> Tensor:
         """Return what `forward` returns of two tensors, or of one pack; hooks see the tensors."""
@@ -191,7 +186,7 @@ class Encoder(nn.Module):
             check_projected(self.config, self.family.name, pooled)
         if merged:
             check_merged(self.config, self.family.name)
-        asked = [self.check_layer(layer) for layer in taps]
+        asked = [count_from_front(layer, self.config.layers) for layer in taps]
         merger = self.merger if merged else None
         deep = merger.layers if merger else ()
         with current(self.device):
@@ -236,14 +231,7 @@ class Encoder(nn.Module):
 
     def pool(self, output: TrunkOutput) -> Tensor | None:
         """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
-        if self.config.pool == "class":
-            chosen = self.config.summary.chosen if self.config.summary else (0,)
-            first = torch.cat([output.prefix[:, token] for token in chosen], 1)
-            return self.norm(first) if self.config.final_norm == "pooled" else first
-        if self.head is None:
-            return None
-        segments = Segments.from_lengths(output.plan.lengths, device=self.device)
-        return self.head(token_stream(output), segments, output.plan.backend)
+        return pool_sequences(output, self.config, self.norm, self.head)
 
     def pack(
         self,
@@ -290,25 +278,17 @@ class Encoder(nn.Module):
         check_choice("errors", errors, ("raise", "nan"))
         if projected:
             check_projected(self.config, self.family.name)
+        merged = bool(self.merger) and not projected
         with torch.inference_mode():
             return embed_images(
                 images,
-                lambda pack: self.encode(
-                    pack, projected=projected, merged=bool(self.merger) and not projected
-                ).vectors(),
+                lambda pack: self.encode(pack, projected=projected, merged=merged).vectors(),
                 Cutting(self.images, self.patch_order, resize, max_patches),
                 self.device,
                 width=(projected and self.config.projection) or self.config.vector_width,
                 token_budget=token_budget,
                 on_error=None if errors == "raise" else lambda index, error: None,
             )
-
-    def check_layer(self, layer: object) -> int:
-        """Return the number of a tapped layer, counted from the front.
-
-        Raises: ValueError for a layer that is not there; TypeError.
-        """
-        return count_from_front(layer, self.config.layers)
 
     def to_values(self, hidden_states: Tensor) -> Tensor:
         """Return patches in the encoder's dtype, raw pixels normalised."""
@@ -320,44 +300,33 @@ class Encoder(nn.Module):
         name_or_folder: str | os.PathLike[str],
         *,
         revision: str | None = None,
-        **options: Unpack[LoadKeywords],
+        **options: Any,
     ) -> AnyEncoder:
         """Load a checkpoint of this family by its name on the hub, or from a folder.
 
-        Takes what `packvit.load` takes, and refuses other families' checkpoints.
+        `options` are those of `packvit.load`. Other families' checkpoints are refused.
 
         Raises: as `packvit.load`; TypeError on `Encoder` itself, which is of no family.
         """
         chosen = LoadOptions(**options)
-        cls.check_family()
+        check_family(cls)
         tower = image_tower([cls.family])
         checkpoint = checkpoints.read(name_or_folder, revision=revision, part=tower)
         return cls.from_checkpoint(checkpoint, chosen)
 
     @classmethod
-    def from_transformers(
-        cls: type[AnyEncoder], model: nn.Module, **options: Unpack[LoadKeywords]
-    ) -> AnyEncoder:
+    def from_transformers(cls: type[AnyEncoder], model: nn.Module, **options: Any) -> AnyEncoder:
         """Copy the weights of a transformers model in memory.
 
-        Takes the options of `packvit.load`; device and dtype are by default the model's own.
+        `options` are those of `packvit.load`; device and dtype are by default the model's own.
 
         Raises: CheckpointError if it is not a vision model of this family.
         """
-        cls.check_family()
+        check_family(cls)
         checkpoint = read_model(model)
         first = next(model.parameters())
-        options = {"device": first.device, "dtype": first.dtype, **options}
-        return cls.from_checkpoint(checkpoint, LoadOptions(**options))
-
-    @classmethod
-    def check_family(cls) -> None:
-        """Refuse to load by the class that all families share."""
-        if not hasattr(cls, "family"):
-            raise TypeError(
-                f"{cls.__name__} is what all families share, and is of none itself. Use "
-                "packvit.load, which finds a checkpoint's family, or a family's own class."
-            )
+        chosen = LoadOptions(**{"device": first.device, "dtype": first.dtype, **options})
+        return cls.from_checkpoint(checkpoint, chosen)
 
     @classmethod
     def from_checkpoint(
@@ -368,28 +337,22 @@ class Encoder(nn.Module):
         Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option
         that cannot be taken here.
         """
-        device = find_device(options.device)
-        dtype = find_dtype(options.dtype, device)
         described = describe(cls.family, checkpoint)
-        with torch.inference_mode(False):  # so that it can be trained, wherever it is loaded
-            with torch.device("meta"):
-                encoder = cls(
-                    described.config,
-                    described.images,
-                    attention=options.attention,
-                    patch_order=options.patch_order,
-                    positions=options.positions,
-                )
-            numbers = sum(parameter.numel() for parameter in encoder.parameters())
-            check_room(checkpoint.name, numbers * dtype.itemsize, device)
-            encoder.carried, encoder.skipped = fill_parameters(
-                encoder, checkpoint, described.layout, options.patch_order, device, dtype
-            )
+        make = partial(
+            cls,
+            described.config,
+            described.images,
+            attention=options.attention,
+            patch_order=options.patch_order,
+            positions=options.positions,
+        )
+        encoder, found = build(make, checkpoint, described.layout, options)
+        encoder.carried, encoder.skipped = found.carried, found.skipped
         encoder.origin = saving.Origin(checkpoint.config, described.config)
         # A model in memory is copied, and must not be kept alive by its copy.
         encoder.checkpoint = checkpoint if checkpoint.files else None
         resolve(options.attention, encoder.attention_inputs)  # refused here, not in a forward
-        encoder.eval().switch_on(options)
+        encoder.switch_on(options)
         return encoder
 
     def switch_on(self, options: LoadOptions) -> None:
@@ -408,11 +371,15 @@ class Encoder(nn.Module):
         self.fp8, self.invariant, self.compiled = options.fp8, options.invariant, options.compile
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], layout: LayoutName = "transformers"
+        self,
+        folder: str | os.PathLike[str],
+        layout: LayoutName = "transformers",
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write config.json and model.safetensors in a published layout, in the encoder's dtype.
 
         What was loaded in that dtype is written back bit for bit, what it carried unused too.
+        `state_dict` are the weights where the encoder's own are sharded over processes.
 
         Raises: ValueError for a layout that the family does not have, or weights in 8 bits.
         """
@@ -426,7 +393,7 @@ class Encoder(nn.Module):
             self.family,
             layout,
             self.config,
-            self.state_dict(),
+            self.state_dict() if state_dict is None else state_dict,
             self.carried,
             origin=self.origin,
             patch_order=self.patch_order,

@@ -56,7 +56,16 @@ def load(
 
     Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option.
     """
-    options = LoadOptions(device, dtype, attention, patch_order, positions, invariant, compile, fp8)
+    options = LoadOptions(
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        patch_order=patch_order,
+        positions=positions,
+        invariant=invariant,
+        compile=compile,
+        fp8=fp8,
+    )
     checkpoint = read_tower(name_or_folder, revision)
     return family_of(checkpoint).from_checkpoint(checkpoint, options)
 

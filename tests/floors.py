@@ -5,18 +5,17 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-# What runs where there is no GPU; `dev` names the other extras that tests need.
-# Linters are left out, since no test runs them.
-EXTRAS = ("reference", "ray", "demo", "train", "dev")
+# Left out, since no test runs them.
 LINTERS = ("import-linter", "pyright", "ruff")
 
 
 def floors(project: dict[str, Any]) -> dict[str, str]:
-    """Return the lowest version that each requirement allows, by package."""
+    """Return the lowest version that each requirement of the package and its tests allows."""
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *(r for name in EXTRAS for r in extras[name])]
+    (tested,) = (r for r in extras["dev"] if r.startswith("packvit["))
+    names = ["dev", *re.findall(r"[\w-]+", tested)[1:]]
     found = {}
-    for requirement in requirements:
+    for requirement in [*project["dependencies"], *(r for name in names for r in extras[name])]:
         match = re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+)", requirement)
         if match and match[1] not in LINTERS:
             found[match[1]] = match[2]

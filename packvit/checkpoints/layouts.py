@@ -189,3 +189,15 @@ def beside_text(
         carried={label: prefix + name for label, name in layout.carried.items()},
         skipped=skipped,
     )
+
+
+def check_family(encoder: type) -> None:
+    """Refuse to load by the class that all families share.
+
+    Raises: TypeError.
+    """
+    if not hasattr(encoder, "family"):
+        raise TypeError(
+            f"{encoder.__name__} is what all families share, and is of none itself. Use "
+            "packvit.load, which finds a checkpoint's family, or a family's own class."
+        )

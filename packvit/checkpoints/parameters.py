@@ -3,14 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from packvit.checkpoints import rules as weights
 from packvit.checkpoints.files import Checkpoint
-from packvit.checkpoints.layouts import EMBEDDING, Layout
-from packvit.checkpoints.rules import permute_patches
-from packvit.config import PatchOrder
+from packvit.checkpoints.layouts import Layout
 
 
 class Read(NamedTuple):
@@ -19,29 +16,6 @@ class Read(NamedTuple):
     state: dict[str, Tensor]  # our parameters
     carried: dict[str, Tensor]  # by our labels: kept for writing, and used by nothing
     skipped: tuple[str, ...]  # the checkpoint's names of those that belong to another tower
-
-
-def fill_parameters(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    layout: Layout,
-    patch_order: PatchOrder,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Fill in every parameter of a model that has none yet; return what was carried and skipped.
-
-    Raises: CheckpointError naming everything that is missing, misshapen or unexpected.
-    """
-    # A copy always: what is read from a file is a view of the mapped file.
-    found = take(
-        model.state_dict(), checkpoint, layout, lambda tensor: tensor.to(device, dtype, copy=True)
-    )
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)  # tensors were cast on the streams of other threads
-    embedding = permute_patches(found.state[EMBEDDING], patch_order).contiguous()
-    model.load_state_dict({**found.state, EMBEDDING: embedding}, assign=True)
-    return found.carried, found.skipped
 
 
 def take(

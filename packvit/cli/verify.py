@@ -8,6 +8,7 @@ import click
 
 from packvit.cli.command import Command
 from packvit.cli.models import MODEL_HELP, explaining, full_name
+from packvit.cli.options import device_option
 from packvit.cli.published import run_published
 from packvit.verification import Comparison, Findings, VerifyOptions
 
@@ -38,7 +39,7 @@ MISSED = 1
     default="transformers",
     help="timm: its model of the same weights as well, where it has one.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@device_option
 @click.option("--quick", is_flag=True, help="Fewer and smaller images.")
 @click.option(
     "--seed",

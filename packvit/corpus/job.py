@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from packvit.config import GridPolicy
+from packvit.config import GridPolicy, LoadOptions
 from packvit.corpus import UsageError
 from packvit.corpus.completing import choose_codes
 from packvit.corpus.decode.prepare import Decode
@@ -114,9 +114,9 @@ def embed(
     CUDA_DEVICE_MAX_CONNECTIONS=32 before anything uses CUDA; otherwise it is set here.
 
     `keep` names columns that come with the photographs and become columns of the parts: the keys of
-    a .json beside an image of the same key in a tar ("txt" and "cls" for members called so),
-    columns of Parquet files of images and of lists that are tables, and of a folder's
-    metadata.jsonl or .csv, as datasets writes them. A job resumes only with the same values.
+    a .json beside an image of the same name in a tar, a zip or a local folder ("txt" and "cls" for
+    files called so), columns of Parquet files of images and of lists that are tables, and of a
+    folder's metadata.jsonl or .csv, as datasets writes them. A job resumes only with the same values.
 
     `processes` is the number of processes that embed, one for each GPU, or each with a share of
     the CPUs; each has its own workers and pixels in flight, and the output is the same. `ray` runs
@@ -139,15 +139,17 @@ def embed(
         image_column=image_column,
         keep=check_keep(keep),
     )
-    choice = ModelChoice(
-        model=model,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        revision=revision,
-        positions=positions,
-        invariant=invariant,
-    )
+    try:
+        loading = LoadOptions(
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            positions=positions,
+            invariant=invariant,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    choice = ModelChoice(model=model, revision=revision, options=loading)
     options = EmbedOptions(
         resize=resize,
         max_patches=max_patches,

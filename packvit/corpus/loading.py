@@ -7,14 +7,12 @@ import torch
 
 from packvit import hub
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import LoadOptions
 from packvit.corpus import UsageError
 from packvit.corpus.settings import ModelChoice
 from packvit.encoder import Encoder
 from packvit.model.device import find_device
 
 TRIAL_MODEL = "tiny"
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 def choose_encoder(choice: ModelChoice, *, verify: bool) -> tuple[Encoder, str]:
@@ -36,7 +34,8 @@ def choose_encoder(choice: ModelChoice, *, verify: bool) -> tuple[Encoder, str]:
         encoder, weights = choice.model, digest_weights(choice.model)
     else:
         encoder, weights = load_encoder(choice)
-    if verify and choice.positions == "interpolate" and not encoder.family.reference.interpolates:
+    interpolates = choice.options.positions == "interpolate"
+    if verify and interpolates and not encoder.family.reference.interpolates:
         raise UsageError(
             'verify cannot check positions="interpolate": no reference defines it for '
             f"{encoder.family.name}. Leave one of the two out."
@@ -49,27 +48,17 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
 
     Raises: UsageError for wrong arguments; CheckpointError if the checkpoint itself is wrong.
     """
-    model, dtype = choice.model, choice.dtype
-    assert not isinstance(model, Encoder)
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise UsageError(f'dtype is "{dtype}". Choose one of: {", ".join(DTYPES)}.')
+    assert not isinstance(choice.model, Encoder)
     try:
-        if find_device(choice.device).type == "cuda":
-            from packvit.fast.caches import import_ahead  # kernels, which a GPU alone has
+        if find_device(choice.options.device).type == "cuda":
+            from packvit.fast.imports import import_ahead  # kernels, which a GPU alone has
 
             import_ahead()
-        options = LoadOptions(
-            device=choice.device,
-            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
-            attention=choice.attention,
-            positions=choice.positions,
-            invariant=choice.invariant,
-        )
-        name = TRIAL_MODEL if model is None else model
+        name = TRIAL_MODEL if choice.model is None else choice.model
         checkpoint = hub.read_tower(name, choice.revision)
         with ThreadPoolExecutor(1, "packvit-digest") as other:
             digest = other.submit(checkpoint.sha256)
-            encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, options)
+            encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, choice.options)
             return encoder, digest.result()
     except CheckpointError:
         raise

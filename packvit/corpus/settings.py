@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
-from packvit.config import EncoderConfig, GridPolicy, MostPatches, Table
+from packvit.config import EncoderConfig, LoadOptions, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
@@ -20,6 +20,7 @@ from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
 from packvit.model.memory import peak
+from packvit.packs.checks import count_from_front
 
 # Rows of a part, a power of two. 64 are about a minute of a large model on a CPU, and with 1,000
 # tokens of 1,024 float16 each a part of 131 MB.
@@ -44,12 +45,8 @@ class ModelChoice:
     """The encoder of a job, and how it is loaded; None is the embedded "tiny"."""
 
     model: str | os.PathLike[str] | Encoder | None = None
-    device: str | torch.device | None = None
-    dtype: str | torch.dtype | None = None
-    attention: str = "auto"
     revision: str | None = None
-    positions: GridPolicy = "checkpoint"
-    invariant: bool = False
+    options: LoadOptions = field(default_factory=LoadOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +138,9 @@ def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
     """
     images, positions, resize = encoder.images, encoder.config.positions, options.resize
     try:
-        layers = tuple(sorted({encoder.check_layer(layer) for layer in options.taps}))
+        layers = tuple(
+            sorted({count_from_front(layer, encoder.config.layers) for layer in options.taps})
+        )
         plans = [  # of two photographs whose grids only a fixed size makes equal
             resize_plan(*size, images, resize=resize, max_patches=options.max_patches)
             for size in ((600, 900), (3000, 1000))
@@ -170,7 +169,7 @@ def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
             f"An image may have {most} patches, but token_budget lets a pack hold "
             f"{options.token_budget}. Raise token_budget, or lower max_patches."
         )
-    return replace(options, resize=resize, max_patches=max_patches, taps=layers)
+    return replace(options, resize=resize, max_patches=max_patches, taps=tuple(sorted(layers)))
 
 
 def typical_patches(encoder: Encoder, options: EmbedOptions) -> int:

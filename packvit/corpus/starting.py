@@ -85,7 +85,7 @@ def run_in(
         if (
             options.decode == "gpu"
             and torch.cuda.is_available()
-            and choice.device in (None, "cuda")
+            and choice.options.device in (None, "cuda")
         ):
             engine = begin_engine(torch.device("cuda"))  # while the model is loaded
         encoder, weights = choose_encoder(choice, verify=how.verify)
@@ -108,7 +108,7 @@ def run_in(
         manifest = draft(encoder, described, listing, format_of_folder) | part_of.entry
         name = encoder.checkpoint.name if encoder.checkpoint else ""
         each = row_bytes(options.outputs(encoder.config), typical_patches(encoder, options))
-        job = Job(str(folder), options, described, choice.positions, name)
+        job = Job(str(folder), options, described, choice.options.positions, name)
         runner = choose_runner(context, job, processes, how.ray)
         del encoder, context  # only a runner in this process keeps them; the others need the memory
         tally = Tally(rows_of(manifest), progress, options.token_budget)

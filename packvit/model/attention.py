@@ -30,6 +30,13 @@ class AttentionInputs(NamedTuple):
     dtype: torch.dtype
     head_dim: int
 
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> "AttentionInputs":
+        """Return the inputs of weights in `dtype`, or as autocast would have them now."""
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return cls(device, dtype, head_dim)
+
 
 class Backend(NamedTuple):
     """One way to compute attention."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from packvit.config import EncoderConfig, ImageConfig, PatchOrder, Rotary, SinCos, Statistics, Table
 from packvit.model.linear import Linear, affine
 from packvit.model.norms import Tokens, norm
+from packvit.model.parameters import drawn
 from packvit.model.positions import (
     Axes,
     ResizedTables,
@@ -73,15 +74,14 @@ class PatchEmbeddings(nn.Module):
         self.norm = norm(config) if config.embedding_norm else None
         if isinstance(config.positions, Table):
             places = config.positions.rows * config.positions.columns + config.positions.class_row
-            self.positions = nn.Parameter(torch.empty(places, config.width).normal_(std=0.02))
+            self.positions = drawn(places, config.width)
             self.resized = ResizedTables(config.positions)
         elif isinstance(config.positions, SinCos):
             self.axes = Axes(config.positions, config.width)
         if config.class_token:
-            self.class_token = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+            self.class_token = drawn(config.width)
         if config.registers:
-            shape = (config.registers, config.width)
-            self.registers = nn.Parameter(torch.empty(shape).normal_(std=0.02))
+            self.registers = drawn(config.registers, config.width)
 
     def forward(
         self,

@@ -11,6 +11,8 @@ from packvit.model.attention import Backend
 from packvit.model.layers import MLP
 from packvit.model.linear import Linear, affine
 from packvit.model.norms import Tokens, norm
+from packvit.model.parameters import drawn
+from packvit.model.trunk import TrunkOutput, token_stream
 from packvit.packs.segments import Segments
 
 Pooled = Float[Tensor, "S D"]
@@ -22,7 +24,7 @@ class QueryPool(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.query = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        self.query = drawn(config.width)
         self.kv = Linear(config.width, 2 * config.width, bias=bool(config.qkv_bias))
         self.out = Linear(config.width, config.width)
 
@@ -39,7 +41,7 @@ class ProbePool(nn.Module):
         super().__init__()
         own = config.probe or Probe(config.heads, config.mlp_width)
         self.heads = own.heads
-        self.probe = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        self.probe = drawn(config.width)
         self.qkv: nn.Module = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
         self.norm = norm(config)
@@ -81,3 +83,17 @@ def pooling_head(config: EncoderConfig) -> QueryPool | ProbePool | None:
     if config.pool == "query":
         return QueryPool(config)
     return ProbePool(config) if config.pool == "probe" else None
+
+
+def pool_sequences(
+    output: TrunkOutput, config: EncoderConfig, last_norm: nn.Module, head: nn.Module | None
+) -> Pooled | None:
+    """Return the checkpoint's one vector a sequence, or None if it has none."""
+    if config.pool == "class":
+        chosen = config.summary.chosen if config.summary else (0,)
+        first = torch.cat([output.prefix[:, token] for token in chosen], 1)
+        return last_norm(first) if config.final_norm == "pooled" else first
+    if head is None:
+        return None
+    segments = Segments.from_lengths(output.plan.lengths, device=output.tokens.device)
+    return head(token_stream(output), segments, output.plan.backend)

@@ -8,6 +8,18 @@ from torch import Tensor
 from packvit.config import EncoderConfig
 
 
+def check_config(config: object, encoder: str) -> None:
+    """Refuse what is no configuration, such as the name of a checkpoint.
+
+    Raises: TypeError saying how `encoder` loads one.
+    """
+    if not isinstance(config, EncoderConfig):
+        raise TypeError(
+            f"{encoder} is built from an EncoderConfig, not from {config!r}. To load a checkpoint "
+            f"write {encoder}.from_pretrained(name_or_folder), or packvit.load(name_or_folder)."
+        )
+
+
 def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.device) -> None:
     """Refuse what cannot be the patches of a pack for an encoder on `device`.
 

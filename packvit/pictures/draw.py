@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from packvit.atomic import write_whole
-from packvit.config import GridPolicy
+from packvit.config import GridPolicy, LoadOptions
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.addresses import check_local
@@ -24,15 +24,11 @@ from packvit.corpus.progress import Tally, Tell
 from packvit.corpus.settings import EmbedOptions, ModelChoice
 from packvit.images.resize import Resize
 from packvit.pictures.maps import Background, pca_sheet, similarity_sheet
-from packvit.pictures.neighbours import (
-    COUNT,
-    check_model,
-    neighbour_sheet,
-    open_folder,
-    options_of,
-)
+from packvit.pictures.neighbours import COUNT, neighbour_sheet, options_of
 from packvit.pictures.sheet import WIDTH
 from packvit.pictures.tokens import NothingToDraw, read_photographs
+from packvit.retrieval.folders import open_vectors
+from packvit.retrieval.models import check_model
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 QUALITY = 90  # of a JPEG or WebP, with colour at full resolution: patches keep their edges
@@ -92,23 +88,22 @@ def draw(
     target = check_out(out, inputs)
     patch = find_patch(inputs, similar_to) if similar_to is not None else None
     options = EmbedOptions(resize=resize, max_patches=max_patches)
-    folder = Path(neighbours) if neighbours is not None else None
-    manifest = open_folder(folder) if folder else {}
-    if folder:
+    vectors = open_vectors(neighbours) if neighbours is not None else None
+    if vectors is not None:
+        manifest = vectors.manifest
         model, revision = model or manifest["model"], revision or manifest["revision"]
         options, positions = options_of(manifest), manifest["positions"]
-    encoder, _ = load_encoder(
-        ModelChoice(model=model, device=device, revision=revision, positions=positions)
-    )
-    if folder:
-        check_model(encoder, manifest, folder)
+    loading = LoadOptions(device=device, positions=positions)
+    encoder, _ = load_encoder(ModelChoice(model=model, revision=revision, options=loading))
+    if vectors is not None:
+        check_model(encoder, vectors.manifest, vectors.folder)
     tally = Tally(len(inputs), progress)
     options = replace(options, workers=min(MOST_WORKERS, count_cpus()))
     photographs = read_photographs(encoder, inputs, options, tally.settle, layer=layer)
     lost: list[str] = []
     try:
-        if folder:
-            sheet, lost = neighbour_sheet(photographs, folder, Path(root), count, width=width)
+        if vectors is not None:
+            sheet, lost = neighbour_sheet(photographs, vectors, Path(root), count, width=width)
         elif patch:
             sheet = similarity_sheet(photographs, patch, overlay=overlay, width=width)
         else:

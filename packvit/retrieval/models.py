@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from packvit.config import LoadOptions
 from packvit.corpus import UsageError
 from packvit.corpus.loading import digest_weights, load_encoder
 from packvit.corpus.settings import ModelChoice
@@ -26,14 +27,9 @@ def load_model(
 
     Raises: UsageError if its weights are others; CheckpointError.
     """
-    encoder, _ = load_encoder(
-        ModelChoice(
-            model=model or manifest["model"],
-            device=device,
-            revision=manifest["revision"],
-            positions=manifest["positions"],
-        )
-    )
+    loading = LoadOptions(device=device, positions=manifest["positions"])
+    name, revision = model or manifest["model"], manifest["revision"]
+    encoder, _ = load_encoder(ModelChoice(model=name, revision=revision, options=loading))
     check_model(encoder, manifest, folder)
     return encoder
 

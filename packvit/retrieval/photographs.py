@@ -10,8 +10,8 @@ from packvit.corpus import UsageError
 from packvit.corpus.inputs.addresses import bare, is_url
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import readable
-from packvit.corpus.inputs.roots import is_archive
 from packvit.corpus.inputs.sources import Input, read
+from packvit.corpus.inputs.suffixes import is_archive
 from packvit.images.decode import ImageError, load_image
 
 

@@ -41,7 +41,7 @@ def save_towers(
     embedding = weights.permute_patches(images[EMBEDDING], encoder.patch_order, back=True)
     layout = encoder.family.layout(source.tensors, source.config)
     stored = weights.store({**images, EMBEDDING: embedding}, layout.rules)
-    stored |= weights.store(words, tower_of(source).layout(source.tensors).rules)
+    stored |= weights.store(words, tower_of(source).layout(source.tensors, source.config).rules)
     dtype = str(embedding.dtype).removeprefix("torch.")
     checkpoints.write(
         folder,

@@ -29,7 +29,6 @@ from torch.distributed.fsdp import (
 )
 
 from packvit.atomic import rename_flushed
-from packvit.checkpoints import saving
 from packvit.encoder import Encoder
 from packvit.model.layers import Block
 
@@ -151,17 +150,7 @@ def export(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
     state = get_model_state_dict(encoder, options=options)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if is_first():
-        saving.write(
-            folder,
-            encoder.family,
-            "transformers",
-            encoder.config,
-            tensors,
-            encoder.carried,
-            origin=encoder.origin,
-            patch_order=encoder.patch_order,
-            preprocessor=encoder.checkpoint.preprocessor if encoder.checkpoint else None,
-        )
+        encoder.save_pretrained(folder, state_dict=tensors)
     wait()
 
 

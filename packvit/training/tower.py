@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from packvit.encoder import Encoder
 from packvit.model.merging import Merging
+from packvit.packs.checks import count_from_front
 from packvit.packs.features import Pack
 from packvit.packs.grid import GridLike
 from packvit.packs.segments import Segments
@@ -36,7 +37,7 @@ class Tower(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.side = side
-        self.taps = [encoder.check_layer(layer) for layer in taps]
+        self.taps = [count_from_front(layer, encoder.config.layers) for layer in taps]
         merged = (1 + len(self.taps)) * side**2 * encoder.config.width
         self.projector = nn.Sequential(
             nn.LayerNorm(merged), nn.Linear(merged, width), nn.GELU(), nn.Linear(width, width)

@@ -119,7 +119,7 @@ def text_page() -> str:
         size = (
             f"{config.positions} tokens, filled up"
             if config.padded
-            else (f"up to {config.positions} tokens, causal")
+            else f"up to {config.positions} tokens{', causal' if config.causal else ''}"
         )
         count = len(tower.checkpoints)
         some = f"`{first}`" if count == 1 else f"{count}, such as `{first}`"

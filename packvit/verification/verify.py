@@ -102,7 +102,8 @@ def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
     ):
         return found
     import_transformers()
-    exact = type(encoder).from_checkpoint(checkpoint, LoadOptions(encoder.device, torch.float32))
+    options = LoadOptions(device=encoder.device, dtype=torch.float32)
+    exact = type(encoder).from_checkpoint(checkpoint, options)
     lower = tuple({"bfloat16", dtype} - {"float32"})
     findings = verify(exact, VerifyOptions(quick=True, lower=lower))
     if findings.missed:

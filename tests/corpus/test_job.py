@@ -358,7 +358,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     ):
         refuse(message, out, photos, model=encoder, **options)
     for options, message in (
-        ({"dtype": "float8"}, 'dtype is "float8". Choose one of: float32, bfloat16, float16'),
+        ({"dtype": "float8"}, 'dtype is "float8", but must be one of: float32, bfloat16, float16'),
         ({"device": "toaster"}, 'device "toaster" cannot be used: .* Try `device="cpu"`'),
         ({"device": "meta"}, 'device "meta" cannot be used: it holds no numbers'),
         ({"device": "cpu", "attention": "torch"}, '"torch" cannot run: it needs CUDA tensors'),

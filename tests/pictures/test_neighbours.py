@@ -15,19 +15,9 @@ from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import append_line, read_commits, read_log
 from packvit.corpus.folder.names import CURRENT
 from packvit.encoder import Encoder
-from packvit.pictures import neighbours
 from packvit.pictures.colours import BLANK
 from packvit.pictures.neighbours import nearest, thumbnail
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def encoder(checkpoint: Path) -> Encoder:
-    return packvit.load(checkpoint, device="cpu")
+from packvit.retrieval.folders import open_vectors
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +35,21 @@ def features(tmp_path_factory: pytest.TempPathFactory, photos: Path, checkpoint:
     return out
 
 
-def test_the_nearest_are_scikit_learns_whatever_a_batch_holds(
-    features: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_nearest_are_scikit_learns(features: Path):
     rows = pq.read_table(features / CURRENT.part(0)).to_pylist()
     good = [row for row in rows if row["status"] == "ok"]
     assert len(good) == len(rows) - 1
     vectors = np.array([row["pooled"] for row in good])
     distances, places = NearestNeighbors(n_neighbors=5, metric="cosine").fit(vectors).kneighbors()
-    for batch in (4096, 5):
-        monkeypatch.setattr(neighbours, "BATCH", batch)
-        found, count = nearest(vectors, features, 6)
-        assert count == len(good)
-        for query, near in enumerate(found):
-            assert near[0].id == good[query]["id"]  # a photograph finds itself first
-            assert near[0].score == pytest.approx(1)
-            assert [one.id for one in near[1:]] == [good[i]["id"] for i in places[query]]
-            scores = [one.score for one in near[1:]]
-            np.testing.assert_allclose(scores, 1 - distances[query], atol=1e-6)
+    found = nearest(vectors, open_vectors(features), 6)
+    for query, near in enumerate(found):
+        assert near[0].id == good[query]["id"]  # a photograph finds itself first
+        assert near[0].score == pytest.approx(1)
+        assert [one.id for one in near[1:]] == [good[i]["id"] for i in places[query]]
+        scores = [one.score for one in near[1:]]
+        np.testing.assert_allclose(scores, 1 - distances[query], atol=1e-6)
+    [every, *_] = nearest(vectors, open_vectors(features), 100)
+    assert len(every) == len(good)  # and the row without features is none
 
 
 def test_the_sheet_shows_the_photograph_beside_itself(
@@ -102,11 +89,12 @@ def test_what_the_log_does_not_vouch_for_is_not_read(
     ids = pa.array([f"stray-{i}" for i in range(len(table))])
     pq.write_table(table.set_column(0, "id", ids), copy / CURRENT.part(1))
     query = np.array([row for row in table["pooled"].to_pylist() if row][:1])
-    assert nearest(query, copy, 3) == nearest(query, features, 3)
+    found = nearest(query, open_vectors(copy), 3)
+    assert found == nearest(query, open_vectors(features), 3)
     assert len(read_commits(copy)) == 1
     (copy / "_commits.jsonl").write_bytes(b"")
-    with pytest.raises(UsageError, match="holds no row with features"):
-        nearest(query, copy, 3)
+    with pytest.raises(UsageError, match=r"_commits.jsonl is missing or damaged"):
+        open_vectors(copy)
     append_line(copy / "_commits.jsonl", read_log(features)[0].decode().strip())
     part = bytearray((copy / CURRENT.part(0)).read_bytes())
     part[len(part) // 3] ^= 255
@@ -114,7 +102,13 @@ def test_what_the_log_does_not_vouch_for_is_not_read(
     with pytest.raises(
         UsageError, match=r"data/part-00000.parquet is missing or damaged. `packvit check"
     ):
-        nearest(query, copy, 3)
+        nearest(query, open_vectors(copy), 3)
+
+
+def test_a_folder_of_errors_alone_has_no_neighbours(tmp_path: Path, encoder: Encoder, photos: Path):
+    packvit.embed(photos / "bad.jpg", out=tmp_path / "out", model=encoder)
+    with pytest.raises(UsageError, match="holds no row with features: all are errors"):
+        pictures.draw_neighbours(encoder, [photos / "good-0000.jpg"], tmp_path / "out")
 
 
 def test_another_models_folder_is_refused(tmp_path: Path, features: Path, photos: Path):

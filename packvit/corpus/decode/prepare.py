@@ -14,6 +14,7 @@ import numpy as np
 from packvit.corpus.folder.known import REUSED, find_trusted, is_known
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.sources import Input, read
+from packvit.corpus.inputs.unpacking import Spent
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
 from packvit.images.decode import ImageError, Stage, decode_opened, open_image
 from packvit.images.patches import Cutting
@@ -61,11 +62,12 @@ def prepare(
     admit: Admit,
     *,
     pause: Callable[[float], None] = time.sleep,
+    spent: Spent = lambda seconds: None,
     alone: bool = False,
 ) -> Prepared:
     """Read, decode, resize and cut one input; an error is recorded in its row.
 
-    `pause` and `alone` are as `read` takes them.
+    `pause`, `spent` and `alone` are as `read` takes them.
     """
     row = Row(source.id)
     if source.error:
@@ -75,7 +77,7 @@ def prepare(
         return Prepared(replace(row, status=REUSED, sha256=sha256))
     stage: Stage = "read"
     try:
-        data = read(source, pause=pause, alone=alone)
+        data = read(source, pause=pause, spent=spent, alone=alone)
         sha256 = hashlib.sha256(data).hexdigest()
         row = replace(row, sha256=sha256)
         if preprocessing.known and is_known(preprocessing.known, sha256):

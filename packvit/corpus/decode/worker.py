@@ -105,9 +105,14 @@ def main() -> None:
             send(link, seconds)
             time.sleep(seconds)
 
+        def spent(seconds: float) -> None:
+            send(link, seconds)
+
         for source in sources:
             try:
-                prepared = prepare(source, preprocessing, admit, pause=pause, alone=True)
+                prepared = prepare(
+                    source, preprocessing, admit, pause=pause, spent=spent, alone=True
+                )
             except Left:
                 break
             except (EOFError, ConnectionError):

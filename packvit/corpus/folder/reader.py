@@ -1,6 +1,7 @@
 """`packvit.read`: a finished feature folder as ids, a matrix and a table. No torch."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class FeatureFolder:
     matrix: np.ndarray
     parts: tuple[str, ...]  # paths below the folder
     text_space: str | None = None  # the column that texts compare with: pooled or projected
+    keep: tuple[str, ...] = ()  # the columns that come with the photographs
     only_good: bool = False
 
     def __len__(self) -> int:
@@ -43,10 +45,15 @@ class FeatureFolder:
 
         Raises: UsageError if a part is missing or damaged.
         """
-        table = pa.concat_tables(read_whole(self.folder, part) for part in self.parts)
-        if not self.only_good:
-            return table
-        return table.filter(pa.array([status == "ok" for status in table["status"].to_pylist()]))
+        return self.read_columns(None)
+
+    @property
+    def kept(self) -> pa.Table:
+        """The columns that came with the photographs (`keep`); parts are read each time.
+
+        Raises: UsageError if a part is missing or damaged.
+        """
+        return self.read_columns(self.keep).select(self.keep)
 
     @property
     def projected(self) -> np.ndarray | None:
@@ -56,12 +63,18 @@ class FeatureFolder:
         """
         if self.text_space != "projected":
             return None
-        found = pa.concat_tables(
-            read_whole(self.folder, part, ["status", "projected"]) for part in self.parts
-        )
-        vectors = matrix_of(found, "projected")
-        good = [status == "ok" for status in found["status"].to_pylist()]
-        return vectors[np.flatnonzero(good)] if self.only_good else vectors
+        return matrix_of(self.read_columns(["projected"]), "projected")
+
+    def read_columns(self, names: Sequence[str] | None) -> pa.Table:
+        """Return columns of the rows, beside their status; all of them for None.
+
+        Raises: UsageError if a part is missing or damaged.
+        """
+        columns = None if names is None else ["status", *names]
+        table = pa.concat_tables(read_whole(self.folder, part, columns) for part in self.parts)
+        if not self.only_good:
+            return table
+        return table.filter(pa.array([status == "ok" for status in table["status"].to_pylist()]))
 
     def good(self) -> "FeatureFolder":
         """Return the rows that are ok; the matrix is then in memory."""
@@ -106,8 +119,8 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
             matrix[len(ids) : len(ids) + len(table)] = matrix_of(table, "pooled")
         ids += table["id"].to_pylist()
         statuses += table["status"].to_pylist()
-    space = manifest.get("text_space")
-    return FeatureFolder(path, tuple(ids), tuple(statuses), matrix, parts, space)
+    space, keep = manifest.get("text_space"), tuple(name for name, _ in manifest.get("keep", ()))
+    return FeatureFolder(path, tuple(ids), tuple(statuses), matrix, parts, space, keep)
 
 
 def open_finished(folder: Path) -> dict[str, Any]:
@@ -133,7 +146,7 @@ def open_finished(folder: Path) -> dict[str, Any]:
         written = sum(entry.rows for entry in read_commits(folder))
         raise UsageError(
             f"{folder} is half done: {written:,} of {rows_of(manifest):,} rows are written. Run "
-            "the same embed command again to finish it."
+            "the same embed command again to finish it, unless it still runs."
         )
     return manifest
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from packvit.corpus import UsageError
 from packvit.corpus.inputs import patterns as globs
 from packvit.corpus.inputs.addresses import bare, check_protocols, is_url, spell, spell_bytes
+from packvit.corpus.inputs.beside import SUFFIXES as BESIDE
+from packvit.corpus.inputs.beside import read_beside
 from packvit.corpus.inputs.kept import Keeping
 from packvit.corpus.inputs.listing import Listing, by_suffix, spooling
 from packvit.corpus.inputs.lists import looks_like_list, read_list
@@ -17,9 +19,11 @@ from packvit.corpus.inputs.mistakes import no_answer, no_photographs, not_there,
 from packvit.corpus.inputs.named_files import NamedFiles, find_obstacle
 from packvit.corpus.inputs.reader import find_kind
 from packvit.corpus.inputs.roots import record_root
-from packvit.corpus.inputs.suffixes import ARCHIVES, METADATA, SUFFIXES, is_other, is_photograph
+from packvit.corpus.inputs.suffixes import METADATA, SUFFIXES, is_archive, is_other, is_photograph
 from packvit.corpus.inputs.walking import Entry, walk
 from packvit.images.decode import ImageError
+
+NEAREST = -(1 << 30)  # the rank of values beside a photograph, before those of any metadata
 
 
 def list_inputs(
@@ -203,8 +207,12 @@ class Finder:
                 else:
                     code = find_obstacle(entry.path)
                 self.listing.add(name, entry.path + chain, code)
+                if not remote and (kept := read_beside(entry.path, self.keeping)):
+                    self.listing.add_beside(name, kept, NEAREST)
             elif self.keeping and not entry.is_folder and entry.name in METADATA:
                 self.add_metadata(entry, name, chain)
+            elif self.keeping and not remote and entry.name.endswith(BESIDE):
+                pass  # read with its photograph
             elif not entry.is_folder:
                 self.listing.pass_over(entry.name)
         self.listing.join_beside(before)
@@ -232,7 +240,7 @@ def is_folder(typed: bytes, head: bytes, *, remote: bool) -> bool:
     """
     if not remote:
         return os.path.isdir(typed)
-    head = os.fsencode(bare(os.fsdecode(head)))
-    if is_photograph(head) or os.path.splitext(head)[1].lower() in ARCHIVES:
+    text = bare(os.fsdecode(head))
+    if is_photograph(os.fsencode(text)) or is_archive(text):
         return False
     return find_kind(os.fsdecode(typed)) == "folder"

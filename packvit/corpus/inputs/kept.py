@@ -56,12 +56,27 @@ class Keeping:
         return text
 
     def wants_member(self, extension: str) -> bool:
-        """Return whether a file of a tar with this extension may hold columns to keep."""
+        """Return whether a file of this extension beside a photograph may hold columns to keep."""
         kind = extension.rpartition(".")[2]
         if kind in TEXTS + NUMBERS:
             self.meet([extension])
             return extension in self.names
         return kind in OBJECTS
+
+    def read(self, extension: str, data: bytes | None, where: str) -> str | None:
+        """Return what a file beside a photograph holds, as a line of JSON.
+
+        `data` is None if it cannot be read; what is no values is counted.
+        """
+        try:
+            if data is None or len(data) > limits.MOST_VALUES:
+                raise ValueError("it cannot be kept")
+            values = read_member(extension, data)
+        except (ValueError, RecursionError):
+            self.fail(where)
+            return None
+        self.meet(values)
+        return self.encode(values, where)
 
     def check_met(self) -> None:
         """Refuse a column that no source has.
@@ -88,7 +103,7 @@ class Keeping:
 
 
 def read_member(extension: str, data: bytes) -> dict[str, Any]:
-    """Return the columns that a file of a tar holds: an object's, or one called as its extension.
+    """Return the columns that such a file holds: an object's, or one called as its extension.
 
     Raises: ValueError or RecursionError if it is not what its extension says.
     """

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 MOST_UNDECLARED = 256 << 20
 MOST_PAGE = 32 << 20  # bytes of a page of links after decompression: some 300,000 links
 PAGE_SECONDS = 60.0  # for a page of links, each time it is asked for
+SILENT_SECONDS = 60.0  # that a server may send nothing of a compressed tar
 MOST_LIST = 2 << 30  # bytes of a list at a URL
 MOST_LINE = 1 << 20  # bytes of a line of a list; systems take paths of 4 KiB
 MOST_VALUES = 1 << 20  # bytes of what is kept of an input beside its features, such as a caption
 MOST_KEPT = 64 << 20  # bytes of a table that are unpacked at a time, where that can be chosen
 MOST_RATIO = 200  # of unpacked to packed size of a table, above that: photographs hardly compress
-MOST_RATIO_OF_ZIP = 10  # of a zip's member, above MOST_UNDECLARED
+MOST_RATIO_OF_ZIP = 10  # of a zip's member or a compressed tar, above MOST_UNDECLARED
 MOST_DIRECTORY = 16 << 20  # bytes of a zip's directory for zip://, some 200,000 members
 MOST_ROWS = 10  # of a table for each byte of its file, above FEW_ROWS: null rows take no space
 FEW_ROWS = 1_000_000

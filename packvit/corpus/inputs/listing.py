@@ -18,7 +18,7 @@ from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs.addresses import spell_bytes
 from packvit.corpus.inputs.kept import Kind, encode_row, first_values, join_kinds, kind_of
 from packvit.corpus.inputs.sources import Cell, Input, Member
-from packvit.corpus.inputs.zips import Zipped
+from packvit.corpus.inputs.zipped import Zipped
 
 MOST_SUFFIXES = 1000  # that are told apart; names may have as many as there are files
 LONGEST_SUFFIX = 12

@@ -11,11 +11,12 @@ from packvit.corpus.inputs.addresses import (
     spell_bytes,
 )
 from packvit.corpus.inputs.archives import list_parquet
+from packvit.corpus.inputs.beside import read_beside
 from packvit.corpus.inputs.kept import Keeping
 from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.inputs.mistakes import shown
 from packvit.corpus.inputs.reader import find_url, unreadable
-from packvit.corpus.inputs.suffixes import ARCHIVES, COMPRESSED, PHOTOGRAPHS
+from packvit.corpus.inputs.suffixes import ARCHIVES, PHOTOGRAPHS, UNREAD, suffix_of
 from packvit.corpus.inputs.tars import Beside, list_tar
 from packvit.corpus.inputs.zips import list_zip
 from packvit.images.decode import ImageError, find_file
@@ -38,29 +39,26 @@ class NamedFiles:
 
         Raises: ImageError missing or unreadable for a URL of an archive that lists nothing.
         """
-        name = os.fsencode(bare(os.fsdecode(path)))
-        if COMPRESSED.search(name):
+        text = os.fsdecode(path)
+        if UNREAD.search(os.fsencode(bare(text))):
             raise UsageError(
-                f"{shown(path)} is compressed, so its members cannot be read in place. "
-                "Decompress it to a .tar, which is about as large: photographs hardly compress."
+                f"{shown(path)} is compressed in a way that is not read: gzip, bzip2, xz and zstd "
+                "are. Decompress it to a .tar, which is about as large."
             )
-        suffix = os.path.splitext(name)[1].lower()
-        remote = is_url(os.fsdecode(path))
+        suffix, remote = suffix_of(text), is_url(text)
         if suffix not in ARCHIVES or not (remote or find_obstacle(path) is None):
-            return self.add_file(path)
+            return self.add_file(path, kept=None if remote else read_beside(path, self.keeping))
         if suffix == b".zip" and b"::" in path:  # zip://a.zip::b.zip, a file in a file
             return self.add_file(path)
         prefix = b"" if alone else spell_bytes(path) + b"/"
         before, ignored, distinct = len(self.listing), self.listing.ignored, True
         try:
-            source = os.fsdecode(path)
             if suffix == b".zip":
-                self.add_zip(path, prefix)
-                found = ()
+                found = list_zip(text, PHOTOGRAPHS, self.keeping)
             elif suffix == b".tar":
-                found = list_tar(source, PHOTOGRAPHS, self.keeping)
+                found = list_tar(text, PHOTOGRAPHS, self.keeping)
             else:
-                found = list_parquet(source, self.image_column, self.keeping)
+                found = list_parquet(text, self.image_column, self.keeping)
             for item in found:
                 if isinstance(item, bytes):
                     self.listing.pass_over(item)
@@ -92,19 +90,6 @@ class NamedFiles:
         self.listing.join_beside(before)
         self.listing.settle(before, distinct=distinct)
         return None
-
-    def add_zip(self, path: bytes, prefix: bytes) -> None:
-        """Add the photographs in a zip.
-
-        Raises: ImageError truncated if it is damaged, or what opening it raises.
-        """
-        for item in list_zip(os.fsdecode(path), PHOTOGRAPHS):
-            if isinstance(item, bytes):
-                self.listing.pass_over(item)
-            else:
-                name, place, code = item
-                name = prefix + name
-                self.listing.add(name, path, code, place, whole=name, repeats=True)
 
     def add_file(
         self, path: bytes, *, repeats: bool = False, kept: str | None = None

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from io import BytesIO
 from typing import Any, Literal
 
-from packvit.corpus import UsageError
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import check_protocols, is_url, protocols, spell
 from packvit.corpus.inputs.retries import find_status, persist
@@ -143,6 +143,30 @@ def open_source(path: str) -> Any:
         return open(path, "rb")
 
 
+def open_stream(url: str) -> Any:
+    """Open a URL to be read once from its start, in one answer where it is a web server's.
+
+    Raises: ImageError missing, not_a_file or unreadable.
+    """
+    if not is_web(url):
+        return open_source(url)
+
+    def open_url() -> Any:
+        with unreadable():
+            files, place = find_url(url)
+            headers = {**files.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+            timeout = time_limit(None, silent=limits.SILENT_SECONDS)
+            options = {"headers": headers, "timeout": timeout}
+            file = files.open(
+                place, "rb", block_size=0, size=1, **options
+            )  # any size: else it asks
+            if file.r.status != 200:
+                raise ImageError("unreadable", "read", f"HTTP {file.r.status}")
+            return file
+
+    return persist(open_url)
+
+
 def read_part_of_url(url: str, offset: int, size: int) -> bytes:
     """Return `size` bytes of a URL from `offset` on, or what there is."""
     if not size:
@@ -226,11 +250,11 @@ def read_bounded(file: Any, most: int) -> bytes:
 def unreadable() -> Iterator[None]:
     """Turn any exception of a file system into an ImageError: fsspec's have no common class.
 
-    UsageError and ImportError pass through.
+    UsageError, WriteError and ImportError pass through.
     """
     try:
         yield
-    except (ImageError, UsageError, ImportError):
+    except (ImageError, UsageError, WriteError, ImportError):
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError("missing" if is_gone(error) else "unreadable", "read") from error
@@ -256,11 +280,14 @@ def is_gone(error: OSError) -> bool:
     return not (isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp."))
 
 
-def time_limit(seconds: float) -> Any:
-    """Return what limits the time of a request; aiohttp is imported only when a URL is read."""
+def time_limit(seconds: float | None, *, silent: float | None = None) -> Any:
+    """Return what limits the time of a request, in all and while nothing comes.
+
+    aiohttp is imported only when a URL is read.
+    """
     import aiohttp
 
-    return aiohttp.ClientTimeout(total=seconds)
+    return aiohttp.ClientTimeout(total=seconds, sock_connect=silent, sock_read=silent)
 
 
 @lru_cache

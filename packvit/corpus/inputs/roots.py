@@ -11,9 +11,9 @@ from typing import Any
 
 from packvit.corpus.inputs.addresses import is_url, spell
 from packvit.corpus.inputs.listing import readable
+from packvit.corpus.inputs.suffixes import is_archive
 
 KEYS = ("path", "image_column")
-ARCHIVES = (".tar", ".parquet", ".zip")
 ESCAPE = re.compile(rb"\\x(00|5c|[89a-f][0-9a-f])")  # what `listing.readable` writes
 
 
@@ -55,8 +55,3 @@ def place(root: str, name: str) -> str:
 def written(name: str) -> bytes:
     """Return the bytes that `readable` made text of."""
     return ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), os.fsencode(name))
-
-
-def is_archive(path: str) -> bool:
-    """Return whether a name is a tar's or a Parquet file's."""
-    return path.lower().endswith(ARCHIVES)

@@ -14,7 +14,9 @@ from packvit.corpus.inputs.cells import Cell as Cell
 from packvit.corpus.inputs.cells import read_cell
 from packvit.corpus.inputs.reader import read_part_of_url, read_url
 from packvit.corpus.inputs.retries import persist
-from packvit.corpus.inputs.zips import LOCAL, Zipped, check_zipped, find_packed, unpack
+from packvit.corpus.inputs.suffixes import is_packed
+from packvit.corpus.inputs.unpacking import Spent, read_packed
+from packvit.corpus.inputs.zipped import LOCAL, Zipped, check_zipped, find_packed, unpack
 from packvit.images.decode import MAX_BYTES, ImageError, read_file
 
 
@@ -38,36 +40,41 @@ class Input:
 
 
 def read(
-    source: Input, *, pause: Callable[[float], None] = time.sleep, alone: bool = False
+    source: Input,
+    *,
+    pause: Callable[[float], None] = time.sleep,
+    spent: Spent = lambda seconds: None,
+    alone: bool = False,
 ) -> bytes:
     """Return the bytes of an input; a server that is busy is asked again, after a `pause`.
 
-    `alone` says that this process does nothing else: its memory is limited meanwhile.
+    `spent` hears of the seconds in which an archive is unpacked. `alone` says that this process
+    does nothing else: its memory is limited meanwhile.
 
     Raises: ImageError missing, not_a_file, unreadable, truncated or out_of_memory.
     """
     if is_url(source.path):
-        return persist(lambda: read_once(source, pause, alone), pause=pause)
-    return read_once(source, pause, alone)
+        return persist(lambda: read_once(source, pause, spent, alone), pause=pause)
+    return read_once(source, pause, spent, alone)
 
 
-def read_once(source: Input, pause: Callable[[float], None], alone: bool) -> bytes:
+def read_once(source: Input, pause: Callable[[float], None], spent: Spent, alone: bool) -> bytes:
     """Return the bytes of an input, or raise as `read` does."""
     if isinstance(source.within, Cell):
         data = read_cell(source.path, source.within, alone=alone)
         if isinstance(data, bytes):
             return data
-        return read(Input(spell(data), data), pause=pause, alone=alone)
+        return read(Input(spell(data), data), pause=pause, spent=spent, alone=alone)
     place = source.within
     if isinstance(place, Zipped):
         check_zipped(place)
-        header = read_part(source.path, Member(place.offset, LOCAL.size))
+        header = read_part(source.path, Member(place.offset, LOCAL.size), spent)
         start = find_packed(header, place)
-        return unpack(read_part(source.path, Member(start, place.packed)), place)
-    return read_part(source.path, place)
+        return unpack(read_part(source.path, Member(start, place.packed), spent), place)
+    return read_part(source.path, place, spent)
 
 
-def read_part(path: str, place: Member | None) -> bytes:
+def read_part(path: str, place: Member | None, spent: Spent) -> bytes:
     """Return the bytes of a file or URL, or of a part of it.
 
     Raises: ImageError as `read` does.
@@ -75,7 +82,9 @@ def read_part(path: str, place: Member | None) -> bytes:
     if place and place.size > MAX_BYTES:
         raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
     where = (place.offset, place.size) if place else None
-    if not is_url(path):
+    if where and is_packed(path):
+        data = read_packed(path, *where, spent)
+    elif not is_url(path):
         data = read_file(path, *where) if where else read_file(path)
     else:
         try:

@@ -1,6 +1,6 @@
 """List the photographs in a tar by their offsets. No torch.
 
-Nothing is unpacked. Concatenated archives are read to the end of the last one, as by
+No member is unpacked. Concatenated archives are read to the end of the last one, as by
 `tar --ignore-zeros`. Sizes are checked before they are used.
 """
 
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from packvit.corpus.inputs import limits
-from packvit.corpus.inputs.kept import Keeping, read_member
+from packvit.corpus.inputs.kept import Keeping
 from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.sources import Cell, Member
+from packvit.corpus.inputs.suffixes import is_packed
+from packvit.corpus.inputs.unpacking import Unpacked
+from packvit.corpus.inputs.zipped import Zipped
 from packvit.images.decode import ImageError
 
 # A sample's key: its path up to the first dot of its name. Source: webdataset 1.0, tariterators.py.
@@ -40,7 +43,7 @@ class ArchiveEntry:
 
     name: bytes
     whole: bytes
-    within: Member | Cell | None
+    within: Member | Zipped | Cell | None
     code: str | None = None
     kept: str | None = None  # what comes with it, as a JSON object
 
@@ -78,7 +81,7 @@ def list_tar(
     Raises: ImageError truncated, after the readable members, if it is damaged; or what opening it
     raises.
     """
-    with open_source(path) as file, unreadable():
+    with Unpacked(path) if is_packed(path) else open_source(path) as file, unreadable():
         try:
             length = find_length(file)
             start: int | None = 0
@@ -136,17 +139,11 @@ def read_beside(file: Any, member: Any, keeping: Keeping) -> Beside | None:
     if key is None or not keeping.wants_member(extension):
         return None
     where = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    if member.issparse() or member.size > limits.MOST_VALUES:
-        keeping.fail(where)
-        return Beside(key[1], None)
-    file.seek(member.offset_data)
-    try:
-        values = read_member(extension, file.read(member.size))
-    except (ValueError, RecursionError):
-        keeping.fail(where)
-        return Beside(key[1], None)
-    keeping.meet(values)
-    return Beside(key[1], keeping.encode(values, where))
+    data = None
+    if not member.issparse():
+        file.seek(member.offset_data)
+        data = file.read(min(member.size, limits.MOST_VALUES + 1))
+    return Beside(key[1], keeping.read(extension, data, where))
 
 
 def describe_member(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import GridPolicy
+from packvit.config import GridPolicy, LoadOptions
 from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
 from packvit.corpus.encode.filling import Part
 from packvit.corpus.folder.layout import Staged, stage
@@ -57,16 +57,14 @@ def load_alike(job: Job, device: str) -> Encoder:
     write other numbers; what `load_encoder` raises.
     """
     wanted = job.described  # for a hub model the commit, since a branch may have moved
-    dtype, attention, revision = (wanted[name] for name in ("dtype", "attention", "revision"))
-    choice = ModelChoice(
-        model=job.model,
+    options = LoadOptions(
         device=device,
-        dtype=dtype,
-        attention=attention,
-        revision=revision,
+        dtype=wanted["dtype"],
+        attention=wanted["attention"],
         positions=job.positions,
         invariant=wanted["invariant"],
     )
+    choice = ModelChoice(model=job.model, revision=wanted["revision"], options=options)
     encoder, weights = load_encoder(choice)
     found = describe_job(encoder, weights, job.options)
     if lines := differences(wanted, found):

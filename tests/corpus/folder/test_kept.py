@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import tarfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,81 @@ def test_a_tars_columns_are_those_that_datasets_reads(tmp_path: Path):
         for row in rows
     ]
     assert notes == ()
+
+
+SIDECARS = {
+    "a/1.png": PHOTO,
+    "a/1.json": b'{"caption": "one", "n": 1}',
+    "a/1.txt": b"first\n",
+    "a/2.png": PHOTO,
+    "a/2.cls": b" 7\n",
+    "a/3.png": PHOTO,
+    "a/3.json": b'{"n": 0.5}',
+    "a/4.png": PHOTO,
+    "a/5.json": b'{"caption": "no photograph"}',
+}
+
+
+def test_zips_and_local_files_have_the_columns_of_a_tar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = ("caption", "n", "txt", "cls")
+    types, expected, _ = kept([write_tar(tmp_path / "x.tar", SIDECARS)], *names)
+    expected = {f"{key}.png": values for key, values in expected.items()}
+    folder = tmp_path / "photos"
+    (folder / "a").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in SIDECARS.items():
+            archive.writestr(name, data)
+            (folder / name).write_bytes(data)
+    for path in (tmp_path / "x.zip", folder):
+        assert kept([path], *names) == (types, expected, ())
+    monkeypatch.chdir(folder)  # a pattern, and files that are named themselves
+    for paths in ([Path("a/*.png")], [Path(name) for name in expected]):
+        assert kept(paths, *names) == (types, expected, ())
+    listing = list_inputs([str(folder)], keep=["n"])
+    assert listing.ignored == 0  # what is read beside photographs is not passed over
+    assert list_inputs([str(folder)]).ignored == 5
+
+
+def test_a_name_with_dots_has_what_is_called_as_all_of_it_but_its_last(tmp_path: Path):
+    files = {"cat.v1.png": PHOTO, "cat.v2.png": PHOTO, "cat.v2.json": b'{"n": 2}'}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+            (tmp_path / name).write_bytes(data)
+    for path in (tmp_path / "x.zip", tmp_path):
+        assert kept([path], "n")[1] == {"cat.v1.png": [None], "cat.v2.png": [2]}
+
+
+def test_what_cannot_be_read_beside_a_photograph_is_null_and_noted(tmp_path: Path):
+    for number in range(7):
+        (tmp_path / f"{number}.png").write_bytes(PHOTO)
+    (tmp_path / "0.json").write_bytes(b"{")
+    (tmp_path / "1.json").write_bytes(b'{"n": "' + b"x" * (1 << 20) + b'"}')
+    (tmp_path / "2.json").mkdir()
+    os.mkfifo(tmp_path / "3.json")
+    (tmp_path / "4.json").symlink_to("nowhere")
+    (tmp_path / "5.json").write_bytes(b'{"n": 5}')
+    (tmp_path / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{n}.png", "n": 10 * n}) + "\n" for n in (5, 6))
+    )
+    types, values, notes = kept([tmp_path], "n")
+    assert (types, [each for (each,) in values.values()]) == (
+        {"n": "int64"},
+        [None] * 5 + [5, 60],  # the nearest counts first
+    )
+    assert notes[0].startswith("5 files or rows have values that cannot be read")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("0", "1"):
+            archive.writestr(f"{name}.png", PHOTO)
+            archive.writestr(f"{name}.json", f'{{"n": {name}}}')
+    data = bytearray((tmp_path / "x.zip").read_bytes())
+    data[data.index(b'{"n": 1')] ^= 1  # which its checksum finds
+    (tmp_path / "x.zip").write_bytes(data)
+    types, values, notes = kept([tmp_path / "x.zip"], "n")
+    assert values == {"0.png": [0], "1.png": [None]}
+    assert notes[0].endswith(": 1.json.")
 
 
 def test_what_is_missing_or_no_json_beside_a_photograph_is_null_and_noted(tmp_path: Path):
@@ -261,6 +338,12 @@ def test_kept_columns_go_through_every_way_to_a_finished_folder(
     embed(job, tmp_path / "one", checkpoint, keep=keep, rows_per_part=2)
     table = packvit.read(tmp_path / "one").table
     assert table.select(keep).to_pydict() == EXPECTED
+    rows = packvit.read(tmp_path / "one")
+    assert rows.kept.equals(table.select(keep))
+    assert rows.good().kept.to_pydict() == {
+        name: [value for place, value in enumerate(values) if place != 2]
+        for name, values in EXPECTED.items()
+    }
     assert table.schema.names[-2:] == keep
     assert table.schema.field("label").type == pa.int64()
     assert check_folder(tmp_path / "one").faults == []
@@ -275,6 +358,7 @@ def test_kept_columns_go_through_every_way_to_a_finished_folder(
     with pytest.raises(UsageError, match=r"(?s)keep: .*-> nothing.*kept_sha256"):
         embed(job, tmp_path / "one", checkpoint, rows_per_part=2)
     embed(job, tmp_path / "other", checkpoint, reuse=[tmp_path / "one"], rows_per_part=2)
+    assert packvit.read(tmp_path / "other").kept.schema.names == []
     (job / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "x", "label": 0}\n')
     with pytest.raises(UsageError, match="kept_sha256"):
         embed(job, tmp_path / "one", checkpoint, keep=keep, rows_per_part=2)

@@ -1,0 +1,43 @@
+"""Build a model that a checkpoint describes, and fill in its weights."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.layouts import EMBEDDING, Layout
+from packvit.checkpoints.parameters import Read, take
+from packvit.checkpoints.rules import permute_patches
+from packvit.config import LoadOptions
+from packvit.model.device import find_device, find_dtype
+from packvit.model.memory import check_room
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def build(
+    make: Callable[[], AnyModule], checkpoint: Checkpoint, layout: Layout, options: LoadOptions
+) -> tuple[AnyModule, Read]:
+    """Return the model that `make` builds, all its parameters filled in, and what was read.
+
+    Raises: CheckpointError naming everything that is missing, misshapen or unexpected, or if the
+    weights do not fit in memory; ValueError for a device or dtype that there is not.
+    """
+    device = find_device(options.device)
+    dtype = find_dtype(options.dtype, device)
+    with torch.inference_mode(False):  # so that it can be trained, wherever it is loaded
+        with torch.device("meta"):
+            model = make()
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        check_room(checkpoint.name, numbers * dtype.itemsize, device)
+        # A copy always: what is read from a file is a view of the mapped file.
+        found = take(
+            model.state_dict(), checkpoint, layout, lambda t: t.to(device, dtype, copy=True)
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # tensors were cast on the streams of other threads
+        embedding = permute_patches(found.state[EMBEDDING], options.patch_order).contiguous()
+        model.load_state_dict({**found.state, EMBEDDING: embedding}, assign=True)
+    return model.eval(), found
