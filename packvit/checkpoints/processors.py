@@ -161,6 +161,7 @@ def _image_config(given: Mapping[str, Any], default: ImageConfig, normalizes: bo
         std=_three(given, "image_std", std) if normalizes else default.std,
         resample=_resample(given, defaults.resample),
         sizing=_sizing(given, name, defaults),
+        frame_sizing=default.frame_sizing,
         multiple=default.multiple,
     )
 

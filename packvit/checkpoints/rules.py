@@ -189,11 +189,9 @@ def bind(rules: Sequence[Rule], heads: int) -> tuple[Rule, ...]:
     return tuple(bound(rule) if rule.pairs else rule for rule in rules)
 
 
-def neighbours(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """The weight and the bias of q, k and v in one matrix, whose angles turn neighbours."""
-    parts = ("weight", "bias")
-    weight, bias = (rename(f"{ours}.{part}", f"{theirs}.{part}") for part in parts)
-    return replace(weight, pairs=True), replace(bias, pairs=True)
+def neighbours(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Weights and biases of q, k and v, of one name or of three, whose angles turn neighbours."""
+    return tuple(replace(rule, pairs=True) for rule in layers("", "", {ours: theirs}))
 
 
 def order_rows(qkv: Tensor, heads: int, *, to_halves: bool) -> Tensor:

@@ -23,7 +23,7 @@ MISSED = 1
     "--family",
     help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, "
     "siglip, clip, qwen3_vl, qwen2_5_vl, qwen2_vl, kimi_k25, radio, tipsv2, "
-    "perception, or all.",
+    "perception, onevision, or all.",
 )
 @click.option(
     "--published",
