@@ -15,7 +15,7 @@ from docs.sizes import families_table
 from packvit.bench import NATIVE
 from packvit.bench.table import as_markdown, native_table
 from packvit.cli import help_page
-from packvit.images.decode import CODES
+from packvit.images.errors import CODES
 from packvit.verification import machine as support
 
 ROOT = Path(__file__).parents[1]
