@@ -1,5 +1,5 @@
 """`python -m packvit`: the `packvit` command."""
 
-from packvit.cli import main
+from packvit.cli.program import run
 
-main(prog_name="packvit")
+run()

@@ -1,5 +1,5 @@
 """`python -m packvit.cli`: the `packvit` command without its script on the path."""
 
-from packvit.cli import main
+from packvit.cli.program import run
 
-main(prog_name="packvit")
+run()

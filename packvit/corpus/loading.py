@@ -51,7 +51,7 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
     assert not isinstance(choice.model, Encoder)
     try:
         if find_device(choice.options.device).type == "cuda":
-            from packvit.fast.caches import import_ahead  # kernels, which a GPU alone has
+            from packvit.fast.imports import import_ahead  # kernels, which a GPU alone has
 
             import_ahead()
         name = TRIAL_MODEL if choice.model is None else choice.model

@@ -3,16 +3,12 @@
 import os
 import tempfile
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 
 # What a folder is named by, and whether it is kept at all, each read once at the first import.
 FLASH_ATTENTION = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
 FLASH_ATTENTION_ON = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 TRITON = "TRITON_CACHE_DIR"
-KERNELS = ("activations", "attention", "gates", "matmuls", "norms")
 
 
 def cache_folder() -> Path:
@@ -44,23 +40,3 @@ def keep_kernels() -> Path | None:
     os.environ.setdefault(FLASH_ATTENTION, str(folder / "flash_attention"))
     os.environ.setdefault(TRITON, str(folder / "triton"))
     return folder
-
-
-def import_ahead() -> Thread:
-    """Import what the first forward on a GPU needs in a thread, and return the thread.
-
-    These imports take 2 s, in which the caller reads weights, which needs little of Python.
-    """
-
-    def work() -> None:
-        keep_kernels()
-        if find_spec("triton") is None:
-            return
-        for name in KERNELS:
-            import_module(f"packvit.fast.kernels.{name}")
-        if find_spec("flash_attn") and find_spec("flash_attn.cute"):
-            import_module("flash_attn.cute")
-
-    thread = Thread(target=work, name="packvit-imports", daemon=True)
-    thread.start()
-    return thread

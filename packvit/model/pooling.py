@@ -10,7 +10,8 @@ from packvit.config import EncoderConfig, Probe
 from packvit.model.attention import Backend
 from packvit.model.layers import MLP
 from packvit.model.linear import Linear, affine
-from packvit.model.norms import Tokens, norm
+from packvit.model.norms import Tokens, norm_of
+from packvit.model.parameters import drawn
 from packvit.model.trunk import TrunkOutput, token_stream
 from packvit.packs.segments import Segments
 
@@ -23,7 +24,7 @@ class QueryPool(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.query = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        self.query = drawn(config.width)
         self.kv = Linear(config.width, 2 * config.width, bias=bool(config.qkv_bias))
         self.out = Linear(config.width, config.width)
 
@@ -40,10 +41,10 @@ class ProbePool(nn.Module):
         super().__init__()
         own = config.probe or Probe(config.heads, config.mlp_width)
         self.heads = own.heads
-        self.probe = nn.Parameter(torch.empty(config.width).normal_(std=0.02))
+        self.probe = drawn(config.width)
         self.qkv: nn.Module = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
-        self.norm = norm(config)
+        self.norm = norm_of(own.norm or config.norm, config.width, config.norm_eps)
         self.mlp = MLP(replace(config, mlp_width=own.mlp_width))
 
     def forward(self, tokens: Tokens, segments: Segments, backend: Backend) -> Pooled:

@@ -99,25 +99,22 @@ def build_table(
     is an error; lists N arrays [tokens, D] under each name, None where a row is an error.
     """
     schema = outputs.schema
-    bad = pa.array([row.status != "ok" for row in rows])
+    errors = np.array([row.status != "ok" for row in rows], bool)
+    given = bits(~errors)
     columns: list[pa.Array] = [
-        pa.array([getattr(row, field.name) for row in rows], schema.field(field.name).type)
+        make_column([getattr(row, field.name) for row in rows], schema.field(field.name).type)
         for field in fields(Row)
     ]
     for name in outputs.vectors:
-        filled = np.where(
-            bad.to_numpy(False)[:, None], features[name].dtype.type(0), features[name]
-        )
-        columns.append(vectors(filled, schema, name, bad))
+        filled = np.where(errors[:, None], features[name].dtype.type(0), features[name])
+        columns.append(vectors(filled, schema, name, given))
     for name in outputs.lists:
         arrays = [array for array in lists[name] if array is not None]
         sizes = [0 if array is None else len(array) for array in lists[name]]
         values = np.concatenate([np.empty((0, outputs.width), outputs.dtype_out), *arrays])
-        offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
-        inner = vectors(values, schema, name)
-        columns.append(
-            pa.ListArray.from_arrays(offsets, inner, type=schema.field(name).type, mask=bad)
-        )
+        offsets = pa.py_buffer(np.cumsum([0, *sizes]).astype(np.int32))
+        inner, kind = vectors(values, schema, name), schema.field(name).type
+        columns.append(pa.Array.from_buffers(kind, len(rows), [given, offsets], children=[inner]))
     if outputs.keep:
         values = [json.loads(text or "") for text in kept]
         for place, (_, kind) in enumerate(outputs.keep):
@@ -126,14 +123,48 @@ def build_table(
 
 
 def vectors(
-    values: np.ndarray, schema: pa.Schema, name: str, mask: pa.Array | None = None
-) -> pa.FixedSizeListArray:
-    """Return the rows of `values` [N, D] as vectors of the type of column `name`."""
+    values: np.ndarray, schema: pa.Schema, name: str, given: pa.Buffer | None = None
+) -> pa.Array:
+    """Return the rows of `values` [N, D] as vectors of the type of column `name`.
+
+    `given` has the bits of the rows that are not null.
+    """
     kind = schema.field(name).type
     if not isinstance(kind, pa.FixedSizeListType):
         kind = kind.value_type
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind.value_type)
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
+    flat = make_numbers(values.reshape(-1), kind.value_type)
+    return pa.Array.from_buffers(kind, len(values), [given], children=[flat])
+
+
+def make_column(values: Sequence[str | int | None], kind: pa.DataType) -> pa.Array:
+    """Return texts or whole numbers as `pa.array` does, which takes 0.5 s the first time.
+
+    It imports pandas, where that is installed, to see whether `values` are pandas' own.
+    """
+    given = bits(np.array([value is not None for value in values], bool))
+    if kind != pa.string():
+        return make_numbers(np.array([value or 0 for value in values]), kind, given)
+    texts = [b"" if value is None else str(value).encode() for value in values]
+    offsets = np.cumsum([0, *map(len, texts)]).astype(np.int32)
+    buffers = [given, pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))]
+    return pa.Array.from_buffers(kind, len(values), buffers)
+
+
+def make_numbers(values: np.ndarray, kind: pa.DataType, given: pa.Buffer | None = None) -> pa.Array:
+    """Return numbers as a column without a copy where they have its type; `given` has their bits.
+
+    Shapes: values [N].
+    """
+    found = np.ascontiguousarray(values, kind.to_pandas_dtype())
+    return pa.Array.from_buffers(kind, len(values), [given, pa.py_buffer(found)])
+
+
+def bits(flags: np.ndarray) -> pa.Buffer:
+    """Return truth values as Arrow keeps them, eight in a byte.
+
+    Source: the Arrow columnar format, "Validity bitmaps".
+    """
+    return pa.py_buffer(np.packbits(flags, bitorder="little"))
 
 
 def replace_rows(old: pa.Table, new: pa.Table, places: Sequence[int]) -> pa.Table:

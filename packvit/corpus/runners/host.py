@@ -195,7 +195,7 @@ def serve(descriptor: int) -> None:
     """Run an embedder on the other end of a connection, until it closes."""
     connection = Connection(descriptor)
     if torch.cuda.is_available():
-        from packvit.fast.caches import import_ahead  # kernels, which a GPU alone has
+        from packvit.fast.imports import import_ahead  # kernels, which a GPU alone has
 
         import_ahead()
     job, device, threads = connection.recv()

@@ -1,0 +1,66 @@
+"""Import what the first forward on a GPU needs ahead of it, and no more of it than that takes."""
+
+import os
+import sys
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+from threading import Thread
+
+from packvit.fast.caches import keep_kernels
+from packvit.version import version_of
+
+KERNELS = ("activations", "attention", "gates", "matmuls", "norms")
+# Of these versions of quack-kernels flash-attn-4 takes a few modules. quack's __init__ imports its
+# operators too, and those torch's compiler: 1.1 of the 1.9 s of CPU that flash_attn.cute takes.
+# Compiled without it, kernels are the same files byte for byte.
+SPARE = ("0.6.5",)
+PATCHED = "CUTE_DSL_PTXAS_PATH"  # where this is set, quack's __init__ changes how they are compiled
+
+
+def import_ahead() -> Thread:
+    """Import what the first forward on a GPU needs in a thread, and return the thread.
+
+    These imports take 1 s, in which the caller reads weights, which needs little of Python.
+    """
+    thread = Thread(target=import_kernels, name="packvit-imports", daemon=True)
+    thread.start()
+    return thread
+
+
+def import_kernels() -> None:
+    """Import our Triton kernels and flash-attn-4, where they are installed."""
+    keep_kernels()
+    if find_spec("triton") is None:
+        return
+    for name in KERNELS:
+        import_module(f"packvit.fast.kernels.{name}")
+    if find_spec("flash_attn") and find_spec("flash_attn.cute"):
+        if PATCHED not in os.environ and version_of("quack-kernels") in SPARE:
+            import_sparing("flash_attn.cute", "quack", first=("quack.dsl",))
+        else:
+            import_module("flash_attn.cute")
+
+
+def import_sparing(name: str, package: str, *, first: tuple[str, ...]) -> None:
+    """Import `name`, which takes some modules of a `package`, and put off the package's __init__.
+
+    It runs once anything that it defines is asked for. `first` are the package's modules that have
+    effects of their own, in the order of its __init__.
+    """
+    spec = None if package in sys.modules else find_spec(package)
+    if spec is None or spec.loader is None:
+        import_module(name)
+        return
+    loader, module = spec.loader, module_from_spec(spec)
+
+    def complete(attribute: str) -> object:
+        module.__dict__.pop("__getattr__", None)
+        loader.exec_module(module)
+        return getattr(module, attribute)
+
+    sys.modules[package] = module
+    try:
+        for each in (*first, name):
+            import_module(each)
+    finally:
+        module.__dict__["__getattr__"] = complete
