@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import packvit
+from benchmarks import howlarge
 from docs.sizes import families_table
 from packvit.bench import NATIVE
 from packvit.bench.table import as_markdown, native_table
 from packvit.cli import help_page
-from packvit.images.decode import CODES
+from packvit.images.errors import CODES
 from packvit.verification import machine as support
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +165,11 @@ def sizing_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def billion_table() -> str:
+    """Return what a billion photographs take, as `benchmarks.howlarge` prints it."""
+    return howlarge.as_markdown(howlarge.estimate(1e9, 64, 8, 2.5))
+
+
 RATE, STEADY = "images_per_second", "steady_images_per_second"
 FEEDING = (  # results of benchmarks/feeding.py, in our words
     ("encoder", RATE, "the encoder on the same packs, patches on the device"),
@@ -286,7 +292,9 @@ def pages() -> dict[Path, str]:
         search: fill(search.read_text(), "copies", copies_table()),
         models: fill(models.read_text(), "layouts", support.families_page()),
         decoding: fill(decoding.read_text(), "feeding", feeding_table()),
-        sizing: fill(sizing.read_text(), "sizing", sizing_table()),
+        sizing: fill(
+            fill(sizing.read_text(), "sizing", sizing_table()), "howlarge", billion_table()
+        ),
         embedding: fill(embedding.read_text(), "codes", codes_table()),
     }
 

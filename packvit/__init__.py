@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from packvit.families.dinov2 import Dinov2Packing as Dinov2Packing
     from packvit.families.dinov3 import DINOv3ViTPacking as DINOv3ViTPacking
     from packvit.families.kimi_k25 import KimiK25VisionPacking as KimiK25VisionPacking
+    from packvit.families.onevision import OneVisionEncoderPacking as OneVisionEncoderPacking
     from packvit.families.perception import PerceptionPacking as PerceptionPacking
     from packvit.families.qwen2_5_vl import (
         Qwen25VisionTransformerPacking as Qwen25VisionTransformerPacking,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
     from packvit.families.tipsv2 import Tipsv2VisionPacking as Tipsv2VisionPacking
     from packvit.hub import load as load
-    from packvit.images.decode import ImageError as ImageError
+    from packvit.images.errors import ImageError as ImageError
     from packvit.model.attention import attend as attend
     from packvit.packs.features import Features as Features
     from packvit.packs.features import Pack as Pack
@@ -58,8 +59,9 @@ _HOMES = {
     "Encoder": "packvit.encoder",
     "FeatureFolder": "packvit.corpus.folder.reader",
     "Features": "packvit.packs.features",
-    "ImageError": "packvit.images.decode",
+    "ImageError": "packvit.images.errors",
     "KimiK25VisionPacking": "packvit.families.kimi_k25",
+    "OneVisionEncoderPacking": "packvit.families.onevision",
     "Pack": "packvit.packs.features",
     "PerceptionPacking": "packvit.families.perception",
     "Qwen25VisionTransformerPacking": "packvit.families.qwen2_5_vl",

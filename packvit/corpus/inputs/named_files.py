@@ -19,7 +19,8 @@ from packvit.corpus.inputs.reader import find_url, unreadable
 from packvit.corpus.inputs.suffixes import ARCHIVES, PHOTOGRAPHS, UNREAD, suffix_of
 from packvit.corpus.inputs.tars import Beside, list_tar
 from packvit.corpus.inputs.zips import list_zip
-from packvit.images.decode import ImageError, find_file
+from packvit.images.errors import ImageError
+from packvit.images.files import find_file
 
 
 class NamedFiles:
@@ -54,7 +55,7 @@ class NamedFiles:
         before, ignored, distinct = len(self.listing), self.listing.ignored, True
         try:
             if suffix == b".zip":
-                found = list_zip(path, PHOTOGRAPHS, self.keeping)
+                found = list_zip(text, PHOTOGRAPHS, self.keeping)
             elif suffix == b".tar":
                 found = list_tar(text, PHOTOGRAPHS, self.keeping)
             else:
@@ -68,7 +69,7 @@ class NamedFiles:
                 elif item is not None:
                     self.listing.add(
                         prefix + item.name,
-                        item.path or path,
+                        path,
                         item.code,
                         item.within,
                         whole=prefix + item.whole,
