@@ -266,7 +266,7 @@ class TextEncoder(nn.Module):
     def probabilities(self, images: Vectors, texts: Vectors) -> Float[Tensor, "N M"]:
         """Return how likely each text is for each image: of each pair alone, or one of all texts.
 
-        SigLIP judges each pair by itself, by a sigmoid; CLIP and LiT share 1 among the texts.
+        SigLIP judges each pair by itself, by a sigmoid; the others share 1 among the texts.
 
         Shapes: as `logits`.
         """
