@@ -34,6 +34,8 @@ Vectors = Tensor | np.ndarray
 class TextEmbeddings(nn.Module):
     """Ids to the token stream: a row of a table for the id, and one for its place in the text."""
 
+    positions: Tensor  # a parameter, or sinusoids
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.vocabulary, config.width)
