@@ -25,7 +25,8 @@ from packvit.corpus.job import embed
 from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Progress, Shares
 from packvit.corpus.runners.embedder import Job, load_alike
-from packvit.corpus.runners.host import Embedder, Pool
+from packvit.corpus.runners.host import Pool
+from packvit.corpus.runners.launching import Started
 from packvit.corpus.runners.order import Sequencer
 from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
@@ -135,11 +136,12 @@ def test_two_processes_write_the_bytes_of_one(
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_a_small_job_goes_to_all_processes_though_one_is_ready_first(count: int):
-    pool = Pool(Job("out", EmbedOptions(), {}, "checkpoint"), ["cpu"] * 3)
-    ends = [Pipe() for _ in pool.devices]
-    for slot, (ours, _) in enumerate(ends):
+    ends = [Pipe() for _ in range(3)]
+    started = []
+    for ours, _ in ends:
         with subprocess.Popen(["true"]) as process:
-            pool.embedders[ours] = Embedder(slot, process, ours)
+            started.append(Started(process, ours))
+    pool = Pool(started)
     first, *others = pool.embedders.values()
     source, order = (Shard(number, ()) for number in range(count)), Sequencer()
     pool.unsent = count
