@@ -93,6 +93,10 @@ SIZES: dict[str, tuple[Published, Published]] = {
             "core G", {"architecture": "vit_pe_core_gigantic_patch14_448", "num_classes": 1280}
         ),
     ),
+    "OneVision-Encoder": (
+        Published("large", {}),
+        Published("large-si", {}),
+    ),
     "TIPSv2": (
         Published("B", {}),
         Published("g", sized(1536, 40, 24, 4096, use_swiglu_ffn=True)),
@@ -122,9 +126,9 @@ def vector_of(config: EncoderConfig) -> str:
 def families_table() -> str:
     """Return a row for each family: what it is, how large, and what a pack takes on a GPU.
 
-    Towers of multimodal models are listed behind the table, which is to stay short.
+    Towers of multimodal models and of videos are listed behind the table, which is to stay short.
     """
-    lines, towers = [], []
+    lines, towers, videos = [], [], []
     head = [
         "| family | class | checkpoints | parameters | GPU memory | one vector an image |",
         "|---|---|---|---|---|---|",
@@ -136,6 +140,9 @@ def families_table() -> str:
         if configs[0].merger:
             towers.append(f"{family.name} ({' to '.join(counts)})")
             continue
+        if configs[0].segments == "clip":
+            videos.append(f"{family.name} ({' to '.join(counts)})")
+            continue
         memory = [f"{peak_bytes(config, TOKENS, BF16) / 2**30:.1f}" for config in configs]
         labels = [size.label for size in SIZES[family.name]]
         published = f"{len(family.checkpoints)}, {labels[0]} to {labels[1]}"
@@ -144,5 +151,8 @@ def families_table() -> str:
             f"| {family.name} | `{encoder.__name__}` | {published} | {' to '.join(counts)} | "
             f"{' to '.join(memory)} GiB | {vector} |"
         )
-    listed = f"Vision towers of multimodal models, with their mergers: {', '.join(towers)}."
+    listed = (
+        f"Vision towers of multimodal models, with their mergers: {', '.join(towers)}. "
+        f"Of whole clips: {', '.join(videos)}."
+    )
     return "\n".join([*head, *lines, "", listed]) + "\n"

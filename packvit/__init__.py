@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from packvit.families.dinov2 import Dinov2Packing as Dinov2Packing
     from packvit.families.dinov3 import DINOv3ViTPacking as DINOv3ViTPacking
     from packvit.families.kimi_k25 import KimiK25VisionPacking as KimiK25VisionPacking
+    from packvit.families.onevision import OneVisionEncoderPacking as OneVisionEncoderPacking
     from packvit.families.perception import PerceptionPacking as PerceptionPacking
     from packvit.families.qwen2_5_vl import (
         Qwen25VisionTransformerPacking as Qwen25VisionTransformerPacking,
@@ -60,6 +61,7 @@ _HOMES = {
     "Features": "packvit.packs.features",
     "ImageError": "packvit.images.decode",
     "KimiK25VisionPacking": "packvit.families.kimi_k25",
+    "OneVisionEncoderPacking": "packvit.families.onevision",
     "Pack": "packvit.packs.features",
     "PerceptionPacking": "packvit.families.perception",
     "Qwen25VisionTransformerPacking": "packvit.families.qwen2_5_vl",

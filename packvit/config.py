@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # workers that decode read this file, and never torch
     import torch
 
 Norm = Literal["rms", "layer"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 PatchOrder = Literal["hwc", "chw"]
 TableResize = Literal[
@@ -97,6 +97,7 @@ class ImageConfig:
     resample: Filter
     sizing: Sizing | None = None  # None: the checkpoint takes images as they are
     multiple: int = 1  # rows and columns of patches are multiples of it: a merger's side
+    frame_sizing: Sizing | None = None  # of a clip's frames, where they are sized otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,18 @@ class AxialRotary:
     order: Literal["row_column", "column_row"] = "row_column"
     layout: Literal["concatenated", "interleaved"] = "concatenated"
     offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VideoRotary:
+    """Rotary positions in time, row and column, which callers may give: OneVision-Encoder.
+
+    Of 16 angles 4 are of the time, 6 of the row and 6 of the column, each by frequencies of its own
+    that fall from 1. A clip's frames are spread over `frames` times, or None: numbered.
+    """
+
+    base: float = 10000.0
+    frames: int | None = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +200,11 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The heads and the MLP of a pooling head, where they are not as the blocks' are."""
+    """The heads, MLP and norm of a pooling head, where they are not as the blocks' are."""
 
     heads: int
     mlp_width: int
+    norm: Norm | None = None  # None: as the blocks'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +241,9 @@ class EncoderConfig(TransformerConfig):
 
     patch: int
     positions: SinCos | Table | None  # added to the patches
-    rotary: Rotary | AxialRotary | None = None  # turned into every layer's queries and keys
+    rotary: Rotary | AxialRotary | VideoRotary | None = (
+        None  # turned into every layer's queries and keys
+    )
     temporal: int = 1  # frames of a video's patch; an image is taken for frames of one picture
     segments: Literal["frame", "clip"] = "frame"  # what attends to itself
     windows: Windows | None = None
@@ -271,13 +287,17 @@ class TextConfig(TransformerConfig):
     vocabulary: int
     positions: int
     causal: bool = True  # a token attends to itself and those before it
-    # Which token of a text is pooled: the first that is `end`, the first of the largest id, or the
-    # last.
-    pool: Literal["end", "largest", "last"] = "end"
+    # Which token of a text is pooled: the first that is `end`, the first of the largest id, the
+    # last, or all of them, by their mean.
+    pool: Literal["end", "largest", "last", "mean"] = "end"
     end: int = 0
     padded: bool = False  # texts are filled up to `positions` tokens, which all take part
     head: int | None = None  # width of a matrix with a bias over the pooled token
     projection: int | None = None  # width of one without, into the space shared with images
+    sinusoids: bool = False  # for positions, instead of a table that is learned
+    scaled_tokens: bool = False  # a token's row is multiplied by the root of the width
+    scaled: bool = True  # has a scale of logits; a tower that was saved alone has none
+    first_scale: float | None = None  # its logarithm, where the checkpoint may not hold it
     logit_bias: bool = False  # beside the scale: pairs are judged one by one, by a sigmoid
     most_scale: float | None = None  # what the scale of logits is clamped to
 

@@ -53,7 +53,9 @@ from packvit.packs.checks import (
     check_merged,
     check_patches,
     check_projected,
+    check_video,
     count_from_front,
+    read_positions,
 )
 from packvit.packs.clips import Clip
 from packvit.packs.embedding import embed_images
@@ -65,6 +67,7 @@ from packvit.packs.grid import (
     sequence_lengths,
     to_device,
 )
+from packvit.packs.places import places_in_clips
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
@@ -165,6 +168,7 @@ class Encoder(nn.Module):
         projected: bool = False,
         merged: bool = False,
         projection: bool | None = None,
+        patch_positions: GridLike | None = None,
     ) -> Features:
         """Return everything the encoder says about a pack, or about what `forward` takes.
 
@@ -174,8 +178,13 @@ class Encoder(nn.Module):
         model is given: a token for each square of patches, and for each square of its deepstack's
         layers. `pooled` False leaves out the pooling head. Nothing unasked is kept.
 
+        `patch_positions` says where patches stand, best on the host: of a whole clip, or of K
+        patches chosen from one, which are one row of them in grid_thw, (1, 1, K).
+
+        Shapes: patch_positions [T, 3] integers (time, row, column).
         Raises: as `forward`; ValueError for a layer that is not there, a projection or a merger
-        that the checkpoint does not have, or an image that does not divide into squares.
+        that the checkpoint does not have, an image that does not divide into squares, or places
+        that there are not.
         """
         hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
         if projection is not None:
@@ -190,7 +199,7 @@ class Encoder(nn.Module):
         merger = self.merger if merged else None
         deep = merger.layers if merger else ()
         with current(self.device):
-            output = self.run(hidden_states, grid_thw, {*asked, *deep})
+            output = self.run(hidden_states, grid_thw, {*asked, *deep}, patch_positions)
             tokens = merger(output.tokens, output.taps, output.plan.grid) if merger else None
             vectors = self.pool(output) if pooled else None
             shared = self.projection(vectors) if projected and self.projection else None
@@ -212,8 +221,21 @@ class Encoder(nn.Module):
         """What every patch runs through, before pooling."""
         return Trunk(self.config, self.embeddings, self.encoder, self.norm)
 
+    def patch_positions(self, grid_thw: GridLike) -> Tensor:
+        """Return where the patches of images and clips stand, of which `encode` takes a choice.
+
+        Shapes: grid_thw [N, 3] -> [T, 3] int64 on the host: (time, row, column).
+        Raises: ValueError if the grid is malformed, or the checkpoint knows no times.
+        """
+        frames = check_video(self.config, self.family.name).frames
+        return places_in_clips(read_grid(grid_thw, patches=None), frames)
+
     def run(
-        self, hidden_states: Tensor, grid_thw: GridLike, taps: Collection[int] = ()
+        self,
+        hidden_states: Tensor,
+        grid_thw: GridLike,
+        taps: Collection[int] = (),
+        patch_positions: GridLike | None = None,
     ) -> TrunkOutput:
         """Check what came in, and run it through the trunk."""
         check_patches(hidden_states, self.config, self.device)
@@ -221,7 +243,9 @@ class Encoder(nn.Module):
         backend = resolve(self.backend, self.attention_inputs)
         if self.compiled:
             backend = opaque(backend)
-        plan = plan_forward(self.config, grid, backend, taps, self.device)
+        name, patches = self.family.name, len(hidden_states)
+        given = read_positions(patch_positions, self.config, name, patches, self.device)
+        plan = plan_forward(self.config, grid, backend, taps, self.device, given)
         values = self.to_values(hidden_states)
         if self.fast is None or self.compiled:  # what is compiled is fused by the compiler
             x, tapped = run_trunk(self.trunk, values, plan)

@@ -65,6 +65,7 @@ class Towers(nn.Module):
         projected = self.encoder.text_space == "projected"
         seen = self.encoder.encode(images, projected=projected).vectors()
         read = self.text.encode(texts).vectors()
+        assert self.text.logit_scale is not None  # the checkpoint has both towers
         scale, bias = self.text.logit_scale.exp(), self.text.logit_bias
         return F.normalize(seen, dim=-1), F.normalize(read, dim=-1), scale, bias * 1
 

@@ -1,11 +1,14 @@
 import math
 import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+import packvit
 from packvit.cli import progress
+from packvit.encoder import Encoder
 
 # Models this small wait for each other's threads: on a busy machine, ten times as long. So do
 # those of the processes that tests start, whose bits must be the same besides.
@@ -17,6 +20,19 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def swift(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no job take so long, on a busy machine either, that it tells how far it is."""
     monkeypatch.setattr(progress, "plain_lines", partial(progress.plain_lines, pause=math.inf))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small AIMv2 that no test changes."""
+    from small_checkpoint import write_checkpoint  # imports transformers, which takes seconds
+
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def encoder(checkpoint: Path) -> Encoder:
+    return packvit.load(checkpoint, device="cpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

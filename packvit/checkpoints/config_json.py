@@ -13,6 +13,7 @@ ACTIVATION_NAMES: dict[str, Activation] = {  # transformers' words to ours
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
+    "relu": "relu",
 }
 
 SIZES = {  # ours to transformers' words

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from packvit.checkpoints.files import Checkpoint, Tensors
+from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.tensors import Tensors
 
 # What the header of a file calls them. Source: safetensors 0.8, `bindings/python/src/lib.rs`.
 DTYPES = {

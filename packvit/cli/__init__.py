@@ -33,6 +33,9 @@ COMMANDS = {  # in the order of `--help`
 }
 
 
+DONE_WITH_ERRORS = 3  # exit code of a job with rows that are errors
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM came; it stops a command as Ctrl-C does."""
 

@@ -21,6 +21,7 @@ from packvit.bench import (
 from packvit.bench.table import as_markdown
 from packvit.cli.command import Command
 from packvit.cli.models import explaining
+from packvit.cli.options import device_option
 
 WRONG = 1
 ALL = "all"
@@ -77,7 +78,7 @@ ALL = "all"
     type=click.Choice(DTYPES),
     help="What to compute in; bfloat16 on a GPU, float32 elsewhere.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@device_option
 @click.option(
     "--rounds",
     type=click.IntRange(min=2),

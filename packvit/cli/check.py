@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from packvit.cli.command import Command
+from packvit.cli.options import json_option
 from packvit.corpus import UsageError, WriteError
 
 
 @click.command(cls=Command)
 @click.argument("folder")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_context
 def check(context: click.Context, folder: str, as_json: bool) -> None:
     """Read all of a feature FOLDER; print what is wrong with it and how to repair it.

@@ -89,3 +89,8 @@ def in_options(message: str, command: click.Command) -> str:
     for pattern in (QUOTED, SUBJECT, IDENTIFIER):
         said = pattern.sub(named, said)
     return said
+
+
+def printable(name: str) -> str:
+    """Return a file's name with control characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -9,6 +9,7 @@ import click
 
 from packvit.cli.command import Command
 from packvit.cli.models import explaining, full_name
+from packvit.cli.options import json_option
 from packvit.corpus.inputs.addresses import check_local
 
 
@@ -22,7 +23,7 @@ from packvit.corpus.inputs.addresses import check_local
     help="How the new checkpoint names and shapes its tensors.",
 )
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def convert(
     name: str,
     folder: str,

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from packvit.cli.command import Command
-from packvit.cli.embed import printable
+from packvit.cli.command import Command, printable
+from packvit.cli.options import device_option, json_option, width_option
 from packvit.corpus import UsageError, WriteError
 
 PAUSE = 5.0  # seconds between lines of progress
@@ -28,7 +28,7 @@ SAID = {"first": "", "bytes": "equal bytes", "pixels": "equal pixels"}
     type=click.Choice(["largest", "first"]),
     help="Print the paths of what may go, all but one of each group; nothing is deleted.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.option("--out", help="Also draw a contact sheet of the groups: .png, .jpg or .webp.")
 @click.option("--root", help="Where the photographs are now, if they were moved.")
 @click.option(
@@ -36,10 +36,8 @@ SAID = {"first": "", "bytes": "equal bytes", "pixels": "equal pixels"}
     default=True,
     help="Whether to decode photographs of a group, to tell equal pixels from nearly equal ones.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
-@click.option(
-    "--width", type=click.IntRange(600, 1600), default=1600, help="Pixels across the sheet."
-)
+@device_option
+@width_option
 def dups(
     folder: str,
     threshold: float,
@@ -110,7 +108,11 @@ def dups(
             err=True,
         )
     elif lost:
-        click.echo(f"{len(lost)} photographs cannot be read and are left blank.", err=True)
+        click.echo(
+            f"{len(lost)} photographs cannot be read and are left blank. Name their folder with "
+            "--root.",
+            err=True,
+        )
 
 
 class Slowly:

@@ -5,20 +5,19 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from packvit.cli import exit_code
+from packvit.cli import DONE_WITH_ERRORS, exit_code
 from packvit.cli.command import Command
 from packvit.cli.models import MODEL_HELP, explaining, full_name
-from packvit.cli.progress import Meter, duration, show_progress
+from packvit.cli.options import COUNT, device_option
+from packvit.cli.progress import Meter, show_progress
+from packvit.cli.summary import as_object, as_table
 from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
-from packvit.corpus.inputs.listing import by_suffix
 from packvit.corpus.inputs.lists import PIPED, STDIN
-from packvit.corpus.progress import Summary
 from packvit.corpus.runners.launching import Launched
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
@@ -29,8 +28,6 @@ EMBEDDED = (
 )
 # They log tracebacks for errors of a server, which we report ourselves.
 LOUD = ("asyncio", "gcsfs")
-COUNT = click.IntRange(min=1)
-DONE_WITH_ERRORS = 3
 ALL = "all"  # error codes
 
 
@@ -83,7 +80,7 @@ def split_names(
 @click.option("--out", required=True, help="The feature folder to create or to resume.")
 @click.option("--model", help=MODEL_HELP)
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
-@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -360,79 +357,3 @@ def what_is_written(meter: Meter | None, out: str, overwrite: bool, update: bool
         f"Stopped: {written:,} of {meter.last.rows:,} rows are written to {out}. "
         f"The same command{' without --overwrite' if overwrite else ''} resumes from there."
     )
-
-
-def as_object(summary: Summary) -> dict[str, Any]:
-    """Return the summary as JSON values."""
-    return {
-        "folder": summary.folder,
-        "model": summary.model,
-        "fingerprint": summary.fingerprint,
-        "rows": summary.rows,
-        "ok": summary.ok,
-        "errors": {
-            code: {"rows": count, "example": summary.examples[code]}
-            for code, count in summary.errors.items()
-        },
-        "kept": summary.kept_rows,
-        "reused": summary.reused,
-        "ignored": summary.ignored,
-        "passed_over": summary.passed_over,
-        "tokens": summary.tokens,
-        "seconds": summary.seconds,
-        "images_per_second": summary.images_per_second,
-        "tokens_per_second": summary.tokens_per_second,
-        "shares": asdict(summary.shares),
-        "slowest": summary.shares.slowest if summary.kept_rows < summary.rows else None,
-        "halved": summary.halved,
-        "on_gpu": summary.on_gpu,
-    }
-
-
-def as_table(summary: Summary) -> str:
-    """Return the summary as a table."""
-    bad = summary.rows - summary.ok
-    rows = [("inputs", f"{summary.rows:,}"), ("ok", f"{summary.ok:,}"), ("errors", f"{bad:,}")]
-    rows += [
-        (f"  {code}", f"{count:,}, for example {printable(summary.examples[code])}")
-        for code, count in summary.errors.items()
-    ]
-    if summary.kept_rows:
-        rows.append(("kept", f"{summary.kept_rows:,}, written before"))
-    if summary.reused:
-        rows.append(("reused", f"{summary.reused:,}, of other folders"))
-    if summary.ignored:
-        rows.append(("passed over", printable(by_suffix(summary.passed_over))))
-    rows += [
-        ("tokens", f"{summary.tokens:,}"),
-        *effort(summary),
-        ("model", summary.model),
-        ("folder", summary.folder),
-    ]
-    width = max(len(name) for name, _ in rows) + 2
-    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
-
-
-def effort(summary: Summary) -> Iterator[tuple[str, str]]:
-    """Yield the lines on time and speed; none if nothing was embedded."""
-    shares = summary.shares
-    if summary.kept_rows == summary.rows:
-        return
-    yield (
-        "time",
-        f"{duration(summary.seconds)}: {summary.images_per_second:,.1f} images/s, "
-        f"{summary.tokens_per_second:,.0f} tokens/s",
-    )
-    parts = ", ".join(f"{n} {getattr(shares, n):.0%}" for n in ("decoding", "encoding", "writing"))
-    yield "busy", f"{parts} of the time; the slowest is {shares.slowest}"
-    if shares.fill:
-        yield "packs", f"{shares.fill:.0%} full"
-    if summary.on_gpu is not None:
-        yield "on the GPU", f"{summary.on_gpu:,} images decoded there; Pillow decoded the others"
-    if summary.halved:
-        yield "halved", f"{summary.halved:,} packs that did not fit in memory"
-
-
-def printable(name: str) -> str:
-    """Return a file's name with control characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

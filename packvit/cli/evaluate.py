@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from packvit.cli.command import Command
-from packvit.cli.embed import COUNT
 from packvit.cli.models import explaining, full_name
+from packvit.cli.options import COUNT, device_option, json_option, model_option, template_option
 from packvit.corpus import UsageError
 
 if TYPE_CHECKING:
@@ -23,16 +23,10 @@ if TYPE_CHECKING:
 @click.option("--labels", help="A Parquet file with the columns id and label, or --label.")
 @click.option("--neighbours", type=COUNT, default=20, help="knn: how many vote.")
 @click.option("--temperature", type=float, default=0.07, help="knn: of the weights of votes.")
-@click.option(
-    "--template",
-    "templates",
-    multiple=True,
-    show_default=False,
-    help='zeroshot: words around a label, "a photo of a {}."; seven of CLIP\'s if none.',
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--model", help="zeroshot: where the folder's model is now, if it was moved.")
-@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@template_option("zeroshot: words")
+@json_option
+@model_option("zeroshot: where")
+@device_option
 def evaluate(
     protocol: str,
     folder: str,

@@ -6,10 +6,11 @@ from typing import Any
 import click
 
 from packvit.cli.command import Command
+from packvit.cli.options import json_option
 
 
 @click.command(cls=Command)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def info(as_json: bool) -> None:
     """Show the machine, attention backends and why they cannot run, families and checkpoints.
 

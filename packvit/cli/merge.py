@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import click
 
+from packvit.cli import DONE_WITH_ERRORS
 from packvit.cli.command import Command
-from packvit.cli.embed import DONE_WITH_ERRORS
 from packvit.cli.progress import PAUSE
 from packvit.corpus import UsageError, WriteError
 

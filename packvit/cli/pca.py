@@ -4,9 +4,10 @@ from typing import Any
 
 import click
 
-from packvit.cli.command import Command
-from packvit.cli.embed import COUNT, DONE_WITH_ERRORS, printable
+from packvit.cli import DONE_WITH_ERRORS
+from packvit.cli.command import Command, printable
 from packvit.cli.models import MODEL_HELP, explaining, full_name
+from packvit.cli.options import COUNT, device_option, width_option
 from packvit.cli.progress import show_progress
 from packvit.corpus import UsageError, WriteError
 from packvit.images.decode import CODES
@@ -17,7 +18,7 @@ from packvit.images.decode import CODES
 @click.option("--out", required=True, help="The picture to write: .png, .jpg or .webp.")
 @click.option("--model", help=MODEL_HELP)
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
-@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@device_option
 @click.option(
     "--positions",
     type=click.Choice(["checkpoint", "interpolate"]),
@@ -52,9 +53,7 @@ from packvit.images.decode import CODES
 )
 @click.option("--root", default=".", help="The folder that the feature folder's paths start from.")
 @click.option("--count", type=COUNT, default=6, help="How many neighbours.")
-@click.option(
-    "--width", type=click.IntRange(600, 1600), default=1600, help="Pixels across the picture."
-)
+@width_option
 @click.pass_context
 def pca(
     context: click.Context,

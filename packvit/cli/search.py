@@ -5,9 +5,9 @@ import os
 
 import click
 
-from packvit.cli.command import Command
-from packvit.cli.embed import COUNT, printable
+from packvit.cli.command import Command, printable
 from packvit.cli.models import explaining, full_name
+from packvit.cli.options import COUNT, device_option, json_option, model_option, width_option
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.names import CURRENT, FIRST
 
@@ -31,19 +31,17 @@ def part(arg: str) -> tuple[str, ...]:
 @click.argument("queries", nargs=-1, required=True, metavar="[FOLDER...] QUERY...")
 @click.option("-t", "--top", type=COUNT, default=10, help="How many photographs for each query.")
 @click.option("-f", "--paths", "only_paths", is_flag=True, help="Print paths alone, for pipes.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.option("--out", help="Also draw a contact sheet: .png, .jpg or .webp.")
 @click.option("--root", help="Where the photographs are now, if they were moved.")
-@click.option("--model", help="Where the folder's model is now, if it was moved.")
-@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@model_option()
+@device_option
 @click.option(
     "--index",
     is_flag=True,
     help="Use an approximate index beside the parts; it is built once, and its recall printed.",
 )
-@click.option(
-    "--width", type=click.IntRange(600, 1600), default=1600, help="Pixels across the sheet."
-)
+@width_option
 def search(
     folder: str,
     queries: tuple[str, ...],

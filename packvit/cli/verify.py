@@ -8,6 +8,7 @@ import click
 
 from packvit.cli.command import Command
 from packvit.cli.models import MODEL_HELP, explaining, full_name
+from packvit.cli.options import device_option
 from packvit.cli.published import run_published
 from packvit.verification import Comparison, Findings, VerifyOptions
 
@@ -22,7 +23,7 @@ MISSED = 1
     "--family",
     help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, "
     "siglip, clip, qwen3_vl, qwen2_5_vl, qwen2_vl, kimi_k25, radio, tipsv2, "
-    "perception, or all.",
+    "perception, onevision, or all.",
 )
 @click.option(
     "--published",
@@ -36,9 +37,10 @@ MISSED = 1
     "--reference",
     type=click.Choice(["transformers", "timm"]),
     default="transformers",
-    help="timm: its model of the same weights as well, where it has one.",
+    help="timm: its model of the same weights as well, where it has one. Perception Encoder, of "
+    "which transformers has no class, is compared with timm's in any case.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@device_option
 @click.option("--quick", is_flag=True, help="Fewer and smaller images.")
 @click.option(
     "--seed",
@@ -70,7 +72,7 @@ def verify(
     certificate: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare an encoder with transformers' model of the same weights.
+    """Compare an encoder with transformers' model of the same weights, or timm's.
 
     This compares tokens, prefix, the output of every layer, pooled and projected vectors, for
     images of many shapes, alone and packed, in float32 and bfloat16, with every attention backend
@@ -154,6 +156,7 @@ def search(
     Raises: click.UsageError for an unknown family, ClickException for other errors.
     """
     from packvit.checkpoints.errors import CheckpointError
+    from packvit.verification.references import import_reference
     from packvit.verification.verify import family_names, verify_checkpoint, verify_family
 
     known = family_names()
@@ -176,6 +179,14 @@ def search(
                 raise click.UsageError(elsewhere)
             if elsewhere:
                 click.echo(elsewhere, err=True)
+                continue
+            try:
+                import_reference(encoder.family)
+            except ImportError as error:
+                if family == name or encoder.family.reference.library == "transformers":
+                    raise
+                click.echo(f"{encoder.family.name} is left out. {error}", err=True)
+                continue
             yield from verify_family(encoder, options, device=device)
     except (CheckpointError, ImportError, OSError) as error:
         raise click.ClickException(str(error)) from error

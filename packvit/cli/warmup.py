@@ -7,6 +7,7 @@ import click
 
 from packvit.cli.command import Command
 from packvit.cli.models import explaining, full_name
+from packvit.cli.options import json_option
 
 
 @click.command(cls=Command)
@@ -14,7 +15,7 @@ from packvit.cli.models import explaining, full_name
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
 @click.option("--device", help="The GPU, for example cuda:1.  [default: the first one]")
 @click.option("--fp8", is_flag=True, help="Compile the kernels of fp8 too.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def warmup(model: str, revision: str | None, device: str | None, fp8: bool, as_json: bool) -> None:
     """Compile the kernels that MODEL needs on this GPU, and keep them for later jobs.
 

@@ -4,9 +4,9 @@ import json
 
 import click
 
-from packvit.cli.command import Command
-from packvit.cli.embed import printable
+from packvit.cli.command import Command, printable
 from packvit.cli.models import explaining, full_name
+from packvit.cli.options import device_option, json_option, model_option, template_option
 from packvit.corpus import UsageError, WriteError
 
 
@@ -14,16 +14,10 @@ from packvit.corpus import UsageError, WriteError
 @click.argument("folder")
 @click.option("--labels", required=True, help='"a cat,a dog", or a file with one label a line.')
 @click.option("--out", required=True, help="The table to write: .parquet or .csv.")
-@click.option(
-    "--template",
-    "templates",
-    multiple=True,
-    show_default=False,
-    help='Words around a label, "a photo of a {}."; may be repeated. Seven of CLIP\'s if none.',
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--model", help="Where the folder's model is now, if it was moved.")
-@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@template_option()
+@json_option
+@model_option()
+@device_option
 def zeroshot(
     folder: str,
     labels: str,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from packvit.config import EncoderConfig
+from packvit.config import EncoderConfig, ImageConfig
 from packvit.corpus.folder.layout import fingerprint
 from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.inputs.retries import BOUND
@@ -27,7 +27,7 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "config": asdict(encoder.config),
         "positions": "interpolate" if encoder.embeddings.interpolate else "checkpoint",
         "preprocessing": {
-            **asdict(encoder.images),
+            **without_clips(encoder.images),
             "resize": options.resize,
             "max_patches": options.max_patches,
             "max_pixels": options.max_pixels,
@@ -52,6 +52,11 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "rows_per_part": options.rows_per_part,
         "versions": {package: version_of(package) for package in ("packvit", *NUMBERS_FROM)},
     }
+
+
+def without_clips(images: ImageConfig) -> dict[str, Any]:
+    """Return how images are prepared; a job has no clips, so how theirs are decides nothing."""
+    return {name: value for name, value in asdict(images).items() if name != "frame_sizing"}
 
 
 def pooled_from(config: EncoderConfig) -> str:

@@ -6,6 +6,7 @@ from packvit.families.clip import ClipPacking
 from packvit.families.dinov2 import Dinov2Packing
 from packvit.families.dinov3 import DINOv3ViTPacking
 from packvit.families.kimi_k25 import KimiK25VisionPacking
+from packvit.families.onevision import OneVisionEncoderPacking
 from packvit.families.perception import PerceptionPacking
 from packvit.families.qwen2_5_vl import Qwen25VisionTransformerPacking
 from packvit.families.qwen2_vl import Qwen2VisionTransformerPacking
@@ -29,4 +30,5 @@ FAMILIES: tuple[type[Encoder], ...] = (
     RadioPacking,
     Tipsv2VisionPacking,
     PerceptionPacking,
+    OneVisionEncoderPacking,
 )

@@ -1,6 +1,6 @@
-"""What CLIP's and SigLIP's checkpoints share, and AIMv2 took over."""
+"""What CLIP's and SigLIP's checkpoints share, and AIMv2 and OneVision-Encoder took over."""
 
-from packvit.checkpoints.rules import layers, rename, reshape
+from packvit.checkpoints.rules import Rule, layers, rename, reshape
 from packvit.config import CLIP_STATISTICS, EncoderConfig, ImageConfig, ShortestEdge, Table
 
 # How CLIP named the layers of a block, which SigLIP and SigLIP2 took over: ours to theirs.
@@ -13,22 +13,19 @@ CLIP_BLOCK = {
     "mlp.down": "mlp.fc2",
 }
 
-# SigLIP's pooling head, the same in both generations.
-PROBE_HEAD = (
-    reshape("head.probe", "head.probe", 1, 1),
-    rename("head.qkv.weight", "head.attention.in_proj_weight"),
-    rename("head.qkv.bias", "head.attention.in_proj_bias"),
-    *layers(
-        "head.",
-        "head.",
-        {
-            "out": "attention.out_proj",
-            "norm": "layernorm",
-            "mlp.up": "mlp.fc1",
-            "mlp.down": "mlp.fc2",
-        },
-    ),
-)
+
+def probe_head(norm: str) -> tuple[Rule, ...]:
+    """Return the rules of SigLIP's pooling head, which calls its norm so."""
+    names = {"out": "attention.out_proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
+    return (
+        reshape("head.probe", "head.probe", 1, 1),
+        rename("head.qkv.weight", "head.attention.in_proj_weight"),
+        rename("head.qkv.bias", "head.attention.in_proj_bias"),
+        *layers("head.", "head.", names | {"norm": norm}),
+    )
+
+
+PROBE_HEAD = probe_head("layernorm")  # the same in both generations
 
 
 def clip_images(config: EncoderConfig) -> ImageConfig:

@@ -74,8 +74,9 @@ class RotateQueriesAndKeys(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # as torch calls it
         ctx: Any, given: Tensor
     ) -> tuple[Tensor, None, None]:
-        """Turn the gradient back: a rotation's transpose is its inverse."""
+        """Turn the gradient back, by the transpose: two of a pair may have angles of their own."""
         cosine, sine = ctx.saved_tensors
+        sine = sine.roll(sine.shape[1] // 2, 1)
         turned = given.clone(memory_format=torch.contiguous_format)
         rotate_queries_and_keys_(turned, cosine, sine, back=True)
         return turned, None, None

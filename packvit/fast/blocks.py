@@ -59,6 +59,8 @@ def fits(block: nn.Module, dtype: torch.dtype) -> bool:
     """Return whether a block is of ours, and its parts of `dtype` and unwatched."""
     if type(block) is not Block or block._compiled_call_impl is not None:
         return False
+    if block.mlp.activation == "relu":  # our kernels have none: one text tower is built with it
+        return False
     for norm in (block.attention_norm, block.mlp_norm):
         if type(norm) not in (RMSNorm, nn.LayerNorm) or norm.weight.dtype != dtype:
             return False

@@ -3,7 +3,7 @@
 `to_patches` resizes and cuts; what a checkpoint asks for is read in `processors.py`. No torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,11 @@ class Cutting:
     order: PatchOrder
     resize: Resize | None
     max_patches: int | None
+
+    def for_frames(self) -> "Cutting":
+        """Return how a clip's frames become patches, which a checkpoint may size otherwise."""
+        sizing = self.images.frame_sizing
+        return replace(self, images=replace(self.images, sizing=sizing)) if sizing else self
 
     def cut(self, image: Image.Image) -> Patches:
         """Return the patches of an RGB image; raises as `to_patches`."""

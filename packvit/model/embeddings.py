@@ -3,10 +3,19 @@
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from packvit.config import EncoderConfig, ImageConfig, PatchOrder, Rotary, SinCos, Statistics, Table
+from packvit.config import (
+    EncoderConfig,
+    ImageConfig,
+    PatchOrder,
+    Rotary,
+    SinCos,
+    Statistics,
+    Table,
+    VideoRotary,
+)
 from packvit.model.linear import Linear, affine
 from packvit.model.norms import Tokens, norm
 from packvit.model.parameters import drawn
@@ -18,9 +27,9 @@ from packvit.model.positions import (
     look_up,
     sine_cosine,
 )
-from packvit.model.rotary import axial_rotary, rotary
+from packvit.model.rotary import axial_rotary, rotary, video_rotary
 from packvit.packs.grid import Grid
-from packvit.packs.places import PatchPlaces, PrefixPlaces
+from packvit.packs.places import PatchPlaces, PrefixPlaces, places_in_clips
 
 AnyModule = TypeVar("AnyModule", bound="PatchEmbeddings")
 CosSin = tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]  # of each token's rotary angles
@@ -166,19 +175,29 @@ class PatchEmbeddings(nn.Module):
 
 
 def rotary_cos_sin(
-    config: EncoderConfig, grid: Grid, places: PrefixPlaces | None, like: Tensor
+    config: EncoderConfig,
+    grid: Grid,
+    places: PrefixPlaces | None,
+    like: Tensor,
+    given: Int64[Tensor, "T 3"] | None = None,
 ) -> CosSin | None:
     """Return every token's rotary cosine and sine, made once for all layers; prefixes stay as is.
 
-    Shapes: 2 x [tokens, K], on the device of `like`; in its dtype, or in fp32 if axial.
+    `given` are the patches' places in time and space, where the caller said them.
+
+    Shapes: 2 x [tokens, K], on the device of `like`; in its dtype for DINOv3's, else in fp32.
     """
-    if config.rotary is None:
+    positions, width, device = config.rotary, config.head_dim, like.device
+    if positions is None:
         return None
-    on_device = PatchPlaces.from_grid(grid, device=like.device)
-    if isinstance(config.rotary, Rotary):
-        cosine, sine = rotary(config.rotary, on_device, config.head_dim, like.dtype)
+    if isinstance(positions, VideoRotary):
+        at = places_in_clips(grid, positions.frames, device=device) if given is None else given
+        cosine, sine = video_rotary(positions, at, width)
+    elif isinstance(positions, Rotary):
+        on_device = PatchPlaces.from_grid(grid, device=device)
+        cosine, sine = rotary(positions, on_device, width, like.dtype)
     else:
-        cosine, sine = axial_rotary(config.rotary, on_device, config.head_dim)
+        cosine, sine = axial_rotary(positions, PatchPlaces.from_grid(grid, device=device), width)
     if places is None:
         return cosine, sine
     still = cosine.new_zeros(config.prefix, config.head_dim)

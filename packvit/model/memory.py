@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import AxialRotary, EncoderConfig, Merger, Table
+from packvit.config import AxialRotary, EncoderConfig, Merger, Table, VideoRotary
 from packvit.out_of_memory import free_host_memory
 
 WORKSPACE = 128 * 2**20  # of cuBLAS and cuBLASLt: 32 MiB each on Hopper, and rounding
@@ -79,7 +79,8 @@ def peak(config: EncoderConfig, dtype_bytes: int, *, taps: int = 0, lists: int =
     """
     width, mlp, patch = config.width, config.mlp_width, config.temporal * config.patch_dim
     rotary = 4 * width if config.rotary else 0
-    if isinstance(config.rotary, AxialRotary):  # which turns in fp32
+    in_fp32 = isinstance(config.rotary, AxialRotary | VideoRotary)
+    if in_fp32:  # queries and keys are turned in it
         rotary *= max(1, 4 // dtype_bytes)
     embedding = 5 * width * dtype_bytes + patch * (4 + dtype_bytes)
     attention = (13 * width + rotary) * dtype_bytes
@@ -88,7 +89,7 @@ def peak(config: EncoderConfig, dtype_bytes: int, *, taps: int = 0, lists: int =
     held = patch * dtype_bytes + taps * width * dtype_bytes + lists * width * 4
     if config.windows:  # the stream in the windows' order
         held += width * dtype_bytes
-    if isinstance(config.rotary, AxialRotary):  # cosines and sines, and both in another order
+    if in_fp32:  # cosines and sines, and both in another order
         held += 4 * config.head_dim * 4
     fixed = WORKSPACE
     if isinstance(config.positions, Table):
@@ -123,7 +124,8 @@ def parameter_count(config: EncoderConfig) -> int:
         head = 3 * width**2 + (2 + 2 * bool(config.qkv_bias)) * width
     elif config.pool == "probe":  # qkv and out with biases, the probe, and an MLP behind a norm
         mlp = config.probe.mlp_width if config.probe else config.mlp_width
-        head = 4 * width**2 + 5 * width + norm + mlp_count(replace(config, mlp_width=mlp))
+        own = width if config.probe and config.probe.norm == "rms" else norm
+        head = 4 * width**2 + 5 * width + own + mlp_count(replace(config, mlp_width=mlp))
     last = norm if config.final_norm else 0
     merging = merger_count(config.merger, width) if config.merger else 0
     shared = (config.projection or 0) * (width + config.projection_bias)

@@ -10,7 +10,7 @@ from packvit.config import EncoderConfig, Probe
 from packvit.model.attention import Backend
 from packvit.model.layers import MLP
 from packvit.model.linear import Linear, affine
-from packvit.model.norms import Tokens, norm
+from packvit.model.norms import Tokens, norm_of
 from packvit.model.parameters import drawn
 from packvit.model.trunk import TrunkOutput, token_stream
 from packvit.packs.segments import Segments
@@ -44,7 +44,7 @@ class ProbePool(nn.Module):
         self.probe = drawn(config.width)
         self.qkv: nn.Module = Linear(config.width, 3 * config.width)
         self.out = Linear(config.width, config.width)
-        self.norm = norm(config)
+        self.norm = norm_of(own.norm or config.norm, config.width, config.norm_eps)
         self.mlp = MLP(replace(config, mlp_width=own.mlp_width))
 
     def forward(self, tokens: Tokens, segments: Segments, backend: Backend) -> Pooled:

@@ -3,10 +3,10 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from packvit.config import AxialRotary, Rotary
+from packvit.config import AxialRotary, Rotary, VideoRotary
 from packvit.packs.places import PatchPlaces
 
 
@@ -45,6 +45,26 @@ def axial_rotary(
     angles = [(axis + positions.offset).float().outer(frequencies) for axis in axes]
     inner = torch.stack(angles, 2 if positions.layout == "interleaved" else 1)
     whole = inner.flatten(1).tile(2)
+    return whole.cos(), whole.sin()
+
+
+def video_rotary(
+    positions: VideoRotary, places: Int64[Tensor, "T 3"], head_dim: int
+) -> tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]]:
+    """Return cosine and sine of every patch's angles, in fp32: even ones first, then odd ones.
+
+    [time | row | column] goes over a head twice, whose neighbours are turned together: so each of
+    the two has an angle of its own. Ours turn k and k + K/2, so these are ordered as weights are.
+
+    Source: OneVision-Encoder c2cd3e0, `VideoRotaryEmbeddingSplit466` and `rotate_half`.
+    """
+    unit = head_dim // 32
+    angles = []
+    for place, count in zip(places.float().unbind(1), (4 * unit, 6 * unit, 6 * unit), strict=True):
+        octave = torch.arange(count, dtype=torch.float32, device=place.device) / count
+        angles.append(place.outer(1.0 / positions.base**octave))
+    inner = torch.cat(angles, 1)
+    whole = torch.cat([inner[:, ::2], inner[:, ::2], inner[:, 1::2], inner[:, 1::2]], 1)
     return whole.cos(), whole.sin()
 
 

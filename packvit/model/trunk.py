@@ -38,6 +38,7 @@ class ForwardPlan(NamedTuple):
     windows: WindowPlaces | None  # where layers attend within windows
     backend: Backend
     taps: tuple[int, ...]  # layers, counted from the front
+    given: Tensor | None  # [T, 3] places of patches, where the caller said them
 
 
 class TrunkOutput(NamedTuple):
@@ -55,6 +56,7 @@ def plan_forward(
     backend: Backend,
     taps: Collection[int],
     device: torch.device,
+    given: Tensor | None = None,
 ) -> ForwardPlan:
     """Return the plan of a forward of the images in `grid`, on `device`."""
     sequences = join_frames(grid) if config.segments == "clip" else grid
@@ -64,7 +66,7 @@ def plan_forward(
     if config.windows:
         windows = WindowPlaces.from_grid(grid, config.windows.side, device=device)
     lengths = sequence_lengths(sequences, prefix)
-    return ForwardPlan(grid, sequences, lengths, places, windows, backend, tuple(taps))
+    return ForwardPlan(grid, sequences, lengths, places, windows, backend, tuple(taps), given)
 
 
 def run_trunk(trunk: Trunk, values: Tensor, plan: ForwardPlan) -> tuple[Tensor, dict[int, Tensor]]:
@@ -85,7 +87,7 @@ def embed(trunk: Trunk, values: Tensor, plan: ForwardPlan) -> list[Tensor]:
     Shapes: [T, P] -> [tokens, D], 2 x [tokens, K], in the order of windows.
     """
     x = trunk.embeddings(values, plan.grid, plan.places)
-    rows = [x, *(rotary_cos_sin(trunk.config, plan.grid, plan.places, x) or ())]
+    rows = [x, *(rotary_cos_sin(trunk.config, plan.grid, plan.places, x, plan.given) or ())]
     windows = plan.windows
     return [row.index_select(0, windows.order) for row in rows] if windows else rows
 

@@ -5,7 +5,10 @@ from operator import index
 import torch
 from torch import Tensor
 
-from packvit.config import EncoderConfig
+from packvit.config import EncoderConfig, VideoRotary
+from packvit.packs.grid import GridLike, as_tensor
+
+PLACE_MEANING = "Each row of patch_positions is (time, row, column) of a patch."
 
 
 def check_config(config: object, encoder: str) -> None:
@@ -50,6 +53,61 @@ def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.de
             f"hidden_states is on {hidden_states.device}, but the encoder is on {device}. "
             f'Move it: hidden_states.to("{device}").'
         )
+
+
+def read_positions(
+    patch_positions: GridLike | None,
+    config: EncoderConfig,
+    family: str,
+    patches: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Check where the caller says that patches stand, and return it on `device`.
+
+    On a device it is copied to the host once, which waits for it.
+
+    Shapes: [T, 3], any integer dtype -> [T, 3] int64.
+    Raises: ValueError for another shape, or naming the first place that there is not; TypeError
+    for what holds no numbers.
+    """
+    if patch_positions is None:
+        return None
+    frames = check_video(config, family).frames
+    places = as_tensor(patch_positions, "patch_positions", PLACE_MEANING)
+    if places.shape != (patches, 3):
+        raise ValueError(
+            f"patch_positions is {list(places.shape)}, but must be [{patches}, 3], as there are "
+            f"{patches} patches. {PLACE_MEANING}"
+        )
+    if places.is_floating_point() or places.is_complex() or places.dtype == torch.bool:
+        raise ValueError(
+            f"patch_positions holds {places.dtype}, but must hold integers. {PLACE_MEANING}"
+        )
+    host = places.to("cpu", torch.int64)
+    wrong = (host < 0).any(1)
+    if frames is not None:
+        wrong |= host[:, 0] >= frames
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        times = "" if frames is None else f", and times end at {frames - 1}"
+        raise ValueError(
+            f"patch_positions[{first}] is {tuple(host[first].tolist())}, but (time, row, column) "
+            f"count from 0{times}."
+        )
+    return places.to(device, torch.int64, non_blocking=True)
+
+
+def check_video(config: EncoderConfig, family: str) -> VideoRotary:
+    """Return the positions of an encoder whose patches have places in time.
+
+    Raises: ValueError for any other encoder.
+    """
+    if not isinstance(config.rotary, VideoRotary):
+        raise ValueError(
+            f"patch_positions says where each patch stands, which this {family} checkpoint takes "
+            "from grid_thw alone. Leave it out."
+        )
+    return config.rotary
 
 
 def check_projected(config: EncoderConfig, family: str, pooled: bool = True) -> None:

@@ -27,6 +27,7 @@ def cut_clip(frames: Sequence[Source], cutting: Cutting, temporal: int) -> Patch
 
     Raises: ValueError for a clip without frames, or with frames of several sizes; ImageError.
     """
+    cutting = cutting.for_frames()
     cut = [cutting.cut(load_image(frame).image) for frame in frames]
     if not cut:
         raise ValueError("A clip holds no frame, but must hold at least one.")

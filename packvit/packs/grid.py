@@ -15,8 +15,8 @@ GridLike = Tensor | np.ndarray | Sequence[Sequence[int]]
 ROW_MEANING = "Each row of grid_thw is (frames, rows, columns) counted in patches, not pixels."
 
 
-def read_grid(grid_thw: GridLike, *, patches: int) -> Grid:
-    """Check `grid_thw` against the number of patches and return its rows as host ints.
+def read_grid(grid_thw: GridLike, *, patches: int | None) -> Grid:
+    """Check `grid_thw` against the number of patches, if any, and return its rows as host ints.
 
     On the host this is free; a grid on a device is copied once, and the host waits for it.
 
@@ -37,7 +37,7 @@ def read_grid(grid_thw: GridLike, *, patches: int) -> Grid:
         if min(row) < 1:
             raise ValueError(f"grid_thw[{image}] is {row}; every count is 1 or more. {ROW_MEANING}")
     described = sum(frames * rows * columns for frames, rows, columns in grid)
-    if described != patches:
+    if patches is not None and described != patches:
         raise ValueError(
             f"hidden_states holds {patches} patches, but grid_thw describes {described} "
             f"({len(grid)} images). {ROW_MEANING}"
@@ -45,19 +45,19 @@ def read_grid(grid_thw: GridLike, *, patches: int) -> Grid:
     return grid
 
 
-def as_tensor(grid_thw: GridLike) -> Tensor:
-    """Return a grid given as a list or an array as a tensor on the host.
+def as_tensor(rows: GridLike, name: str = "grid_thw", meaning: str = ROW_MEANING) -> Tensor:
+    """Return rows of numbers given as a list or an array as a tensor on the host.
 
     Raises: TypeError for what holds no numbers.
     """
-    if isinstance(grid_thw, Tensor):
-        return grid_thw
+    if isinstance(rows, Tensor):
+        return rows
     try:
-        return torch.from_numpy(np.array(grid_thw))
+        return torch.from_numpy(np.array(rows))
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"grid_thw is {grid_thw!r}, but must be a tensor, an array or a list of rows of three "
-            f"whole numbers. {ROW_MEANING}"
+            f"{name} is {rows!r}, but must be a tensor, an array or a list of rows of three "
+            f"whole numbers. {meaning}"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Where each patch of a pack stands in its image, and prefix tokens among the patches."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -118,6 +119,28 @@ class ClipPlaces:
         place = within.div(count, rounding_mode="floor")
         order = start + (within - place * count) * size + place
         return cls(order, torch.repeat_interleave(counts, places, output_size=distinct))
+
+
+def places_in_clips(
+    grid: Grid, frames: int | None, *, device: torch.device | str = "cpu"
+) -> Int64[Tensor, "T 3"]:
+    """Return (time, row, column) of every patch, where clips are spread over `frames` times."""
+    places = PatchPlaces.from_grid(grid, device=device)
+    times = [time for count, _, _ in grid for time in frame_times(count, frames)]
+    time = to_device(np.array(times), device).index_select(0, places.sequence)
+    return torch.stack([time, places.row, places.column], 1)
+
+
+@lru_cache(maxsize=256)
+def frame_times(count: int, frames: int | None) -> tuple[int, ...]:
+    """Return the times of a clip's frames: the first at 0 and the last at `frames` - 1.
+
+    Source: OneVision-Encoder c2cd3e0, README.md: in fp32, cut to whole numbers.
+    """
+    if frames is None:
+        return tuple(range(count))
+    spread = torch.linspace(0, frames - 1, count, dtype=torch.float32, device="cpu")
+    return tuple(spread.long().tolist())
 
 
 def window_lengths(grid: Grid, side: int) -> tuple[int, ...]:

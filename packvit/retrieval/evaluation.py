@@ -24,14 +24,20 @@ from packvit.retrieval.zeroshot import TEMPLATES, embed_labels, score
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
-# Accuracy in percent on ImageNet-1k's validation set. Source: arXiv:2304.07193, table 4.
+# Accuracy in percent on ImageNet-1k's validation set. Source: facebookresearch/dinov2, README.md.
 PUBLISHED_KNN = {
     "facebook/dinov2-small": 79.0,
     "facebook/dinov2-base": 82.1,
     "facebook/dinov2-large": 83.5,
     "facebook/dinov2-giant": 83.5,
+    "facebook/dinov2-with-registers-small": 79.1,
+    "facebook/dinov2-with-registers-base": 82.0,
+    "facebook/dinov2-with-registers-large": 83.8,
+    "facebook/dinov2-with-registers-giant": 83.7,
 }
-# Source: arXiv:2103.00020, table 11; google-research/big_vision, README_siglip2.md.
+# Source: CLIP: arXiv:2103.00020, table 11; open_clip's README repeats the first three ("in paper"),
+# section 3.1.3 the last, of the paper's best model. SigLIP2: google-research/big_vision,
+# README_siglip2.md, column "INet 0-shot"; NaFlex at 256 patches.
 PUBLISHED_ZEROSHOT = {
     "openai/clip-vit-base-patch32": 63.2,
     "openai/clip-vit-base-patch16": 68.6,
@@ -41,6 +47,7 @@ PUBLISHED_ZEROSHOT = {
     "google/siglip2-base-patch16-256": 79.1,
     "google/siglip2-base-patch16-384": 80.6,
     "google/siglip2-base-patch16-512": 81.2,
+    "google/siglip2-base-patch32-256": 74.0,
     "google/siglip2-large-patch16-256": 82.5,
     "google/siglip2-large-patch16-384": 83.1,
     "google/siglip2-large-patch16-512": 83.5,
@@ -49,6 +56,8 @@ PUBLISHED_ZEROSHOT = {
     "google/siglip2-so400m-patch16-256": 83.4,
     "google/siglip2-so400m-patch16-384": 84.1,
     "google/siglip2-so400m-patch16-512": 84.3,
+    "google/siglip2-giant-opt-patch16-256": 84.5,
+    "google/siglip2-giant-opt-patch16-384": 85.0,
     "google/siglip2-base-patch16-naflex": 78.5,
     "google/siglip2-so400m-patch16-naflex": 83.5,
 }

@@ -88,7 +88,7 @@ def part_sign(text: str) -> tuple[str, str]:
 def read_term(one: Source, weight: float) -> Term:
     """Return a term: a photograph where there is a file, else words.
 
-    Raises: UsageError for nothing, or a photograph's name where there is no file.
+    Raises: UsageError for nothing, a folder, or a photograph's name where there is no file.
     """
     if not isinstance(one, str):
         return Term(weight, photo=one)
@@ -96,6 +96,9 @@ def read_term(one: Source, weight: float) -> Term:
         raise UsageError("A query is empty. Give words, or the path of a photograph.")
     if os.path.isfile(one):
         return Term(weight, photo=one)
+    if os.sep in one and os.path.lexists(one):
+        kind = "a folder" if os.path.isdir(one) else "no file"
+        raise UsageError(f"{one} is {kind}. Give words, or the path of a photograph.")
     if is_photograph(os.fsencode(one)) and " " not in one:
         raise UsageError(
             f"{one} is called like a photograph, but there is no such file. Check the path."

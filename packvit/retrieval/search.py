@@ -71,7 +71,8 @@ def search(
     own, but "+ words" and "- words" are added to the query before them and taken from it, and
     "2:words" counts twice. Nearest means the largest cosine, of all rows, exactly; `index` uses an
     approximate index beside the parts, which is built when it is missing. A photograph of the
-    folder is not its own neighbour. Several folders of one model are searched as one.
+    folder is not its own neighbour. Several folders of one model are searched as one, in which a
+    file that is in two is found once.
 
     `model` is where the folder's model is now, if it was moved, and `root` where its photographs
     are. `device` None is a GPU if there is one.
@@ -120,9 +121,11 @@ def find(
         for query, mine, near, cosines in zip(asked, hits, rows, scores, strict=True):
             kept = near[np.isfinite(cosines)]
             taken = vectors.take(kept.tolist(), ["id", "sha256"])
+            known = {hit.path for hit in mine} if start else set()  # by another folder as well
             for row, score in zip(taken, cosines.tolist(), strict=False):
                 path = place(start, row["id"]) if start else row["id"]
-                if not any(is_same(photo, path, row["sha256"]) for photo in query.photos):
+                queried = any(is_same(photo, path, row["sha256"]) for photo in query.photos)
+                if path not in known and not queried:
                     mine.append(Hit(row["id"], score, vectors.folder, path))
     if not any(hits):
         raise UsageError(f"{opened[0].folder} holds no row with features.")

@@ -125,10 +125,13 @@ def check_table(out: str | os.PathLike[str]) -> Path:
 def read_labels(given: str) -> list[str]:
     """Return the labels in a text with commas between them, or in the lines of a file.
 
-    Raises: UsageError for none, or one twice, or a file that is no text.
+    Raises: UsageError for none, or one twice, a file that is no text, or one that is not there.
     """
+    is_file = os.path.isfile(given)
+    if not is_file and given.lower().endswith((".txt", ".csv")) and "," not in given:
+        raise UsageError(f"{given} is called like a file of labels, but there is no such file.")
     try:
-        text = Path(given).read_text("utf-8") if os.path.isfile(given) else given.replace(",", "\n")
+        text = Path(given).read_text("utf-8-sig") if is_file else given.replace(",", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{given} cannot be read as a text of one label a line.") from error
     labels = [line.strip() for line in text.splitlines() if line.strip()]

@@ -25,7 +25,7 @@ from packvit.model.parameters import drawn
 from packvit.packs.grid import to_device
 from packvit.packs.planning import plan_packs
 from packvit.packs.segments import Segments
-from packvit.text.packs import TextFeatures, TextPack, as_text_pack, pooled_places
+from packvit.text.packs import TextFeatures, TextPack, as_text_pack, pool
 from packvit.text.tokenizing import Tokenizer
 
 Vectors = Tensor | np.ndarray
@@ -37,11 +37,26 @@ class TextEmbeddings(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.vocabulary, config.width)
-        self.positions = drawn(config.positions, config.width)
+        self.scale = config.width**0.5 if config.scaled_tokens else 1.0
+        if config.sinusoids:
+            self.register_buffer("positions", sinusoids(config), persistent=False)
+        else:
+            self.positions = drawn(config.positions, config.width)
 
     def forward(self, input_ids: Int[Tensor, " T"], places: Int[Tensor, " T"]) -> Tensor:
         """Embed T tokens; `places` counts them within their text. Shapes: -> [T, D]."""
-        return self.tokens(input_ids) + self.positions.index_select(0, places)
+        return self.tokens(input_ids) * self.scale + self.positions.index_select(0, places)
+
+
+def sinusoids(config: TextConfig) -> Float[Tensor, "positions D"]:
+    """Return sines and cosines of the positions, by frequencies from 1 to 1 / 10,000.
+
+    Source: tensor2tensor's, as in transformers 5.17, models/tipsv2.
+    """
+    half = config.width // 2
+    rates = torch.exp(torch.arange(half).float() * (-math.log(10000) / (half - 1)))
+    angles = torch.arange(config.positions).float()[:, None] * rates
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, config.width % 2))
 
 
 class TextEncoder(nn.Module):
@@ -63,7 +78,8 @@ class TextEncoder(nn.Module):
         self.projection = Linear(config.width, shared, bias=False) if shared else None
         # Logarithm of what cosines are multiplied by, and what is added: as checkpoints keep them.
         # Vectors of one number, since FSDP2 shards nothing without a dimension.
-        self.logit_scale = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        scale = nn.Parameter(torch.zeros(1, dtype=torch.float32)) if config.scaled else None
+        self.logit_scale = scale
         bias = nn.Parameter(torch.zeros(1, dtype=torch.float32)) if config.logit_bias else None
         self.logit_bias = bias
 
@@ -114,7 +130,7 @@ class TextEncoder(nn.Module):
         segments = self.check(input_ids, lengths)
         with current(self.device):
             tokens = self.run(input_ids, segments)
-            pooled = tokens.index_select(0, pooled_places(self.config, input_ids, segments))
+            pooled = pool(self.config, tokens, input_ids, segments)
             pooled = pooled if self.head is None else self.head(pooled)
             projected = None if self.projection is None else self.projection(pooled)
         return TextFeatures(tokens, pooled, projected, segments.lengths)
@@ -188,7 +204,16 @@ class TextEncoder(nn.Module):
         return self.tokenizer(texts)
 
     def lay(self, ids: Sequence[Sequence[int]]) -> TextPack:
-        """Lay the ids of texts end to end on the encoder's device."""
+        """Lay the ids of texts end to end on the encoder's device.
+
+        Raises: ValueError for a text without tokens, which a tower without an end token makes.
+        """
+        for place, text in enumerate(ids):
+            if not len(text):
+                raise ValueError(
+                    f"Text {place} has no tokens: it is empty, and this tokenizer ends no text by "
+                    "one. Give it a word."
+                )
         laid = np.array([number for text in ids for number in text], np.int64)
         return TextPack(to_device(laid, self.device), tuple(len(text) for text in ids))
 
@@ -220,7 +245,13 @@ class TextEncoder(nn.Module):
 
         Shapes: images [N, E], texts [M, E], vectors of the shared space, tensors or what both
         `embed` return -> [N, M].
+        Raises: ValueError for a text tower that was saved alone, without its scale.
         """
+        if self.logit_scale is None:
+            raise ValueError(
+                "This text tower was saved alone, without the scale of logits. Load the checkpoint "
+                "of both towers, or compare vectors by their cosines."
+            )
         seen, read = (
             torch.as_tensor(each, dtype=torch.float32, device=self.device)
             for each in (images, texts)

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from packvit.config import TextConfig
+from packvit.packs.features import image_means
 from packvit.packs.grid import to_device
 from packvit.packs.segments import Segments
 
@@ -57,6 +58,15 @@ def as_text_pack(input_ids: Tensor | TextPack, lengths: Sequence[int] | None) ->
             "both of its parts: text(pack.input_ids, pack.lengths)."
         )
     return TextPack(input_ids, tuple(lengths))
+
+
+def pool(
+    config: TextConfig, tokens: Tensor, input_ids: Int[Tensor, " T"], segments: Segments
+) -> Tensor:
+    """Return one row for each text. Shapes: tokens [T, D] -> [N, D]."""
+    if config.pool == "mean":
+        return image_means(tokens, segments.lengths).to(tokens.dtype)
+    return tokens.index_select(0, pooled_places(config, input_ids, segments))
 
 
 def pooled_places(

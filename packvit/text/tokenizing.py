@@ -7,13 +7,11 @@ Source: transformers 5.17, models/clip, siglip, siglip2 and gemma, `tokenization
 `tokenization_utils_tokenizers.py`, `convert_to_native_format` and `update_post_processor`.
 """
 
-import re
-import string
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from packvit.checkpoints.config_json import Json, entry
 from packvit.checkpoints.downloads import fetch
@@ -21,36 +19,19 @@ from packvit.checkpoints.errors import CheckpointError, NotCachedError
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.folders import find_file, read_json
 from packvit.config import TextConfig, check_choice
+from packvit.text.pieces import META, Filling, LowerPieceTokenizer, PieceTokenizer, Side
 
 SETTINGS = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 WHOLE = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
-PIECES = "spiece.model"
-TOKENIZER_FILES = (SETTINGS, SPECIAL, WHOLE, VOCABULARY, MERGES, PIECES)
-
-Side = Literal["left", "right"]
+PIECES, TIPS_PIECES = "spiece.model", "tokenizer.model"
+TOKENIZER_FILES = (SETTINGS, SPECIAL, WHOLE, VOCABULARY, MERGES, PIECES, TIPS_PIECES)
+WANTED = {"SiglipTokenizer": (PIECES,), "Tipsv2Tokenizer": (WHOLE, TIPS_PIECES)}  # by class
 
 CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-META = "\u2581"  # what sentencepiece writes for a space
-
-
-@dataclass(frozen=True, slots=True)
-class Filling:
-    """How texts get one length: cut at `longest`, and filled up to it with `pad` where padded."""
-
-    longest: int
-    pad: int | None  # None: texts keep their lengths
-    side: Side = "right"  # where it is filled
-
-    def fill(self, ids: list[int]) -> list[int]:
-        """Return ids filled up to the one length."""
-        if self.pad is None:
-            return ids
-        missing = [self.pad] * (self.longest - len(ids))
-        return ids + missing if self.side == "right" else missing + ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,51 +47,7 @@ class FileTokenizer:
         return [self.filling.fill(encoding.ids) for encoding in found]
 
 
-@dataclass(frozen=True, slots=True)
-class PieceTokenizer:
-    """SigLIP's: lower case and no punctuation, then sentencepiece, and one token that ends a text.
-
-    A special token in the text stands for itself.
-    """
-
-    model: Any
-    special: Mapping[str, int]
-    end: str
-    unknown: str
-    lower: bool
-    filling: Filling
-
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text."""
-        return [self.filling.fill(self.ids(text)) for text in texts]
-
-    def ids(self, text: str) -> list[int]:
-        """Return the ids of a text, at the most as many as there is room for."""
-        pattern = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
-        parts = re.split(f"({pattern})", META + text.replace(META, " "))
-        found: list[int] = []
-        for place, part in enumerate(parts):
-            if place % 2:
-                alone = found == [self.model.piece_to_id(META)]
-                found = [*([] if alone and place == 1 else found), self.special[part]]
-            elif part:
-                found += self.pieces(part)
-        found, end = found[: self.filling.longest - 1], self.special[self.end]
-        return found if found[-1:] == [end] else [*found, end]
-
-    def pieces(self, text: str) -> list[int]:
-        """Return the ids of a text without special tokens.
-
-        Sentencepiece drops a space at the beginning, so something stands before it.
-        """
-        text = text.lower() if self.lower else text
-        text = text.translate(str.maketrans("", "", string.punctuation))
-        text = re.sub(r"\s+", " ", text).strip()
-        before = len(self.model.encode(self.unknown))
-        return self.model.encode(self.unknown + text)[before:]
-
-
-Tokenizer = FileTokenizer | PieceTokenizer
+Tokenizer = FileTokenizer | PieceTokenizer | LowerPieceTokenizer
 
 
 def find_tokenizer(checkpoint: Checkpoint, default: str, config: TextConfig) -> Tokenizer | None:
@@ -127,16 +64,17 @@ def find_tokenizer(checkpoint: Checkpoint, default: str, config: TextConfig) -> 
     longest = config.positions
     if isinstance(most, int) and 0 < most < longest:
         longest = most
-    wanted = (PIECES,) if kind == "SiglipTokenizer" else (WHOLE, VOCABULARY, MERGES)
+    wanted = WANTED.get(kind, (WHOLE, VOCABULARY, MERGES))
     files = {name: file for name in wanted if (file := locate(checkpoint, name))}
-    if not files.keys() & {PIECES, WHOLE} and len(files) < 2:
+    pieces = next((files[name] for name in (PIECES, TIPS_PIECES) if name in files), None)
+    if WHOLE in files:
+        pieces = None
+    elif pieces is None and len(files) < 2:
         return None
-    library = import_or_explain(
-        "sentencepiece" if PIECES in files else "tokenizers", checkpoint.name
-    )
+    library = import_or_explain("sentencepiece" if pieces else "tokenizers", checkpoint.name)
     try:
-        if PIECES in files:
-            return read_pieces(library, files[PIECES], settings, longest, config.padded)
+        if pieces:
+            return read_pieces(library, pieces, settings, longest, config.padded)
         return read_whole(library, files, kind, settings, longest, config.padded)
     except Exception as error:  # the libraries raise nothing more exact
         raise CheckpointError(
@@ -282,9 +220,14 @@ LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")  # what they fill up on, unless to
 
 def read_pieces(
     library: Any, file: Path, settings: Json, longest: int, padded: bool
-) -> PieceTokenizer:
-    """Return SigLIP's tokenizer of a sentencepiece model."""
+) -> PieceTokenizer | LowerPieceTokenizer:
+    """Return SigLIP's tokenizer of a sentencepiece model, or TIPSv2's, by the file's name."""
     model = library.SentencePieceProcessor(model_file=str(file))
+    if file.name == TIPS_PIECES:
+        numbers = range(model.get_piece_size())
+        control = [n for n in numbers if model.is_control(n) or model.is_unknown(n)]
+        special = {model.id_to_piece(number): number for number in control}
+        return LowerPieceTokenizer(model, special, Filling(longest, None))
     end = word(settings, "eos_token", "</s>")
     unknown, pad = word(settings, "unk_token", "<unk>"), word(settings, "pad_token", "</s>")
     special = {token: model.piece_to_id(token) for token in (end, unknown, pad)}

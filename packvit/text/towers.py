@@ -1,13 +1,15 @@
 """The table of text towers: how config.json describes one, and how its tensors are named."""
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from packvit.checkpoints.config_json import Json, activation, agreed, entry, sizes
 from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.layouts import named_type
 from packvit.checkpoints.rules import Rule, layers, prefixed, rename
 from packvit.config import TextConfig
-from packvit.families import clip, siglip, siglip2
+from packvit.families import clip, siglip, siglip2, tipsv2
 from packvit.families.aimv2 import APPLE_BLOCKS, TRANSFORMERS_BLOCKS
 from packvit.families.clip_siglip import CLIP_BLOCK
 
@@ -16,11 +18,15 @@ BROKEN_END = 2  # what CLIP's first configurations say, whose tokenizers end a t
 
 @dataclass(frozen=True, slots=True)
 class TextLayout:
-    """One way in which checkpoints of two towers name a text tower's tensors."""
+    """One way in which checkpoints name a text tower's tensors."""
 
-    marker: str  # a tensor that tells this layout from the others
+    marker: str  # a tensor that tells this layout from those behind it
     rules: tuple[Rule, ...]
     unread: tuple[str, ...]  # what names of the image tower's tensors begin with, or whole names
+
+    def holds(self, name: str) -> bool:
+        """Return whether this layout has a word for our parameter `name`."""
+        return any(rule.ours == name for rule in self.rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +36,26 @@ class TextTower:
     name: str
     model_types: tuple[str, ...]  # of config.json
     layouts: tuple[TextLayout, ...]
+    alone_types: tuple[str, ...]  # of the tower saved by itself
+    alone: tuple[TextLayout, ...]
     read: Callable[[Json], TextConfig]
     tokenizer: str  # transformers' class, where the checkpoint names none
     space: str  # the image encoder's output that texts compare with
     checkpoints: tuple[str, ...]  # published, by their names on the hub
 
-    def layout(self, names: Collection[str]) -> TextLayout:
-        """Return the layout whose marker is among the tensors' names, or behind one prefix.
+    def layout(self, names: Collection[str], config: Json) -> TextLayout:
+        """Return the first layout whose marker is among the tensors' names, or behind one prefix.
 
-        Raises: CheckpointError if none or more than one is.
+        Raises: CheckpointError if none is, or behind more than one.
         """
-        found = [
-            (layout, name.removesuffix(layout.marker))
-            for layout in self.layouts
-            for name in names
-            if name == layout.marker or name.endswith(f".{layout.marker}")
-        ]
+        known = self.alone if named_type(config) in self.alone_types else self.layouts
+        found: list[tuple[TextLayout, str]] = []
+        for layout in known:
+            end = f".{layout.marker}"
+            held = [name for name in names if name == layout.marker or name.endswith(end)]
+            found = found or [(layout, name.removesuffix(layout.marker)) for name in held]
         if len(found) != 1:
-            markers = " or ".join(layout.marker for layout in self.layouts)
+            markers = " or ".join(layout.marker for layout in known)
             raise CheckpointError(
                 f"This {self.name} checkpoint holds {len(found) or 'no'} text towers, told by "
                 f"{markers}; load_text takes one with one. packvit.load reads its image tower."
@@ -61,8 +69,8 @@ class TextTower:
 
 
 def inner(config: Json) -> Json:
-    """Return the part of config.json that is about texts."""
-    return entry(config, "text_config", dict, {})
+    """Return the part of config.json that is about texts, where it has two towers."""
+    return entry(config, "text_config", dict) if "text_config" in config else config
 
 
 def read_clip(config: Json) -> TextConfig:
@@ -123,6 +131,43 @@ def read_aimv2(config: Json) -> TextConfig:
     )
 
 
+def read_tipsv2(config: Json) -> TextConfig:
+    """Read the config.json of TIPSv2, with both towers or the text's alone.
+
+    Raises: CheckpointError also for a mean over more than the tokens.
+    """
+    text = inner(config)
+    if entry(text, "pooling_epsilon", float, 1e-8) > 1e-6:
+        raise CheckpointError('config.json says "pooling_epsilon" above 1e-6; we know means.')
+    temperature = entry(config, "temperature_init_value", float, 0.005065968260169029)
+    return TextConfig(
+        **sizes(text, width=768, layers=12, heads=12, mlp_width=3072),
+        vocabulary=entry(text, "vocab_size", int, 32000),
+        positions=entry(text, "max_position_embeddings", int, 64),
+        norm="layer",
+        norm_eps=entry(text, "layer_norm_eps", float, 1e-5),
+        activation=activation(text, "relu"),
+        causal=False,
+        pool="mean",
+        sinusoids=True,
+        scaled_tokens=entry(text, "scale_sqrt_depth", bool, True),
+        first_scale=-math.log(temperature) if temperature else None,
+    )
+
+
+def temperature(ours: str, theirs: str) -> Rule:
+    """A logarithm of a scale, of which the checkpoint keeps the scale's inverse.
+
+    They are inverse to each other but for the last bits of float32.
+    """
+    return Rule(
+        ours,
+        (theirs,),
+        lambda t: -t[0].double().log().float().reshape(1),
+        lambda t: [(-t.double()).exp().float().reshape(())],
+    )
+
+
 def number(ours: str, theirs: str) -> Rule:
     """A vector of one number, of which the checkpoint keeps the number."""
     return Rule(ours, (theirs,), lambda t: t[0].reshape(1), lambda t: [t.reshape(())])
@@ -132,7 +177,8 @@ EMBEDDINGS = (
     rename("embeddings.tokens.weight", "embeddings.token_embedding.weight"),
     rename("embeddings.positions", "embeddings.position_embedding.weight"),
 )
-POSITION_IDS = "text_model.embeddings.position_ids"  # of older files, used by nothing
+OLD = "embeddings.position_ids"  # of older files, used by nothing
+POSITION_IDS = f"text_model.{OLD}"
 CLIP_RULES = (
     *EMBEDDINGS,
     *layers("encoder.layers.{i}.", "encoder.layers.{i}.", CLIP_BLOCK),
@@ -153,15 +199,25 @@ CLIP = TextTower(
             ("vision_model", "visual_projection", POSITION_IDS),
         ),
     ),
+    alone_types=("clip_text_model",),
+    alone=(
+        TextLayout(
+            "text_projection.weight",
+            (*prefixed(CLIP_RULES, "text_model."), PROJECTED[0]),
+            (POSITION_IDS,),
+        ),
+        TextLayout("final_layer_norm.weight", CLIP_RULES, (OLD,)),
+    ),
     read=read_clip,
     tokenizer="CLIPTokenizer",
     space="projected",
     checkpoints=clip.FAMILY.checkpoints,
 )
+SIGLIP_RULES = (*CLIP_RULES, *layers("", "", {"head": "head"}))
 SIGLIP_LAYOUT = TextLayout(
     "text_model.final_layer_norm.weight",
     (
-        *prefixed((*CLIP_RULES, *layers("", "", {"head": "head"})), "text_model."),
+        *prefixed(SIGLIP_RULES, "text_model."),
         rename("logit_scale", "logit_scale"),
         rename("logit_bias", "logit_bias"),
     ),
@@ -171,6 +227,8 @@ SIGLIP = TextTower(
     name="SigLIP",
     model_types=("siglip",),
     layouts=(SIGLIP_LAYOUT,),
+    alone_types=("siglip_text_model",),
+    alone=(TextLayout("final_layer_norm.weight", SIGLIP_RULES, (OLD,)),),
     read=read_siglip,
     tokenizer="SiglipTokenizer",
     space="pooled",
@@ -180,6 +238,7 @@ SIGLIP2 = replace(
     SIGLIP,
     name="SigLIP2 NaFlex",
     model_types=("siglip2",),
+    alone_types=("siglip2_text_model",),
     tokenizer="Siglip2Tokenizer",
     checkpoints=siglip2.FAMILY.checkpoints,
 )
@@ -206,10 +265,50 @@ AIMV2 = TextTower(
             ("image_encoder", "image_projector"),
         ),
     ),
+    alone_types=("aimv2_text_model",),
+    alone=(TextLayout("rms_norm.weight", (*EMBEDDINGS, *TRANSFORMERS_BLOCKS), (OLD,)),),
     read=read_aimv2,
     tokenizer="CLIPTokenizer",
     space="projected",
     checkpoints=("apple/aimv2-large-patch14-224-lit",),
 )
+TIPSV2_BLOCK, OURS = "transformer.resblocks.{i}.", "encoder.layers.{i}."
+TIPSV2_RULES = (
+    rename("embeddings.tokens.weight", "token_embedding.weight"),
+    *layers(
+        OURS,
+        TIPSV2_BLOCK,
+        {
+            "attention_norm": "ln_1",
+            "attention.out": "attn.out_proj",
+            "mlp_norm": "ln_2",
+            "mlp.up": "mlp.c_fc",
+            "mlp.down": "mlp.c_proj",
+        },
+    ),
+    rename(f"{OURS}attention.qkv.weight", f"{TIPSV2_BLOCK}attn.in_proj_weight"),
+    rename(f"{OURS}attention.qkv.bias", f"{TIPSV2_BLOCK}attn.in_proj_bias"),
+    *layers("", "", {"norm": "ln_final"}),
+)
+TIPSV2 = TextTower(
+    name="TIPSv2",
+    model_types=("tipsv2",),
+    layouts=(
+        TextLayout(
+            "text_encoder.ln_final.weight",
+            (
+                *prefixed(TIPSV2_RULES, "text_encoder."),
+                temperature("logit_scale", "temperature"),
+            ),
+            ("vision_encoder",),
+        ),
+    ),
+    alone_types=("tipsv2_text_model",),
+    alone=(TextLayout("ln_final.weight", TIPSV2_RULES, ()),),
+    read=read_tipsv2,
+    tokenizer="Tipsv2Tokenizer",
+    space="pooled",
+    checkpoints=tipsv2.FAMILY.checkpoints,
+)
 
-TEXT_TOWERS = (CLIP, SIGLIP, SIGLIP2, AIMV2)
+TEXT_TOWERS = (CLIP, SIGLIP, SIGLIP2, AIMV2, TIPSV2)

@@ -119,7 +119,7 @@ def text_page() -> str:
         size = (
             f"{config.positions} tokens, filled up"
             if config.padded
-            else (f"up to {config.positions} tokens, causal")
+            else f"up to {config.positions} tokens{', causal' if config.causal else ''}"
         )
         count = len(tower.checkpoints)
         some = f"`{first}`" if count == 1 else f"{count}, such as `{first}`"
@@ -129,9 +129,15 @@ def text_page() -> str:
 
 def checkpoints_page() -> str:
     """Return docs/checkpoints.md: all published checkpoints that are known by name."""
-    page = ["# Checkpoints\n", "Written by `docs/generate.py` from the families' files.\n"]
+    page = [
+        "# Checkpoints\n",
+        "Written by `docs/generate.py` from the families' files. No hub was in reach where packvit",
+        "was built, so none of these was loaded from it.\n",
+    ]
     for encoder in FAMILIES:
         page.append(f"## {encoder.family.name}: `{encoder.__name__}`\n")
+        if elsewhere := encoder.family.reference.elsewhere:
+            page.append(f"{elsewhere}\n")
         page += [f"- `{name}`" for name in encoder.family.checkpoints]
         page.append("")
     page.append("## Attention backends\n")

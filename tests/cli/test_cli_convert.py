@@ -19,11 +19,6 @@ OLD, NEW = "a" * 40, "b" * 40  # commits
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SigLIP with three tensors of a text tower beside it."""
     folder = tmp_path_factory.mktemp("siglip")

@@ -18,9 +18,9 @@ from click.testing import CliRunner, Result
 from features import contents
 from full_disk import small_disk
 from rotten import DIRECTORY, write_good, write_rotten
-from small_checkpoint import write_checkpoint
 
-from packvit.cli.embed import embed, printable
+from packvit.cli.command import printable
+from packvit.cli.embed import embed
 from packvit.cli.progress import Meter, duration, plain_lines
 from packvit.corpus.folder.layout import claim, read_commits, read_manifest
 from packvit.corpus.progress import Progress, Shares
@@ -28,11 +28,6 @@ from packvit.corpus.progress import Progress, Shares
 pytestmark = pytest.mark.usefixtures("swift")
 
 COMMAND = [sys.executable, "-m", "packvit", "embed"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -42,13 +42,15 @@ def test_heads_are_widened_with_zeros_and_cut_again(depth: int, wide: int):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 8), (6, 64), (16, 72), (20, 80), (4, 128)])
+@pytest.mark.parametrize("alike", [True, False])
 def test_rotary_positions_in_place_are_nearer_to_exact_than_the_plain_model(
-    dtype, heads: int, head_dim: int
+    dtype, heads: int, head_dim: int, alike: bool
 ):
     from packvit.fast.attention import RotateQueriesAndKeys, rotate_queries_and_keys_
 
     torch.manual_seed(heads)
-    angles = 3 * torch.randn(333, head_dim // 2, device="cuda").tile(2)
+    angles = 3 * torch.randn(333, head_dim, device="cuda")
+    angles = angles[:, : head_dim // 2].tile(2) if alike else angles  # OneVision-Encoder's differ
     cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
     qkv = torch.randn(333, 3, heads, head_dim, device="cuda").to(dtype)
     turned, before = qkv.clone(), qkv.clone()

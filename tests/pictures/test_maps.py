@@ -24,11 +24,6 @@ from packvit.pictures.tokens import Photographs, take_photographs
 SIDE = 14
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    return packvit.load(write_checkpoint(tmp_path_factory.mktemp("checkpoint")), device="cpu")
-
-
 def two_halves(rows: int, columns: int, seam: int, *, upright: bool) -> np.ndarray:
     """A photograph of rows x columns patches, of one texture before the seam, of another after."""
     image = rotten.pixels(rows * SIDE, columns * SIDE) // 8

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist
@@ -41,17 +43,73 @@ def quiet(done: int, rows: int) -> None:
     assert done <= rows
 
 
-@pytest.mark.parametrize(("width", "threshold"), [(5, 0.9), (48, 0.8), (200, 0.95)])
-def test_pairs_are_all_that_reach_the_threshold(width: int, threshold: float):
-    vectors = unit(1500, width, spread=0.3)
-    cosines = vectors.astype(np.float64) @ vectors.T
+def assert_pairs_are_those_of_float64(vectors: np.ndarray, threshold: float) -> int:
+    wide = vectors.astype(np.float64)
+    cosines = np.einsum("nd,md->nm", wide, wide)  # in one order of sums, whatever the rows
     left, right = np.nonzero(np.triu(cosines >= threshold, 1))
     found = find_pairs(vectors, threshold, CPU, quiet)
-    order = np.lexsort([found.right, found.left])
-    assert len(left) > 100
-    assert np.array_equal(found.left[order], left)
-    assert np.array_equal(found.right[order], right)
-    np.testing.assert_allclose(found.scores[order], cosines[left, right], atol=1e-6)
+    assert np.array_equal(found.left, left)
+    assert np.array_equal(found.right, right)
+    np.testing.assert_allclose(found.scores, cosines[left, right], atol=1e-12)
+    return len(left)
+
+
+@pytest.mark.parametrize(("width", "threshold"), [(5, 0.9), (48, 0.8), (200, 0.95)])
+def test_pairs_are_all_that_reach_the_threshold(width: int, threshold: float):
+    assert assert_pairs_are_those_of_float64(unit(1500, width, spread=0.3), threshold) > 100
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(0, 300),
+    width=st.sampled_from([1, 2, 17, 64, 130]),
+    decay=st.sampled_from([0.0, 0.5, 2.0]),
+    cone=st.sampled_from([0.0, 1.0, 30.0]),
+    clusters=st.sampled_from([1, 5, 300]),
+    gap=st.sampled_from([0.0, 1e-7, 1e-4, 0.02, 1.0]),
+    share=st.sampled_from([0.01, 0.5, 0.9]),
+)
+def test_no_pair_is_lost_whatever_shape_the_vectors_have(
+    seed: int,
+    rows: int,
+    width: int,
+    decay: float,
+    cone: float,
+    clusters: int,
+    gap: float,
+    share: float,
+):
+    """The threshold is a cosine of the vectors themselves, so that rounding would decide."""
+    draw = np.random.default_rng(seed)
+    spectrum = np.arange(1, width + 1) ** -decay
+    centres = draw.standard_normal((clusters, width)) + cone
+    vectors = centres[draw.integers(0, clusters, rows)]
+    vectors = (vectors + gap * draw.standard_normal((rows, width))) * spectrum
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-30)
+    vectors = vectors.astype(np.float32)
+    wide = vectors.astype(np.float64)
+    cosines = np.einsum("nd,md->nm", wide, wide)[np.triu_indices(rows, 1)]
+    nth = np.quantile(cosines, share, method="lower") if len(cosines) else 0.9
+    threshold = float(nth) - 1e-12
+    assume(0 < threshold <= 1)
+    assert_pairs_are_those_of_float64(vectors, threshold)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_pair_whose_residuals_alone_differ_is_found(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+):
+    """Rows lie in the basis but for two, of which one hardly leaves it."""
+    monkeypatch.setattr(pairs_module, "choose_dtype", lambda *_: dtype)
+    vectors = np.zeros((6000, 40), np.float32)
+    vectors[:, :4] = np.random.default_rng(0).standard_normal((6000, 4))
+    vectors[17, 20], vectors[4017, 20] = 2e-4, 0.3
+    vectors[4017, :4] = vectors[17, :4]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    threshold = float(vectors[17].astype(np.float64) @ vectors[4017].astype(np.float64)) - 1e-12
+    found = find_pairs(vectors, threshold, CPU, quiet)
+    assert (17, 4017) in zip(found.left.tolist(), found.right.tolist(), strict=True)
 
 
 def test_few_dimensions_rule_out_most_pairs_where_they_can():
@@ -79,6 +137,25 @@ def test_a_chain_of_which_only_neighbours_are_alike_is_not_one_group(tmp_path: P
         rows = [int(member.id[-13:-4]) for member in group]
         for a, b in combinations(rows, 2):
             assert vectors[a] @ vectors[b] >= 0.99
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows_and_rows_without_a_vector_are_no_groups(tmp_path: Path, rows: int):
+    vectors = np.random.default_rng(1).standard_normal((rows, 8)).astype(np.float32)
+    blank = np.full_like(vectors, np.nan)
+    for name, drawn in (("few", vectors), ("broken", blank), ("zero", np.zeros_like(vectors))):
+        folder = write_folder(tmp_path / name, [(drawn_rows(0, rows), drawn)], 8)
+        found = find_duplicates(folder, pixels=False)
+        assert (found.groups, found.rows) == ((), rows)
+
+
+def test_rows_that_are_not_finite_are_left_out(tmp_path: Path):
+    vectors = np.random.default_rng(1).standard_normal((6, 8)).astype(np.float32)
+    vectors[2], vectors[4], vectors[5, 0] = np.nan, 0, np.inf
+    vectors[3] = 2 * vectors[1]
+    folder = write_folder(tmp_path / "some", [(drawn_rows(0, 6), vectors)], 8)
+    [group] = find_duplicates(folder, pixels=False, keep="first").groups
+    assert [member.id[-5] for member in group] == ["1", "3"]
 
 
 def test_so_many_pairs_that_they_are_no_copies_are_refused(monkeypatch: pytest.MonkeyPatch):

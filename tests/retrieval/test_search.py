@@ -35,11 +35,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     rotten.write_good(folder, 12)
@@ -125,6 +120,28 @@ def test_several_folders_are_searched_as_one(tmp_path: Path, photos: Path, check
     [two] = packvit.search(both, [tmp_path / "a" / names[0]], top=6, device="cpu")
     assert [hit.id for hit in one] == [hit.id for hit in two]
     assert {hit.folder for hit in two} == set(both)
+
+
+def test_a_file_in_two_folders_is_found_once(tmp_path: Path, features: Path, photos: Path):
+    again = shutil.copytree(features, tmp_path / "again")
+    alone = packvit.search(features, [good(photos, 0)], top=50)[0]
+    both = packvit.search([features, again], [good(photos, 0)], top=10**12)[0]
+    assert [hit.path for hit in both] == [hit.path for hit in alone]
+    assert len(alone) == 11
+    manifest = read_manifest(again)
+    assert manifest
+    write_manifest(again, manifest | {"root": None})  # of files that may be others
+    assert len(packvit.search([features, again], [good(photos, 0)], top=50)[0]) == 22
+
+
+def test_what_is_taken_away_alone_ranks_the_farthest_first(features: Path, photos: Path):
+    query = str(good(photos, 0))
+    near = packvit.search(features, [query], top=50)[0]
+    far = packvit.search(features, ["-", query], top=50)[0]
+    assert [hit.id for hit in far] == [hit.id for hit in reversed(near)]
+    np.testing.assert_allclose(
+        [hit.score for hit in far], [-hit.score for hit in reversed(near)], atol=1e-6
+    )
 
 
 def test_equal_scores_are_in_the_order_of_rows_whatever_a_block_holds(tmp_path: Path):
@@ -241,6 +258,9 @@ def test_a_mistake_is_answered_in_a_sentence(
         ((features, first, "+"), 'Nothing stands behind the "+" of the query'),
         ((features, first, "- " + str(first)), "its terms cancel out"),
         ((features, " "), "A query is empty"),
+        ((features, photos), "is a folder. Give words, or the path of a photograph"),
+        ((features, "/dev/null"), "/dev/null is no file. Give words, or the path"),
+        ((features, f"0:{first}"), "A query has no direction: its terms cancel out"),
         ((features, first, "-f", "--json"), "-f and --json exclude each other"),
         ((features, first, "--model", other), "so they cannot be compared. Leave --model out"),
         ((features, tmp_path / "else", first), "whose vectors cannot be compared"),
@@ -292,7 +312,8 @@ def test_an_index_is_built_once_and_again_for_other_parts(tmp_path: Path):
     assert "index built" in note
     # Threads add the rows in whatever order they run, so now and then one neighbour is missed.
     recall = re.search(r"700 rows, recall at 10 (\d\.\d+) ", note)
-    assert recall is not None and float(recall[1]) > 0.95
+    assert recall is not None
+    assert float(recall[1]) > 0.95
     shared = [len(set(a) & set(b)) for a, b in zip(rows.tolist(), wanted.tolist(), strict=True)]
     assert sum(shared) > 0.9 * wanted.size
     both = rows == wanted

@@ -19,7 +19,7 @@ import packvit
 from demo.photographs import photographs
 from packvit.cli import main
 from packvit.corpus import UsageError
-from packvit.retrieval.zeroshot import TEMPLATES, zeroshot
+from packvit.retrieval.zeroshot import TEMPLATES, read_labels, zeroshot
 
 SIDE = 70
 WORDS = ["a photo of a cat", "two red bicycles", "a dog", "a river"]
@@ -197,6 +197,7 @@ def test_words_that_cannot_be_looked_for_are_answered_in_a_sentence(tmp_path: Pa
     for argv, answer in (
         (("zeroshot", towers.features, "--labels", " , ", *out), "--labels is empty. Give some"),
         (("zeroshot", towers.features, "--labels", "a,b,a", *out), '--labels names "a" twice'),
+        (("zeroshot", towers.features, "--labels", "gone.txt", *out), "but there is no such file"),
         (("zeroshot", towers.features, "--labels", "a", "--out", "x.txt"), "must end in .parquet"),
         (
             ("zeroshot", towers.features, "--labels", "a", "--template", "b", *out),
@@ -225,3 +226,28 @@ def test_words_in_no_language_of_the_tokenizer_are_refused(tmp_path: Path, photo
     result = invoke("search", tmp_path / "features", "\u732b", "--device", "cpu")
     assert (result.exit_code, result.stdout) == (2, "")
     assert 'The model\'s tokenizer reads nothing in "\u732b"' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "labels"),
+    [
+        (b"\xef\xbb\xbfa cat\r\n\r\n  a dog \r\n", ["a cat", "a dog"]),
+        (b"caf\xc3\xa9, au lait\n\n\n", ["caf\u00e9, au lait"]),
+        (b"a cat\ra dog", ["a cat", "a dog"]),
+    ],
+)
+def test_a_file_of_labels_may_come_from_any_editor(
+    tmp_path: Path, content: bytes, labels: list[str]
+):
+    (tmp_path / "labels.txt").write_bytes(content)
+    assert read_labels(str(tmp_path / "labels.txt")) == labels
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"a\n\na\n", 'names "a" twice'), (b"\r\n", "is empty"), (b"\xff\xfea\x00", "cannot be read")],
+)
+def test_a_file_that_holds_no_labels_is_refused(tmp_path: Path, content: bytes, words: str):
+    (tmp_path / "labels.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=words):
+        read_labels(str(tmp_path / "labels.txt"))

@@ -232,3 +232,31 @@ def test_the_hubs_tokenizer_comes_from_the_commit_of_the_weights(tmp_path: Path)
         ]
     expected = packvit.load_text(tmp_path / ("a" * 40), device="cpu").embed(["a cat"]).sum()
     assert said == [f"{'a' * 40} {expected!s}\n"] * 2
+
+
+def test_tipsv2_ids_equal_the_references_on_hard_texts(tmp_path: Path):
+    """By the sentencepiece model alone, and by the tokenizer.json that transformers writes."""
+    library = pytest.importorskip("sentencepiece", reason="extra text is not installed")
+    from transformers import Tipsv2Tokenizer
+
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter([words.lower() for words in two_towers.WORDS] * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=360,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=0.99,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    theirs = Tipsv2Tokenizer.from_pretrained(tmp_path, model_max_length=LONGEST)
+    ours = of_folder(tmp_path, padded=False, kind="Tipsv2Tokenizer")
+    assert misses(ours, theirs, padded=False) == []
+    theirs.save_pretrained(tmp_path / "saved")
+    again = of_folder(tmp_path / "saved", padded=False, kind="Tipsv2Tokenizer")
+    assert misses(again, theirs, padded=False) == []
+    assert ours([""]) == [[]]

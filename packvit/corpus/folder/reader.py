@@ -146,7 +146,7 @@ def open_finished(folder: Path) -> dict[str, Any]:
         written = sum(entry.rows for entry in read_commits(folder))
         raise UsageError(
             f"{folder} is half done: {written:,} of {rows_of(manifest):,} rows are written. Run "
-            "the same embed command again to finish it."
+            "the same embed command again to finish it, unless it still runs."
         )
     return manifest
 

@@ -149,8 +149,7 @@ def rotate_(heads: Tensor, cosine: Tensor, sine: Tensor, *, back: bool = False) 
     """Turn heads by their token's rotary angles, in place; `back` by the angles' negatives.
 
     A quarter of the passes that `model.rotary.rotate` makes over memory, which is its reference
-    implementation. `back` is the inverse and so the derivative's transpose, where both halves of a
-    head have the same angles, as all rotary positions of ours do.
+    implementation. `back` is the derivative's transpose, of sines whose halves are swapped.
 
     Shapes: heads [T, H, K], a token's heads side by side; cosine, sine [T, K].
     """

@@ -11,7 +11,6 @@ import torch
 from jpegs import embed_with, parts, read_rows, write_mixed
 from PIL import Image
 from rotten import encode, pixels, write_good
-from small_checkpoint import write_checkpoint
 
 import packvit
 from packvit.config import ImageConfig
@@ -38,16 +37,6 @@ from packvit.images.patches import cut_patches
 
 HALF = (0.5, 0.5, 0.5)
 IMAGES = ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic", sizing=None)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def encoder(checkpoint: Path) -> Encoder:
-    return packvit.load(checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")
