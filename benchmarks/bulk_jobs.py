@@ -8,6 +8,7 @@ python -m benchmarks.bulk_jobs NAME PHOTOS MODEL OUT
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -38,7 +39,7 @@ class Transformers:
             torch.set_num_threads(threads)
         self.device = "cuda" if on_gpu() else "cpu"
         dtype = torch.bfloat16 if on_gpu() else torch.float32
-        found = CLIPVisionModelWithProjection.from_pretrained(model, dtype=dtype)
+        found: Any = CLIPVisionModelWithProjection.from_pretrained(model, dtype=dtype)
         self.model = found.to(self.device).eval()
         self.processor = AutoImageProcessor.from_pretrained(model)
 
@@ -83,20 +84,26 @@ def run_ray(photos: str, model: str, out: str) -> None:
     import ray.data
 
     # One CPU more than there are, for the readers beside an actor on each.
-    ray.init(num_cpus=CPUS + 1, logging_level="ERROR", log_to_driver=False)
+    ray.init(num_cpus=CPUS + 1, logging_level=logging.ERROR, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     images = ray.data.read_images(photos, include_paths=True, mode="RGB")
-    options = {"num_gpus": 1, "concurrency": 1} if on_gpu() else {"concurrency": CPUS}
     vectors = images.map_batches(
-        RayBatches, fn_constructor_args=(model,), batch_size=BATCH, **options
+        RayBatches,
+        fn_constructor_args=(model,),
+        batch_size=BATCH,
+        num_gpus=1 if on_gpu() else None,
+        concurrency=1 if on_gpu() else CPUS,
     )
     vectors.write_parquet(out)
 
 
 def run_daft(photos: str, model: str, out: str) -> None:
     """Embed by Daft and a class of transformers: its own image provider wants torchvision."""
-    import daft
-    from daft.functions import decode_image, download
+    import daft  # pyright: ignore[reportMissingImports] # a peer, installed for this alone
+    from daft.functions import (  # pyright: ignore[reportMissingImports]
+        decode_image,
+        download,
+    )
 
     @daft.cls(gpus=1 if on_gpu() else 0)
     class Embed:
@@ -158,7 +165,9 @@ def run_sentence_transformers(photos: str, model: str, out: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import (  # pyright: ignore[reportMissingImports] # a peer
+        SentenceTransformer,
+    )
 
     encoder: Any = SentenceTransformer(model)
     paths = sorted(str(path) for path in Path(photos).iterdir())
