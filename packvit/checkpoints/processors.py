@@ -48,6 +48,7 @@ FLAGS = (
     "do_pad",
     "do_rescale",
     "do_resize",
+    "pad_input",
     "use_square_size",
 )
 
@@ -69,8 +70,10 @@ class Defaults:
 
 
 CLIP = Defaults(CLIP_STATISTICS, "bicubic", ShortestEdge(224), (224, 224))
+KIMI_VL = Defaults(CLIP_STATISTICS, "bicubic", PaddedPatches(4096, fill=False), has_pillow=False)
 
-PROCESSORS: Mapping[str, Defaults] = {  # by their names in transformers
+# By their names in transformers, or in the code that comes with Kimi-VL.
+PROCESSORS: Mapping[str, Defaults] = {
     "BitImageProcessor": CLIP,
     "CLIPImageProcessor": CLIP,
     "DINOv3ViTImageProcessor": Defaults(
@@ -79,6 +82,8 @@ PROCESSORS: Mapping[str, Defaults] = {  # by their names in transformers
     "Kimi_K25ImageProcessor": Defaults(
         HALF_STATISTICS, "bicubic", PaddedPatches(), has_pillow=False
     ),
+    "KimiVLImageProcessor": KIMI_VL,
+    "MoonViTImageProcessor": KIMI_VL,
     "Qwen2VLImageProcessor": Defaults(
         CLIP_STATISTICS, "bicubic", PixelRange(56 * 56, 28 * 28 * 1280)
     ),
@@ -295,7 +300,8 @@ def _padded_patches(given: Mapping[str, Any], default: PaddedPatches) -> PaddedP
     sides = {_side(size, "max_height"), _side(size, "max_width")}
     if len(sides) > 1:
         raise ValueError(f"size {dict(size)}, but both sides must be equal. Make them so.")
-    return PaddedPatches(_side(given, "max_patches", default.patches), sides.pop())
+    most = _side(given, "max_patches", _side(given, "in_token_limit", default.patches))
+    return PaddedPatches(most, sides.pop(), _flag(given, "pad_input", default.fill))
 
 
 def _size(size: Any, *, is_square: bool) -> ShortestEdge | Exact:

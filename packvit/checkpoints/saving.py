@@ -55,7 +55,7 @@ def lay_out(
 
     Raises: ValueError for a layout that the family does not have.
     """
-    chosen = family.writable(layout, state)
+    chosen = family.writable(layout, state, config)
     dtype = str(state[EMBEDDING].dtype).removeprefix("torch.")
     kept = {chosen.carried[label]: tensor for label, tensor in carried.items()}
     tensors = kept | weights.store(state, weights.bind(chosen.rules, config.heads))

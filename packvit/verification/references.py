@@ -245,7 +245,7 @@ def image_processor(name: str) -> Any:
 
     if not name.endswith("Pil") and find_spec("torchvision") is None:
         return None
-    return getattr(import_transformers(), name)
+    return getattr(import_transformers(), name, None)
 
 
 class RightInterpolation(TorchFunctionMode):
