@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from packvit.checkpoints import files as checkpoints
-from packvit.checkpoints import rules as weights
 from packvit.checkpoints.config_json import Json, tower
 from packvit.checkpoints.description import Described
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.layouts import EMBEDDING, Family, Layout, LayoutName
-from packvit.checkpoints.parameters import take
-from packvit.checkpoints.rules import permute_patches
+from packvit.checkpoints.parameters import store, take
+from packvit.checkpoints.rules import bind, permute_patches
 from packvit.config import EncoderConfig, PatchOrder
 
 # What config.json says about the class and the numbers of the tensors beside it.
@@ -58,7 +57,7 @@ def lay_out(
     chosen = family.writable(layout, state, config)
     dtype = str(state[EMBEDDING].dtype).removeprefix("torch.")
     kept = {chosen.carried[label]: tensor for label, tensor in carried.items()}
-    tensors = kept | weights.store(state, weights.bind(chosen.rules, config.heads))
+    tensors = kept | store(state, bind(chosen.rules, config.heads))
     written = chosen.write(config)
     if origin is not None:
         written = with_entries(written, origin, chosen, config, tensors)
