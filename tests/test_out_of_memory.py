@@ -13,7 +13,7 @@ from small_checkpoint import write_checkpoint
 from transformers import Dinov2Config, Dinov2Model
 
 import packvit
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 from packvit.out_of_memory import (
     free_host_memory,
     free_in_groups,

@@ -22,8 +22,11 @@ MODELS = (  # built with random weights, at the published sizes
     "aimv2-l14-448",
     "qwen3-vit",
     "qwen2.5-vl-vit",
+    "qwen2-vl-vit",
+    "moonvit-so400m",
     "c-radio-h16",
     "tipsv2-b14",
+    "pe-spatial-l14",
 )
 WORKLOADS = {
     "mixed": "mixed sizes",

@@ -37,7 +37,7 @@ from packvit.bench.measuring import (
     where,
 )
 from packvit.bench.ours import OURS, Ours
-from packvit.bench.peers import BASELINE, PEERS, Peer
+from packvit.bench.peers import Peer, peers
 from packvit.bench.workloads import encoder_flops, in_squares, on_own_grid, workload
 from packvit.encoder import Encoder
 from packvit.model.device import find_device
@@ -87,7 +87,9 @@ def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
         layers = 2
     compiled = on_gpu if options.compiled is None else options.compiled
     model = models.build(options.model, layers, device, dtype)
-    report = describe_run(options, model, device, dtype) | {"baseline": BASELINE, "workloads": []}
+    beside = peers(model.encoder.family.reference.library)
+    report = describe_run(options, model, device, dtype)
+    report |= {"baseline": beside[0].title, "workloads": []}
     for name in options.workloads:
         torch.compiler.reset()  # one workload's shapes must not make others dynamic
         work = workload(name, small=not on_gpu)
@@ -105,7 +107,7 @@ def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
         subject = Subject(model, work, patches.to(device, dtype), compiled, options.train)
         say(f"{work.title}: {len(work.grid)} images, {len(patches):,} patches")
         with torch.set_grad_enabled(options.train), torch.inference_mode(not options.train):
-            report["workloads"].append(measure_workload(subject, (*PEERS, *OURS), options, say))
+            report["workloads"].append(measure_workload(subject, (*beside, *OURS), options, say))
     report["gpu_state_after"] = gpu_state()
     report["fp8_accuracy"] = []
     if on_gpu and dtype == torch.bfloat16 and not options.train:

@@ -116,7 +116,8 @@ def embed(
     `keep` names columns that come with the photographs and become columns of the parts: the keys of
     a .json beside an image of the same name in a tar, a zip or a local folder ("txt" and "cls" for
     files called so), columns of Parquet files of images and of lists that are tables, and of a
-    folder's metadata.jsonl or .csv, as datasets writes them. A job resumes only with the same values.
+    folder's metadata.jsonl or .csv, as datasets writes them. A job resumes only with the same
+    values.
 
     `processes` is the number of processes that embed, one for each GPU, or each with a share of
     the CPUs; each has its own workers and pixels in flight, and the output is the same. `ray` runs

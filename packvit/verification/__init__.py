@@ -2,7 +2,8 @@
 
 `verify.py` verifies a checkpoint or a family, `comparison.py` compares outputs by the rule in
 `rule.py` and `files.py` what goes in and out of files, `references.py` runs transformers and
-`timm_models.py` timm, `second.py` doubts both, `certificate.py` writes it all down.
+`timm_reference.py` timm, of which `timm_models.py` builds a second reference; `second.py` doubts
+both, `certificate.py` writes it all down.
 """
 
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Findings:
     revision: str | None
     weights: str  # sha256, as `Checkpoint.sha256` has it
     settings: str  # sha256 of config.json and the image settings
-    reference: str  # the class in transformers
+    reference: str  # the class in transformers, or timm's version and architecture
     second: str | None  # and timm's version and class, where it was asked
     device: str
     rows: tuple[Comparison, ...]

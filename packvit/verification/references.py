@@ -1,7 +1,8 @@
 """Run transformers' models one image at a time, as the reference for our encoders.
 
 Nothing here uses our weight rules, positions or layers: a reference is loaded by the class that its
-config.json names, from the same files. transformers is imported only when it is needed.
+config.json names, from the same files. transformers is imported only when it is needed. Families
+that it lacks are run by timm (`timm_reference.py`).
 """
 
 import json
@@ -21,6 +22,9 @@ from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Variant
 from packvit.checkpoints.processors import PROCESSORS, processor_name
 from packvit.packs.grid import Grid
+from packvit.verification import timm_reference
+from packvit.verification.answers import PER_FRAME, Answers
+from packvit.verification.timm_reference import is_timm, pixels_of, run_timm
 from packvit.verification.towers import is_tower, run_tower, tower_inputs
 
 SIZES: Mapping[str, Any] = {  # of the small random models
@@ -52,11 +56,6 @@ TEXT_SIZES: Mapping[str, Any] = {  # of a text tower, whose outputs are not used
     "eos_token_id": 2,
 }
 
-# The outputs of an encoder for each image of a pack, by kind.
-# Shapes: tokens [patches, D], taps [layers, patches, D]; of each frame: prefix [R, D], pooled [D],
-# projected [E]; of each square: merged [squares, L], deepstack [layers, squares, L].
-Answers = Mapping[str, Sequence[Tensor]]
-
 
 def import_transformers() -> Any:
     """Return the library, which only verification needs.
@@ -71,6 +70,16 @@ def import_transformers() -> Any:
             "pip install 'packvit[reference]'"
         ) from error
     return transformers
+
+
+def import_reference(family: Family) -> Any:
+    """Return the library that a family is verified beside.
+
+    Raises: ImportError with the line that installs it.
+    """
+    if family.reference.library == "timm":
+        return timm_reference.import_timm()
+    return import_transformers()
 
 
 @contextmanager
@@ -90,18 +99,25 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceModel:
-    """A checkpoint in `folder`, as transformers reads it."""
+    """A checkpoint in `folder`, as transformers or timm reads it."""
 
     family: Family
     folder: Path
 
     @property
+    def library(self) -> str:
+        """Whose model it is."""
+        return self.family.reference.library
+
+    @property
     def architecture(self) -> str:
-        """The class that config.json names.
+        """The class that config.json names, or timm's version and name of an architecture.
 
         Raises: CheckpointError if it is not a vision model of the family.
         """
         config = json.loads((self.folder / "config.json").read_bytes())
+        if self.library == "timm":
+            return timm_reference.architecture(config)
         known = self.family.reference.models
         if not known:
             raise CheckpointError(self.family.reference.elsewhere)
@@ -118,6 +134,8 @@ class ReferenceModel:
 
         Raises: CheckpointError if transformers would leave a weight at random.
         """
+        if self.library == "timm":
+            return timm_reference.load(self.folder, dtype).to(device)
         model, left = load_model(self.architecture, self.folder, dtype)
         if left:
             raise CheckpointError(
@@ -165,7 +183,11 @@ def vision_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_random(variant: Variant, family: Family, folder: Path, seed: int) -> nn.Module:
-    """Write a small random model, as transformers saves it, with its preprocessing; return it."""
+    """Write a small random model, as its library saves it, with its preprocessing; return it."""
+    if family.reference.library == "timm":
+        made = randomise(timm_reference.create_small(variant), seed)
+        timm_reference.save(made, folder)
+        return made
     kind = model_class(variant.model)
     settings = kind.config_class
     looking = getattr(settings, "sub_configs", {}).get("vision_config")
@@ -262,6 +284,8 @@ def run(
 
     Shapes: patches N x [patches, P], normalised, in the order (row, column, channel).
     """
+    if is_timm(model):
+        return run_timm(model, patches, grid)
     answers: dict[str, list[Tensor]] = {}
     for image, (frames, rows, columns) in zip(patches, grid, strict=True):
         if is_tower(tower(model)):  # a clip may be one sequence
@@ -275,10 +299,6 @@ def run(
             joined = torch.stack(outputs) if kind in PER_FRAME else torch.cat(outputs, -2)
             answers.setdefault(kind, []).append(joined)
     return answers
-
-
-PER_FRAME = ("prefix", "pooled", "projected")
-PER_SQUARE = ("merged", "deepstack")
 
 
 def run_whole(model: nn.Module, patches: Tensor, place: tuple[int, int, int]) -> dict[str, Tensor]:
@@ -324,6 +344,8 @@ def take_normalized(model: Any) -> Any:
 
 def inputs(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
     """Return the model's arguments for one image: pixels, or patches with mask and shape."""
+    if is_timm(model):
+        return {"pixel_values": pixels_of(patches, rows, columns)}
     if is_tower(model):
         return tower_inputs(model, patches, (1, rows, columns))
     if model.main_input_name == "pixel_values" and "num_patches" in model.config.to_dict():
@@ -334,6 +356,11 @@ def inputs(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Te
             ),
             "spatial_shapes": torch.tensor([[rows, columns]], dtype=torch.int64, device="cpu"),
         }
-    side = model.config.patch_size
-    tiles = patches.view(rows, columns, side, side, 3).permute(4, 0, 2, 1, 3)
-    return {"pixel_values": tiles.reshape(1, 3, rows * side, columns * side)}
+    return {"pixel_values": pixels_of(patches, rows, columns)}
+
+
+def last_state(model: Any, given: Mapping[str, Any], **options: Any) -> Tensor:
+    """Return the tokens that leave a model, prefix and all, of arguments that `inputs` made."""
+    if is_timm(model):
+        return model.forward_features(given["pixel_values"])
+    return model(**given, **options).last_hidden_state

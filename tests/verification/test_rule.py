@@ -27,6 +27,7 @@ VARIANTS = {
     f"{name} {variant.name}": (encoder, variant)
     for name, encoder in family_names().items()
     for variant in encoder.family.reference.variants
+    if encoder.family.reference.library == "transformers"
 }
 SHOWN_BY = {
     "first register for class token": {"pooled"},

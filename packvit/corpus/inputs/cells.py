@@ -11,9 +11,14 @@ from typing import Any
 
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import is_url
+from packvit.corpus.inputs.pages import Sizes, measure
 from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.images.decode import ImageError, find_file
 
+TOO_LARGE = (
+    f"it takes over {limits.MOST_OF_PAGE >> 20} MiB to unpack its page of the table; write fewer "
+    "rows to a row group"
+)
 ROWS, BATCHES = 16, 4  # of a table, read at once and kept: decoders read slightly out of order
 
 
@@ -54,28 +59,45 @@ class Cells:
         self.batches: Iterator[Any] = iter(())
         self.kept: deque[Any] = deque()
         self.most = BATCHES
+        self.held = 0  # bytes that this process held before it began to read the row group
+        self.path = None if is_url(path) else path
+        self.sizes: dict[int, Sizes] = {}  # of the pages of row groups
 
     def get(self, group: int, row: int, *, alone: bool) -> bytes | str | None:
         """Return the bytes in a row of a row group, else its path, else None.
 
-        With `alone`, unpacking may take MOST_MEMORY beside some copies of what is packed.
+        With `alone`, this may take MOST_MEMORY beside the largest page.
+
+        Raises: ImageError out_of_memory where its page is too large.
         """
         with self.lock:
+            facts = self.file.metadata.row_group(group)
+            if group not in self.sizes:
+                self.sizes[group] = measure(self.path, facts, self.columns)
+            end = self.sizes[group].readable
+            if end is not None and row >= end:
+                raise ImageError("out_of_memory", "read", TOO_LARGE)
             if group != self.group or row < self.first:
                 self.let_go()
-                rows, self.most = fit(self.file.metadata.row_group(group), self.columns)
+                rows, self.most = fit(facts, self.columns)
+                if end is not None:
+                    rows = 1  # no batch reaches into a page that is too large
+                self.held = limits.held_memory()
                 self.first = self.next = 0
                 self.batches = self.file.iter_batches(
                     rows, row_groups=[group], columns=self.columns, use_threads=False
                 )
                 self.group = group
-            packed = packed_size(self.file.metadata.row_group(group), self.columns)
-            most = limits.MOST_MEMORY + 4 * packed  # Arrow's copies of a page
             try:
-                with limits.limited_memory(most) if alone else nullcontext():
+                most = limits.MOST_MEMORY + self.sizes[group].largest
+                limited = limits.limited_memory(most, self.held)
+                with limited if alone else nullcontext():
                     while row >= self.next:
                         self.advance()
                     return self.take(row - self.first)
+            except MemoryError as error:
+                self.let_go()
+                raise ImageError("out_of_memory", "read", TOO_LARGE) from error
             except BaseException:
                 self.let_go()
                 raise
@@ -142,11 +164,6 @@ def chunks(facts: Any, columns: Sequence[str]) -> list[Any]:
     return [chunk for chunk in found if chunk.path_in_schema in columns]
 
 
-def packed_size(facts: Any, columns: Sequence[str]) -> int:
-    """Return how many bytes of the file some columns of a row group take."""
-    return sum(max(0, chunk.total_compressed_size) for chunk in chunks(facts, columns))
-
-
 def fit(facts: Any, columns: Sequence[str], rows: int = ROWS) -> tuple[int, int]:
     """Return how many rows of a row group to read at once, up to `rows`, and how many batches fit.
 
@@ -180,6 +197,12 @@ def open_cells(path: str, column: str, process: int, version: tuple[int, int]) -
     return Cells(path, column)
 
 
+@lru_cache(maxsize=1)  # each may hold a page
+def open_alone(path: str, column: str, process: int, version: tuple[int, int]) -> Cells:
+    """Return the same for a process whose memory is limited."""
+    return Cells(path, column)
+
+
 def read_cell(path: str, cell: Cell, *, alone: bool) -> bytes | str:
     """Return the bytes in a cell of a Parquet file, or the path there, which datasets opens.
 
@@ -192,7 +215,8 @@ def read_cell(path: str, cell: Cell, *, alone: bool) -> bytes | str:
         version = (found.st_size, found.st_mtime_ns)
     try:
         with unreadable():
-            cells = open_cells(path, cell.column, os.getpid(), version)
+            open_column = open_alone if alone else open_cells
+            cells = open_column(path, cell.column, os.getpid(), version)
             data = cells.get(cell.group, cell.row, alone=alone)
     except ImageError as error:
         if error.code != "unreadable" or error.note:

@@ -16,24 +16,32 @@ MOST_VALUES = 1 << 20  # bytes of what is kept of an input beside its features, 
 MOST_KEPT = 64 << 20  # bytes of a table that are unpacked at a time, where that can be chosen
 MOST_RATIO = 200  # of unpacked to packed size of a table, above that: photographs hardly compress
 MOST_RATIO_OF_ZIP = 10  # of a zip's member or a compressed tar, above MOST_UNDECLARED
+MOST_DIRECTORY = 16 << 20  # bytes of a zip's directory for zip://, some 200,000 members
 MOST_ROWS = 10  # of a table for each byte of its file, above FEW_ROWS: null rows take no space
 FEW_ROWS = 1_000_000
-MOST_MEMORY = (
-    500 << 20
-)  # that a library may take to unpack a table, beside copies of what is packed
+MOST_MEMORY = 430 << 20  # that reading a cell of a table may take beside the largest page
+MOST_OF_PAGE = 460 << 20  # bytes that a table's page takes to unpack
+
+
+def held_memory() -> int:
+    """Return the bytes of data and stacks that this process holds, on Linux; 0 elsewhere."""
+    if not os.path.exists("/proc/self/statm"):
+        return 0
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
 
 
 @contextmanager
-def limited_memory(most: int) -> Iterator[None]:
-    """Let this process take at most `most` bytes more while the context lasts, on Linux.
+def limited_memory(most: int, beside: int | None = None) -> Iterator[None]:
+    """Let this process hold at most `most` bytes more while the context lasts, on Linux.
 
-    Only for a process that does nothing else: its other threads would meet the limit too.
+    That is beside what it holds now, or what it held before. Only for a process that does nothing
+    else: its other threads would meet the limit too.
     """
-    if not os.path.exists("/proc/self/statm"):
+    held = held_memory() if beside is None else beside
+    if not held:
         yield
         return
-    with open("/proc/self/statm") as file:
-        held = int(file.read().split()[5]) * resource.getpagesize()  # data and stacks
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limits = [limit for limit in (held + most, soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))

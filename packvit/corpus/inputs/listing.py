@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import sqlite3
+import struct
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,10 +18,12 @@ from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs.addresses import spell_bytes
 from packvit.corpus.inputs.kept import Kind, encode_row, first_values, join_kinds, kind_of
 from packvit.corpus.inputs.sources import Cell, Input, Member
+from packvit.corpus.inputs.zipped import Zipped
 
 MOST_SUFFIXES = 1000  # that are told apart; names may have as many as there are files
 LONGEST_SUFFIX = 12
 SUFFIXES_SHOWN = 5
+HOW_ZIPPED = struct.Struct("<qHI")  # a zip's member: size, method and sum, in place of a column
 
 
 def by_suffix(passed_over: Mapping[str, int]) -> str:
@@ -97,7 +100,9 @@ class Listing:
         )
         for name, path, code, first, second, column, kept in rows:
             within = None
-            if column is not None:
+            if isinstance(column, bytes):
+                within = Zipped(first, second, *HOW_ZIPPED.unpack(column))
+            elif column is not None:
                 within = Cell(first, second, column)
             elif first is not None:
                 within = Member(first, second)
@@ -198,7 +203,7 @@ class Listing:
         name: bytes,
         path: bytes,
         code: str | None,
-        within: Member | Cell | None = None,
+        within: Member | Zipped | Cell | None = None,
         *,
         whole: bytes | None = None,
         repeats: bool = False,
@@ -210,9 +215,12 @@ class Listing:
         `repeats` may have a name that others have too, as in archives and lists: see `sort`.
         `kept` are the values that come with it, as a JSON object.
         """
-        place: tuple[int | None, int | None, str | None] = (None, None, None)
+        place: tuple[int | None, int | None, str | bytes | None] = (None, None, None)
         if isinstance(within, Member):
             place = (within.offset, within.size, None)
+        elif isinstance(within, Zipped):
+            how = HOW_ZIPPED.pack(within.size, within.method, within.crc)
+            place = (within.offset, within.packed, how)
         elif isinstance(within, Cell):
             place = (within.group, within.row, within.column)
         self.length += 1

@@ -54,7 +54,7 @@ class NamedFiles:
         before, ignored, distinct = len(self.listing), self.listing.ignored, True
         try:
             if suffix == b".zip":
-                found = list_zip(path, PHOTOGRAPHS, self.keeping)
+                found = list_zip(text, PHOTOGRAPHS, self.keeping)
             elif suffix == b".tar":
                 found = list_tar(text, PHOTOGRAPHS, self.keeping)
             else:
@@ -68,7 +68,7 @@ class NamedFiles:
                 elif item is not None:
                     self.listing.add(
                         prefix + item.name,
-                        item.path or path,
+                        path,
                         item.code,
                         item.within,
                         whole=prefix + item.whole,

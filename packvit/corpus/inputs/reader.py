@@ -3,6 +3,7 @@
 Every error of reading becomes an ImageError with a code. No torch.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -13,6 +14,7 @@ from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import check_protocols, is_url, protocols, spell
 from packvit.corpus.inputs.retries import find_status, persist
+from packvit.corpus.inputs.zip_directory import find_directory
 from packvit.images.decode import MAX_BYTES, ImageError, find_file
 
 # The package that fsspec needs for a protocol.
@@ -27,9 +29,11 @@ def find_url(url: str, *, pages: bool = False) -> tuple[Any, str]:
 
     No answer of a web server is read whole beyond a limit; `pages` are those of links.
 
-    Raises: UsageError for a protocol that is not allowed; ImportError with what to install.
+    Raises: UsageError for a protocol that is not allowed; ImportError with what to install;
+    ImageError for a zip whose directory is too long, or that cannot be opened.
     """
     check_protocols(url)
+    check_zips(url)
     from fsspec.core import url_to_fs
     from fsspec.registry import get_filesystem_class
 
@@ -53,6 +57,29 @@ def find_url(url: str, *, pages: bool = False) -> tuple[Any, str]:
         # missing.
         files.dircache.clear()
     return files, place
+
+
+def check_zips(url: str) -> None:
+    """Refuse a chained URL through a zip whose directory fsspec would hold in every worker.
+
+    Raises: ImageError unreadable, or what opening the zip raises.
+    """
+    links = url.split("::")
+    for place, protocol in enumerate(protocols(url)):
+        if protocol == "zip" and place + 1 < len(links):
+            check_zip("::".join(links[place + 1 :]), os.getpid())
+
+
+@lru_cache(maxsize=16)  # by process, since it opens what does not survive a fork
+def check_zip(archive: str, process: int) -> None:
+    """Check one zip, as `check_zips` does."""
+    with open_source(archive) as file, unreadable():
+        try:
+            size = find_directory(file).size
+        except ImageError:  # it is no zip: fsspec finds that too
+            return
+    if size > limits.MOST_DIRECTORY:
+        raise ImageError("unreadable", "read", "its zip has too many members; name the zip itself")
 
 
 def is_hub(files: Any) -> bool:

@@ -16,6 +16,7 @@ from packvit.corpus.inputs.reader import read_part_of_url, read_url
 from packvit.corpus.inputs.retries import persist
 from packvit.corpus.inputs.suffixes import is_packed
 from packvit.corpus.inputs.unpacking import Spent, read_packed
+from packvit.corpus.inputs.zipped import LOCAL, Zipped, check_zipped, find_packed, unpack
 from packvit.images.decode import MAX_BYTES, ImageError, read_file
 
 
@@ -34,7 +35,7 @@ class Input:
     id: str  # always valid UTF-8
     path: str  # a path, with surrogates for bytes that are not UTF-8; or a URL
     error: tuple[str, str] | None = None  # (code, stage) of an input that can't be read
-    within: Member | Cell | None = None  # None: all of the file
+    within: Member | Zipped | Cell | None = None  # None: all of the file
     kept: str | None = None  # a JSON array of what comes with it: see kept.py
 
 
@@ -64,23 +65,36 @@ def read_once(source: Input, pause: Callable[[float], None], spent: Spent, alone
         if isinstance(data, bytes):
             return data
         return read(Input(spell(data), data), pause=pause, spent=spent, alone=alone)
-    member = source.within
-    if member and member.size > MAX_BYTES:
+    place = source.within
+    if isinstance(place, Zipped):
+        check_zipped(place)
+        header = read_part(source.path, Member(place.offset, LOCAL.size), spent)
+        start = find_packed(header, place)
+        return unpack(read_part(source.path, Member(start, place.packed), spent), place)
+    return read_part(source.path, place, spent)
+
+
+def read_part(path: str, place: Member | None, spent: Spent) -> bytes:
+    """Return the bytes of a file or URL, or of a part of it.
+
+    Raises: ImageError as `read` does.
+    """
+    if place and place.size > MAX_BYTES:
         raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
-    place = (member.offset, member.size) if member else None
-    if place and is_packed(source.path):
-        data = read_packed(source.path, *place, spent)
-    elif not is_url(source.path):
-        data = read_file(source.path, *place) if place else read_file(source.path)
+    where = (place.offset, place.size) if place else None
+    if where and is_packed(path):
+        data = read_packed(path, *where, spent)
+    elif not is_url(path):
+        data = read_file(path, *where) if where else read_file(path)
     else:
         try:
-            data = read_part_of_url(source.path, *place) if place else read_url(source.path)
+            data = read_part_of_url(path, *where) if where else read_url(path)
         except UsageError as error:
             note = f"its protocol is none of {', '.join(ALLOWED)}"
             raise ImageError("unreadable", "read", note) from error
         except ImportError as error:  # reported before the job starts, where it can be known
             note = "what reads its protocol is not installed"
             raise ImageError("unreadable", "read", note) from error
-    if member and len(data) < member.size:
+    if place and len(data) < place.size:
         raise ImageError("truncated", "read", "the archive ends before it")
     return data

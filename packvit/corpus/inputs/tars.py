@@ -17,6 +17,7 @@ from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.sources import Cell, Member
 from packvit.corpus.inputs.suffixes import is_packed
 from packvit.corpus.inputs.unpacking import Unpacked
+from packvit.corpus.inputs.zipped import Zipped
 from packvit.images.decode import ImageError
 
 # A sample's key: its path up to the first dot of its name. Source: webdataset 1.0, tariterators.py.
@@ -42,10 +43,9 @@ class ArchiveEntry:
 
     name: bytes
     whole: bytes
-    within: Member | Cell | None
+    within: Member | Zipped | Cell | None
     code: str | None = None
     kept: str | None = None  # what comes with it, as a JSON object
-    path: bytes | None = None  # its own URL, if that is not the archive's
 
 
 @dataclass(frozen=True, slots=True)

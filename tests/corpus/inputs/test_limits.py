@@ -19,6 +19,7 @@ from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Preprocessing
 from packvit.corpus.decode.processes import Worker
 from packvit.corpus.inputs import limits
+from packvit.corpus.inputs.cells import open_cells
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.retries import BOUND
 from packvit.corpus.inputs.sources import Cell, Input
@@ -80,6 +81,40 @@ def test_what_unpacks_to_too_much_is_a_row_whatever_its_footer_says(tmp_path: Pa
     assert held(worker) - before < 500 * MIB
     pq.write_table(pa.table({"image": pa.array([photo])}), path)
     assert read_cells(worker, path, 1) == [("ok", None)]
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_rows_before_a_page_that_is_too_large_are_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    dictionary: bool,
+    compression: str,
+):
+    path = tmp_path / "x.parquet"  # case S5
+    values = [os.urandom(100) for _ in range(300)]
+    values[200] = os.urandom(100_000)
+    pq.write_table(
+        pa.table({"image": pa.array(values)}),
+        path,
+        use_dictionary=dictionary,
+        dictionary_pagesize_limit=500,
+        compression=compression,
+        data_page_version=version,
+        data_page_size=1000,
+        write_batch_size=5,
+    )
+    monkeypatch.setattr(limits, "MOST_KEPT", 20_000)  # the headers of a smaller one are not read
+    monkeypatch.setattr(limits, "MOST_OF_PAGE", 50_000)
+    found = [*outcome_of(str(path)).values()]
+    read = found.index("out_of_memory")
+    assert 185 < read <= 200
+    assert found == values[:read] + ["out_of_memory"] * (300 - read)
+    monkeypatch.setattr(limits, "MOST_OF_PAGE", 300_000)
+    open_cells.cache_clear()
+    assert [*outcome_of(str(path)).values()] == values
 
 
 def test_names_in_a_table_that_no_path_can_have_are_a_row(tmp_path: Path):
@@ -150,11 +185,13 @@ OPENERS = {
     "corpus/inputs/reader.py": {"open", "url_to_fs"},
     "corpus/inputs/lists.py": {"open"},  # a shell's pipe, and the first bytes of a named file
     "corpus/inputs/limits.py": {"open"},  # /proc
+    "corpus/inputs/pages.py": {"open"},  # a table that `open_source` has opened before
     "images/decode.py": {"open"},  # `read_file`, of regular files
     "checkpoints/folders.py": {"read_bytes"},  # of files that `find_file` found in their folder
     "checkpoints/downloads.py": {"hf_hub_download", "http_stream_backoff"},
     "checkpoints/ranges.py": {"read_bytes"},  # of small files that were downloaded
-    "checkpoints/files.py": {"safe_open", "path.open"},
+    "checkpoints/files.py": {"path.open"},
+    "checkpoints/tensors.py": {"safe_open", "path.open"},
 }
 CALLS = {"open", "url_to_fs", "read_bytes", "read_text", "safe_open", "urlopen"}
 CALLS |= {"hf_hub_download", "http_stream_backoff", "http_backoff", "get_session"}
@@ -186,7 +223,9 @@ def test_the_security_page_promises_these_limits():
         f"a page of links may have {limits.MOST_PAGE >> 20} MiB and take {limits.PAGE_SECONDS:g} s",
         f"{limits.MOST_UNDECLARED >> 20} MiB, or {limits.MOST_RATIO_OF_ZIP} times its size",
         f"unpack to {limits.MOST_KEPT >> 20} MiB, or {limits.MOST_RATIO} times its size",
-        f"may take {limits.MOST_MEMORY >> 20} MiB beside four copies",
+        f"may take {limits.MOST_MEMORY >> 20} MiB beside the largest page (on Linux)",
+        f"unpacking a page {limits.MOST_OF_PAGE >> 20} MiB",
+        f"directory of more than {limits.MOST_DIRECTORY >> 20} MiB",
         f"or {limits.MOST_ROWS} for each byte",
         f"a line may have {limits.MOST_LINE >> 20} MiB",
         f"a list at a URL {limits.MOST_LIST >> 30} GiB",
