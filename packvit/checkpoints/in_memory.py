@@ -1,6 +1,5 @@
 """A model of transformers, or of timm, in memory, as the checkpoint that it would be saved as."""
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.folders import CONFIG, read_json
 
 
 def read_model(model: nn.Module) -> Checkpoint:
@@ -36,9 +36,8 @@ def timm_config(model: nn.Module) -> dict[str, Any]:
     from timm.models._hub import save_config_for_hf  # pyright: ignore[reportMissingImports]
 
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        save_config_for_hf(model, path)
-        return json.loads(path.read_bytes())
+        save_config_for_hf(model, Path(folder) / CONFIG)
+        return read_json(Path(folder), CONFIG) or {}
 
 
 def as_saved(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

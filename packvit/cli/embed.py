@@ -35,7 +35,7 @@ class EmbedCommand(Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the options."""
-        from packvit.images.decode import CODES
+        from packvit.images.errors import CODES
 
         said = []
         for word, following in zip(args, [*args, ""][1:], strict=True):

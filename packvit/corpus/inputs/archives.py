@@ -15,7 +15,7 @@ from packvit.corpus.inputs.cells import Cell, fit, is_bytes, is_text
 from packvit.corpus.inputs.kept import Keeping
 from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.tars import ArchiveEntry, find_length
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 NAMES = 4096  # that are read at once
 

@@ -28,7 +28,8 @@ from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded, JpegDecoder
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
-from packvit.images.decode import ImageError, decode
+from packvit.images.decode import decode
+from packvit.images.errors import ImageError
 from packvit.images.patches import to_patches
 
 pytestmark = pytest.mark.gpu
