@@ -24,10 +24,10 @@ from packvit.verification.references import (
     load_model,
     processor_class,
     quiet,
-    run,
     vision_weights,
 )
 from packvit.verification.rule import judge
+from packvit.verification.running import run
 
 PHOTOGRAPHS = ((300, 421), (640, 97), (97, 640), (61, 50), (1024, 683), (224, 224))  # height, width
 # Of processors that resize in floating point: Pillow, which we resize with, rounds to 8 bits twice,

@@ -24,12 +24,8 @@ from packvit.verification.files import (
     compare_taken_over,
     obstacle_to_photographs,
 )
-from packvit.verification.references import (
-    ReferenceModel,
-    import_reference,
-    interpolation_error,
-    write_random,
-)
+from packvit.verification.references import ReferenceModel, import_reference, write_random
+from packvit.verification.running import interpolation_error
 from packvit.verification.second import compare_reference_neighbours, compare_with_timm, doubts
 from packvit.verification.timm_models import NoCounterpartError
 
