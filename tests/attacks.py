@@ -420,7 +420,9 @@ def many_entries(
     directory: int | None = None,
 ) -> None:
     """Write a zip whose entries all lie at the same place; zip64's counts may lie."""
-    data = zeros(size) if size else photo()
+    data, crc = photo(), zlib.crc32(photo())
+    if size:
+        data, crc = zeros(size)[2:-4], zlib.crc32(bytes(size))
     method, whole = (8, size) if size else (0, len(data))
     local = struct.pack("<IHHHHHIIIHH", 0x04034B50, 20, 0, method, 0, 0, 0, len(data), whole, 5, 0)
     with path.open("wb") as file:
@@ -431,7 +433,7 @@ def many_entries(
             file.write(
                 struct.pack(
                     "<IHHHHHHIIIHHHHHII",
-                    *(0x02014B50, 20, 20, 0, method, 0, 0, 0, len(data), whole),
+                    *(0x02014B50, 20, 20, 0, method, 0, 0, crc, len(data), whole),
                     *(len(name), 0, comment, 0, 0, 0, 0),
                 )
             )
