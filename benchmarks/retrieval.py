@@ -1,13 +1,16 @@
 """Search, duplicates and labels of a large feature folder, beside faiss-cpu and usearch.
 
-python -m benchmarks.retrieval --work FOLDER [--rows 1000000] [--width 768] [--pairs-width 64]
+python -m benchmarks.retrieval --work FOLDER [--rows 1000000] [--width 768] > \
+    benchmarks/results/retrieval-cpu.json; python -m docs.generate
 
-Vectors are drawn, ids are paths. One in a hundred rows is a noisy copy of another (cosine 0.98).
-Every contender runs in a process of its own, so that its peak memory is its own: `owned` is what it
-allocated, `resident` adds the pages of mapped files, which the system takes back when it needs
-them. Times are medians of rounds within that process, files in the page cache for all. faiss and
-usearch get a NumPy matrix of unit vectors and are asked for all pairs of the first rows alone; what
-all rows would take is that, times their number.
+Vectors are drawn, ids are paths. Variances fall as those of features do, the first direction's 768
+times the last's, around a common direction. One in a hundred rows is a noisy copy of one of the
+part before it (cosine 0.98). Every contender runs in a process of its own, so that its peak memory
+is its own: `owned` is what it allocated, `resident` adds the pages of mapped files, which the
+system takes back when it needs them. Times are medians of rounds within that process, files in the
+page cache for all. faiss and usearch get a NumPy matrix of unit vectors; faiss is asked for the
+pairs of some rows with all, and what all rows would take is that, times their share. The index is
+of fewer rows, since building one takes long. A million rows take about 10 GB of disk.
 """
 
 import argparse
@@ -22,28 +25,35 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.drawn import drawn_rows, write_folder
 from packvit.bench.measuring import where
+from packvit.version import version_of
 
 PART, TOP, LABELS = 1024, 10, 1000
-ROUNDS = 5
+ROUNDS = 3
+COPIES = PART // 100
 THRESHOLD = 0.95
 SEED_ROWS = 1 << 16  # rows that are drawn at once
-PEER_ROWS = 5000  # whose pairs peers are asked for
+PEER_ROWS = 2000  # whose pairs peers are asked for
+INDEX_ROWS = 50_000
 Contender = Callable[[Path], dict[str, Any]]
 
 
 def draw(rows: int, width: int) -> Iterator[tuple[Any, np.ndarray]]:
     """Yield parts of rows and vectors with a common direction, and noisy copies."""
     generator = np.random.default_rng(0)
-    first = generator.standard_normal((PART, width), np.float32)
+    spread = np.arange(1, width + 1, dtype=np.float32) ** -0.5
+    before = np.empty((0, width), np.float32)
     for start in range(0, rows, PART):
         count = min(PART, rows - start)
-        vectors = generator.standard_normal((count, width), np.float32) + 0.3
-        copies = max(1, count // 100)
-        noise = generator.standard_normal((copies, width), np.float32)
-        vectors[:copies] = first[:copies] * (1 + start / rows) + 0.2 * noise
+        vectors = generator.standard_normal((count, width), np.float32) * spread
+        vectors[:, 0] += 1.0
+        noise = generator.standard_normal((COPIES, width), np.float32) * spread
+        copied = before[COPIES : 2 * COPIES]
+        vectors[: len(copied)] = copied[:count] + 0.2 * noise[: len(copied)]
+        before = vectors
         yield drawn_rows(start, start + count), vectors
 
 
@@ -92,7 +102,7 @@ def search_ours(folder: Path) -> dict[str, Any]:
     vectors = open_vectors(folder)
     one, many = queries_of(folder, 1), queries_of(folder, 100)
     seconds, (_, rows) = timed(lambda: scan(vectors, one, TOP, "cpu"))
-    seconds_many, _ = timed(lambda: scan(vectors, many, TOP, "cpu"), 2)
+    seconds_many, _ = timed(lambda: scan(vectors, many, TOP, "cpu"), 1)
     return {"one_query_s": seconds, "hundred_queries_s": seconds_many, "rows": rows.tolist()}
 
 
@@ -108,7 +118,7 @@ def search_ours_matrix(folder: Path) -> dict[str, Any]:
         return find_nearest(queries, blocks, TOP, device)
 
     seconds, (_, rows) = timed(lambda: scan(one))
-    seconds_many, _ = timed(lambda: scan(many), 2)
+    seconds_many, _ = timed(lambda: scan(many), 1)
     return {"one_query_s": seconds, "hundred_queries_s": seconds_many, "rows": rows.tolist()}
 
 
@@ -119,7 +129,7 @@ def search_index(folder: Path) -> dict[str, Any]:
 
     vectors, one = open_vectors(folder), queries_of(folder, 1)
     start = time.perf_counter()
-    note = search_index(vectors, one, TOP)[2]
+    note = search_index(vectors, one, TOP)[2].split(", ", 1)[1]
     built = time.perf_counter() - start
     seconds, (_, rows, _) = timed(lambda: search_index(vectors, one, TOP))
     return {"build_s": built, "one_query_s": seconds, "rows": rows.tolist(), "note": note}
@@ -137,7 +147,7 @@ def search_faiss(folder: Path) -> dict[str, Any]:
     loaded = time.perf_counter() - start
     one, many = queries_of(folder, 1), queries_of(folder, 100)
     seconds, (_, rows) = timed(lambda: index.search(one, TOP))
-    seconds_many, _ = timed(lambda: index.search(many, TOP), 2)
+    seconds_many, _ = timed(lambda: index.search(many, TOP), 1)
     return {
         "load_s": loaded,
         "one_query_s": seconds,
@@ -171,11 +181,13 @@ def dups_faiss(folder: Path) -> dict[str, Any]:
     """faiss's range search of some rows over a flat index of all."""
     import faiss  # pyright: ignore[reportMissingImports] # a peer
 
-    matrix = np.ascontiguousarray(unit_matrix(folder))
+    matrix = unit_matrix(folder)
     index = faiss.IndexFlatIP(matrix.shape[1])
-    index.add(matrix)
+    for first in range(0, len(matrix), SEED_ROWS):
+        index.add(np.ascontiguousarray(matrix[first : first + SEED_ROWS]))
+    asked = np.ascontiguousarray(matrix[:PEER_ROWS])
     start = time.perf_counter()
-    limits, _, _ = index.range_search(matrix[:PEER_ROWS], THRESHOLD)
+    limits, _, _ = index.range_search(asked, THRESHOLD)
     seconds = time.perf_counter() - start
     share = PEER_ROWS / len(matrix)
     return {"s_of_first_rows": seconds, "s_of_all": seconds / share, "pairs": int(limits[-1])}
@@ -183,8 +195,6 @@ def dups_faiss(folder: Path) -> dict[str, Any]:
 
 def zeroshot_ours(folder: Path) -> dict[str, Any]:
     """The table of labels of all rows."""
-    import torch
-
     from packvit.config import TextConfig
     from packvit.retrieval.folders import open_vectors
     from packvit.retrieval.zeroshot import write_labels
@@ -227,13 +237,13 @@ def zeroshot_faiss(folder: Path) -> dict[str, Any]:
 CONTENDERS: dict[str, Contender] = {
     "search: ours, over the parts": search_ours,
     "search: ours, over a mapped matrix": search_ours_matrix,
-    "search: ours, --index": search_index,
     "search: faiss flat": search_faiss,
     "search: usearch exact": search_usearch,
     "zeroshot: ours, with scores and table": zeroshot_ours,
     "zeroshot: faiss, best label alone": zeroshot_faiss,
     "dups: ours": dups_ours,
     "dups: faiss range search": dups_faiss,
+    "index: ours, search --index": search_index,
 }
 
 
@@ -271,7 +281,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--pairs-width", type=int, default=64)
     parser.add_argument("--match", default="", help="run contenders whose names hold this")
     parser.add_argument("--only", choices=CONTENDERS, help="run one, in this process")
     asked = parser.parse_args()
@@ -280,20 +289,29 @@ def main() -> None:
     for name in CONTENDERS if asked.only is None else (asked.only,):
         if asked.match not in name:
             continue
-        width = asked.pairs_width if name.startswith("dups") else asked.width
-        folder = asked.work / f"{asked.rows}x{width}"
-        prepare(folder, asked.rows, width)
+        rows = min(INDEX_ROWS, asked.rows) if name.startswith("index") else asked.rows
+        folder = asked.work / f"{rows}x{asked.width}"
+        prepare(folder, rows, asked.width)
         if asked.only:
             run_one(name, folder)
             return
         command = [sys.executable, "-m", "benchmarks.retrieval", "--only", name]
-        sizes = ["--rows", asked.rows, "--width", asked.width, "--pairs-width", asked.pairs_width]
-        command += ["--work", asked.work, *map(str, sizes)]
+        command += ["--work", asked.work, "--rows", str(asked.rows), "--width", str(asked.width)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results |= json.loads(done.stdout.splitlines()[-1])
-        print(name, {k: v for k, v in results[name].items() if k != "rows"}, file=sys.stderr)
-    workload = {"rows": asked.rows, "width": asked.width, "pairs_width": asked.pairs_width}
-    json.dump(where() | {"workload": workload, "results": results}, sys.stdout, indent=2)
+        shown = {k: v for k, v in results[name].items() if k != "rows"}
+        print(name, shown, file=sys.stderr, flush=True)
+    workload = {
+        "rows": asked.rows,
+        "width": asked.width,
+        "peer_rows": min(PEER_ROWS, asked.rows),
+        "index_rows": min(INDEX_ROWS, asked.rows),
+        "labels": LABELS,
+        "threads": torch.get_num_threads(),
+    }
+    peers = {name: version_of(name) for name in ("faiss-cpu", "usearch")}
+    facts = where() | peers | {"workload": workload, "results": results}
+    json.dump(facts, sys.stdout, indent=2)
     print()
 
 

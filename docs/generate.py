@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import packvit
+from benchmarks import howlarge
 from docs.sizes import families_table
 from packvit.bench import NATIVE
 from packvit.bench.table import as_markdown, native_table
 from packvit.cli import help_page
-from packvit.images.decode import CODES
+from packvit.images.errors import CODES
 from packvit.verification import machine as support
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +165,11 @@ def sizing_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def billion_table() -> str:
+    """Return what a billion photographs take, as `benchmarks.howlarge` prints it."""
+    return howlarge.as_markdown(howlarge.estimate(1e9, 64, 8, 2.5))
+
+
 RATE, STEADY = "images_per_second", "steady_images_per_second"
 FEEDING = (  # results of benchmarks/feeding.py, in our words
     ("encoder", RATE, "the encoder on the same packs, patches on the device"),
@@ -191,6 +197,69 @@ def feeding_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+THRESHOLDS = ("0.85", "0.9", "0.95", "0.97", "0.98", "0.99")
+
+SEARCHES = (  # results of benchmarks/retrieval.py, in our words
+    ("search: ours, over the parts", "packvit search, over the parts"),
+    ("search: ours, over a mapped matrix", "packvit, over an exported matrix (--format npy)"),
+    ("search: faiss flat", "faiss flat, loaded before"),
+    ("search: usearch exact", "usearch exact"),
+)
+
+
+def million_table() -> str:
+    """Return the times of search, labels and duplicates in a large folder."""
+    run = json.loads((RESULTS / "retrieval-cpu.json").read_text())
+    load, found = run["workload"], run["results"]
+    counts = f"{load['rows']:,} rows of {load['width']} numbers, {load['threads']} threads"
+    lines = [f"{counts:<62}  one query  100 queries  owned, GiB"]
+
+    def line(name: str, words: str, *times: str) -> str:
+        return f"  {words:<60}{times[0]:>11}{times[1]:>13}{found[name]['owned_gib']:>12.2f}"
+
+    for name, words in SEARCHES:
+        one, many = found[name]["one_query_s"], found[name]["hundred_queries_s"]
+        lines.append(line(name, words, f"{one:.2f} s", f"{many:.2f} s"))
+    lines.append(f"the best of {load['labels']:,} labels for each row")
+    for name, words in (
+        (
+            "zeroshot: ours, with scores and table",
+            "packvit zeroshot, with probabilities and a table",
+        ),
+        ("zeroshot: faiss, best label alone", "faiss flat, the label alone"),
+    ):
+        lines.append(line(name, words, f"{found[name]['s']:.1f} s", ""))
+    lines.append("all pairs with a cosine of 0.95 or more")
+    ours, faiss = found["dups: ours"], found["dups: faiss range search"]
+    lines.append(
+        line("dups: ours", f"packvit dups, {ours['groups']:,} groups", f"{ours['s']:.0f} s", "")
+    )
+    share = f"faiss range search, {faiss['s_of_first_rows']:.1f} s for {load['peer_rows']:,} rows"
+    whole = f"{faiss['s_of_all']:,.0f} s"
+    lines.append(line("dups: faiss range search", f"{share}: for all", whole, ""))
+    index = found["index: ours, search --index"]
+    lines.append(f"{load['index_rows']:,} rows")
+    built = f"packvit search --index, built in {index['build_s']:.0f} s"
+    lines.append(line("index: ours, search --index", built, f"{index['one_query_s']:.3f} s", ""))
+    peers = f"faiss {run['faiss-cpu']}, usearch {run['usearch']}, torch {run['torch']}"
+    said = f"{run['cores']} CPU cores, {run['date']}, {peers} (`results/retrieval-cpu.json`)."
+    return "```\n" + "\n".join(lines) + f"\n```\n\n{said}\n"
+
+
+def copies_table() -> str:
+    """Return which changed copies of photographs are found at which threshold."""
+    run = json.loads((RESULTS / "duplicates-demo-model.json").read_text())
+    found = {threshold: run["results"][threshold] for threshold in THRESHOLDS}
+    lines = ["| threshold | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
+    for name in ("precision", "recall"):
+        shares = (f"{row[name]:.2f}" for row in found.values())
+        lines.append(f"| {name}, all pairs | " + " | ".join(shares) + " |")
+    for way in found[THRESHOLDS[0]]["recall_of_ways"]:
+        shares = (f"{row['recall_of_ways'][way]:.2f}" for row in found.values())
+        lines.append(f"| found: {way} | " + " | ".join(shares) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def fill(page: str, name: str, content: str) -> str:
     """Return a page with what stands between its two marks called `name` replaced."""
     marks = rf"(<!-- {name}: [^>]* -->\n).*?(<!-- /{name} -->)"
@@ -204,7 +273,7 @@ def pages() -> dict[Path, str]:
     readme, embedding = ROOT / "README.md", ROOT / "docs" / "embedding.md"
     sizing = ROOT / "docs" / "sizing.md"
     measured = ROOT / "docs" / "benchmarks.md"
-    words = ROOT / "docs" / "text.md"
+    words, search = ROOT / "docs" / "text.md", ROOT / "docs" / "search.md"
     models, decoding = ROOT / "docs" / "models.md", ROOT / "docs" / "gpu-decoding.md"
     front = fill(readme.read_text(), "families", families_table())
     front = fill(front, "speed", speed_sentence())
@@ -212,6 +281,7 @@ def pages() -> dict[Path, str]:
     figures = fill(figures, "native", native_page())
     for name in RECORDED:
         figures = fill(figures, name, recorded(name))
+    figures = fill(figures, "million", million_table())
     return {
         measured: figures,
         ROOT / "docs" / "checkpoints.md": support.checkpoints_page(),
@@ -219,9 +289,12 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "reference.md": reference_page(),
         readme: front,
         words: fill(words.read_text(), "towers", support.text_page()),
+        search: fill(search.read_text(), "copies", copies_table()),
         models: fill(models.read_text(), "layouts", support.families_page()),
         decoding: fill(decoding.read_text(), "feeding", feeding_table()),
-        sizing: fill(sizing.read_text(), "sizing", sizing_table()),
+        sizing: fill(
+            fill(sizing.read_text(), "sizing", sizing_table()), "howlarge", billion_table()
+        ),
         embedding: fill(embedding.read_text(), "codes", codes_table()),
     }
 

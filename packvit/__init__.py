@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from packvit.families.siglip2 import Siglip2NaflexPacking as Siglip2NaflexPacking
     from packvit.families.tipsv2 import Tipsv2VisionPacking as Tipsv2VisionPacking
     from packvit.hub import load as load
-    from packvit.images.decode import ImageError as ImageError
+    from packvit.images.errors import ImageError as ImageError
     from packvit.model.attention import attend as attend
     from packvit.packs.features import Features as Features
     from packvit.packs.features import Pack as Pack
@@ -59,7 +59,7 @@ _HOMES = {
     "Encoder": "packvit.encoder",
     "FeatureFolder": "packvit.corpus.folder.reader",
     "Features": "packvit.packs.features",
-    "ImageError": "packvit.images.decode",
+    "ImageError": "packvit.images.errors",
     "KimiK25VisionPacking": "packvit.families.kimi_k25",
     "OneVisionEncoderPacking": "packvit.families.onevision",
     "Pack": "packvit.packs.features",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import packvit
 from packvit.encoder import Encoder
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 from packvit.training import sharding
 from packvit.training.blocks import checkpoint_activations, freeze
 from packvit.training.sampling import Step, count_tokens, plan_steps

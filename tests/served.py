@@ -12,7 +12,7 @@ from rotten import write_good
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.inputs.sources import read
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 
 def outcome(listing: Listing) -> dict[str, str | bytes]:

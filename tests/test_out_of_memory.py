@@ -17,7 +17,7 @@ from small_checkpoint import write_checkpoint
 from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
 import packvit
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 from packvit.out_of_memory import (
     free_host_memory,
     free_in_groups,

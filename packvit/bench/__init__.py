@@ -1,8 +1,9 @@
 """Benchmark our encoders against their peers and the machine's limits. No torch here.
 
 `models.py` has the weights, `workloads.py` the packs, `ours.py` and `peers.py` the contenders,
-`measuring.py` the clock, `run.py` runs them all, and `table.py` prints the report. `native.py`
-does so for batches of one size, beside the peers of `native_peers.py`.
+`correctness.py` says whose tokens are right, `measuring.py` has the clock, `run.py` runs them all,
+and `table.py` prints the report. `native.py` does so for batches of one size, beside the peers of
+`native_peers.py`.
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,11 @@ MODELS = (  # built with random weights, at the published sizes
     "aimv2-l14-448",
     "qwen3-vit",
     "qwen2.5-vl-vit",
+    "qwen2-vl-vit",
+    "moonvit-so400m",
     "c-radio-h16",
     "tipsv2-b14",
+    "pe-spatial-l14",
 )
 WORKLOADS = {
     "mixed": "mixed sizes",

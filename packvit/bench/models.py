@@ -16,6 +16,9 @@ from packvit.families import (
     ClipPacking,
     Dinov2Packing,
     DINOv3ViTPacking,
+    KimiK25VisionPacking,
+    PerceptionPacking,
+    Qwen2VisionTransformerPacking,
     Qwen3VLVisionPacking,
     Qwen25VisionTransformerPacking,
     RadioPacking,
@@ -23,13 +26,9 @@ from packvit.families import (
     SiglipPacking,
     Tipsv2VisionPacking,
 )
-from packvit.verification.references import (
-    ReferenceModel,
-    model_class,
-    quiet,
-    randomise,
-    take_normalized,
-)
+from packvit.verification import timm_reference
+from packvit.verification.references import ReferenceModel, model_class, quiet, randomise
+from packvit.verification.running import take_normalized
 from packvit.verification.verify import tower_alone
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -74,8 +73,15 @@ SIZES: dict[str, tuple[type[Encoder], str, dict[str, Any]]] = {
         "Qwen2_5_VisionTransformerPretrainedModel",
         {"hidden_size": 1280},
     ),
+    "qwen2-vl-vit": (
+        Qwen2VisionTransformerPacking,
+        "Qwen2VisionTransformerPretrainedModel",
+        {},
+    ),
+    "moonvit-so400m": (KimiK25VisionPacking, "Kimi_K25VisionModel", {}),
     "c-radio-h16": (RadioPacking, "RadioModel", HUGE),
     "tipsv2-b14": (Tipsv2VisionPacking, "Tipsv2VisionModel", BASE),
+    "pe-spatial-l14": (PerceptionPacking, "vit_pe_spatial_large_patch14_448", {}),
 }
 # Biases that are zero in every published checkpoint, so that timm leaves them out.
 ZERO = {"DINOv3ViTModel": ("q_proj.bias", "v_proj.bias")}
@@ -84,6 +90,9 @@ ZERO = {"DINOv3ViTModel": ("q_proj.bias", "v_proj.bias")}
 def config_of(name: str) -> EncoderConfig:
     """Return the configuration of our encoder of a size, without making weights."""
     encoder, architecture, entries = SIZES[name]
+    if encoder.family.reference.library == "timm":
+        given = {"architecture": architecture, "model_args": entries}
+        return encoder.family.layouts[0].read(given, ())
     kind = model_class(architecture).config_class
     return encoder.family.layouts[0].read(kind(**entries).to_dict(), ())
 
@@ -96,7 +105,7 @@ class Model:
     weights: str  # "random", or where they come from
     encoder: type[Encoder]
     config: EncoderConfig
-    reference: Any  # transformers' model, on the measured device and dtype
+    reference: Any  # transformers' model, or timm's, on the measured device and dtype
 
     @property
     def resizes(self) -> bool:
@@ -122,7 +131,7 @@ class Model:
 def build(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> Model:
     """Return the random model of a size, or the checkpoint `name`.
 
-    Raises: BenchError; CheckpointError; ImportError without transformers.
+    Raises: BenchError; CheckpointError; ImportError without the reference's library.
     """
     if name in SIZES:
         return random_model(name, layers, device, dtype)
@@ -134,11 +143,17 @@ def build(name: str, layers: int | None, device: torch.device, dtype: torch.dtyp
 def random_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> Model:
     """Return a model with random weights; speed does not depend on them."""
     encoder, architecture, entries = SIZES[name]
-    kind = model_class(architecture)
-    word = "depth" if hasattr(kind.config_class(), "depth") else "num_hidden_layers"
-    entries = entries | ({} if layers is None else {word: layers})
-    with quiet(), device:  # a GPU draws some hundred million numbers in no time
-        reference = randomise(kind(kind.config_class(**entries)), seed=0)
+    if encoder.family.reference.library == "timm":
+        entries = entries | ({} if layers is None else {"depth": layers})
+        with device:
+            made = timm_reference.create(architecture, **entries)
+    else:
+        kind = model_class(architecture)
+        word = "depth" if hasattr(kind.config_class(), "depth") else "num_hidden_layers"
+        entries = entries | ({} if layers is None else {word: layers})
+        with quiet(), device:  # a GPU draws some hundred million numbers in no time
+            made = kind(kind.config_class(**entries))
+    reference = randomise(made, seed=0)
     for key, weight in reference.named_parameters():
         if key.endswith(ZERO.get(architecture, ())):
             weight.data.zero_()

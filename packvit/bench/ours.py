@@ -30,9 +30,9 @@ class Ours(NamedTuple):
                 [Call(lambda: encoder(cut(pixels, patch, "chw"), grid), rows)], encoder
             )
         encoder = load(model.reference, positions=positions, **self.options)
-        if encoder.head is None:
+        if encoder.head is None or model.encoder.family.reference.library == "timm":
             return Contender([Call(lambda: encoder(patches, grid), rows)], encoder)
-        # The reference's forward pools too.
+        # transformers' forward pools too, and timm's is asked for tokens alone.
         return Contender([Call(lambda: encoder.encode(patches, grid).tokens, rows)], encoder)
 
 

@@ -16,7 +16,8 @@ from packvit.bench.contenders import Call, Contender, Subject, Unavailable
 from packvit.config import SinCos, Table
 from packvit.model.positions import sine_cosine, sine_cosine_axis
 from packvit.packs.places import PatchPlaces
-from packvit.verification.references import inputs, tower
+from packvit.verification.references import tower
+from packvit.verification.running import inputs, last_state
 from packvit.verification.towers import is_tower, last_order
 
 Mode = Literal["default", "max-autotune"]  # of torch.compile
@@ -51,9 +52,7 @@ def batch(subject: Subject, members: list[int]) -> Call:
         given["pixel_attention_mask"] = None  # nothing is padded, and a mask would cost time
     places = torch.stack([subject.rows[image] for image in members])
     prefix = places.new_full((len(members), subject.model.config.prefix), -1)
-    return Call(
-        lambda: looking(**given, **options).last_hidden_state, torch.cat([prefix, places], 1)
-    )
+    return Call(lambda: last_state(looking, given, **options), torch.cat([prefix, places], 1))
 
 
 def tower_call(subject: Subject, members: list[int], given: dict[str, Any]) -> Call:
@@ -68,7 +67,7 @@ def tower_call(subject: Subject, members: list[int], given: dict[str, Any]) -> C
 
 
 def packed(subject: Subject) -> Contender:
-    """transformers on one pack, where its model takes one.
+    """The reference on one pack, where its model takes one.
 
     Raises: Unavailable where it does not.
     """
@@ -79,13 +78,13 @@ def packed(subject: Subject) -> Contender:
 
 
 def one_by_one(subject: Subject) -> Contender:
-    """transformers, as its examples are written."""
+    """The reference, as its examples are written."""
     calls = [batch(subject, [image]) for image in range(len(subject.images))]
     return Contender(calls, subject.model.reference)
 
 
 def grouped(subject: Subject) -> Contender:
-    """transformers on batches of images that share a grid."""
+    """The reference on batches of images that share a grid."""
     groups: dict[tuple[int, int, int], list[int]] = {}
     for image, grid in enumerate(subject.workload.grid):
         groups.setdefault(grid, []).append(image)
@@ -161,7 +160,7 @@ def padded_aimv2(subject: Subject, looking: Any, padded: Padded) -> Callable[[],
 
 
 def padded(subject: Subject) -> Contender:
-    """transformers on one padded batch with a mask."""
+    """The reference on one padded batch with a mask."""
     run, rows = padded_forward(subject)
     return Contender([Call(run, rows)], subject.model.reference)
 
@@ -272,13 +271,14 @@ def timm_weights(looking: Any, side: tuple[int, int], layers: int) -> dict[str, 
     return named
 
 
-BASELINE = "transformers, one by one"
-PEERS = (
-    Peer(BASELINE, one_by_one),
-    Peer("transformers, grouped by equal grid", grouped),
-    Peer("transformers, packed", packed),
-    Peer("transformers, padded", padded),
-    Peer("transformers, padded, compiled", padded_compiled),
-    Peer("timm NaFlexVit, padded", timm),
-    Peer("timm NaFlexVit, padded, compiled", timm_compiled),
-)
+def peers(library: str) -> tuple[Peer, ...]:
+    """Return the peers of a family that is verified beside `library`; the baseline first."""
+    return (
+        Peer(f"{library}, one by one", one_by_one),
+        Peer(f"{library}, grouped by equal grid", grouped),
+        Peer(f"{library}, packed", packed),
+        Peer(f"{library}, padded", padded),
+        Peer(f"{library}, padded, compiled", padded_compiled),
+        Peer("timm NaFlexVit, padded", timm),
+        Peer("timm NaFlexVit, padded, compiled", timm_compiled),
+    )

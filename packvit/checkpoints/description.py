@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.image_settings import image_config_from
 from packvit.checkpoints.layouts import Family, Layout, named_type
-from packvit.checkpoints.processors import image_config_from
 from packvit.checkpoints.rules import bind
 from packvit.config import EncoderConfig, ImageConfig, TransformerConfig
 

@@ -21,7 +21,13 @@ from packvit.checkpoints.folders import (
     read_json,
     read_weight_map,
 )
-from packvit.checkpoints.ranges import Part, choose, fetch_tensors, write_texts
+from packvit.checkpoints.ranges import (
+    Part,
+    choose_from_file,
+    choose_from_shards,
+    fetch_tensors,
+    write_texts,
+)
 
 
 class NoRangesError(Exception):
@@ -91,7 +97,7 @@ def download_part(name: str, snapshot: Path, part: Part, config: Mapping[str, An
         return part.wanted(config, names)
 
     try:
-        chosen = choose(request, None, WEIGHTS, choose_names)
+        chosen = choose_from_file(request, WEIGHTS, choose_names)
     except NotCachedError:
         chosen = None
     if chosen is None:
@@ -103,9 +109,7 @@ def download_part(name: str, snapshot: Path, part: Part, config: Mapping[str, An
             (snapshot / weight_map[name]).exists() for name in names
         ):
             return None
-        chosen = choose(request, weight_map, WEIGHTS, choose_names)
-    if chosen is None:
-        return None
+        chosen = choose_from_shards(request, weight_map, names)
     folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder / ".lock"):
         if not (folder / WEIGHTS).is_file():

@@ -42,18 +42,19 @@ class Variant:
     """A kind of checkpoint within a family, as a small random model of transformers shows it."""
 
     name: str
-    model: str  # the class in transformers
+    model: str  # the class in transformers, or timm's name of an architecture
     entries: Json = field(default_factory=dict)  # of its configuration, beside the sizes
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What transformers calls a family's models: for `packvit verify`, and nothing else."""
+    """What transformers, or timm, calls a family's models: for `packvit verify`, and no more."""
 
     variants: tuple[Variant, ...]
     processor: str  # the class in transformers that prepares images
     processor_options: Json = field(default_factory=dict)  # where the class's defaults are others
     interpolates: bool = False  # whether the models take `interpolate_pos_encoding`
+    library: Literal["transformers", "timm"] = "transformers"  # whose models they are
     elsewhere: str = ""  # where there are no variants: what it is compared with, in a sentence
 
     @property

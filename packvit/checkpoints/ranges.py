@@ -83,35 +83,43 @@ def read_places(request: Request, file: str) -> dict[str, Place] | None:
     return places
 
 
-def choose(
-    request: Request,
-    files: Mapping[str, str] | None,
-    whole: str,
-    choose_names: Callable[[Collection[str]], Collection[str]],
+def choose_from_file(
+    request: Request, file: str, choose_names: Callable[[Collection[str]], Collection[str]]
 ) -> list[tuple[str, Place]] | None:
-    """Return the wanted tensors and their places, in the order of their files and bytes.
+    """Return the wanted tensors of a model's one file and their places, in the file's order.
 
-    `files` is an index of the shards, or None where the model is the one file `whole`. None where
-    the whole is to be downloaded: most of it is wanted.
+    None where the whole is to be downloaded: there is no such file, or most of it is wanted.
+    """
+    places = read_places(request, file)
+    if places is None:
+        return None
+    names = set(choose_names(places))
+    if count_bytes(places.values()) < WORTH * count_bytes(places[name] for name in names):
+        return None
+    return in_order({name: places[name] for name in names})
+
+
+def choose_from_shards(
+    request: Request, weight_map: Mapping[str, str], names: Collection[str]
+) -> list[tuple[str, Place]]:
+    """Return the tensors `names` and their places, in the order of their shards and bytes.
+
+    Raises: CheckpointError if a shard is missing, or lacks what the index names.
     """
     places: dict[str, Place] = {}
-    if files is None:
-        places = read_places(request, whole) or {}
-        if not places:
-            return None
-        names = set(choose_names(places))
-        if count_bytes(places.values()) < WORTH * count_bytes(places[name] for name in names):
-            return None
-    else:
-        names = set(choose_names(files))
-        for file in sorted({files[name] for name in names}):
-            found = read_places(request, file)
-            if found is None:
-                raise CheckpointError(f"The model lacks the shard {file}, which its index names.")
-            places |= found
-        if absent := sorted(names - places.keys()):
-            raise CheckpointError(f"The shards lack what their index names: {', '.join(absent)}.")
-    return sorted(((name, places[name]) for name in names), key=lambda one: one[1][:2])
+    for file in sorted({weight_map[name] for name in names}):
+        found = read_places(request, file)
+        if found is None:
+            raise CheckpointError(f"The model lacks the shard {file}, which its index names.")
+        places |= found
+    if absent := sorted(set(names) - places.keys()):
+        raise CheckpointError(f"The shards lack what their index names: {', '.join(absent)}.")
+    return in_order({name: places[name] for name in names})
+
+
+def in_order(places: Mapping[str, Place]) -> list[tuple[str, Place]]:
+    """Return tensors in the order of their files and bytes."""
+    return sorted(places.items(), key=lambda one: one[1][:2])
 
 
 def count_bytes(places: Iterable[Place]) -> int:

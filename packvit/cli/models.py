@@ -22,8 +22,11 @@ SHORT = {
     "dinov3-l16": "facebook/dinov3-vitl16-pretrain-lvd1689m",
     "qwen3-vit": "Qwen/Qwen3.5-9B",
     "qwen2.5-vl-vit": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen2-vl-vit": "Qwen/Qwen2-VL-7B-Instruct",
+    "moonvit-so400m": "moonshotai/Kimi-K2.5",
     "c-radio-h16": "nvidia/C-RADIOv4-H",
     "tipsv2-b14": "google/tipsv2-b14",
+    "pe-spatial-l14": "timm/vit_pe_spatial_large_patch14_448.fb",
 }
 MODEL_HELP = (
     f"A checkpoint's name on the hub, its folder, tiny, or a short name: {', '.join(SHORT)}."

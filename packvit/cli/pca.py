@@ -10,7 +10,7 @@ from packvit.cli.models import MODEL_HELP, explaining, full_name
 from packvit.cli.options import COUNT, device_option, width_option
 from packvit.cli.progress import show_progress
 from packvit.corpus import UsageError, WriteError
-from packvit.images.decode import CODES
+from packvit.images.errors import CODES
 
 
 @click.command(cls=Command, context_settings={"show_default": True})

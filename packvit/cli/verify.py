@@ -37,7 +37,8 @@ MISSED = 1
     "--reference",
     type=click.Choice(["transformers", "timm"]),
     default="transformers",
-    help="timm: its model of the same weights as well, where it has one.",
+    help="timm: its model of the same weights as well, where it has one. Perception Encoder, of "
+    "which transformers has no class, is compared with timm's in any case.",
 )
 @device_option
 @click.option("--quick", is_flag=True, help="Fewer and smaller images.")
@@ -71,7 +72,7 @@ def verify(
     certificate: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare an encoder with transformers' model of the same weights.
+    """Compare an encoder with transformers' model of the same weights, or timm's.
 
     This compares tokens, prefix, the output of every layer, pooled and projected vectors, for
     images of many shapes, alone and packed, in float32 and bfloat16, with every attention backend
@@ -155,6 +156,7 @@ def search(
     Raises: click.UsageError for an unknown family, ClickException for other errors.
     """
     from packvit.checkpoints.errors import CheckpointError
+    from packvit.verification.references import import_reference
     from packvit.verification.verify import family_names, verify_checkpoint, verify_family
 
     known = family_names()
@@ -177,6 +179,14 @@ def search(
                 raise click.UsageError(elsewhere)
             if elsewhere:
                 click.echo(elsewhere, err=True)
+                continue
+            try:
+                import_reference(encoder.family)
+            except ImportError as error:
+                if family == name or encoder.family.reference.library == "transformers":
+                    raise
+                click.echo(f"{encoder.family.name} is left out. {error}", err=True)
+                continue
             yield from verify_family(encoder, options, device=device)
     except (CheckpointError, ImportError, OSError) as error:
         raise click.ClickException(str(error)) from error

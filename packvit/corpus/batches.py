@@ -11,7 +11,7 @@ from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.sources import Input, read
 from packvit.encoder import Encoder
 from packvit.hub import load
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 from packvit.images.patches import Cutting
 from packvit.images.resize import Resize
 from packvit.packs.checks import check_projected

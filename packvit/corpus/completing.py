@@ -19,7 +19,7 @@ from packvit.corpus.folder.sharding import parts_of, rows_of
 from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.progress import Summary, Tally
 from packvit.corpus.runners.order import Runner, Work
-from packvit.images.decode import CODES
+from packvit.images.errors import CODES
 
 
 def run(

@@ -13,7 +13,7 @@ from typing import Any
 
 from packvit.checkpoints.config_json import Json, entry, square
 from packvit.checkpoints.errors import CheckpointError
-from packvit.checkpoints.layouts import Family, Layout, Reference
+from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import convolution, fuse, layers, neighbours, rename, reshape
 from packvit.config import (
     HALF_STATISTICS,
@@ -25,7 +25,7 @@ from packvit.config import (
     Table,
 )
 from packvit.encoder import Encoder
-from packvit.families.perception_sizes import ARCHITECTURES, COMMON, arguments_of
+from packvit.families.perception_sizes import ARCHITECTURES, COMMON, architecture_of, arguments_of
 
 OURS, BLOCK = "encoder.layers.{i}.", "blocks.{i}."
 LAYERS = {
@@ -52,8 +52,6 @@ RULES = (
         for part in ("weight", "bias")
     ),
 )
-TIMM = "Perception Encoder is verified beside timm, in our tests: transformers has no class of it."
-OTHER = "vit_pe_core_tiny_patch16_384"  # of which an architecture without a name is a change
 IMAGES = {"interpolation": "bicubic", "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
@@ -63,14 +61,14 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     Raises: CheckpointError for arguments or preprocessing that no published checkpoint has.
     """
     name = entry(config, "architecture", str)
+    classes = entry(config, "num_classes", int, 0)
+    again = {"in_chans": 3, "num_classes": classes}  # which timm itself writes among the arguments
     given = entry({"model_args": {}, **config}, "model_args", dict)
+    given = {key: value for key, value in given.items() if again.get(key, ...) != value}
     made = ARCHITECTURES[name] | given
     shown = {**IMAGES, **entry({"pretrained_cfg": {}, **config}, "pretrained_cfg", dict)}
-    patch, width, pooled = (
-        square(made, "patch_size"),
-        entry(made, "embed_dim", int),
-        made["global_pool"],
-    )
+    patch, width = square(made, "patch_size"), entry(made, "embed_dim", int)
+    pooled = made["global_pool"]
     side = square(made, "img_size") // patch
     known = {**shown, **IMAGES} == shown and list(made["ref_feat_shape"]) == [side, side]
     if not known or made.keys() > ARCHITECTURES[name].keys() or pooled not in ("map", "avg"):
@@ -101,7 +99,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
         final_norm="tokens" if pooled == "map" else None,
         pool="probe" if pooled == "map" else None,
         probe=probe if pooled == "map" else None,
-        projection=entry(config, "num_classes", int, 0) or None,
+        projection=classes or None,
         projection_bias=True,
     )
 
@@ -109,7 +107,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
 def write(config: EncoderConfig) -> dict[str, Any]:
     """Write timm's config.json: an architecture, and what of it is otherwise."""
     made = arguments_of(config)
-    name = next((name for name, known in ARCHITECTURES.items() if known == made), OTHER)
+    name = architecture_of(made)
     other = {key: value for key, value in made.items() if ARCHITECTURES[name][key] != value}
     shared = {"num_classes": config.projection or 0}
     size = {"input_size": [3, *[made["img_size"]] * 2], "fixed_input_size": True}
@@ -138,7 +136,15 @@ FAMILY = Family(
     layouts=(Layout("transformers", "norm_pre.weight", RULES, read, write),),
     images=images,
     checkpoints=tuple(f"timm/{name}.fb" for name in ARCHITECTURES),
-    reference=Reference(variants=(), processor="", elsewhere=TIMM),
+    reference=Reference(
+        variants=(
+            Variant("core", "vit_pe_core_tiny_patch16_384"),
+            Variant("lang", "vit_pe_lang_large_patch14_448"),
+            Variant("spatial, no class token", "vit_pe_spatial_gigantic_patch14_448"),
+        ),
+        processor="",
+        library="timm",
+    ),
 )
 
 

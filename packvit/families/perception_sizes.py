@@ -45,6 +45,15 @@ ARCHITECTURES = {
     for kind, size, patch, side, own in KINDS
 }
 
+# What pools, and with it what is normed, is no argument but a matter of the name.
+OTHERS = {"map": "vit_pe_core_tiny_patch16_384", "avg": "vit_pe_spatial_tiny_patch16_512"}
+
+
+def architecture_of(made: dict[str, Any]) -> str:
+    """Return the name of an architecture, or of one that pools alike, if it has none."""
+    named = (name for name, known in ARCHITECTURES.items() if known == made)
+    return next(named, OTHERS[made["global_pool"]])
+
 
 def arguments_of(config: EncoderConfig) -> dict[str, Any]:
     """Return the arguments that make an encoder's architecture."""

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from packvit.config import ImageConfig, PaddedPatches
-from packvit.images.decode import MAX_PIXELS, ImageError, open_image, read_turn
+from packvit.images.decode import MAX_PIXELS, open_image, read_turn
+from packvit.images.errors import ImageError
 from packvit.images.resize import Resize, SizePlan, resize_plan
 
 Reason = Literal[

@@ -5,46 +5,27 @@ white and ignores orientation, all in silence. This module is the one place that
 never imports torch, so that decode workers stay small.
 """
 
-import errno
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from threading import Lock
-from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
 from packvit.images.colour import MODES, rescale_colour_key, to_rgb
+from packvit.images.errors import ImageError, Stage
+from packvit.images.files import MAX_BYTES, read_file
 from packvit.images.heif import INSTALL, is_avif, is_heif, open_heif
 from packvit.images.png import SIGNATURE, without_large_texts
 from packvit.images.signatures import explain, identify
 from packvit.images.tiff import check_opened, check_tags
 
-Stage = Literal["list", "read", "header", "decode", "resize", "encode", "write"]
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
-CODES = {
-    "missing": "there is no file at this path",
-    "unreadable": "the file is there but cannot be read; look at its permissions and its disk",
-    "not_a_file": "this is a folder, pipe, socket or device; name a regular file",
-    "unidentified": "these bytes are no image that can be recognised",
-    "truncated": "the file is cut short or damaged; fetch it again from where it came",
-    "unsupported_format": "images of this format are not read; convert it to JPEG or PNG",
-    "unsupported_mode": "pixels of this kind are not read; convert them to 8-bit RGB",
-    "too_many_pixels": "it has more pixels than the limit; make it smaller, or raise max_pixels",
-    "aspect_ratio": "its sides are too short or too unequal for the model's patches; "
-    'crop it, or ask for resize="native"',
-    "decoder_crash": "the process that decoded it died",
-    "timeout": "decoding it took longer than allowed",
-    "out_of_memory": "there was not enough memory for it; make it smaller, or run fewer workers",
-    "overflow": "its features are too large for the output type; write them as float32",
-    "non_finite": "its features hold NaN or infinity; encode it in float32",
-}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 100_000_000
 # Pillow takes some 16 bytes a pixel to decode these, and up to 8 for others. Their decoders give a
@@ -52,7 +33,6 @@ MAX_PIXELS = 100_000_000
 HEAVY = frozenset({"AVIF", "HEIF", "WEBP"})
 MOST_COPIED = 120 << 20  # bytes of a file of these, of which their decoders make two copies
 MOST_EXIF = 16 << 20  # bytes, of which copies are made
-MAX_BYTES = 2**31  # a sparse file of a terabyte costs nothing to make and all memory to read
 
 
 # What turns stored pixels upright. Source: EXIF 2.32, tag 0x0112.
@@ -67,27 +47,6 @@ _UPRIGHT = {
 }
 
 
-class ImageError(ValueError):
-    """One image that cannot be used: `code` (a key of CODES), the `stage` it failed in, a `note`.
-
-    `note` holds words of ours alone: a library's message holds addresses and paths, and changes
-    from run to run. `index` says which image of a list, and may be set by whoever knows.
-    """
-
-    def __init__(self, code: str, stage: Stage, note: str | None = None, index: int | None = None):
-        assert code in CODES, code
-        super().__init__(code, stage, note, index)  # what pickle hands to a new process
-        self.code = code
-        self.stage: Stage = stage
-        self.note = note
-        self.index = index
-
-    def __str__(self) -> str:
-        who = "The image" if self.index is None else f"Image {self.index}"
-        where = self.stage if self.note is None else f"{self.stage}: {self.note}"
-        return f"{who} cannot be used: {CODES[self.code]} ({where})."
-
-
 @dataclass(frozen=True, slots=True)
 class Photo:
     """An upright RGB image of 8 bits; `note` says in fixed words what was done to make it one."""
@@ -96,42 +55,6 @@ class Photo:
     width: int
     height: int
     note: str | None
-
-
-def find_file(path: str | os.PathLike[str], stage: Stage = "read") -> os.stat_result:
-    """Return what the system says of a regular file; links are followed, and nothing is opened.
-
-    Raises: ImageError missing, not_a_file or unreadable.
-    """
-    try:
-        found = os.stat(path)  # before opening: opening a pipe would wait for its other end
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in it
-        raise ImageError("missing", stage) from error
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise ImageError("missing", stage, "links in a circle") from error
-        raise ImageError("unreadable", stage) from error
-    if not stat.S_ISREG(found.st_mode):
-        raise ImageError("not_a_file", stage)
-    return found
-
-
-def read_file(path: str | os.PathLike[str], start: int = 0, size: int | None = None) -> bytes:
-    """Return the bytes of a regular file, or `size` of them from `start` on, or what there is.
-
-    Raises: ImageError missing, not_a_file or unreadable.
-    """
-    whole = find_file(path).st_size
-    if (whole if size is None else size) > MAX_BYTES:
-        raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
-    try:
-        with open(path, "rb") as file:
-            file.seek(start)
-            return file.read() if size is None else file.read(size)
-    except MemoryError as error:
-        raise ImageError("out_of_memory", "read") from error
-    except OSError as error:
-        raise ImageError("unreadable", "read") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from packvit.config import ImageConfig, PatchOrder
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 from packvit.images.resize import Resize, resize_plan
 
 

@@ -10,7 +10,8 @@ from math import ceil, floor, sqrt
 from typing import Literal
 
 from packvit.config import Exact, ImageConfig, MostPatches, PaddedPatches, PixelRange, ShortestEdge
-from packvit.images.decode import MAX_PIXELS, ImageError
+from packvit.images.decode import MAX_PIXELS
+from packvit.images.errors import ImageError
 
 Resize = Literal["checkpoint", "native"]
 

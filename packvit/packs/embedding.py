@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packvit.images.decode import ImageError, load_image
+from packvit.images.decode import load_image
+from packvit.images.errors import ImageError
 from packvit.images.patches import Cutting, Patches
 from packvit.packs.features import Pack, check_list, join
 from packvit.packs.planning import plan_packs

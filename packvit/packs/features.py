@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from packvit.images.decode import ImageError, Source, load_image
+from packvit.images.decode import Source, load_image
+from packvit.images.errors import ImageError
 from packvit.images.patches import Cutting, Patches
 from packvit.packs.clips import Clip, cut_clip, frames_of, of_one_width
 from packvit.packs.grid import Grid, GridLike, as_tensor, to_device

@@ -9,7 +9,8 @@ from textwrap import wrap
 from PIL import Image, ImageDraw
 
 from packvit.corpus.inputs.sources import Input
-from packvit.images.decode import ImageError, load_image
+from packvit.images.decode import load_image
+from packvit.images.errors import ImageError
 from packvit.pictures.colours import BLANK
 from packvit.pictures.draw import check_out, write_picture
 from packvit.pictures.maps import count

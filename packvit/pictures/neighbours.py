@@ -13,7 +13,8 @@ from PIL import Image
 from packvit.corpus import UsageError
 from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
-from packvit.images.decode import ImageError, Source, load_image
+from packvit.images.decode import Source, load_image
+from packvit.images.errors import ImageError
 from packvit.pictures.colours import BLANK
 from packvit.pictures.maps import count, short
 from packvit.pictures.sheet import APART, WIDTH, Panel, draw_sheet

@@ -21,7 +21,8 @@ from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.sources import Input
 from packvit.corpus.settings import EmbedOptions, check_options, fit_options
 from packvit.encoder import Encoder
-from packvit.images.decode import ImageError, Source, load_image
+from packvit.images.decode import Source, load_image
+from packvit.images.errors import ImageError
 from packvit.packs.planning import plan_packs
 
 KEPT = 65536  # tokens: 256 MiB at a width of 1024

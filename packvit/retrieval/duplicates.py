@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs.roots import place, recorded_root
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 from packvit.retrieval.folders import Vectors, open_vectors
 from packvit.retrieval.linkage import group_pairs
 from packvit.retrieval.nearest import choose_device

@@ -12,7 +12,8 @@ from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.listing import readable
 from packvit.corpus.inputs.sources import Input, read
 from packvit.corpus.inputs.suffixes import is_archive
-from packvit.images.decode import ImageError, load_image
+from packvit.images.decode import load_image
+from packvit.images.errors import ImageError
 
 
 def load_photograph(source: Input) -> Image.Image:

@@ -10,7 +10,8 @@ import numpy as np
 
 from packvit.corpus import UsageError
 from packvit.corpus.inputs.suffixes import is_photograph
-from packvit.images.decode import CODES, ImageError, Source
+from packvit.images.decode import Source
+from packvit.images.errors import CODES, ImageError
 from packvit.retrieval.folders import Vectors
 from packvit.retrieval.models import embed_photographs, embed_words, word_column
 

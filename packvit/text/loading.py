@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from packvit.checkpoints import files as checkpoints
-from packvit.checkpoints import rules as weights
+from packvit.checkpoints import parameters as weights
 from packvit.checkpoints.description import check_sizes
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint

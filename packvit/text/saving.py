@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from packvit.checkpoints import files as checkpoints
-from packvit.checkpoints import rules as weights
 from packvit.checkpoints.layouts import EMBEDDING
+from packvit.checkpoints.parameters import store
+from packvit.checkpoints.rules import permute_patches
 from packvit.encoder import Encoder
 from packvit.text.encoder import TextEncoder
 from packvit.text.loading import tower_of
@@ -38,10 +39,10 @@ def save_towers(
             "packvit.load and packvit.load_text."
         )
     images, words = states or (encoder.state_dict(), text.state_dict())
-    embedding = weights.permute_patches(images[EMBEDDING], encoder.patch_order, back=True)
+    embedding = permute_patches(images[EMBEDDING], encoder.patch_order, back=True)
     layout = encoder.family.layout(source.tensors, source.config)
-    stored = weights.store({**images, EMBEDDING: embedding}, layout.rules)
-    stored |= weights.store(words, tower_of(source).layout(source.tensors, source.config).rules)
+    stored = store({**images, EMBEDDING: embedding}, layout.rules)
+    stored |= store(words, tower_of(source).layout(source.tensors, source.config).rules)
     dtype = str(embedding.dtype).removeprefix("torch.")
     checkpoints.write(
         folder,

@@ -1,7 +1,7 @@
-"""Compare what is written and read: saved weights that transformers loads, and preprocessing."""
+"""Compare what is written and read: saved weights that the reference loads, and preprocessing."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +15,7 @@ from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.folders import PREPROCESSOR, PROCESSOR
 from packvit.config import ImageConfig, Table
 from packvit.encoder import Encoder
-from packvit.verification import Comparison, VerifyOptions
+from packvit.verification import Comparison, VerifyOptions, timm_reference
 from packvit.verification.drawing import draw, draw_photograph
 from packvit.verification.references import (
     ReferenceModel,
@@ -23,10 +23,10 @@ from packvit.verification.references import (
     load_model,
     processor_class,
     quiet,
-    run,
     vision_weights,
 )
 from packvit.verification.rule import judge
+from packvit.verification.running import run
 
 PHOTOGRAPHS = ((300, 421), (640, 97), (97, 640), (61, 50), (1024, 683), (224, 224))  # height, width
 # Of processors that resize in floating point: Pillow, which we resize with, rounds to 8 bits twice,
@@ -40,15 +40,8 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
     """Save with our `save_pretrained`, load with transformers, and compare weights and outputs."""
     with TemporaryDirectory() as folder:
         encoder.save_pretrained(folder)
-        before = reference.load(torch.float32, "cpu")
-        # A tower that we do not write gets random weights, in its own size rather than the default.
-        two = hasattr(before.config, "text_config")
-        written = json.loads((Path(folder) / "config.json").read_bytes())
-        name = written.get("architectures", [reference.architecture])[0]
-        alone = name != reference.architecture
-        config = before.config if two and not alone else None
-        exact = reference.load(torch.float64, "cpu")
-        after, left = load_model(name, Path(folder), torch.float32, config=config)
+        before, exact = (reference.load(dtype, "cpu") for dtype in (torch.float32, torch.float64))
+        after, name, left = load_saved(reference, Path(folder), before)
     ours, theirs = vision_weights(after), vision_weights(before)
     skipped = {name for layout in reference.family.layouts for name in layout.skipped}
     wrong = {name for name in left if name.split(".")[0] not in skipped}
@@ -76,8 +69,29 @@ def compare_saved(encoder: Encoder, reference: ReferenceModel) -> Iterator[Compa
         yield Comparison("tokens", where, judged.measure, "alone", "float32", "none", *numbers)
 
 
+def load_saved(
+    reference: ReferenceModel, folder: Path, before: nn.Module
+) -> tuple[nn.Module, str, list[str]]:
+    """Return what the reference's library makes of a folder that we wrote, and of which class.
+
+    The third value names the weights that it left at random.
+    """
+    if reference.library == "timm":
+        saved = ReferenceModel(reference.family, folder)
+        return saved.load(torch.float32, "cpu"), saved.architecture, []
+    # A tower that we do not write gets random weights, in its own size rather than the default.
+    two = hasattr(before.config, "text_config")
+    written = json.loads((folder / "config.json").read_bytes())
+    name = written.get("architectures", [reference.architecture])[0]
+    config = before.config if two and name == reference.architecture else None
+    after, left = load_model(name, folder, torch.float32, config=config)
+    return after, name, left
+
+
 def entries_read(model: nn.Module) -> dict[str, Any]:
-    """Return what a model of transformers read in config.json about its vision tower."""
+    """Return what a model read in config.json about its vision tower."""
+    if timm_reference.is_timm(model):
+        return timm_reference.entries_read(model)
     config: Any = model.config
     looking = getattr(config, "vision_config", config)
     # Beside a text tower the outer width of the projection counts, and the inner is a leftover.
@@ -105,6 +119,8 @@ def compare_taken_over(encoder: Encoder, model: nn.Module) -> Comparison:
 
 def obstacle_to_photographs(reference: ReferenceModel, checkpoint: Checkpoint) -> str | None:
     """Return why preprocessing cannot be compared here, or None."""
+    if reference.library == "timm":
+        return None
     name = processor_class(reference.family, checkpoint.preprocessor)
     if image_processor(name) is None:
         return f"pixels: {name} needs torchvision, which is not installed"
@@ -118,15 +134,9 @@ def compare_photographs(
 ) -> Iterator[Comparison]:
     """Preprocess the same files with ours and the reference's code, and compare pixels.
 
-    `folder` is the checkpoint's. Processors on Pillow must be equal bit for bit.
+    `folder` is the checkpoint's. What resizes with Pillow must be equal bit for bit.
     """
-    assert encoder.checkpoint is not None
-    kind = image_processor(processor_class(encoder.family, encoder.checkpoint.preprocessor))
-    with quiet():
-        processor = kind.from_pretrained(folder)
-    limit = 0.0
-    if not kind.__name__.endswith("Pil"):
-        limit = ROUNDING / min(encoder.images.std)
+    prepare, limit = preparer(encoder, folder)
     draw = np.random.default_rng(options.seed)
     with TemporaryDirectory() as temporary:
         for height, width in PHOTOGRAPHS[:2] if options.quick else PHOTOGRAPHS:
@@ -136,7 +146,7 @@ def compare_photographs(
                 pack = encoder.pack([path], resize="checkpoint")
                 ours = encoder.to_values(pack.hidden_states).cpu()
                 with Image.open(path) as photograph:
-                    theirs, sides = prepare(processor, photograph, encoder.config.patch)
+                    theirs, sides = prepare(photograph.convert("RGB"))
                 if not encoder.family.processor_normalizes:
                     theirs = normalized(theirs, encoder.images)
                 worst = torch.inf
@@ -144,6 +154,26 @@ def compare_photographs(
                     worst = (ours.double() - theirs.double()).abs().max().item()
                 where = f"{suffix}, {height} x {width} pixels"
                 yield Comparison("pixels", where, "pixels", "none", "float32", "none", worst, limit)
+
+
+def preparer(
+    encoder: Encoder, folder: Path
+) -> tuple[Callable[[Image.Image], tuple[Tensor, tuple[int, int]]], float]:
+    """Return the reference's preprocessing, and how far off ours may be.
+
+    It returns flattened patches and their (rows, columns).
+    """
+    patch = encoder.config.patch
+    if encoder.family.reference.library == "timm":
+        made = timm_reference.transform(folder)
+        return (lambda photograph: cut(made(photograph), patch)), 0.0
+    assert encoder.checkpoint is not None
+    kind = image_processor(processor_class(encoder.family, encoder.checkpoint.preprocessor))
+    with quiet():
+        processor = kind.from_pretrained(folder)
+    on_pillow = kind.__name__.endswith("Pil")
+    limit = 0.0 if on_pillow else ROUNDING / min(encoder.images.std)
+    return (lambda photograph: prepare(processor, photograph, patch)), limit
 
 
 def normalized(values: Tensor, images: ImageConfig) -> Tensor:
@@ -159,7 +189,7 @@ def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tup
     Shapes: [patches, P], (row, column, channel); what is left over right and below is dropped, as
     the reference's convolution drops it.
     """
-    made = processor(images=image.convert("RGB"), return_tensors="pt")
+    made = processor(images=image, return_tensors="pt")
     if "image_grid_thw" in made:
         _, rows, columns = made["image_grid_thw"][0].tolist()
         if made["pixel_values"].ndim == 4:  # in raster order
@@ -172,7 +202,11 @@ def prepare(processor: Any, image: Image.Image, patch: int) -> tuple[Tensor, tup
     if "spatial_shapes" in made:
         rows, columns = made["spatial_shapes"][0].tolist()
         return made["pixel_values"][0, : rows * columns], (rows, columns)
-    pixels = made["pixel_values"][0]
+    return cut(made["pixel_values"][0], patch)
+
+
+def cut(pixels: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
+    """Return an image's patches and their (rows, columns). Shapes: [3, H, W] -> [patches, P]."""
     rows, columns = pixels.shape[1] // patch, pixels.shape[2] // patch
     whole = pixels[:, : rows * patch, : columns * patch]
     tiles = whole.reshape(3, rows, patch, columns, patch).permute(1, 3, 2, 4, 0)

@@ -10,17 +10,19 @@ from packvit.config import Table
 from packvit.encoder import Encoder
 from packvit.packs.grid import Grid
 from packvit.verification import Comparison, VerifyOptions
+from packvit.verification.answers import Answers
 from packvit.verification.comparison import ask, deviation
 from packvit.verification.drawing import Shapes, describe_grid, draw, plan_shapes, repeated
-from packvit.verification.references import Answers, ReferenceModel, inputs, run, tower
+from packvit.verification.references import ReferenceModel, tower
 from packvit.verification.rule import judge, judge_layers
-from packvit.verification.timm_models import described, run_timm, timm_model
+from packvit.verification.running import inputs, last_state, run
+from packvit.verification.timm_models import described, timm_model
+from packvit.verification.timm_reference import is_timm, run_timm
 
-TRANSFORMERS = "transformers"
 KINDS = ("tokens", "taps", "prefix")  # of what timm says
 NEIGHBOURS = "neighbours in the reference"
 OF_TIMM = "of timm beside transformers'"
-LEAKS = "an image changes its neighbour in transformers' own model, which was run one by one"
+LEAKS = "an image changes its neighbour in the reference's own model, which was run one by one"
 DIFFER = "transformers and timm differ on the same weights: at least one of them is wrong"
 
 
@@ -37,13 +39,12 @@ def compare_leak(
     said = []
     for other in others:
         both: Mapping[str, Any] = {name: torch.cat([first[name], other[name]]) for name in first}
-        state = looking(**both).last_hidden_state.flatten(0, -2)
+        state = last_state(looking, both).flatten(0, -2)
         said.append(state[: len(state) // 2])
     worst = deviation(said[0], said[1])
-    where = f"{TRANSFORMERS}' {type(model).__name__}, {rows} x {columns}"
-    return Comparison(
-        NEIGHBOURS, where, "bits", "among others", "float32", TRANSFORMERS, worst, 0.0
-    )
+    library, owner = ("timm", "timm's") if is_timm(model) else ("transformers", "transformers'")
+    where = f"{owner} {type(model).__name__}, {rows} x {columns}"
+    return Comparison(NEIGHBOURS, where, "bits", "among others", "float32", library, worst, 0.0)
 
 
 def compare_reference_neighbours(
@@ -81,8 +82,8 @@ def compare_with_timm(
     shapes = agreed_shapes(encoder, options)
     patches = draw(shapes.grid, encoder, options.seed)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        theirs = run_timm(timm_model(encoder, torch.float32), encoder, patches, shapes.grid)
-        truth = run_timm(exact, encoder, patches, shapes.grid)
+        theirs = run_timm(timm_model(encoder, torch.float32), patches, shapes.grid)
+        truth = run_timm(exact, patches, shapes.grid)
         first, first_exact = (
             run(reference.load(dtype, encoder.device), patches, shapes.grid)
             for dtype in (torch.float32, torch.float64)

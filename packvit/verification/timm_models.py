@@ -1,4 +1,4 @@
-"""Build timm's model of an encoder's architecture, and run it: a second reference.
+"""Build timm's model of an encoder's architecture: a second reference.
 
 Its code is another than transformers'; its weights are ours, under timm's names. timm is imported
 only when it is asked for, and comes with torchvision.
@@ -6,7 +6,7 @@ only when it is asked for, and comes with torchvision.
 Source: timm 1.0.31, models/vision_transformer.py, eva.py and naflexvit.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from packvit.config import EncoderConfig, Rotary, Table
 from packvit.encoder import Encoder
-from packvit.packs.grid import Grid
-from packvit.verification.references import Answers
 from packvit.version import version_of
 
 NAMES: Mapping[str, str] = {  # timm's to ours, of tensors, of layers, and of those in a block
@@ -218,49 +216,3 @@ def naflex(config: EncoderConfig, table: Table) -> Any:
 def described(model: nn.Module) -> str:
     """Return timm's version and the class of a model."""
     return f"timm {version_of('timm')} {type(model).__name__}"
-
-
-@torch.no_grad()
-def run_timm(model: Any, encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
-    """Return what timm's model makes of each frame by itself: tokens, taps and prefix.
-
-    Shapes: patches N x [patches, P], normalised, in the order (row, column, channel).
-    """
-    answers: dict[str, list[Tensor]] = {"tokens": [], "taps": []}
-    prefix = encoder.config.prefix
-    for image, (frames, rows, columns) in zip(patches, grid, strict=True):
-        states, taps = zip(
-            *(run_frame(model, frame, rows, columns) for frame in image.chunk(frames)), strict=True
-        )
-        answers["tokens"].append(torch.cat([state[prefix:] for state in states]))
-        answers["taps"].append(torch.cat([layers[:, prefix:] for layers in taps], 1))
-        if prefix:
-            firsts = torch.stack([state[:prefix] for state in states])
-            answers.setdefault("prefix", []).append(firsts)
-    return answers
-
-
-def run_frame(model: Any, patches: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Return the last state and every layer's. Shapes: [R + patches, D], [layers, ...]."""
-    kept: list[Tensor] = []
-    hooks = [
-        block.register_forward_hook(lambda module, given, out: kept.append(out[0]))
-        for block in model.blocks
-    ]
-    patches = patches.to(next(model.parameters()).dtype)
-    try:
-        if hasattr(model, "embeds"):  # NaFlexVit takes patches and their places
-            every = [
-                torch.arange(side, dtype=torch.int64, device="cpu") for side in (rows, columns)
-            ]
-            places = torch.cartesian_prod(*every)[None].to(patches.device)
-            real = torch.ones(1, len(patches), dtype=torch.bool, device=patches.device)
-            state = model.forward_features(patches[None], places, real)["patches"]
-        else:
-            side = int((patches.shape[1] // 3) ** 0.5)
-            tiles = patches.view(rows, columns, side, side, 3).permute(4, 0, 2, 1, 3)
-            state = model.forward_features(tiles.reshape(1, 3, rows * side, columns * side))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return state[0], torch.stack(kept)

@@ -15,7 +15,8 @@ Place = tuple[int, int, int]  # (frames, rows, columns) of an image or a clip
 
 def is_tower(model: Any) -> bool:
     """Return whether a model of transformers is a tower, which takes packs and merges squares."""
-    return merges_by_blocks(model) or hasattr(model.config, "merge_kernel_size")
+    config = getattr(model, "config", None)  # timm's have none
+    return hasattr(config, "spatial_merge_size") or hasattr(config, "merge_kernel_size")
 
 
 def merges_by_blocks(model: Any) -> bool:

@@ -24,19 +24,15 @@ from packvit.verification.files import (
     compare_taken_over,
     obstacle_to_photographs,
 )
-from packvit.verification.references import (
-    ReferenceModel,
-    import_transformers,
-    interpolation_error,
-    write_random,
-)
+from packvit.verification.references import ReferenceModel, import_reference, write_random
+from packvit.verification.running import interpolation_error
 from packvit.verification.second import compare_reference_neighbours, compare_with_timm, doubts
 from packvit.verification.timm_models import NoCounterpartError
 
 ANTIALIASED = ("bilinear_antialias", "bicubic_antialias")
 TOWER = "the reference is the tower alone, as save_pretrained writes it"
 CONVERTED = (
-    "transformers does not read this layout: the reference has the weights as save_pretrained "
+    "{library} does not read this layout: the reference has the weights as save_pretrained "
     "rewrote them"
 )
 
@@ -48,13 +44,15 @@ def verify_checkpoint(
     revision: str | None = None,
     device: str | torch.device | None = None,
 ) -> Findings:
-    """Compare a checkpoint, named on the hub or in a folder, with transformers' model of it.
+    """Compare a checkpoint, named on the hub or in a folder, with its reference's model of it.
 
-    Raises: CheckpointError if either of the two cannot read it; ImportError without transformers.
+    Raises: CheckpointError if either of the two cannot read it; ImportError without the reference.
     """
-    import_transformers()
-    encoder = hub.load(name_or_folder, revision=revision, device=device, dtype=torch.float32)
-    return verify(encoder, options)
+    checkpoint = hub.read_tower(name_or_folder, revision)
+    kind = hub.family_of(checkpoint)
+    import_reference(kind.family)
+    loading = LoadOptions(device=device, dtype=torch.float32)
+    return verify(kind.from_checkpoint(checkpoint, loading), options)
 
 
 def verify_family(
@@ -62,8 +60,9 @@ def verify_family(
 ) -> Iterator[Findings]:
     """Yield the findings for each variant of a family, with small random weights.
 
-    Raises: ImportError without transformers.
+    Raises: ImportError without the reference's library.
     """
+    import_reference(encoder.family)
     for variant in encoder.family.reference.variants:
         yield verify_variant(encoder, variant, options, device)
 
@@ -87,7 +86,7 @@ def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
     The one in the folder is used if it applies to this encoder. `weights` is the checkpoint's
     `sha256()`.
 
-    Raises: VerificationError naming the worst comparison; ImportError without transformers.
+    Raises: VerificationError naming the worst comparison; ImportError without the reference.
     """
     checkpoint, dtype = encoder.checkpoint, str(encoder.dtype).removeprefix("torch.")
     assert checkpoint is not None  # it was loaded by name
@@ -101,7 +100,7 @@ def vouch(encoder: Encoder, weights: str) -> dict[str, Any]:
         backend=encoder.attention,
     ):
         return found
-    import_transformers()
+    import_reference(encoder.family)
     options = LoadOptions(device=encoder.device, dtype=torch.float32)
     exact = type(encoder).from_checkpoint(checkpoint, options)
     lower = tuple({"bfloat16", dtype} - {"float32"})
@@ -121,7 +120,7 @@ def verify(
     variant: str | None = None,
     memory: nn.Module | None = None,
 ) -> Findings:
-    """Compare an encoder in float32 with transformers' model of its checkpoint.
+    """Compare an encoder in float32 with its reference's model of its checkpoint.
 
     `variant` names a small random model, and `memory` is that model before it was saved.
     """
@@ -131,8 +130,9 @@ def verify(
     folder = checkpoint.files[0].parent
     remarks = []
     with ExitStack() as stack:
-        if not readable_by_transformers(encoder):
-            remarks.append(TOWER if encoder.merger else CONVERTED)
+        if not readable_as_is(encoder):
+            library = encoder.family.reference.library
+            remarks.append(TOWER if encoder.merger else CONVERTED.format(library=library))
             converted = Path(stack.enter_context(TemporaryDirectory()))
             whole, encoder = encoder, tower_alone(encoder)
             if encoder.projection is not whole.projection:
@@ -151,7 +151,7 @@ def verify(
         rows: list[Comparison] = list(compare_outputs(encoder, reference, options))
         rows.append(compare_reference_neighbours(encoder, reference, options))
         second, missing = None, []
-        if options.timm:
+        if options.timm and reference.library != "timm":
             try:
                 second, more = compare_with_timm(encoder, reference, options)
                 rows += more
@@ -182,10 +182,12 @@ def verify(
         )
 
 
-def readable_by_transformers(encoder: Encoder) -> bool:
-    """Return whether transformers reads the files of this checkpoint as they are."""
+def readable_as_is(encoder: Encoder) -> bool:
+    """Return whether the reference reads the files of this checkpoint as they are."""
     checkpoint = encoder.checkpoint
     assert checkpoint is not None
+    if encoder.family.reference.library == "timm":  # by its own names alone
+        return any(layout.marker in checkpoint.tensors for layout in encoder.family.layouts)
     layout = encoder.family.layout(checkpoint.tensors, checkpoint.config).name
     if encoder.merger is not None and encoder.skipped:  # of a whole model, whose tower it is
         return False

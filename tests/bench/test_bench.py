@@ -32,14 +32,16 @@ from packvit.bench.contenders import Subject, collect, forward_backward
 from packvit.bench.measuring import interleave, times_faster
 from packvit.bench.native import measure_native
 from packvit.bench.ours import OURS, Ours
-from packvit.bench.peers import PEERS, Peer, grouped, one_by_one, padded
-from packvit.bench.run import BASELINE, measure
+from packvit.bench.peers import Peer, grouped, one_by_one, padded, peers
+from packvit.bench.run import measure
 from packvit.bench.table import as_markdown, native_table
 from packvit.bench.workloads import Workload, encoder_flops, workload
 from packvit.cli.bench import bench
 from packvit.families import FAMILIES, AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
 from packvit.verification.references import write_random
 
+PEERS = peers("transformers")
+BASELINE = PEERS[0].title
 TITLES = {candidate.title for candidate in (*PEERS, *OURS)}
 GRID = ((1, 4, 6), (1, 2, 3), (1, 4, 6), (1, 1, 7))
 

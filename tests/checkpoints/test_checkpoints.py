@@ -23,6 +23,7 @@ from transformers import Aimv2VisionModel
 from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.folders import CONFIG, EMBEDDED, INDEX, PREPROCESSOR, WEIGHTS
+from packvit.checkpoints.tensors import check_finite
 
 ROOT = Path(__file__).parents[2]
 CONTENTS = {"model_type": "example", "hidden_size": 8}
@@ -137,10 +138,10 @@ def test_shapes_are_known_without_reading_and_reading_refuses_what_is_not_finite
 def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, value: float):
     for place in (0, 500, 1000):
         tensor = torch.linspace(-1, 1, 1001).to(dtype)
-        checkpoints.check_finite("w", tensor)
+        check_finite("w", tensor)
         tensor[place] = value
         with pytest.raises(CheckpointError, match=r"^w holds 1 values that are NaN or infinite"):
-            checkpoints.check_finite("w", tensor)
+            check_finite("w", tensor)
 
 
 def test_a_tensor_that_torch_cannot_hold_is_named_with_its_type(tmp_path: Path):

@@ -20,6 +20,7 @@ VARIANTS = {
     f"{encoder.family.name}, {variant.name}": variant
     for encoder in FAMILIES
     for variant in encoder.family.reference.variants
+    if encoder.family.reference.library == "transformers"
 }
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu")
 SIZES: dict[str, tuple[Any, ...]] = {

@@ -23,6 +23,7 @@ OLD, NEW = "a" * 40, "b" * 40  # commits
 READER = """
 import json, sys
 from packvit.checkpoints import files as checkpoints
+from packvit.checkpoints.errors import CheckpointError
 for line in sys.stdin:
     name, revision = json.loads(line)
     try:
@@ -32,7 +33,7 @@ for line in sys.stdin:
             "files": [file.name for file in found.files], "sha256": found.sha256(),
             "sums": {name: float(tensor.sum()) for name, tensor in found.tensors.items()},
         }
-    except checkpoints.CheckpointError as error:
+    except CheckpointError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer), flush=True)
 """

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import packvit
-from packvit.checkpoints.files import CheckpointError
+from packvit.checkpoints.errors import CheckpointError
 
 SMALL = {
     "hidden_size": 32,

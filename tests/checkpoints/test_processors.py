@@ -21,7 +21,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import packvit
 from packvit import hub
 from packvit.checkpoints.errors import CheckpointError
-from packvit.checkpoints.processors import PROCESSORS, image_config_from, processor_name
+from packvit.checkpoints.image_settings import image_config_from
+from packvit.checkpoints.processors import PROCESSORS, processor_name
 from packvit.config import Exact, ImageConfig, MostPatches, PaddedPatches
 from packvit.images.patches import Patches, to_patches
 from packvit.model.embeddings import normalize

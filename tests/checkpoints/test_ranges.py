@@ -19,7 +19,7 @@ from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.folders import CONFIG, INDEX, WEIGHTS
 from packvit.checkpoints.ranges import (
     Place,
-    choose,
+    choose_from_file,
     encode_header,
     fetch_tensors,
     read_places,
@@ -177,14 +177,14 @@ def test_a_part_of_one_file_is_what_safetensors_reads(tmp_path: Path):
     torch.manual_seed(0)
     tensors = {f"{name}{n}": torch.randn(n, 3) for name in "ab" for n in range(5)}
     files = {WEIGHTS: save(tensors)}
-    chosen = choose(request_of(files), None, WEIGHTS, lambda names: ["a3", "b0", "b1"])
+    chosen = choose_from_file(request_of(files), WEIGHTS, lambda names: ["a3", "b0", "b1"])
     assert chosen is not None
     fetch_tensors(request_of(files), chosen, tmp_path / WEIGHTS)
     found = load((tmp_path / WEIGHTS).read_bytes())
     assert sorted(found) == ["a3", "b0", "b1"]
     assert all(torch.equal(found[name], tensors[name]) for name in found)
-    assert choose(request_of(files), None, WEIGHTS, list) is None  # most of it: the whole
-    assert choose(request_of({}), None, WEIGHTS, list) is None
+    assert choose_from_file(request_of(files), WEIGHTS, list) is None  # most of it: the whole
+    assert choose_from_file(request_of({}), WEIGHTS, list) is None
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_damaged_header_is_one_sentence(data: bytes):
 
 def test_fewer_bytes_than_asked_for_are_refused(tmp_path: Path):
     files = {WEIGHTS: save({"a": torch.zeros(9), "b": torch.zeros(90)})}
-    chosen = choose(request_of(files), None, WEIGHTS, lambda names: ["a"])
+    chosen = choose_from_file(request_of(files), WEIGHTS, lambda names: ["a"])
     assert chosen is not None
     files[WEIGHTS] = files[WEIGHTS][: chosen[0][1].end - 1]
     with pytest.raises(CheckpointError, match=r"35 bytes of model\.safetensors for 36"):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packvit.checkpoints import rules as weights
+from packvit.checkpoints import parameters as weights
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.rules import (
     conv_to_linear,

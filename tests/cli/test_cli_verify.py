@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def test_every_family_passes_and_the_certificate_says_what_was_compared(tmp_path
     covered = {(model["family"], model["variant"]) for model in said["models"]}
     for encoder in family_names().values():
         family = encoder.family
+        if family.reference.library == "timm" and find_spec("timm") is None:
+            continue
         assert covered >= {(family.name, variant.name) for variant in family.reference.variants}
     for model in said["models"]:
         assert len(model["weights"]) == 64

@@ -177,7 +177,8 @@ def test_options_are_checked_when_loading():
     with pytest.raises(ValueError, match='backend "torch" cannot run: it needs CUDA tensors'):
         AIMv2Packing.from_transformers(model, attention="torch")
     with pytest.raises(
-        packvit.CheckpointError, match="takes a model of transformers, not a Linear"
+        packvit.CheckpointError,
+        match="takes a model of transformers, or one that timm created, not a Linear",
     ):
         AIMv2Packing.from_transformers(torch.nn.Linear(2, 2))
 

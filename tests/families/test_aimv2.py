@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Aimv2Config, Aimv2Model, Aimv2VisionConfig, Aimv2VisionModel
 
 import packvit
-from packvit.checkpoints import rules as weights
+from packvit.checkpoints import parameters as weights
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import LayoutName
 from packvit.config import ShortestEdge, SinCos, Table

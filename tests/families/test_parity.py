@@ -16,7 +16,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 import packvit
 from packvit.checkpoints.errors import CheckpointError
-from packvit.checkpoints.processors import image_config_from
+from packvit.checkpoints.image_settings import image_config_from
 from packvit.config import Exact, GridPolicy, ImageConfig, Table
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES

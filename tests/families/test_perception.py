@@ -1,6 +1,7 @@
 """Perception Encoder against its formula in float64, and against timm where it is installed."""
 
 import json
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,9 @@ from packvit.cli.verify import verify
 from packvit.config import AxialRotary, Table
 from packvit.encoder import Encoder
 from packvit.packs.features import Features
+from packvit.verification import VerifyOptions
 from packvit.verification.rule import judge
+from packvit.verification.verify import verify as verify_encoder
 
 KINDS = tuple(perception.KINDS)
 OWN: perception.Grid = [(1, 5, 5), (3, 5, 5), (1, 5, 5)]
@@ -229,14 +232,57 @@ def test_pixels_are_timms(tmp_path: Path, size: tuple[int, int]):
     assert torch.equal(ours[0], transform(Image.fromarray(noise)))
 
 
-def test_verify_says_where_it_is_verified(tmp_path: Path):
-    found = CliRunner().invoke(verify, ["--family", "perception"])
-    assert found.exit_code == 2
-    assert "verified beside timm, in our tests" in found.stderr
+def test_verify_says_what_to_install_where_timm_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "timm", None)
     folder = perception.write(tmp_path / "timm", "lang", perception.draw("lang"))
-    found = CliRunner().invoke(verify, ["--model", str(folder), "--quick"])
-    assert found.exit_code == 1
-    assert "verified beside timm, in our tests" in found.stderr
+    for words in (["--family", "perception"], ["--model", str(folder)]):
+        found = CliRunner().invoke(verify, [*words, "--quick"])
+        assert found.exit_code == 1
+        assert found.stderr == (
+            "Error: Verification of this family compares with timm, which is not installed: "
+            "pip install 'packvit[bench]'\n"
+        )
+
+
+@needs_timm
+@pytest.mark.parametrize("kind", ["core", "spatial, no class token"])
+def test_a_mistake_is_caught_beside_timm(tmp_path: Path, kind: str):
+    folder = perception.write(tmp_path / "timm", kind, perception.draw(kind))
+    encoder = packvit.load(folder, device="cpu")
+    right = verify_encoder(encoder, VerifyOptions(quick=True, lower=()))
+    assert right.missed == ()
+    assert right.reference.startswith("timm ")
+    encoder.embeddings.positions.data.mul_(1.001)
+    wrong = verify_encoder(encoder, VerifyOptions(quick=True, lower=()))
+    assert {"tokens", "taps"} <= {row.what for row in wrong.missed}
+
+
+@needs_timm
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_timms_in_memory_is_taken_over(tmp_path: Path, kind: str):
+    folder = perception.write(tmp_path / "timm", kind, perception.draw(kind))
+    taken = packvit.PerceptionPacking.from_transformers(perception.timm_model(kind, folder))
+    loaded = packvit.load(folder, device="cpu")
+    assert taken.config == loaded.config
+    for ours, theirs in zip(taken.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_timm
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_timm_saves_is_read_and_written_so_that_timm_reads_it(tmp_path: Path, kind: str):
+    from timm.models import save_for_hf  # pyright: ignore[reportMissingImports]
+
+    folder = perception.write(tmp_path / "timm", kind, perception.draw(kind))
+    model = perception.timm_model(kind, folder)
+    save_for_hf(model, str(tmp_path / "theirs"), safe_serialization=True)
+    packvit.load(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    again = perception.timm_model(kind, tmp_path / "ours")
+    assert str(again) == str(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
 
 
 def test_photographs_are_embedded_by_either_vector(tmp_path: Path):

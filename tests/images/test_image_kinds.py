@@ -14,7 +14,8 @@ from PIL import Image, PngImagePlugin
 from rotten import encode, exif, pixels, png
 
 from packvit.images import decode as images
-from packvit.images.decode import ImageError, decode, load_image, open_image
+from packvit.images.decode import decode, load_image, open_image
+from packvit.images.errors import ImageError
 
 MIB = 1_100_000
 COUNTED = ((1, "minisblack", None), (3, "rgb", None), (4, "separated", None), (4, "rgb", [2]))

@@ -13,7 +13,9 @@ import pytest
 from PIL import AvifImagePlugin, Image, ImageFile
 from rotten import ENCODINGS, ORIENTATION, encode, exif, pixels, write_rotten
 
-from packvit.images.decode import CODES, ImageError, decode, load_image, open_image, read_file
+from packvit.images.decode import decode, load_image, open_image
+from packvit.images.errors import CODES, ImageError
+from packvit.images.files import read_file
 
 # What stored pixels look like upright, in the words of numpy instead of Pillow's.
 UPRIGHT = {
@@ -223,7 +225,8 @@ def test_too_little_memory_is_a_code():
     program = """
 import resource
 from rotten import png
-from packvit.images.decode import ImageError, decode
+from packvit.images.decode import decode
+from packvit.images.errors import ImageError
 data = png(9000, 9000, 1, 0, bytes(9000 * 1126))
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, resource.RLIM_INFINITY))

@@ -13,7 +13,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from packvit.checkpoints.processors import FILTERS, image_config_from
+from packvit.checkpoints.image_settings import image_config_from
+from packvit.checkpoints.processors import FILTERS
 from packvit.config import Exact, Filter, ImageConfig, MostPatches, PatchOrder, ShortestEdge, Sizing
 from packvit.images.decode import load_image
 from packvit.images.patches import cut_patches, to_patches

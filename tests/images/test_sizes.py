@@ -11,7 +11,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 )
 
 from packvit.config import Exact, ImageConfig, MostPatches, ShortestEdge, Sizing
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 from packvit.images.resize import SizePlan, resize_plan
 
 sides = st.integers(1, 6000)

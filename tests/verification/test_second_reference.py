@@ -28,6 +28,7 @@ VARIANTS = {
     f"{name} {variant.name}": (encoder, variant)
     for name, encoder in family_names().items()
     for variant in encoder.family.reference.variants
+    if encoder.family.reference.library == "transformers"
 }
 # Of these timm has no model with the same weights.
 WITHOUT = {"aimv2 native", "aimv2 headless", "qwen3_vl deepstack", "qwen3_vl plain"}

@@ -34,6 +34,7 @@ VARIANTS = {
     f"{name} {variant.name}": (encoder, variant)
     for name, encoder in FAMILIES.items()
     for variant in encoder.family.reference.variants
+    if encoder.family.reference.library == "transformers"
 }
 ONE_EACH = (
     "aimv2 native",

@@ -16,7 +16,8 @@ from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.sources import Input, read
 from packvit.corpus.inputs.unpacking import Spent
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
-from packvit.images.decode import ImageError, Stage, decode_opened, open_image
+from packvit.images.decode import decode_opened, open_image
+from packvit.images.errors import ImageError, Stage
 from packvit.images.patches import Cutting
 
 Decode = Literal["pil", "gpu"]  # what decodes JPEGs; Pillow decodes all other images

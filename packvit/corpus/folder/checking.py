@@ -37,7 +37,7 @@ from packvit.corpus.folder.resume import (
 )
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, parts_of, shard_of
 from packvit.corpus.folder.swapping import restore
-from packvit.images.decode import CODES
+from packvit.images.errors import CODES
 
 AGAIN = "Run the same embed command again: it keeps the parts that are whole."
 MANIFEST_MEND = (

@@ -162,9 +162,11 @@ def told(shard: ShardFolder) -> dict[str, Any]:
 
 
 def draft(shards: Sequence[ShardFolder]) -> dict[str, Any]:
-    """Return the manifest of the whole job; what may differ is that of the first with parts.
+    """Return the manifest of the whole job.
 
-    It has a certificate if all of them have one.
+    What may differ is that of the first shard with parts, such as the root: where its photographs
+    were on its machine. `packvit search --root` names another. It has a certificate if all of them
+    have one.
     """
     certificates = [each.manifest["certificate_sha256"] for each in shards]
     first = next((each for each in shards if each.parts), shards[0])

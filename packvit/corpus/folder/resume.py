@@ -106,6 +106,8 @@ def take_up(
     path = folder / names_of(folder).manifest
     with writing(path):
         whole = read_own(path, MOST_MANIFEST) == encode_manifest(recorded)
+    if "root" in recorded:  # the photographs, told apart by their ids alone, may have been moved
+        recorded = {**recorded, "root": wanted.get("root")}
     if find_reuse_flaw(recorded):
         said = ("reused", "mtimes", "device_names")
         recorded = {name: value for name, value in recorded.items() if name not in said}

@@ -16,7 +16,7 @@ from packvit.corpus.inputs.kept import Keeping
 from packvit.corpus.inputs.pages import check_footer
 from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.tars import ArchiveEntry, find_length
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 NAMES = 4096  # that are read at once
 

@@ -5,7 +5,7 @@ import os
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.kept import NUMBERS, OBJECTS, TEXTS, Keeping
 from packvit.corpus.inputs.reader import open_source
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 EXTENSIONS = (*OBJECTS, *TEXTS, *NUMBERS)
 SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)

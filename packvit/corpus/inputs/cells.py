@@ -13,7 +13,8 @@ from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.pages import Sizes, measure
 from packvit.corpus.inputs.reader import open_source, unreadable
-from packvit.images.decode import ImageError, find_file
+from packvit.images.errors import ImageError
+from packvit.images.files import find_file
 
 TOO_LARGE = (
     f"it takes over {limits.MOST_OF_PAGE >> 20} MiB to unpack its page of the table; write fewer "

@@ -21,7 +21,7 @@ from packvit.corpus.inputs.reader import find_kind
 from packvit.corpus.inputs.roots import record_root
 from packvit.corpus.inputs.suffixes import METADATA, SUFFIXES, is_archive, is_other, is_photograph
 from packvit.corpus.inputs.walking import Entry, walk
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 NEAREST = -(1 << 30)  # the rank of values beside a photograph, before those of any metadata
 

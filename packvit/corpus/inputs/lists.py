@@ -19,7 +19,7 @@ from packvit.corpus.inputs.cells import is_text
 from packvit.corpus.inputs.kept import Keeping, read_object
 from packvit.corpus.inputs.pages import check_footer
 from packvit.corpus.inputs.reader import open_source
-from packvit.images.decode import CODES, ImageError
+from packvit.images.errors import CODES, ImageError
 
 STDIN = "/dev/stdin"  # a list of lines, which a pipe may be
 PIPED = ("-", STDIN, "/dev/fd/0", "/proc/self/fd/0")

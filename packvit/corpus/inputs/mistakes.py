@@ -5,7 +5,7 @@ from packvit.corpus.inputs.addresses import spell_bytes
 from packvit.corpus.inputs.listing import readable
 from packvit.corpus.inputs.retries import find_status
 from packvit.corpus.inputs.suffixes import SUFFIXES
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 
 def shown(path: bytes) -> str:

@@ -19,7 +19,8 @@ from packvit.corpus.inputs.reader import find_url, unreadable
 from packvit.corpus.inputs.suffixes import ARCHIVES, PHOTOGRAPHS, UNREAD, suffix_of
 from packvit.corpus.inputs.tars import Beside, list_tar
 from packvit.corpus.inputs.zips import list_zip
-from packvit.images.decode import ImageError, find_file
+from packvit.images.errors import ImageError
+from packvit.images.files import find_file
 
 
 class NamedFiles:

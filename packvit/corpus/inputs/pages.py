@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from packvit.corpus.inputs import limits
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 NUMBER_KINDS = (4, 5, 6)  # whole numbers of 16, 32 and 64 bits
 BOOLS, BYTE, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, 7, 8, (9, 10), 12

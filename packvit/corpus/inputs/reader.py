@@ -15,7 +15,8 @@ from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import check_protocols, is_url, protocols, spell
 from packvit.corpus.inputs.retries import find_status, persist
 from packvit.corpus.inputs.zip_directory import find_directory
-from packvit.images.decode import MAX_BYTES, ImageError, find_file
+from packvit.images.errors import ImageError
+from packvit.images.files import MAX_BYTES, find_file
 
 # The package that fsspec needs for a protocol.
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "http": "'packvit[http]'"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 Result = TypeVar("Result")
 

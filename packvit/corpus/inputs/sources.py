@@ -17,7 +17,8 @@ from packvit.corpus.inputs.retries import persist
 from packvit.corpus.inputs.suffixes import is_packed
 from packvit.corpus.inputs.unpacking import Spent, read_packed
 from packvit.corpus.inputs.zipped import LOCAL, Zipped, check_zipped, find_packed, unpack
-from packvit.images.decode import MAX_BYTES, ImageError, read_file
+from packvit.images.errors import ImageError
+from packvit.images.files import MAX_BYTES, read_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from packvit.corpus.inputs.sources import Cell, Member
 from packvit.corpus.inputs.suffixes import is_packed
 from packvit.corpus.inputs.unpacking import Unpacked
 from packvit.corpus.inputs.zipped import Zipped
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 # A sample's key: its path up to the first dot of its name. Source: webdataset 1.0, tariterators.py.
 KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)

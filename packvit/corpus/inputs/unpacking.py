@@ -23,7 +23,8 @@ from packvit.corpus import WriteError
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.reader import open_source, open_stream, unreadable
-from packvit.images.decode import ImageError, find_file
+from packvit.images.errors import ImageError
+from packvit.images.files import find_file
 
 PIECE = 1 << 20  # bytes that are unpacked at once
 STEP = 4096  # of which so many are asked for at once: those before a damage are lost

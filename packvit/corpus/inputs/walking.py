@@ -11,7 +11,7 @@ from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.inputs.reader import find_url, unreadable
 from packvit.corpus.inputs.retries import persist
 from packvit.corpus.inputs.suffixes import is_photograph
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 MOST_DEPTH = 32  # nested pages of links
 

@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 END, END64, FINDER = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 END_SIZE, END64_SIZE, FINDER_SIZE = 22, 56, 20

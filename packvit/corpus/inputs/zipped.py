@@ -13,7 +13,8 @@ from typing import Any
 
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.reader import read_bounded
-from packvit.images.decode import MAX_BYTES, ImageError
+from packvit.images.errors import ImageError
+from packvit.images.files import MAX_BYTES
 
 LOCAL = struct.Struct("<4s22xHH")  # lengths of the name and of what is added to it
 DAMAGED = "the archive is damaged there"

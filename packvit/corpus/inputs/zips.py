@@ -20,7 +20,7 @@ from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.tars import ArchiveEntry, Beside
 from packvit.corpus.inputs.zip_directory import Directory, find_directory
 from packvit.corpus.inputs.zipped import LOCAL, Zipped, read_start
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 # System, flags, method, sum, packed size, size, three lengths, disk, mode, offset.
 ENTRY = struct.Struct("<5xB2xHH4xIIIHHHH2xII")

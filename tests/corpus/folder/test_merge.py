@@ -165,6 +165,18 @@ def test_shards_that_are_not_those_of_one_job_are_refused_in_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_shards_whose_photographs_lay_elsewhere_are_merged_with_the_root_of_the_first(
+    tmp_path: Path, shards: list[Path], one_job: Path
+):
+    for number, folder in enumerate(shards):
+        manifest = read_manifest(folder) or {}
+        there = {**manifest["root"], "path": f"/machine-{number}/photos"}
+        write_manifest(folder, manifest | {"root": there})
+    merge(shards[::-1], out=tmp_path / "out", format="npy")
+    one, out = read_manifest(one_job) or {}, read_manifest(tmp_path / "out") or {}
+    assert out == one | {"root": {**one["root"], "path": "/machine-0/photos"}}
+
+
 @pytest.mark.parametrize("spoil", ["flip", "cut", "remove", "unlist"])
 def test_a_damaged_part_is_refused_and_once_embedded_again_the_merge_goes_on(
     tmp_path: Path, photos: Path, shards: list[Path], one_job: Path, encoder: Encoder, spoil: str

@@ -176,6 +176,19 @@ def test_a_finished_job_reads_no_image_and_changes_nothing(
     assert (first.kept_rows, again.kept_rows, again.images_per_second) == (0, 6, 0)
 
 
+def test_a_job_resumed_after_its_photographs_moved_says_where_they_are_now(
+    tmp_path: Path, encoder: Encoder
+):
+    write_good(tmp_path / "before", 2)
+    embed(tmp_path / "before", out=tmp_path / "out", model=encoder)
+    held, before = contents(tmp_path / "out"), read_manifest(tmp_path / "out") or {}
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert embed(tmp_path / "after", out=tmp_path / "out", model=encoder).kept_rows == 2
+    now, after = contents(tmp_path / "out"), read_manifest(tmp_path / "out") or {}
+    assert [name for name in held if now[name] != held[name]] == ["_manifest.json"]
+    assert after == before | {"root": {**before["root"], "path": str(tmp_path / "after")}}
+
+
 def test_kept_parts_are_not_read_again_and_not_written_again(
     tmp_path: Path, photos: Path, encoder: Encoder, undisturbed: Path
 ):

@@ -335,7 +335,7 @@ def test_an_archive_that_is_not_there_is_refused(tmp_path: Path):
 MEASURE = """
 import sys
 from packvit.corpus.inputs.sources import Cell, Input, read
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 for row in range(40):
     try:
         said = len(read(Input("x", sys.argv[1], None, Cell(0, row, "image"))))

@@ -24,7 +24,7 @@ from packvit.corpus import UsageError, WriteError
 from packvit.corpus.inputs import limits, unpacking
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.sources import read
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 ZSTD: Callable[[bytes], bytes] = lambda data: pa.Codec("zstd").compress(data).to_pybytes()  # noqa: E731
 WAYS = {

@@ -26,7 +26,7 @@ from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.sources import Input, read
 from packvit.corpus.job import embed
 from packvit.encoder import Encoder
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 
 TRIES: dict[str, list[float]] = {}  # of the files that are refused at first
 SECONDS = 60  # that the server hangs for: longer than any test waits
@@ -212,7 +212,7 @@ def test_a_page_that_links_to_itself_is_read_once(server: str):
 MEASURE = """
 import sys
 from packvit.corpus.inputs.sources import Input, Member, read
-from packvit.images.decode import ImageError
+from packvit.images.errors import ImageError
 member = Member(512, 100) if sys.argv[2] == "member" else None
 try:
     read(Input("x", sys.argv[1], None, member))

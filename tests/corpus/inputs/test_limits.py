@@ -23,7 +23,7 @@ from packvit.corpus.inputs.cells import open_cells
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.inputs.retries import BOUND
 from packvit.corpus.inputs.sources import Cell, Input
-from packvit.images.decode import MAX_BYTES
+from packvit.images.files import MAX_BYTES
 
 HALF = (0.5, 0.5, 0.5)
 IMAGES = ImageConfig(patch=14, mean=HALF, std=HALF, resample="bicubic", sizing=None)
@@ -197,11 +197,12 @@ OPENERS = {
     "corpus/inputs/lists.py": {"open"},  # a shell's pipe, and the first bytes of a named file
     "corpus/inputs/limits.py": {"open"},  # /proc
     "corpus/inputs/pages.py": {"open"},  # a table that `open_source` has opened before
-    "images/decode.py": {"open"},  # `read_file`, of regular files
+    "images/files.py": {"open"},  # `read_file`, of regular files
     "checkpoints/folders.py": {"read_bytes"},  # of files that `find_file` found in their folder
     "checkpoints/downloads.py": {"hf_hub_download", "http_stream_backoff"},
     "checkpoints/ranges.py": {"read_bytes"},  # of small files that were downloaded
-    "checkpoints/files.py": {"safe_open", "path.open"},
+    "checkpoints/files.py": {"path.open"},
+    "checkpoints/tensors.py": {"safe_open", "path.open"},
 }
 CALLS = {"open", "url_to_fs", "read_bytes", "read_text", "safe_open", "urlopen"}
 CALLS |= {"hf_hub_download", "http_stream_backoff", "http_backoff", "get_session"}
