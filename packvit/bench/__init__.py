@@ -1,8 +1,9 @@
 """Benchmark our encoders against their peers and the machine's limits. No torch here.
 
 `models.py` has the weights, `workloads.py` the packs, `ours.py` and `peers.py` the contenders,
-`measuring.py` the clock, `run.py` runs them all, and `table.py` prints the report. `native.py`
-does so for batches of one size, beside the peers of `native_peers.py`.
+`correctness.py` says whose tokens are right, `measuring.py` has the clock, `run.py` runs them all,
+and `table.py` prints the report. `native.py` does so for batches of one size, beside the peers of
+`native_peers.py`.
 """
 
 from collections.abc import Mapping

@@ -27,13 +27,8 @@ from packvit.families import (
     Tipsv2VisionPacking,
 )
 from packvit.verification import timm_reference
-from packvit.verification.references import (
-    ReferenceModel,
-    model_class,
-    quiet,
-    randomise,
-    take_normalized,
-)
+from packvit.verification.references import ReferenceModel, model_class, quiet, randomise
+from packvit.verification.running import take_normalized
 from packvit.verification.verify import tower_alone
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}

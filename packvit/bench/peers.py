@@ -16,7 +16,8 @@ from packvit.bench.contenders import Call, Contender, Subject, Unavailable
 from packvit.config import SinCos, Table
 from packvit.model.positions import sine_cosine, sine_cosine_axis
 from packvit.packs.places import PatchPlaces
-from packvit.verification.references import inputs, last_state, tower
+from packvit.verification.references import tower
+from packvit.verification.running import inputs, last_state
 from packvit.verification.towers import is_tower, last_order
 
 Mode = Literal["default", "max-autotune"]  # of torch.compile

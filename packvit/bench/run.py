@@ -1,6 +1,5 @@
 """Run all available contenders on all chosen workloads, and return the report."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from packvit.bench import DTYPES, SEED, WORKLOADS, BenchError, BenchOptions, models
 from packvit.bench.accuracy import fp8_accuracy
 from packvit.bench.contenders import (
-    Contender,
     Subject,
     Unavailable,
     collect,
@@ -20,6 +18,7 @@ from packvit.bench.contenders import (
     forward_backward,
     weight_bytes,
 )
+from packvit.bench.correctness import difference, right, smallest
 from packvit.bench.measuring import (
     CEILING,
     CLOCKS,
@@ -41,19 +40,10 @@ from packvit.bench.peers import Peer, peers
 from packvit.bench.workloads import encoder_flops, in_squares, on_own_grid, workload
 from packvit.encoder import Encoder
 from packvit.model.device import find_device
-from packvit.verification import references
-from packvit.verification.rule import judge
 from packvit.version import version_of
 
 Say = Callable[[str], object]
 
-# The most that ‖tokens - the baseline's‖ / ‖the baseline's‖ may be over the whole pack. Through the
-# 24 layers of AIMv2-large in bf16 two right answers are 0.012 apart (on a CPU); swapped axes, or
-# channels, move tokens by tenths.
-LIMITS = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.04}
-# Tokens of the smallest images, which the baseline computes in float64 too: the rule of `packvit
-# verify` judges by them, with the baseline as the reference.
-JUDGED_TOKENS = 512
 SLOW = 2.0  # seconds: slower contenders run in three rounds only
 SLOW_ROUNDS = 3
 WARMUP = 2
@@ -200,7 +190,9 @@ def measure_workload(
                 wrong[candidate.title] = off
                 say(f"  {candidate.title}: WRONG, off by {off['relative_difference']:.1e}")
                 continue
-            run = runner(contender, cotangent)
+            run = (
+                forward(contender) if cotangent is None else forward_backward(contender, cotangent)
+            )
             if subject.train:
                 run()  # compiles its backward
             entrants[candidate.title] = Entrant(
@@ -281,13 +273,6 @@ def reasons(title: str, missing: dict[str, str], say: Say) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def runner(contender: Contender, cotangent: Tensor | None) -> Run:
-    """Return the function to time."""
-    if cotangent is None:
-        return forward(contender)
-    return forward_backward(contender, cotangent)
-
-
 def without_graphs(module: nn.Module, run: Run) -> Run:
     """Return `run` with the CUDA graphs of our encoder turned off."""
 
@@ -302,59 +287,6 @@ def without_graphs(module: nn.Module, run: Run) -> Run:
             module.fast.graphs = graphs
 
     return plain
-
-
-def smallest(subject: Subject) -> tuple[Tensor, Tensor]:
-    """Return which rows are judged, and what the baseline makes of them in float64.
-
-    Shapes: rows [R], tokens [R, D]: of the smallest images, some `JUDGED_TOKENS` of them.
-    """
-    order = sorted(range(len(subject.images)), key=lambda image: subject.workload.lengths[image])
-    some, tokens = [], 0
-    while order and tokens < JUDGED_TOKENS:
-        some.append(order.pop(0))
-        tokens += subject.workload.lengths[some[-1]]
-    model = copy.deepcopy(subject.model.reference).double()
-    patches = [subject.images[image] for image in some]
-    grid = tuple(subject.workload.grid[image] for image in some)
-    interpolates = subject.model.resizes and subject.model.encoder.family.reference.interpolates
-    with torch.no_grad():
-        said = references.run(model, patches, grid, interpolate=interpolates)
-    return torch.cat([subject.rows[image] for image in some]), torch.cat(list(said["tokens"]))
-
-
-def right(
-    candidate: Peer | Ours,
-    tokens: Tensor,
-    truth: Tensor,
-    rows: Tensor,
-    exact: Tensor,
-    subject: Subject,
-) -> bool:
-    """Return whether a contender's tokens pass: by the rule, or in 8 bits by a limit of its own.
-
-    The rule judges the images in `rows`, whose truth is `exact`; `LIMITS` holds for the whole pack.
-    """
-    if isinstance(candidate, Ours) and candidate.limit is not None:
-        return difference(tokens, truth)["relative_difference"] <= candidate.limit
-    if tokens is truth:
-        return bool(tokens.isfinite().all())
-    dtype, blocks = subject.patches.dtype, subject.model.config.layers
-    if not difference(tokens, truth)["relative_difference"] <= LIMITS[dtype]:  # nor is NaN
-        return False
-    return all(
-        one.passed
-        for one in judge([tokens[rows]], [truth[rows]], [exact], dtype=dtype, blocks=blocks)
-    )
-
-
-def difference(tokens: Tensor, truth: Tensor) -> dict[str, float]:
-    """Return the largest and the relative difference from the baseline's tokens."""
-    off = tokens - truth
-    return {
-        "largest_scaled_difference": (off.abs().max() / max(1.0, truth.abs().max() / 4)).item(),
-        "relative_difference": (off.norm() / truth.norm()).item(),
-    }
 
 
 def result(

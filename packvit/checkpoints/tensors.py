@@ -57,10 +57,9 @@ class Tensors(Mapping[str, Tensor]):
         try:
             tensor = self.handles[file].get_tensor(self.written[file, name])
         except SafetensorError as error:
-            found = self.handles[file].get_slice(self.written[file, name]).get_dtype()
             raise CheckpointError(
-                f"{name} in {file} is stored as {found}, which torch cannot hold. Convert it to "
-                "F32, F16 or BF16."
+                f"{name} in {file} is stored as {self.stored_as(name)}, which torch cannot hold. "
+                "Convert it to F32, F16 or BF16."
             ) from error
         check_finite(f"{name} in {file}", tensor)
         return tensor
@@ -83,6 +82,11 @@ class Tensors(Mapping[str, Tensor]):
         """Return the shape of the tensor `name`, from the file's header alone."""
         file = self.holders[name][0]
         return torch.Size(self.handles[file].get_slice(self.written[file, name]).get_shape())
+
+    def stored_as(self, name: str) -> str:
+        """Return what the file's header calls the dtype of the tensor `name`."""
+        file = self.holders[name][0]
+        return self.handles[file].get_slice(self.written[file, name]).get_dtype()
 
 
 def unwrapped(name: str) -> str:

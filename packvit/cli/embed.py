@@ -3,8 +3,8 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from packvit.cli.progress import Meter, show_progress
 from packvit.cli.summary import as_object, as_table
 from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
 from packvit.corpus.inputs.lists import PIPED, STDIN
+from packvit.corpus.runners.launching import Launched
 
 EXAMPLE = "apple/aimv2-large-patch14-native"
 EMBEDDED = (
@@ -246,6 +247,7 @@ def embed(
     retry: str | None,
     update: bool,
     as_json: bool,
+    processes: int | None,
     **options: Any,  # the others, by the names that `packvit.embed` gives them
 ) -> None:
     """Write the features of PHOTOS to a feature folder.
@@ -276,6 +278,7 @@ def embed(
         logging.getLogger(name).addHandler(logging.NullHandler())
     with (
         stopping(context, out, overwrite, update) as meter,
+        launch(processes, options) as started,
         redirect_stdout(sys.stderr),
         explaining(model),
     ):
@@ -295,6 +298,7 @@ def embed(
                 update=update,
                 retry_errors=retry is not None if retry in (None, ALL) else retry.split(","),
                 progress=meter.tell,
+                processes=started,
                 **options,
             )
         except UsageError as error:
@@ -309,6 +313,19 @@ def embed(
             raise click.ClickException(str(error)) from error
     click.echo(json.dumps(as_object(summary)) if as_json else as_table(summary))
     context.exit(DONE_WITH_ERRORS if summary.errors else 0)
+
+
+def launch(
+    processes: int | None, options: Mapping[str, Any]
+) -> AbstractContextManager[Launched | int | None]:
+    """Start the processes that embed on this host, which import torch while this one does."""
+    if processes is None or processes < 2 or options["ray"] is not None:
+        return nullcontext(processes)
+    if options["decode"] == "gpu":
+        from packvit.gpu.nvjpeg import ask_for_queues  # imports numpy
+
+        ask_for_queues()  # which they inherit
+    return Launched(processes)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from packvit.corpus.folder.swapping import restore, updating
 from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.manifest import rows_before
 from packvit.corpus.progress import Summary, Tell
+from packvit.corpus.runners.launching import Launched
 from packvit.corpus.settings import (
     EmbedOptions,
     InputOptions,
@@ -69,7 +70,7 @@ def embed(
     image_timeout: float = IMAGE_TIMEOUT,
     workers: int | None = None,
     pixels_in_flight: int = PIXELS_IN_FLIGHT,
-    processes: int | None = None,
+    processes: int | Launched | None = None,
     ray: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
@@ -120,7 +121,8 @@ def embed(
     values.
 
     `processes` is the number of processes that embed, one for each GPU, or each with a share of
-    the CPUs; each has its own workers and pixels in flight, and the output is the same. `ray` runs
+    the CPUs, or such processes that are started already; each has its own workers and pixels in
+    flight, and the output is the same. `ray` runs
     them on a Ray cluster instead: its address, "auto" for the one that this machine is part of, or
     "local" to start one here; `processes` None then uses the whole cluster. `verify` compares the
     encoder with its reference before anything is written, unless a certificate lies beside the
@@ -151,6 +153,8 @@ def embed(
     except ValueError as error:
         raise UsageError(str(error)) from error
     choice = ModelChoice(model=model, revision=revision, options=loading)
+    launched = processes if isinstance(processes, Launched) else None
+    count = processes.count if isinstance(processes, Launched) else processes
     options = EmbedOptions(
         resize=resize,
         max_patches=max_patches,
@@ -162,13 +166,14 @@ def embed(
         max_pixels=max_pixels,
         decode=decode,
         image_timeout=image_timeout,
-        workers=fair_workers(processes) if workers is None else workers,
+        workers=fair_workers(count) if workers is None else workers,
         pixels_in_flight=pixels_in_flight,
     )
     how = RunOptions(
         format=format,
         rows_per_part=rows_per_part,
-        processes=processes,
+        processes=count,
+        launched=launched,
         ray=ray,
         verify=verify,
         overwrite=overwrite,

@@ -1,12 +1,16 @@
 """The encoder of a job, and the digest of its weights."""
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
 from packvit import hub
 from packvit.checkpoints.errors import CheckpointError
+from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.outlines import without_numbers
 from packvit.corpus import UsageError
 from packvit.corpus.settings import ModelChoice
 from packvit.encoder import Encoder
@@ -48,18 +52,39 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
 
     Raises: UsageError for wrong arguments; CheckpointError if the checkpoint itself is wrong.
     """
-    assert not isinstance(choice.model, Encoder)
-    try:
+    with explaining():
         if find_device(choice.options.device).type == "cuda":
             from packvit.fast.imports import import_ahead  # kernels, which a GPU alone has
 
             import_ahead()
-        name = TRIAL_MODEL if choice.model is None else choice.model
-        checkpoint = hub.read_tower(name, choice.revision)
+        checkpoint = open_checkpoint(choice)
         with ThreadPoolExecutor(1, "packvit-digest") as other:
             digest = other.submit(checkpoint.sha256)
             encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, choice.options)
             return encoder, digest.result()
+
+
+def outline_encoder(choice: ModelChoice) -> Encoder:
+    """Return an encoder without numbers, which can be asked what it is while others load it.
+
+    Raises: as `load_encoder`, but for what is wrong with the numbers.
+    """
+    with explaining():
+        checkpoint = without_numbers(open_checkpoint(choice))
+        return hub.family_of(checkpoint).from_checkpoint(checkpoint, choice.options)
+
+
+def open_checkpoint(choice: ModelChoice) -> Checkpoint:
+    """Return the checkpoint that is named, with no tensor read yet."""
+    assert not isinstance(choice.model, Encoder)
+    return hub.read_tower(TRIAL_MODEL if choice.model is None else choice.model, choice.revision)
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Turn a ValueError about an argument into a UsageError."""
+    try:
+        yield
     except CheckpointError:
         raise
     except ValueError as error:

@@ -15,6 +15,7 @@ from packvit.corpus.folder.exports import Format
 from packvit.corpus.folder.known import Reuse
 from packvit.corpus.folder.parts import DtypeOut, Outputs
 from packvit.corpus.inputs.kept import Kind
+from packvit.corpus.runners.launching import Launched
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
@@ -56,6 +57,7 @@ class RunOptions:
     format: Format = "parquet"
     rows_per_part: int | None = None  # None: what the folder has, or `choose_rows`
     processes: int | None = None
+    launched: Launched | None = None  # these processes, where they are started already
     ray: str | None = None
     verify: bool = False
     overwrite: bool = False

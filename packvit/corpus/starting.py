@@ -1,8 +1,8 @@
 """Start a job in a folder: list its inputs, load its encoder, lock the folder."""
 
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,19 @@ from packvit.corpus.folder.names import CURRENT, names_of
 from packvit.corpus.folder.pending import describe, take_over
 from packvit.corpus.folder.resume import check_usable, compare, take_up
 from packvit.corpus.folder.reuse import Reusing, describe_reuse, join_reuse, open_source
-from packvit.corpus.folder.sharding import WHOLE, parse_shard, rows_of
+from packvit.corpus.folder.sharding import WHOLE, parse_shard, parts_of, rows_of
 from packvit.corpus.folder.sizes import describe_size, row_bytes
 from packvit.corpus.folder.swapping import clean
 from packvit.corpus.inputs.find import list_inputs
-from packvit.corpus.loading import choose_encoder
+from packvit.corpus.loading import choose_encoder, outline_encoder
 from packvit.corpus.manifest import describe_job, draft, rows_before
 from packvit.corpus.progress import Summary, Tally, Tell
-from packvit.corpus.runners import choose_runner
+from packvit.corpus.runners.choosing import choose_devices, choose_runner
 from packvit.corpus.runners.embedder import Job
+from packvit.corpus.runners.host import Pool
+from packvit.corpus.runners.launching import Launched
 from packvit.corpus.settings import (
+    FEWEST_ROWS,
     EmbedOptions,
     InputOptions,
     ModelChoice,
@@ -36,6 +39,7 @@ from packvit.corpus.settings import (
     fit_options,
     typical_patches,
 )
+from packvit.encoder import Encoder
 from packvit.gpu.decoder import begin_engine
 from packvit.model.device import name_device
 from packvit.model.memory import free_memory
@@ -78,8 +82,9 @@ def run_in(
             f"{TRIAL_INPUTS} are embedded, since the default model is small. "
             'Choose one, for example `model="apple/aimv2-large-patch14-native"`.'
         )
-    with options.decoders() as decoders:
-        if how.here and not (read_manifest(folder) or {}).get("complete"):
+    complete = bool((read_manifest(folder) or {}).get("complete"))
+    with options.decoders() as decoders, gather(how) as pool:
+        if how.here and not complete:
             decoders.start(len(listing))  # while the model is loaded
         engine = None
         if (
@@ -88,7 +93,20 @@ def run_in(
             and choice.options.device in (None, "cuda")
         ):
             engine = begin_engine(torch.device("cuda"))  # while the model is loaded
-        encoder, weights = choose_encoder(choice, verify=how.verify)
+        if pool and not how.verify:
+            encoder = outline_encoder(choice)
+            devices = choose_devices(encoder.device, pool.count)
+            rows = how.rows_per_part or rows_before(recorded) or FEWEST_ROWS
+            pool.keep(-(-len(listing) // rows))
+            free = free_memory(encoder.device)  # before others load the weights there
+            if free is not None:
+                free = max(0, free - sum(each.nbytes for each in encoder.parameters()))
+            pool.load(pin(choice, encoder), options, devices)
+            assert encoder.checkpoint is not None
+            weights = encoder.checkpoint.sha256()
+        else:
+            encoder, weights = choose_encoder(choice, verify=how.verify)
+            free = free_memory(encoder.device)
         options = fit_options(encoder, options)
         if not recorded or "text_space" in recorded:  # folders of before are finished as they are
             options = replace(options, text_space=encoder.text_space)
@@ -102,15 +120,24 @@ def run_in(
         reusing = choose_reuse(folder, how, described, device_name)
         options = replace(options, reuse=reusing.reuse(folder))
         context = make_context(encoder, options, decoders, engine)
-        check_memory(encoder, options, free_memory(encoder.device))
+        check_memory(encoder, options, free)
         certificate = vouch(encoder, weights) if how.verify else None
         format_of_folder = (CURRENT if how.overwrite else names_of(folder)).format
         manifest = draft(encoder, described, listing, format_of_folder) | part_of.entry
         name = encoder.checkpoint.name if encoder.checkpoint else ""
         each = row_bytes(options.outputs(encoder.config), typical_patches(encoder, options))
         job = Job(str(folder), options, described, choice.options.positions, name)
-        runner = choose_runner(context, job, processes, how.ray)
+        runner = choose_runner(context, job, pool, processes, how.ray)
+        pinned, device = pin(choice, encoder), encoder.device
         del encoder, context  # only a runner in this process keeps them; the others need the memory
+        if pool:
+            if how.verify:
+                torch.cuda.empty_cache()  # frees what the encoder took; nothing without CUDA
+                pool.load(pinned, options, choose_devices(device, pool.count))
+            pool.keep(len(parts_of(manifest)))
+            pool.give(replace(job, embedders=pool.count))
+            if not complete:
+                pool.await_ready()  # what loading refuses is refused before anything is written
         tally = Tally(rows_of(manifest), progress, options.token_budget)
         with nullcontext() if updates else claim(folder):
             if not updates:
@@ -133,6 +160,26 @@ def run_in(
             return run(
                 runner, listing, folder, found, again, certificate, how.format, reusing, tally
             )
+
+
+@contextmanager
+def gather(how: RunOptions) -> Iterator[Pool | None]:
+    """Start the processes that embed on this host, unless they are started; None if this does."""
+    if how.here or how.ray is not None:
+        yield None
+        return
+    with how.launched or Launched(how.processes or 1) as launched:
+        pool = Pool(launched.take())
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def pin(choice: ModelChoice, encoder: Encoder) -> ModelChoice:
+    """Return the choice of the very commit that an encoder comes from: a branch may move."""
+    revision = encoder.checkpoint.revision if encoder.checkpoint else None
+    return replace(choice, revision=revision)
 
 
 def choose_reuse(

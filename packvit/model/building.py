@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.layouts import EMBEDDING, Layout
@@ -22,20 +22,25 @@ def build(
 ) -> tuple[AnyModule, Read]:
     """Return the model that `make` builds, all its parameters filled in, and what was read.
 
+    Of a checkpoint without numbers (`outlines.py`) they have their shapes, and take no memory.
+
     Raises: CheckpointError naming everything that is missing, misshapen or unexpected, or if the
     weights do not fit in memory; ValueError for a device or dtype that there is not.
     """
     device = find_device(options.device)
     dtype = find_dtype(options.dtype, device)
+
+    def place(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return torch.empty((), dtype=dtype, device=device).expand(tensor.shape)
+        return tensor.to(device, dtype, copy=True)  # which is a view of the mapped file
+
     with torch.inference_mode(False):  # so that it can be trained, wherever it is loaded
         with torch.device("meta"):
             model = make()
         numbers = sum(parameter.numel() for parameter in model.parameters())
         check_room(checkpoint.name, numbers * dtype.itemsize, device)
-        # A copy always: what is read from a file is a view of the mapped file.
-        found = take(
-            model.state_dict(), checkpoint, layout, lambda t: t.to(device, dtype, copy=True)
-        )
+        found = take(model.state_dict(), checkpoint, layout, place)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # tensors were cast on the streams of other threads
         embedding = permute_patches(found.state[EMBEDDING], options.patch_order).contiguous()

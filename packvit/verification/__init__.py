@@ -1,9 +1,10 @@
 """Compare our encoders with their reference implementations. This module imports no torch.
 
 `verify.py` verifies a checkpoint or a family, `comparison.py` compares outputs by the rule in
-`rule.py` and `files.py` what goes in and out of files, `references.py` runs transformers and
-`timm_reference.py` timm, of which `timm_models.py` builds a second reference; `second.py` doubts
-both, `certificate.py` writes it all down.
+`rule.py` and `files.py` what goes in and out of files. `references.py` loads the models of
+transformers and `running.py` runs them; `timm_reference.py` does both with timm's, of which
+`timm_models.py` builds a second reference. `second.py` compares the two references, and
+`certificate.py` writes it all down.
 """
 
 from dataclasses import dataclass

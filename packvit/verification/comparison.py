@@ -14,8 +14,9 @@ from packvit.packs.grid import Grid
 from packvit.verification import Comparison, VerifyOptions
 from packvit.verification.answers import PER_FRAME, PER_SQUARE, Answers
 from packvit.verification.drawing import Shapes, describe_grid, draw, plan_shapes
-from packvit.verification.references import ReferenceModel, run
+from packvit.verification.references import ReferenceModel
 from packvit.verification.rule import Judgement, judge, judge_layers
+from packvit.verification.running import run
 
 
 @dataclass(frozen=True, slots=True)

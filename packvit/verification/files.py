@@ -20,13 +20,14 @@ from packvit.verification.drawing import draw, draw_photograph
 from packvit.verification.references import (
     ReferenceModel,
     image_processor,
+    import_transformers,
     load_model,
     processor_class,
     quiet,
-    run,
     vision_weights,
 )
 from packvit.verification.rule import judge
+from packvit.verification.running import run
 
 PHOTOGRAPHS = ((300, 421), (640, 97), (97, 640), (61, 50), (1024, 683), (224, 224))  # height, width
 # Of processors that resize in floating point: Pillow, which we resize with, rounds to 8 bits twice,
@@ -122,6 +123,8 @@ def obstacle_to_photographs(reference: ReferenceModel, checkpoint: Checkpoint) -
     if reference.library == "timm":
         return None
     name = processor_class(reference.family, checkpoint.preprocessor)
+    if image_processor(name) is None and not hasattr(import_transformers(), name):
+        return f"pixels: {name} is not in transformers, and comes with the checkpoint"
     if image_processor(name) is None:
         return f"pixels: {name} needs torchvision, which is not installed"
     if checkpoint.preprocessor is None:

@@ -13,8 +13,9 @@ from packvit.verification import Comparison, VerifyOptions
 from packvit.verification.answers import Answers
 from packvit.verification.comparison import ask, deviation
 from packvit.verification.drawing import Shapes, describe_grid, draw, plan_shapes, repeated
-from packvit.verification.references import ReferenceModel, inputs, last_state, run, tower
+from packvit.verification.references import ReferenceModel, tower
 from packvit.verification.rule import judge, judge_layers
+from packvit.verification.running import inputs, last_state, run
 from packvit.verification.timm_models import described, timm_model
 from packvit.verification.timm_reference import is_timm, run_timm
 

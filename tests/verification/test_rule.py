@@ -16,10 +16,12 @@ from packvit.config import Table
 from packvit.encoder import Encoder
 from packvit.packs.grid import Grid
 from packvit.verification import VerifyOptions
+from packvit.verification.answers import Answers
 from packvit.verification.comparison import Round, ask_reference, judge_pack
 from packvit.verification.drawing import draw, in_squares, repeated
-from packvit.verification.references import Answers, ReferenceModel, run, write_random
+from packvit.verification.references import ReferenceModel, write_random
 from packvit.verification.rule import Judgement, floor_of, judge, judge_layers
+from packvit.verification.running import run
 from packvit.verification.verify import family_names
 
 FAST = VerifyOptions(quick=True, lower=())

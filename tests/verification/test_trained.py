@@ -25,8 +25,9 @@ from packvit.packs.grid import Grid
 from packvit.verification import VerifyOptions
 from packvit.verification.comparison import Round, ask, ask_reference, judge_pack
 from packvit.verification.drawing import draw_pixels
-from packvit.verification.references import ReferenceModel, run
+from packvit.verification.references import ReferenceModel
 from packvit.verification.rule import judge
+from packvit.verification.running import run
 
 pytestmark = pytest.mark.soak
 

@@ -66,14 +66,22 @@ def load_alike(job: Job, device: str) -> Encoder:
     )
     choice = ModelChoice(model=job.model, revision=wanted["revision"], options=options)
     encoder, weights = load_encoder(choice)
+    check_alike(job, encoder, weights)
+    return encoder
+
+
+def check_alike(job: Job, encoder: Encoder, weights: str) -> None:
+    """Check that an encoder, whose weights have this digest, gives the same numbers as the job's.
+
+    Raises: EmbedderError with the differences.
+    """
     found = describe_job(encoder, weights, job.options)
-    if lines := differences(wanted, found):
+    if lines := differences(job.described, found):
         raise EmbedderError(
             f"An embedder on {socket.gethostname()} would write other numbers than this job. What "
             "differs, the job's -> its own:\n" + "\n".join(f"  {line}" for line in lines) + "\n"
             "Give all of them the same checkpoint, packages and kind of device."
         )
-    return encoder
 
 
 class Stager:

@@ -1,40 +1,51 @@
 """Run shards in one process for each GPU, or for each share of the CPUs.
 
-Shards go to idle processes. A process that dies is replaced, and its shards are sent again. A
-process ends when its connection closes: at the end of the job, or if its parent dies.
+The processes are started before anything is known of the job (`launching.py`). They load the
+encoder once it is known, and hear of the job once that is described. Shards go to idle processes.
+A process that dies is replaced, and its shards are sent again. A process ends when its connection
+closes: at the end of the job, or if its parent dies.
 """
 
 import os
-import signal
 import subprocess
-import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from queue import Empty, SimpleQueue
+from typing import Any, NoReturn
 
 import torch
 
 from packvit.corpus import EmbedderError
-from packvit.corpus.encode.context import make_context
+from packvit.corpus.encode.context import EmbedContext, make_context
 from packvit.corpus.encode.filling import Part, Shard
 from packvit.corpus.encode.shard import embed_shards
 from packvit.corpus.folder.layout import Commit
 from packvit.corpus.folder.names import part_name
 from packvit.corpus.folder.resume import remove_left_over
-from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
+from packvit.corpus.loading import load_encoder
+from packvit.corpus.runners.embedder import Finished, Job, Stager, check_alike, portable
+from packvit.corpus.runners.launching import Started, end, start
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
+from packvit.corpus.settings import EmbedOptions, ModelChoice
 from packvit.gpu.decoder import begin_engine
 
-SERVE = "import sys; from packvit.corpus.runners.host import serve; serve(int(sys.argv[1]))"
 IN_HAND = 2  # shards sent to each embedder: one to embed, and one to decode meanwhile
 AHEAD = 4  # shards for each embedder between the first unfinished one and the last handed out
 PATIENCE = 10.0  # seconds that an embedder may take to exit
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What an embedder needs to know to load its encoder, and to start its decode workers."""
+
+    choice: ModelChoice
+    options: EmbedOptions  # not yet fitted to the encoder
+    threads: int
 
 
 @dataclass(slots=True)
@@ -48,14 +59,12 @@ class Embedder:
     shards: deque[Shard] = field(default_factory=deque)  # the first is the one in work
 
 
-def run_processes(job: Job, devices: Sequence[str], work: Work) -> Generator[Commit, None, None]:
-    """Embed shards in a process for each of `devices`, and commit them here, in order.
+def run_processes(pool: "Pool", work: Work) -> Generator[Commit, None, None]:
+    """Embed shards in the processes of a pool, and commit them here, in order.
 
     Raises: EmbedderError if a shard loses its process `TRIES` times; WriteError if a part cannot
     be written.
     """
-    torch.cuda.empty_cache()  # frees what loading the encoder here took; does nothing without CUDA
-    pool = Pool(job, devices[: max(1, work.count)])
     try:
         yield from enter_all(pool.run(work.shards, work.count), work)
     finally:
@@ -66,37 +75,82 @@ def run_processes(job: Job, devices: Sequence[str], work: Work) -> Generator[Com
 class Pool:
     """The embedder processes of a job."""
 
-    def __init__(self, job: Job, devices: Sequence[str]) -> None:
-        self.job = replace(job, embedders=len(devices))
-        self.devices = devices
-        self.threads = max(1, torch.get_num_threads() // len(devices))
-        self.unsent = 0  # shards that no embedder was sent yet
+    def __init__(self, started: Sequence[Started]) -> None:
         self.embedders: dict[Connection, Embedder] = {}
+        for slot, each in enumerate(started):
+            self.add(slot, each)
+        self.loadings: list[Loading] = []  # by slot; empty until the model is known
+        self.job: Job | None = None
+        self.unsent = 0  # shards that no embedder was sent yet
         self.returned: deque[Shard] = deque()  # by embedders that died
         self.drained = False  # every shard was sent at least once
         self.losses: Counter[int | None] = Counter()  # by shard; None before the first shard
+
+    @property
+    def count(self) -> int:
+        """How many processes there are."""
+        return len(self.embedders)
+
+    def keep(self, most: int) -> None:
+        """End processes until there are at most so many, those that are ready last."""
+        while self.count > max(1, most):
+            last = min(self.embedders.values(), key=lambda each: (each.ready, -each.slot))
+            del self.embedders[last.connection]
+            end([Started(last.process, last.connection)])
+
+    def add(self, slot: int, started: Started) -> Embedder:
+        """Add a process."""
+        embedder = Embedder(slot, started.process, started.connection)
+        self.embedders[started.connection] = embedder
+        return embedder
+
+    def load(self, choice: ModelChoice, options: EmbedOptions, devices: Sequence[str]) -> None:
+        """Have every process load the encoder on the device of its slot, and start its workers."""
+        threads = max(1, torch.get_num_threads() // self.count)
+        placed = [replace(choice.options, device=device) for device in devices]
+        self.loadings = [Loading(replace(choice, options=o), options, threads) for o in placed]
+        for embedder in self.embedders.values():
+            self.send(embedder, self.loadings[embedder.slot])
+
+    def give(self, job: Job) -> None:
+        """Tell the processes of the job."""
+        self.job = job
+        for embedder in self.embedders.values():
+            self.send(embedder, job)
+
+    def await_ready(self) -> None:
+        """Wait until a process has loaded its encoder.
+
+        Raises: what loading raises; EmbedderError if processes die again and again.
+        """
+        order = Sequencer()  # of no shards yet
+        while not any(embedder.ready for embedder in self.embedders.values()):
+            self.await_messages(order)
 
     def run(self, shards: Iterable[Shard], count: int) -> Iterator[Finished]:
         """Yield all `count` shards in order, each when its part is staged."""
         source, order = iter(shards), Sequencer()
         self.unsent = count
-        for slot in range(len(self.devices)):
-            self.start(slot)
+        self.keep(count)
         while True:
             self.hand_out(source, order)
             if self.drained and not order.numbers:
                 return
-            for connection in wait(list(self.embedders)):
-                assert isinstance(connection, Connection)
-                self.receive(self.embedders[connection], order)
+            self.await_messages(order)
             yield from order.release()
+
+    def await_messages(self, order: Sequencer) -> None:
+        """Wait for messages of embedders, and handle one of each that has any."""
+        for connection in wait(list(self.embedders)):
+            assert isinstance(connection, Connection)
+            self.receive(self.embedders[connection], order)
 
     def hand_out(self, source: Iterator[Shard], order: Sequencer) -> None:
         """Send shards to embedders that can take one, those with the fewest first."""
         while free := self.free():
             if self.returned:
                 shard = self.returned.popleft()
-            elif self.drained or len(order.numbers) >= AHEAD * len(self.devices):
+            elif self.drained or len(order.numbers) >= AHEAD * self.count:
                 return
             else:
                 shard = next(source, None)
@@ -118,25 +172,6 @@ class Pool:
         idle = sum(not embedder.shards for embedder in self.embedders.values())
         hand = IN_HAND if self.unsent + len(self.returned) > idle else 1
         return [e for e in self.embedders.values() if e.ready and len(e.shards) < hand]
-
-    def start(self, slot: int) -> None:
-        """Start the process of a slot; it reports when the encoder is loaded."""
-        ours, its = Pipe()
-        # Ctrl-C reaches every process of a terminal: only the parent handles it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-c", SERVE, str(its.fileno())],
-                pass_fds=[its.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # stdout is for results only
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            its.close()  # with the process's own copy the connection ends
-        self.embedders[ours] = embedder = Embedder(slot, process, ours)
-        self.send(embedder, (self.job, self.devices[slot], self.threads))
 
     def send(self, embedder: Embedder, message: object) -> None:
         """Send to an embedder; if it is dead, `receive` notices."""
@@ -176,10 +211,15 @@ class Pool:
                 "then the same command resumes after what is written."
             )
         self.returned.extendleft(reversed(embedder.shards))
-        self.start(embedder.slot)
+        successor = self.add(embedder.slot, start())
+        for message in (self.loadings[embedder.slot], self.job):
+            if message is not None:
+                self.send(successor, message)
 
     def close(self) -> None:
         """End all processes, whatever they are doing."""
+        unready = [each for each in self.embedders.values() if not each.ready]
+        end(Started(each.process, each.connection) for each in unready)
         for embedder in self.embedders.values():
             embedder.connection.close()
         for embedder in self.embedders.values():
@@ -198,14 +238,40 @@ def serve(descriptor: int) -> None:
         from packvit.fast.imports import import_ahead  # kernels, which a GPU alone has
 
         import_ahead()
-    job, device, threads = connection.recv()
-    torch.set_num_threads(threads)
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
-    shards: SimpleQueue[Shard] = SimpleQueue()
-    threading.Thread(target=receive, args=(connection, shards), daemon=True).start()
-    stager = Stager(job)
+    messages: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=receive, args=(connection, messages), daemon=True).start()
+    loading = messages.get()
+    assert isinstance(loading, Loading)
+    torch.set_num_threads(loading.threads)
+    device = torch.device(str(loading.choice.options.device))
     writer = ThreadPoolExecutor(1, "packvit-stage")  # sends all messages, one by one
+    try:
+        with loading.options.decoders() as decoders:
+            decoders.start(loading.options.workers)  # while the model is loaded
+            engine = None
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                engine = begin_engine(device) if loading.options.decode == "gpu" else None
+            encoder, weights = load_encoder(loading.choice)
+            job = messages.get()
+            assert isinstance(job, Job)
+            check_alike(job, encoder, weights)
+            context = make_context(encoder, job.options, decoders, engine)
+            embed_all(context, job, connection, messages, writer)
+    except Exception as error:
+        writer.submit(connection.send, portable(error))
+        threading.Event().wait()  # until the parent has read it and closes the connection
+
+
+def embed_all(
+    context: EmbedContext,
+    job: Job,
+    connection: Connection,
+    shards: SimpleQueue[Any],
+    writer: ThreadPoolExecutor,
+) -> NoReturn:
+    """Embed the shards that arrive, and stage and send their parts."""
+    stager = Stager(job)
 
     def send(part: Part) -> None:
         try:
@@ -213,23 +279,14 @@ def serve(descriptor: int) -> None:
         except Exception as error:
             connection.send(portable(error))
 
-    try:
-        with job.options.decoders() as decoders:
-            decoders.start(job.options.workers)  # while the model is loaded
-            gpu = job.options.decode == "gpu"
-            engine = begin_engine(torch.device(device)) if gpu else None
-            context = make_context(load_alike(job, device), job.options, decoders, engine)
-            writer.submit(connection.send, "ready")
-            while True:
-                coming = take_waiting(shards.get(), shards)
-                for part in embed_shards(context, coming, lambda rows: None, stager.effort):
-                    writer.submit(send, part)
-    except Exception as error:
-        writer.submit(connection.send, portable(error))
-        threading.Event().wait()  # until the parent has read it and closes the connection
+    writer.submit(connection.send, "ready")
+    while True:
+        coming = take_waiting(shards.get(), shards)
+        for part in embed_shards(context, coming, lambda rows: None, stager.effort):
+            writer.submit(send, part)
 
 
-def take_waiting(first: Shard, shards: SimpleQueue[Shard]) -> Iterator[Shard]:
+def take_waiting(first: Shard, shards: SimpleQueue[Any]) -> Iterator[Shard]:
     """Yield a shard and those that are queued behind it, without waiting for more.
 
     Waiting could deadlock: a shard's last packs stay in flight until another shard follows or the
@@ -241,10 +298,10 @@ def take_waiting(first: Shard, shards: SimpleQueue[Shard]) -> Iterator[Shard]:
             yield shards.get_nowait()
 
 
-def receive(connection: Connection, shards: SimpleQueue[Shard]) -> None:
-    """Queue the shards that arrive, and exit when the connection closes."""
+def receive(connection: Connection, messages: SimpleQueue[Any]) -> None:
+    """Queue the messages that arrive, and exit when the connection closes."""
     try:
         while True:
-            shards.put(connection.recv())
+            messages.put(connection.recv())
     except (EOFError, ConnectionResetError):
         os._exit(0)

@@ -22,9 +22,10 @@ from packvit.corpus.inputs.sources import read
 from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Effort
 from packvit.corpus.runners.embedder import Job
-from packvit.corpus.runners.host import run_processes
+from packvit.corpus.runners.host import Pool, run_processes
+from packvit.corpus.runners.launching import start
 from packvit.corpus.runners.order import Work
-from packvit.corpus.settings import EmbedOptions
+from packvit.corpus.settings import EmbedOptions, ModelChoice
 from packvit.encoder import Encoder
 from packvit.gpu.decoder import Decoded, JpegDecoder
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
@@ -243,6 +244,9 @@ def test_an_embedder_of_its_own_process_writes_the_same_bytes(
     ]
     effort = Effort()
     work = Work(shards, len(shards), tmp_path / "gpu", -1, lambda rows: None, effort)
-    list(run_processes(job, ["cuda:0"], work))
+    pool = Pool([start()])
+    pool.load(ModelChoice(model=checkpoint), options, ["cuda:0"])
+    pool.give(job)
+    list(run_processes(pool, work))
     assert parts(tmp_path / "pil") == parts(tmp_path / "gpu")
     assert effort.on_gpu > 40

@@ -1,6 +1,7 @@
 """Shards embedded in other processes end as the bytes that one process writes, whatever dies."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,14 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
+import torch
 from features import contents
 from rotten import write_good
+from safetensors.torch import load_file, save_file
 from small_checkpoint import write_checkpoint
 
 import packvit
+from packvit.checkpoints.errors import CheckpointError
 from packvit.corpus import EmbedderError, UsageError
 from packvit.corpus.encode.filling import Shard
 from packvit.corpus.folder.layout import read_commits
@@ -25,9 +29,10 @@ from packvit.corpus.job import embed
 from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Progress, Shares
 from packvit.corpus.runners.embedder import Job, load_alike
-from packvit.corpus.runners.host import Embedder, Pool
+from packvit.corpus.runners.host import Pool
+from packvit.corpus.runners.launching import Launched, Started
 from packvit.corpus.runners.order import Sequencer
-from packvit.corpus.settings import EmbedOptions
+from packvit.corpus.settings import EmbedOptions, choose_rows
 from packvit.encoder import Encoder
 
 INPUTS, PARTS = 640, 10  # 64 inputs a part, since tokens are written
@@ -135,11 +140,12 @@ def test_two_processes_write_the_bytes_of_one(
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_a_small_job_goes_to_all_processes_though_one_is_ready_first(count: int):
-    pool = Pool(Job("out", EmbedOptions(), {}, "checkpoint"), ["cpu"] * 3)
-    ends = [Pipe() for _ in pool.devices]
-    for slot, (ours, _) in enumerate(ends):
+    ends = [Pipe() for _ in range(3)]
+    started = []
+    for ours, _ in ends:
         with subprocess.Popen(["true"]) as process:
-            pool.embedders[ours] = Embedder(slot, process, ours)
+            started.append(Started(process, ours))
+    pool = Pool(started)
     first, *others = pool.embedders.values()
     source, order = (Shard(number, ()) for number in range(count)), Sequencer()
     pool.unsent = count
@@ -206,8 +212,42 @@ def test_processes_that_die_again_and_again_end_the_job_with_a_sentence(
         pytest.raises(EmbedderError, match=r"loaded the model died 3 times, .* exit status -9"),
     ):
         embed(photos, out=tmp_path, model=checkpoint, device="cpu", tokens=True, processes=2)
-    assert set(contents(tmp_path)) == {".lock", "_inputs.jsonl.gz", "_manifest.json"}
+    assert contents(tmp_path) == {}
     assert ours() == []
+
+
+def test_a_checkpoint_that_processes_refuse_is_refused_once_and_nothing_is_written(
+    tmp_path: Path, photos: Path, checkpoint: Path
+):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    weights = load_file(damaged / "model.safetensors")
+    last = max(weights)
+    weights[last] = torch.full_like(weights[last], float("nan"))
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match=f"^{last} in .* are NaN or infinite"):
+        embed(photos, out=out, model=damaged, device="cpu", processes=2)
+    assert not out.exists()
+    assert ours() == []
+
+
+def test_processes_started_ahead_end_with_a_command_that_does_not_use_them():
+    with suppress(UsageError), Launched(2) as launched:
+        started = [each.process for each in launched.started]
+        assert all(process.poll() is None for process in started)
+        raise UsageError("no such option")
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_no_process_is_left_with_much_more_than_its_share_of_a_job(processes: int):
+    for inputs in (2_000, 4_000, 8_000, 16_000, 24_000, 100_000):
+        rows = choose_rows(torch.device("cuda"), inputs, large=False)
+        done, parts = [0] * processes, [rows] * (inputs // rows) + [inputs % rows]
+        for part in parts:  # each goes to the first that is idle, and all are equally quick
+            done[done.index(min(done))] += part
+        assert max(done) <= 1.15 * inputs / processes
 
 
 def start_job(photos: Path, out: Path, checkpoint: Path, *options: str) -> subprocess.Popen[str]:
