@@ -25,6 +25,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 
 import click
@@ -111,6 +112,19 @@ class Job:
             text=True,
             env=env,
         )
+        self.spent: dict[int, float] = {}  # CPU seconds by process, when it was last seen
+        self.watching = Thread(target=self.watch, daemon=True)
+        self.watching.start()
+
+    def watch(self) -> None:
+        """Note the CPU time of all processes of the job until it ends.
+
+        Some, as Ray's, end long before it does, and nobody waits for them.
+        """
+        while self.process.poll() is None:
+            for process in marked(self.mark):
+                self.spent[process] = cpu_seconds(process) or self.spent.get(process, 0.0)
+            time.sleep(0.2)
 
     def finish(self) -> dict[str, Any]:
         """Return what the job printed, and the rows it left; kill all that it leaves behind."""
@@ -126,7 +140,9 @@ class Job:
         if self.process.returncode:
             lines = [line for line in remarks.splitlines() if line.strip()]
             return found | {"error": lines[-1][:200] if lines else ""}
-        return found | json.loads(said.splitlines()[-1])
+        self.watching.join()
+        spent = {"cpu_seconds": sum(self.spent.values())}
+        return found | spent | json.loads(said.splitlines()[-1])
 
     def await_rows(self, seconds: float) -> None:
         """Wait until the job has written some rows, or for so many seconds."""
