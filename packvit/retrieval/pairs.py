@@ -102,8 +102,12 @@ def reaching(bounds: Tensor, least: float) -> tuple[np.ndarray, np.ndarray]:
     if bounds.dtype == torch.bfloat16:  # positive ones are in the order of their bits
         bounds, limit = bounds.view(torch.int16), limit.view(torch.int16)
     rows = (bounds.amax(dim=1) >= limit).nonzero().flatten()
-    inside = (bounds.index_select(0, rows) >= limit).cpu().numpy()
-    found, columns = np.divmod(np.flatnonzero(inside), inside.shape[1])
+    inside = bounds.index_select(0, rows) >= limit
+    if inside.device.type == "cpu":  # NumPy finds few among many ten times as fast as torch
+        places = np.flatnonzero(inside.numpy())
+    else:
+        places = inside.flatten().nonzero().flatten().cpu().numpy()
+    found, columns = np.divmod(places, bounds.shape[1])
     return rows.cpu().numpy()[found], columns
 
 
