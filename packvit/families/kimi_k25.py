@@ -71,7 +71,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     if side != width or merged != SIDE:
         raise CheckpointError(
             f'config.json says "pos_emb_height": {side}, "pos_emb_width": {width} and '
-            f'"merge_kernel_size": {merged}; we know square tables, and {SIDE}.'
+            f'"merge_kernel_size": {merged}; packvit knows square tables, and {SIDE}.'
         )
     merger = None
     if "mm_projector.proj.0.weight" in names:

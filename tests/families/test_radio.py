@@ -81,7 +81,7 @@ def test_published_checkpoints_have_no_scales(tmp_path: Path):
     [
         ({"summary_idxs": [0, 3]}, "none of 3 class tokens"),
         ({"summary_idxs": []}, "none of 3 class tokens"),
-        ({"norm_mean": [0.5, 0.5, 0.5]}, "norm_mean.*we know CLIP's"),
+        ({"norm_mean": [0.5, 0.5, 0.5]}, "norm_mean.*packvit knows CLIP's"),
     ],
 )
 def test_a_configuration_of_no_published_model_is_refused(changes: dict[str, Any], message: str):
