@@ -75,10 +75,14 @@ class PixelRange:
 
 @dataclass(frozen=True, slots=True)
 class PaddedPatches:
-    """Shrink to `patches` in all and `side` along each side, then fill up with black: Kimi."""
+    """Shrink to `patches` in all and `side` along each side, then fill up with black: Kimi.
+
+    Without `fill` the middle is cut out instead, in whole squares of patches.
+    """
 
     patches: int = 16384
     side: int = 512
+    fill: bool = True
 
 
 Sizing = ShortestEdge | Exact | MostPatches | PixelRange | PaddedPatches

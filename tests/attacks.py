@@ -9,9 +9,13 @@ import os
 import struct
 import sys
 import tarfile
+import threading
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -420,7 +424,9 @@ def many_entries(
     directory: int | None = None,
 ) -> None:
     """Write a zip whose entries all lie at the same place; zip64's counts may lie."""
-    data = zeros(size) if size else photo()
+    data, crc = photo(), zlib.crc32(photo())
+    if size:
+        data, crc = zeros(size)[2:-4], zlib.crc32(bytes(size))
     method, whole = (8, size) if size else (0, len(data))
     local = struct.pack("<IHHHHHIIIHH", 0x04034B50, 20, 0, method, 0, 0, 0, len(data), whole, 5, 0)
     with path.open("wb") as file:
@@ -431,7 +437,7 @@ def many_entries(
             file.write(
                 struct.pack(
                     "<IHHHHHHIIIHHHHHII",
-                    *(0x02014B50, 20, 20, 0, method, 0, 0, 0, len(data), whole),
+                    *(0x02014B50, 20, 20, 0, method, 0, 0, crc, len(data), whole),
                     *(len(name), 0, comment, 0, 0, 0, 0),
                 )
             )
@@ -447,6 +453,72 @@ def many_entries(
         file.write(
             struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1, 0)
         )
+
+
+def endless(start: bytes) -> Iterator[bytes]:
+    """Yield a body that does not end."""
+    yield start
+    while True:
+        yield bytes(MIB)
+
+
+def slow() -> Iterator[bytes]:
+    """Yield a body so slowly that it never ends."""
+    while True:
+        yield b"x"
+        time.sleep(0.5)
+
+
+# Headers, and what follows them.
+BODIES: dict[str, tuple[dict[str, str], Callable[[], Iterator[bytes]]]] = {
+    "endless.jpg": ({}, lambda: endless(photo())),
+    "longer.jpg": ({"Content-Length": "4000000000"}, lambda: endless(photo())),
+    "huge.jpg": ({"Content-Length": str(2**62)}, lambda: endless(photo())),
+    "gzip.jpg": ({"Content-Encoding": "gzip"}, lambda: iter([gzip_zeros()])),
+    "deflate.jpg": ({"Content-Encoding": "deflate"}, lambda: iter([zeros(2048 * MIB)])),
+    "endless.tar": ({}, lambda: endless(tar_header(b"a.jpg", 2**32))),
+    "endless.zip": ({}, lambda: endless(b"PK")),
+    "slow.jpg": ({"Content-Length": "1000"}, slow),
+    "circle.jpg": ({"Location": "circle.jpg"}, lambda: iter([])),
+}
+
+
+def gzip_zeros() -> bytes:
+    """Return a gzip of 2 GiB of zeros."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return b"".join(packer.compress(bytes(MIB)) for _ in range(2048)) + packer.flush()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves BODIES."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        headers, make = BODIES[self.path.strip("/")]
+        self.send_response(302 if "Location" in headers else 200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with suppress(OSError):  # who reads it has had enough
+            for piece in make() if body else ():
+                self.wfile.write(piece)
+
+
+def serve() -> Iterator[str]:
+    """Yield the URL of a server of BODIES while it runs."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 KINDS = {"images": images, "tables": tables, "tars": tars, "zips": zips}

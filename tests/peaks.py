@@ -1,9 +1,8 @@
 """How much memory jobs take for each of the attacks: `python -m tests.peaks FOLDER [NAME ...]`.
 
 Each is embedded by `packvit.embed` with one decode worker. Per attack it prints how its rows end,
-and what the worker and the process that lists took at most: of the worker beyond what a small
-photograph takes it and beyond the image, which is the bytes of its file or member and 8 bytes a
-pixel of its header, 16 of AVIF and WebP.
+and what the worker and the process that lists took at most, in MiB. What is an image's own are the
+bytes of its file and 8 bytes a pixel, 16 of AVIF and WebP.
 """
 
 import os
@@ -34,6 +33,7 @@ class Peak:
     listing: int  # beyond what the process held before
     statuses: dict[str, int]
     seconds: float
+    pixels: int  # what an image may take: 8 bytes a pixel, 16 of AVIF and WebP
 
 
 def status(process: int | str) -> dict[str, str]:
@@ -97,14 +97,16 @@ def measure(named: str, encoder: packvit.Encoder, *, seconds: float = 60.0) -> P
             packvit.embed(
                 named, out=out, model=encoder, workers=1, max_patches=16, image_timeout=seconds
             )
-            columns = [
-                pq.read_table(part, columns=["status"])[0] for part in out.glob("data/*.parquet")
-            ]
-            statuses = Counter(str(one) for column in columns for one in column.to_pylist())
+            names = ["status", "width", "height"]
+            tables = [pq.read_table(part, columns=names) for part in out.glob("data/*.parquet")]
+            rows = [row for table in tables for row in table.to_pylist()]
+            statuses = Counter(row["status"] for row in rows)
         except UsageError as error:
-            statuses = Counter([f"refused: {error}"])
+            rows, statuses = [], Counter([f"refused: {error}"])
         listing = held("self", "VmHWM") - before
-    return Peak(peak[0], listing, dict(statuses), time.monotonic() - start)
+    each = 16 if named.endswith((".avif", ".webp")) else 8
+    pixels = max(((row["width"] or 0) * (row["height"] or 0) for row in rows), default=0)
+    return Peak(peak[0], listing, dict(statuses), time.monotonic() - start, each * pixels)
 
 
 if __name__ == "__main__":
@@ -115,7 +117,8 @@ if __name__ == "__main__":
     for path in found:
         peak = measure(str(path), tiny)
         print(
-            f"{path.name:28} worker {peak.worker >> 20:6} listing {peak.listing >> 20:6} "
+            f"{path.name:28} worker {peak.worker >> 20:6} pixels {peak.pixels >> 20:5} "
+            f"file {path.stat().st_size >> 20:5} listing {peak.listing >> 20:6} "
             f"{peak.seconds:6.1f} s {peak.statuses}",
             flush=True,
         )

@@ -101,6 +101,7 @@ KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
             "summary_idxs": [2, 0, 3],
         },
     ),
+    "radio, swiglu": (RadioModel, RadioConfig, {"use_swiglu_ffn": True, "max_img_size": 5 * 14}),
 }
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import onevision
 import pytest
 import reference
 import torch
@@ -29,6 +30,7 @@ from packvit.families.aimv2 import (
     Aimv2PackingEncoderLayer,
     Aimv2VisionEmbeddings,
 )
+from packvit.families.onevision import OneVisionEncoderPacking
 
 GRIDS = {count: [(1, 1 + image % 7, 1 + image % 5) for image in range(count)] for count in (1, 64)}
 EQUAL = {count: [(1, 4, 5)] * count for count in (1, 64)}
@@ -53,9 +55,9 @@ def small(**changes: Any) -> AIMv2Packing:
     return AIMv2Packing.from_transformers(reference.aimv2(is_native=True, **changes))
 
 
-def count_fake(grid: list[tuple[int, int, int]], tower: str | None = None) -> Calls:
+def count_fake(grid: list[tuple[int, int, int]], tower: str | Encoder | None = None) -> Calls:
     """Run bf16 on fake CUDA tensors, and count."""
-    encoder = small() if tower is None else packvit_tower(tower)
+    encoder = packvit_tower(tower) if isinstance(tower, str) else tower or small()
     total = sum(frames * rows * columns for frames, rows, columns in grid)
     grid_thw = torch.tensor(grid)
     encoder.backend = "torch"
@@ -68,7 +70,7 @@ def count_fake(grid: list[tuple[int, int, int]], tower: str | None = None) -> Ca
         patches = torch.empty(total, encoder.config.patch_dim, dtype=torch.uint8, device="cuda")
         calls = Calls()
         with calls, torch.no_grad():
-            found = encoder.encode(patches, grid_thw, taps=(0, -1), merged=tower is not None)
+            found = encoder.encode(patches, grid_thw, taps=(0, -1), merged=bool(encoder.merger))
         assert found.tokens.shape == (total, encoder.config.width)
         assert found.tokens.dtype == torch.bfloat16
     return calls
@@ -112,6 +114,20 @@ def test_windows_and_mergers_take_as_many_calls_for_64_images_as_for_one(kind: s
     )
     assert many.counts == one.counts
     assert len(one.attended) == 3
+
+
+def test_clips_with_places_in_time_take_as_many_calls_for_64_as_for_one():
+    family = OneVisionEncoderPacking.family
+    config = family.layouts[0].read(onevision.SIZES, ())
+    found = []
+    for grids in GRIDS.values():
+        grid = [(1 + wide, tall, wide) for _, tall, wide in grids]
+        encoder = OneVisionEncoderPacking(config, family.images(config))
+        encoder.patch_positions(grid)  # times are kept, and no fake tensor can give them
+        found.append(count_fake(grid, encoder))
+    one, many = found
+    assert many.counts == one.counts
+    assert len(one.attended) == 3 + 1
 
 
 def test_cu_seqlens_reach_varlen_attention_as_int32_on_the_device_made_once():

@@ -31,6 +31,7 @@ FLAGS = (
     "do_pad",
     "do_rescale",
     "do_resize",
+    "pad_input",
     "use_square_size",
 )
 
@@ -219,7 +220,8 @@ def _padded_patches(given: Mapping[str, Any], default: PaddedPatches) -> PaddedP
     sides = {_side(size, "max_height"), _side(size, "max_width")}
     if len(sides) > 1:
         raise ValueError(f"size {dict(size)}, but both sides must be equal. Make them so.")
-    return PaddedPatches(_side(given, "max_patches", default.patches), sides.pop())
+    most = _side(given, "max_patches", _side(given, "in_token_limit", default.patches))
+    return PaddedPatches(most, sides.pop(), _flag(given, "pad_input", default.fill))
 
 
 def _size(size: Any, *, is_square: bool) -> ShortestEdge | Exact:

@@ -31,6 +31,8 @@ class Layout:
     # Tensors kept for `save_pretrained` and used by nothing: our label to the layout's name.
     carried: Mapping[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()  # what names of another tower's or head's tensors begin with
+    # Whether an encoder can be written so, where two layouts have a word for every parameter.
+    takes: Callable[[EncoderConfig], bool] = lambda config: True
 
     def skips(self, name: str) -> bool:
         """Return whether a tensor is another tower's or head's."""
@@ -124,23 +126,27 @@ class Family:
                     found[name] = (layout, prefix)
         return list(found.values())
 
-    def writable(self, name: str, parameters: Collection[str]) -> Layout:
+    def writable(self, name: str, parameters: Collection[str], config: EncoderConfig) -> Layout:
         """Return the layout called `name` that has a name for every one of our `parameters`.
 
         Raises: ValueError listing the names there are.
         """
         for layout in self.layouts:
-            if layout.name == name and all(
-                any(rule.names(ours) for rule in layout.rules) for ours in parameters
-            ):
+            named = (any(rule.names(ours) for rule in layout.rules) for ours in parameters)
+            if layout.name == name and layout.takes(config) and all(named):
                 return layout
         known = ", ".join(dict.fromkeys(f'"{layout.name}"' for layout in self.layouts))
         raise ValueError(f'{self.name} has no layout "{name}". Choose one of: {known}.')
 
 
 def named_type(config: Json) -> Any:
-    """Return the type of model that config.json names; timm calls it an architecture."""
-    return config.get("model_type", config.get("architecture"))
+    """Return the type of model that config.json names.
+
+    timm calls it an architecture, and code that comes with a checkpoint names its class alone.
+    """
+    classes = config.get("architectures")
+    only = classes[0] if isinstance(classes, list) and len(classes) == 1 else None
+    return config.get("model_type") or config.get("architecture") or only
 
 
 def image_tower(families: Sequence[Family]) -> Part:

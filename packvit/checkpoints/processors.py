@@ -53,8 +53,10 @@ class Defaults:
 
 
 CLIP = Defaults(CLIP_STATISTICS, "bicubic", ShortestEdge(224), (224, 224))
+KIMI_VL = Defaults(CLIP_STATISTICS, "bicubic", PaddedPatches(4096, fill=False), has_pillow=False)
 
-PROCESSORS: Mapping[str, Defaults] = {  # by their names in transformers
+# By their names in transformers, or in the code that comes with Kimi-VL.
+PROCESSORS: Mapping[str, Defaults] = {
     "BitImageProcessor": CLIP,
     "CLIPImageProcessor": CLIP,
     "DINOv3ViTImageProcessor": Defaults(
@@ -63,6 +65,8 @@ PROCESSORS: Mapping[str, Defaults] = {  # by their names in transformers
     "Kimi_K25ImageProcessor": Defaults(
         HALF_STATISTICS, "bicubic", PaddedPatches(), has_pillow=False
     ),
+    "KimiVLImageProcessor": KIMI_VL,
+    "MoonViTImageProcessor": KIMI_VL,
     "Qwen2VLImageProcessor": Defaults(
         CLIP_STATISTICS, "bicubic", PixelRange(56 * 56, 28 * 28 * 1280)
     ),

@@ -54,7 +54,7 @@ def lay_out(
 
     Raises: ValueError for a layout that the family does not have.
     """
-    chosen = family.writable(layout, state)
+    chosen = family.writable(layout, state, config)
     dtype = str(state[EMBEDDING].dtype).removeprefix("torch.")
     kept = {chosen.carried[label]: tensor for label, tensor in carried.items()}
     tensors = kept | store(state, bind(chosen.rules, config.heads))

@@ -94,7 +94,7 @@ class Commands(click.Group):
         """Return the command called `cmd_name`, or None if there is none."""
         if cmd_name not in COMMANDS:
             return None
-        if cmd_name != "check" and not has_room_to_start():
+        if not has_room_to_start(torch=cmd_name != "check"):
             raise click.ClickException(NO_MEMORY)
         return getattr(import_module(COMMANDS[cmd_name]), cmd_name)
 

@@ -1,10 +1,10 @@
 """C-RADIO v3 and v4: ten prefix tokens, a summary of two of them, and no final norm.
 
 The table of positions is resized to the square of an image's longer side, of which the top left is
-taken. The model normalises pixels by itself, by CLIP's statistics.
+taken. The model normalises pixels by itself, by CLIP's statistics. config.json is transformers', or
+the authors' own (`radio_args.py`); the tensors' names are the same.
 
-Source: "RADIOv2.5", arXiv:2412.07679; "C-RADIOv4", arXiv:2601.17237; transformers 5.17,
-models/radio.
+Source: arXiv:2412.07679; "C-RADIOv4", arXiv:2601.17237; transformers 5.17, models/radio.
 """
 
 from collections.abc import Collection
@@ -13,10 +13,11 @@ from typing import Any
 from packvit.checkpoints.config_json import Json, entry
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
-from packvit.checkpoints.rules import layers, linear_over_channels, rename, reshape
+from packvit.checkpoints.rules import Rule, gated, layers, linear_over_channels, rename, reshape
 from packvit.config import CLIP_STATISTICS, EncoderConfig, ImageConfig, Summary, Table
 from packvit.encoder import Encoder
 from packvit.families.dinov2_blocks import read_blocks, write_blocks
+from packvit.families.radio_args import entries_of
 
 MODEL = "radio_model.model."
 OURS, BLOCK = "encoder.layers.{i}.", f"{MODEL}blocks.{{i}}."
@@ -39,7 +40,11 @@ RULES = (
     rename(f"{OURS}attention_scale.scale", BLOCK + SCALE.format(half=1)),
     rename(f"{OURS}mlp_scale.scale", BLOCK + SCALE.format(half=2)),
 )
-MLP = layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"up": "fc1", "down": "fc2"})
+PLAIN = layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"up": "fc1", "down": "fc2"})
+GATED = (
+    *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "down_proj"}),
+    *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "gate_proj up_proj"),
+)
 CARRIED = {
     "summary_idxs": "radio_model.summary_idxs",
     "norm_mean": "radio_model.input_conditioner.norm_mean",
@@ -54,6 +59,8 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
 
     Raises: CheckpointError for class tokens, statistics or scales that no published model has.
     """
+    if "args" in config and "hidden_size" not in config:
+        config = entries_of(config)
     blocks = read_blocks({"patch_size": 16, **config}, width=1280, layers=32, heads=16)
     side = entry(config, "max_img_size", int, 2048) // blocks["patch"]
     tokens = entry(config, "num_cls_tokens", int, 3)
@@ -110,27 +117,26 @@ def images(config: EncoderConfig) -> ImageConfig:
     return ImageConfig(config.patch, *CLIP_STATISTICS, "bicubic")
 
 
-LAYOUT = Layout(
-    "transformers",
-    MLP[0].theirs[0].format(i=0),
-    (*RULES, *MLP),
-    read,
-    write,
-    CARRIED,
-    skipped=("radio_model.adaptors",),  # heads for teachers
-)
+def layout(mlp: tuple[Rule, ...]) -> Layout:
+    """Return the layout of checkpoints with one kind of MLP; heads for teachers are skipped."""
+    marker, skipped = mlp[0].theirs[0].format(i=0), ("radio_model.adaptors",)
+    return Layout("transformers", marker, (*RULES, *mlp), read, write, CARRIED, skipped)
+
 
 FAMILY = Family(
     name="C-RADIO",
-    model_types=("radio",),
-    layouts=(LAYOUT,),
+    model_types=("radio", "RADIOModel"),
+    layouts=(layout(PLAIN), layout(GATED)),
     images=images,
     checkpoints=(
         *(f"nvidia/C-RADIOv3-{size}" for size in ("B", "L", "H")),
         *(f"nvidia/C-RADIOv4-{size}" for size in ("SO400M", "H")),
     ),
     reference=Reference(
-        variants=(Variant("plain", "RadioModel", {"max_img_size": 224, "mlp_ratio": 2.0}),),
+        variants=(
+            Variant("plain", "RadioModel", {"max_img_size": 224, "mlp_ratio": 2.0}),
+            Variant("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
+        ),
         processor="CLIPImageProcessorPil",
         processor_options={
             "do_normalize": False,

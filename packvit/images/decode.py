@@ -19,10 +19,10 @@ from PIL import ExifTags, Image, ImageFile
 from packvit.images.colour import MODES, rescale_colour_key, to_rgb
 from packvit.images.errors import ImageError, Stage
 from packvit.images.files import MAX_BYTES, read_file
-from packvit.images.heif import INSTALL, is_heif, open_heif
+from packvit.images.heif import INSTALL, is_avif, is_heif, open_heif
 from packvit.images.png import SIGNATURE, without_large_texts
 from packvit.images.signatures import explain, identify
-from packvit.images.tiff import check_opened
+from packvit.images.tiff import check_opened, check_tags
 
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -31,6 +31,8 @@ MAX_PIXELS = 100_000_000
 # Pillow takes some 16 bytes a pixel to decode these, and up to 8 for others. Their decoders give a
 # frame as bytes, to be copied; WebP's keeps two canvases too, and two copies of the file.
 HEAVY = frozenset({"AVIF", "HEIF", "WEBP"})
+MOST_COPIED = 120 << 20  # bytes of a file of these, of which their decoders make two copies
+MOST_EXIF = 16 << 20  # bytes, of which copies are made
 
 
 # What turns stored pixels upright. Source: EXIF 2.32, tag 0x0112.
@@ -208,6 +210,10 @@ def _quiet() -> Iterator[None]:
 
 def _open(data: bytes, file: BytesIO) -> ImageFile.ImageFile:
     """Read the header with the parsers of FORMATS alone; no other parser ever sees the bytes."""
+    if len(data) > MOST_COPIED and (data[8:12] == b"WEBP" or is_heif(data) or is_avif(data)):
+        raise ImageError("out_of_memory", "header", f"over {MOST_COPIED >> 20} MiB")
+    if refusal := check_tags(data):
+        raise ImageError(refusal[0], "header", refusal[1])
     with _boundary("header", "truncated"), _quiet():
         if is_heif(data):
             image = open_heif(file)
@@ -277,6 +283,8 @@ def read_turn(image: Image.Image) -> tuple[Image.Transpose | None, bool]:
     try:
         with _quiet():
             if "exif" in image.info:  # getexif gives a damaged block as an empty one the 2nd time
+                if len(image.info["exif"]) > MOST_EXIF:
+                    return None, False
                 Image.Exif().load(image.info["exif"])
             return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1)), True
     except MemoryError:

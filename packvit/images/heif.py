@@ -31,6 +31,11 @@ def is_heif(data: bytes) -> bool:
     return found[0] in _STRUCTURE and not _AV1 & set(found)
 
 
+def is_avif(data: bytes) -> bool:
+    """Tell whether a file says that it is an AVIF."""
+    return not _AV1.isdisjoint(brands(data))
+
+
 def open_heif(file: BytesIO) -> ImageFile.ImageFile | None:
     """Return a HEIF with its header read, or None where pi-heif is not installed.
 

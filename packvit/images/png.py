@@ -18,6 +18,7 @@ def without_large_texts(data: bytes) -> tuple[bytes, bytes, bool]:
     """Return a PNG without texts and profiles beyond Pillow's limits, and what they say of upright.
 
     That is the entry of XMP that says which way is up, or nothing, and whether one may be missed.
+    Whatever else is no part of the pixels may have as much as a text: Pillow keeps copies of it.
     Pixels need no text. Nothing else is unpacked further than to the limit. A damaged chunk stays,
     so that it is found to be damaged.
     """
@@ -41,10 +42,22 @@ def without_large_texts(data: bytes) -> tuple[bytes, bytes, bool]:
                 missed |= body.startswith(PROFILE)
             else:
                 memory += length or 0
+        elif is_extra(kind) and size > PngImagePlugin.MAX_TEXT_CHUNK:
+            kept.append(data[start:place])
+            start = end
+            missed |= kind == b"eXIf"
         place = end
     if not kept:
         return data, b"", False
     return b"".join([*kept, data[start:]]), upright, missed
+
+
+def is_extra(kind: bytes) -> bool:
+    """Tell whether a chunk may be left out: in lower case, and no frame of an animation.
+
+    Source: PNG (third edition), 5.4.
+    """
+    return bool(kind[:1].islower() and kind != b"fdAT")
 
 
 def find_turned(kind: bytes, body: bytes) -> bytes | None:

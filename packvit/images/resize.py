@@ -5,7 +5,7 @@ models/qwen2_vl/image_processing_pil_qwen2_vl.py, for the checkpoints' sizes and
 leads to them. Plain Python on plain ints.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor, sqrt
 from typing import Literal
 
@@ -69,8 +69,8 @@ def resize_plan(
         most = sizing.most if max_patches is None else max_patches * side**2
         return _plan(_pixel_range_size(height, width, unit, sizing.least, most), None, side)
     if isinstance(sizing, PaddedPatches):
-        most = max_patches or sizing.patches
-        return _padded_plan(height, width, unit, side, most, sizing.side)
+        sizing = replace(sizing, patches=max_patches or sizing.patches)
+        return _padded_plan(height, width, unit, side, sizing)
     if isinstance(sizing, MostPatches):
         rows, columns = _most_patches_grid(height, width, side, max_patches or sizing.patches)
         return _plan((rows * side, columns * side), None, side)
@@ -144,19 +144,26 @@ def _pixel_range_size(height: int, width: int, unit: int, least: int, most: int)
     return tall, wide
 
 
-def _padded_plan(height: int, width: int, unit: int, patch: int, most: int, side: int) -> SizePlan:
-    """Return the reference's size, in its floating point, which never enlarges and then pads.
+def _padded_plan(height: int, width: int, unit: int, patch: int, sizing: PaddedPatches) -> SizePlan:
+    """Return the reference's size, in its floating point, which never enlarges, then pads or cuts.
 
-    Source: transformers 5.17, models/kimi_k25/image_processing_kimi_k25.py.
+    Source: transformers 5.17, models/kimi_k25/image_processing_kimi_k25.py; for the cut, Kimi-VL's
+    own image processor, which cuts as torchvision does.
     """
     patches = max(1.0, height // patch) * max(1.0, width // patch)
-    longest = side * patch
-    scale = min(1.0, sqrt(most / patches), longest / height, longest / width)
+    longest = sizing.side * patch
+    scale = min(1.0, sqrt(sizing.patches / patches), longest / height, longest / width)
     tall, wide = (min(longest, max(1, int(pixels * scale))) for pixels in (height, width))
     rows, columns = (-(-pixels // unit) * unit // patch for pixels in (tall, wide))
     if rows * columns * patch**2 > MAX_PIXELS:
         raise ImageError("aspect_ratio", "resize", f"height {tall}, width {wide} once resized")
-    return SizePlan(tall, wide, None, rows, columns)
+    if sizing.fill:
+        return SizePlan(tall, wide, None, rows, columns)
+    if min(tall, wide) < unit:
+        raise ImageError("aspect_ratio", "resize", f"height {tall}, width {wide}, square {unit}")
+    inner = tall // unit * unit, wide // unit * unit
+    top, left = half(tall - inner[0], "even"), half(wide - inner[1], "even")
+    return SizePlan(tall, wide, (top, left, *inner), inner[0] // patch, inner[1] // patch)
 
 
 def _most_patches_grid(height: int, width: int, side: int, most: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ Verdict = tuple[str, str | None]  # a code and a note
 _TYPES = {1: "B", 2: "s", 3: "H", 4: "L", 5: "R", 6: "b", 7: "s", 8: "h", 9: "l", 10: "R", 11: "f"}
 _TYPES |= {12: "d", 13: "L", 16: "Q", 17: "q", 18: "Q"}
 _SIZES = {"B": 1, "s": 1, "b": 1, "H": 2, "h": 2, "L": 4, "l": 4, "f": 4}
+_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SIZES |= {"R": 8, "d": 8, "Q": 8, "q": 8}
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
@@ -26,6 +27,10 @@ _LOOKED_AT = (
     *(WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, STRIPS, SAMPLES, STRIP_BYTES, PLANAR, TILES),
     *(TILE_BYTES, SUB_IMAGES, EXTRA, FORMAT, REDUCED, JPEG_START, JPEG_BYTES, SUBSAMPLING, DNG),
 )
+# Pillow copies all tags twice, and makes a Python number of each of those that it goes by.
+MOST_OF_TAGS = 220 << 20  # bytes
+MOST_NUMBERS = 1 << 20
+SMALL = 8 << 20  # bytes of a file whose tags need no check
 # What libtiff reads in any build of Pillow; whether it reads others depends on the build.
 _EVERYWHERE = {1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946}
 _FORMATS = {1: "unsigned", 2: "signed", 3: "float", 5: "complex", 6: "complex"}
@@ -69,9 +74,34 @@ def read_tags(data: bytes) -> Tags:
         if size > inside:
             (at,) = struct.unpack_from(order + place, data, at)
             end = max(end, at + size)
-        if letter in "BHLQ" and size <= len(data):  # a table cannot hold more than the file does
+        # A table cannot hold more than the file does.
+        if letter in "BHLQ" and size <= len(data) and count <= MOST_NUMBERS:
             values[tag] = struct.unpack_from(f"{order}{count}{letter}", data, at)
     return Tags(values, end)
+
+
+def check_tags(data: bytes) -> Verdict | None:
+    """Return why a TIFF must not even be opened: its tags would fill memory."""
+    if len(data) <= SMALL or data[:4] not in _STARTS:
+        return None
+    order: Literal["<", ">"] = "<" if data[:2] == b"II" else ">"
+    big = 43 in data[2:4]
+    place, counts, entry, step = ("Q", "Q", "HHQ", 20) if big else ("L", "H", "HHL", 12)
+    total = 0
+    try:
+        (table,) = struct.unpack_from(order + place, data, 8 if big else 4)
+        (entries,) = struct.unpack_from(order + counts, data, table)
+        first = table + struct.calcsize(order + counts)
+        for at in range(first, first + min(entries, MOST_NUMBERS) * step, step):
+            tag, kind, count = struct.unpack_from(order + entry, data, at)
+            if tag in _LOOKED_AT and count > MOST_NUMBERS:
+                return "unsupported_format", f"TIFF with over {MOST_NUMBERS:,} strips or tiles"
+            total += count * _SIZES.get(_TYPES.get(kind, "s"), 1)
+    except struct.error:
+        pass  # which Pillow finds
+    if min(total, len(data)) > MOST_OF_TAGS:
+        return "out_of_memory", f"tags of over {MOST_OF_TAGS >> 20} MiB"
+    return None
 
 
 def opened_tags(image: TiffImagePlugin.TiffImageFile) -> Tags:

@@ -64,7 +64,7 @@ def video_rotary(
         octave = torch.arange(count, dtype=torch.float32, device=place.device) / count
         angles.append(place.outer(1.0 / positions.base**octave))
     inner = torch.cat(angles, 1)
-    whole = torch.cat([inner[:, ::2], inner[:, ::2], inner[:, 1::2], inner[:, 1::2]], 1)
+    whole = inner.unflatten(1, (-1, 2)).transpose(1, 2).tile(2).flatten(1)
     return whole.cos(), whole.sin()
 
 

@@ -83,12 +83,12 @@ def read_positions(
         raise ValueError(
             f"patch_positions holds {places.dtype}, but must hold integers. {PLACE_MEANING}"
         )
-    host = places.to("cpu", torch.int64)
+    host = places.cpu().numpy()
     wrong = (host < 0).any(1)
     if frames is not None:
         wrong |= host[:, 0] >= frames
     if wrong.any():
-        first = int(wrong.nonzero()[0])
+        first = wrong.argmax()
         times = "" if frames is None else f", and times end at {frames - 1}"
         raise ValueError(
             f"patch_positions[{first}] is {tuple(host[first].tolist())}, but (time, row, column) "

@@ -55,6 +55,8 @@ def plan_shapes(encoder: Encoder, options: VerifyOptions, interpolates: bool) ->
     others = QUICK_SHAPES if options.quick else (*SHAPES, LARGEST)
     side = encoder.images.multiple
     own, others = in_squares(own, side), tuple(in_squares(place, side) for place in others)
+    if isinstance(table, Table) and table.frames:
+        others = tuple(place for place in others if place[0] <= table.frames)
     if not isinstance(table, Table) or table.any_grid:
         return [Shapes(repeated((*others, own), most), interpolate=False)]
     alone = (*repeated((own,), most), own, own, *repeated(((2, rows, columns),), most))

@@ -20,6 +20,7 @@ from packvit.verification.drawing import draw, draw_photograph
 from packvit.verification.references import (
     ReferenceModel,
     image_processor,
+    import_transformers,
     load_model,
     processor_class,
     quiet,
@@ -122,6 +123,8 @@ def obstacle_to_photographs(reference: ReferenceModel, checkpoint: Checkpoint) -
     if reference.library == "timm":
         return None
     name = processor_class(reference.family, checkpoint.preprocessor)
+    if image_processor(name) is None and not hasattr(import_transformers(), name):
+        return f"pixels: {name} is not in transformers, and comes with the checkpoint"
     if image_processor(name) is None:
         return f"pixels: {name} needs torchvision, which is not installed"
     if checkpoint.preprocessor is None:

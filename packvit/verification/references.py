@@ -239,4 +239,4 @@ def image_processor(name: str) -> Any:
 
     if not name.endswith("Pil") and find_spec("torchvision") is None:
         return None
-    return getattr(import_transformers(), name)
+    return getattr(import_transformers(), name, None)

@@ -192,7 +192,8 @@ def readable_as_is(encoder: Encoder) -> bool:
     if encoder.merger is not None and encoder.skipped:  # of a whole model, whose tower it is
         return False
     without_text = encoder.projection is not None and not checkpoint.config.get("architectures")
-    return layout == "transformers" and not without_text
+    named = bool(checkpoint.config.get("model_type"))  # or it comes with code of its own
+    return named and layout == "transformers" and not without_text
 
 
 def tower_alone(encoder: Encoder) -> Encoder:

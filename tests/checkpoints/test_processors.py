@@ -170,6 +170,7 @@ def test_n2_tipsv2s_defaults_are_those_of_its_class():
 
 def test_n2_every_known_class_is_compared():
     alone = {"DINOv3ViTImageProcessor", "Kimi_K25ImageProcessor", "Tipsv2ImageProcessor"}
+    alone |= {"KimiVLImageProcessor", "MoonViTImageProcessor"}  # not in transformers: test_kimi.py
     assert {*MODULES, "Qwen2VLImageProcessor", *alone} == PROCESSORS.keys()
 
 

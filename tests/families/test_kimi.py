@@ -24,9 +24,12 @@ from packvit.checkpoints import files
 from packvit.encoder import Encoder
 from packvit.families.kimi_k25 import KimiK25VisionPacking
 from packvit.packs.features import Features
+from packvit.verification import VerifyOptions
 from packvit.verification.rule import judge
+from packvit.verification.verify import verify_checkpoint
 
-GRID = [(1, 2, 46), (1, 38, 2), (3, 4, 6), (1, 2, 2), (4, 6, 34), (1, 6, 6)]
+Grid = list[tuple[int, int, int]]
+GRID: Grid = [(1, 2, 46), (1, 38, 2), (3, 4, 6), (1, 2, 2), (4, 6, 34), (1, 6, 6)]
 SQUARES = [rows * columns // 4 for _, rows, columns in GRID]
 NAMES = {  # of a block: transformers' to published ones
     "norm1": "norm0",
@@ -109,12 +112,55 @@ def publish(kimi: Kimi, folder: Path) -> Path:
     return folder
 
 
+ALONE: Grid = [(1, 2, 46), (1, 38, 2), (1, 6, 6), (1, 4, 10)]  # Kimi-VL takes no clips
+
+
+def publish_vl(kimi: Kimi, folder: Path, *, whole: bool) -> Path:
+    """Write both as Kimi-VL publishes them, or the tower alone as MoonViT-SO-400M is."""
+    publish(kimi, folder)
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if not name.startswith("mm_projector."):
+            tensors[name if whole else name.removeprefix("vision_tower.")] = tensor
+        elif whole:
+            for theirs, ours in {"proj.0": "linear_1", "proj.2": "linear_2"}.items():
+                name = name.replace(theirs, ours)
+            tensors[name.replace("mm_projector", "multi_modal_projector")] = tensor
+    if not whole:
+        del tensors["language_model.lm_head.weight"]
+    sizes = kimi.tower.config.to_dict()
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    tower = {name: sizes[name] for name in names} | {
+        "model_type": "moonvit",
+        "patch_size": 14,
+        "init_pos_emb_height": 6,
+        "init_pos_emb_width": 6,
+        "merge_kernel_size": [2, 2],
+    }
+    config = {"model_type": "kimi_vl", "text_config": {"hidden_size": 40}, "vision_config": tower}
+    settings = {
+        "image_processor_type": "KimiVLImageProcessor",
+        "in_token_limit": 4096,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "pad_input": True,
+        "patch_size": 14,
+    }
+    files.write(
+        folder.with_name(f"{folder.name}-vl"),
+        config=config if whole else tower,
+        tensors=tensors,
+        preprocessor=settings,
+    )
+    return folder.with_name(f"{folder.name}-vl")
+
+
 @torch.no_grad()
-def run(kimi: Kimi, patches: Tensor) -> dict[str, list[Tensor]]:
+def run(kimi: Kimi, patches: Tensor, grids: Grid) -> dict[str, list[Tensor]]:
     """Forward every image or clip by itself."""
     said: dict[str, list[Tensor]] = {"tokens": [], "merged": [], "taps": []}
     weight = next(kimi.tower.parameters())
-    for part, grid in zip(patches.split([t * r * c for t, r, c in GRID]), GRID, strict=True):
+    for part, grid in zip(patches.split([t * r * c for t, r, c in grids]), grids, strict=True):
         pixels = part.to(weight.dtype).view(-1, 14, 14, 3).permute(0, 3, 1, 2)
         out = kimi.tower(
             pixel_values=pixels, grid_thw=torch.tensor([grid]), output_hidden_states=True
@@ -125,16 +171,16 @@ def run(kimi: Kimi, patches: Tensor) -> dict[str, list[Tensor]]:
     return said
 
 
-def misses(found: Features, kimi: Kimi, patches: Tensor) -> list[str]:
-    theirs = run(kimi, patches)
-    truth = run(Kimi(*(copy.deepcopy(part).double() for part in kimi)), patches.double())
-    lengths = [t * r * c for t, r, c in GRID]
+def misses(found: Features, kimi: Kimi, patches: Tensor, grids: Grid = GRID) -> list[str]:
+    theirs = run(kimi, patches, grids)
+    truth = run(Kimi(*(copy.deepcopy(part).double() for part in kimi)), patches.double(), grids)
+    lengths = [t * r * c for t, r, c in grids]
     ours: dict[str, Any] = {
         "tokens": found.tokens.split(lengths),
         "taps": torch.stack(list(found.taps.values())[:-1]).split(lengths, dim=1),
     }
     if found.merged is not None:
-        ours["merged"] = found.merged.split(SQUARES)
+        ours["merged"] = found.merged.split([rows * columns // 4 for _, rows, columns in grids])
     return [
         f"{name}: {judged}"
         for name, mine in ours.items()
@@ -264,3 +310,60 @@ def test_images_are_shrunk_and_filled_up_with_black_as_transformers_does(tmp_pat
         assert pack.grid_thw.tolist() == [[1, rows, columns]]
         cut = canvas.reshape(rows, 14, columns, 14, 3).transpose(0, 2, 1, 3, 4)
         assert np.array_equal(pack.hidden_states.numpy(), cut.reshape(rows * columns, 588))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_kimi_vls_tower_is_k25s_of_one_frame(tmp_path: Path, whole: bool):
+    """Under its own names; transformers has no class of it, but one of the same arithmetic."""
+    kimi = build(seed=3)
+    folder = publish_vl(kimi, tmp_path / "model", whole=whole)
+    encoder = packvit.load(folder)
+    patches = reference.draw_patches(ALONE, 588)
+    found = encoder.encode(patches, torch.tensor(ALONE), taps=range(3), merged=whole)
+    assert misses(found, kimi, patches, ALONE) == []
+    assert (found.merged is not None) is whole
+    with pytest.raises(ValueError, match="2 frames, but this checkpoint tells 1"):
+        encoder(torch.zeros(8, 588), [(2, 2, 2)])
+    encoder.save_pretrained(tmp_path / "ours", layout="original")
+    before, after = (load_file(side / "model.safetensors") for side in (folder, tmp_path / "ours"))
+    before.pop("language_model.lm_head.weight", None)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert packvit.load(tmp_path / "ours").config == encoder.config
+    verified = verify_checkpoint(folder, VerifyOptions(quick=True, lower=()), device="cpu")
+    assert verified.missed == ()
+    assert verified.reference == "Kimi_K25VisionModel"
+    assert any("is not in transformers" in why for why in verified.not_compared)
+
+
+@pytest.mark.parametrize("fill", [True, False])
+def test_kimi_vl_shrinks_and_fills_up_or_cuts_as_its_authors_write(tmp_path: Path, fill: bool):
+    """Written out with Pillow: their own code comes with the checkpoint, and was not run."""
+    folder = publish_vl(build(), tmp_path / "model", whole=True)
+    settings = folder / "preprocessor_config.json"
+    settings.write_text(
+        settings.read_text().replace('"pad_input": true', f'"pad_input": {fill}'.lower())
+    )
+    encoder = packvit.load(folder)
+    draw = np.random.default_rng(0)
+    for height, width in [(28, 28), (43, 71), (500, 333), (60, 1000), (1500, 1001), (901, 3000)]:
+        image = Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8))
+        pack = encoder.pack([image])
+        patches = (height // 14) * (width // 14)
+        if patches > 4096:
+            scale = math.sqrt(4096 / patches)
+            size = int(width * scale), int(height * scale)
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        wide, tall = image.size
+        if fill:
+            expected = Image.new("RGB", (wide + -wide % 28, tall + -tall % 28))
+            expected.paste(image)
+        else:
+            left, top = round(wide % 28 / 2), round(tall % 28 / 2)
+            expected = image.crop((left, top, left + wide // 28 * 28, top + tall // 28 * 28))
+        pixels = np.asarray(expected)
+        rows, columns = pixels.shape[0] // 14, pixels.shape[1] // 14
+        assert pack.grid_thw.tolist() == [[1, rows, columns]]
+        cut = pixels.reshape(rows, 14, columns, 14, 3).transpose(0, 2, 1, 3, 4)
+        assert np.array_equal(pack.hidden_states.numpy(), cut.reshape(rows * columns, 588))
+    assert encoder.images.mean == (0.5, 0.5, 0.5)

@@ -24,7 +24,7 @@ from packvit.families import FAMILIES
 ODD = [(1, 1, 1), (1, 1, 23), (1, 19, 1), (1, 3, 17), (2, 4, 6), (1, 5, 5), (1, 17, 3)]
 OWN = [(1, 5, 5), (3, 5, 5), (1, 5, 5)]
 DINOV3 = ("dinov3", "dinov3, no registers", "dinov3, gated")
-RADIO = ("radio",)
+RADIO = ("radio", "radio, swiglu")
 TIPS = ("tipsv2", "tipsv2, swiglu")
 ANY_GRID = ("siglip2", "dinov2", "dinov2, swiglu", "dinov2, registers", *DINOV3, *RADIO, *TIPS)
 ONE_GRID = ("siglip", "clip", "clip, projected")  # their references refuse others, unless asked

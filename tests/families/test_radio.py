@@ -1,5 +1,6 @@
 """C-RADIO: what is its alone. Its outputs beside transformers' are in test_parity.py."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,16 @@ import numpy as np
 import pytest
 import reference
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import packvit
 from packvit.checkpoints.errors import CheckpointError
+from packvit.families import radio_args
+from packvit.verification import VerifyOptions
+from packvit.verification.verify import verify_checkpoint
 
 GRID = [(1, 3, 17), (2, 4, 6), (1, 5, 5), (1, 19, 1)]
 
@@ -117,3 +122,90 @@ def test_a_processor_that_normalises_is_refused(tmp_path: Path):
     CLIPImageProcessorPil().save_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"do_normalize True.*Set it to false"):
         packvit.load(folder)
+
+
+TEACHERS = [{"name": "a"}, {"name": "b", "use_summary": True}, {"name": "c", "use_summary": False}]
+
+
+def published(name: str, **changes: Any) -> dict[str, Any]:
+    """Return config.json as the authors write it, as far as it is about the model."""
+    args = {
+        "model": name,
+        "cls_token_per_teacher": True,
+        "cpe_max_size": 2048,
+        "cpe_num_registers": None,
+        "model_kwargs": {},
+        "register_multiple": 10,
+        "teachers": TEACHERS,
+    }
+    return {
+        "architectures": ["RADIOModel"],
+        "auto_map": {"AutoModel": "hf_model.RADIOModel"},
+        "adaptor_names": ["a"],
+        "args": args | changes,
+        "max_resolution": 2048,
+        "patch_size": 16,
+        "preferred_resolution": [512, 512],
+        "version": "c-radio_v4-h",
+    }
+
+
+def test_the_authors_configuration_is_that_of_transformers():
+    layout = packvit.RadioPacking.family.layouts[0]
+    theirs = transformers.RadioConfig().to_dict()
+    assert layout.read(published("vit_huge_patch16_224"), ()) == layout.read(theirs, ())
+    seven = published("vit_huge_patch16_224", register_multiple=None, cpe_num_registers=7)
+    assert layout.read(seven, ()) == layout.read(theirs, ())
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    assert layout.read(published("vit_large_patch16_224"), ()) == layout.read(theirs | large, ())
+
+
+def test_a_checkpoint_with_the_authors_configuration_is_read_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its tensors have the same names; the size is a small one."""
+    monkeypatch.setitem(radio_args.ARCHITECTURES, "vit_base_patch16_224", (64, 3, 4, 96))
+    folder, _ = saved(
+        *(tmp_path,),
+        **{"num_cls_tokens": 3, "num_registers": 7, "summary_idxs": [0, 1], "patch_size": 16},
+        **{"max_img_size": 80},
+    )
+    native = packvit.load(folder)
+    config = published("vit_base_patch16_224", cpe_max_size=80)
+    (folder / "config.json").write_text(json.dumps(config))
+    encoder = packvit.load(folder)
+    assert encoder.config == native.config
+    patches = reference.draw_patches(GRID, encoder.config.patch_dim)
+    assert torch.equal(encoder(patches, GRID), native(patches, GRID))
+    found = verify_checkpoint(folder, VerifyOptions(quick=True, lower=()), device="cpu")
+    assert found.missed == ()
+    assert found.reference == "RadioModel"
+    encoder.save_pretrained(tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert (written["model_type"], written["hidden_size"]) == ("radio", 64)
+    again, info = transformers.RadioModel.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert again.config.num_registers == 7
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "dino_v2_g_student"},
+        {"model_norm": True},
+        {"model_kwargs": {"scaled_ln": True}},
+        {"teachers": [{"name": "a"}, {"name": "a"}]},
+    ],
+)
+def test_what_no_published_vit_has_is_refused(changes: dict[str, Any]):
+    layout = packvit.RadioPacking.family.layouts[0]
+    with pytest.raises(
+        CheckpointError, match=r"packvit knows vit_base_patch16_224|none of 1 class"
+    ):
+        layout.read(published("vit_base_patch16_224", **changes), ())
+
+    normed = published("vit_base_patch16_224") | {"feature_normalizer_config": {"embed_dim": 768}}
+    with pytest.raises(CheckpointError, match="feature_normalizer_config"):
+        layout.read(normed, ())

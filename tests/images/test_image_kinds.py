@@ -13,6 +13,7 @@ from heic import TURNED
 from PIL import Image, PngImagePlugin
 from rotten import encode, exif, pixels, png
 
+from packvit.images import decode as images
 from packvit.images.decode import decode, load_image, open_image
 from packvit.images.errors import ImageError
 
@@ -186,6 +187,8 @@ LARGE = {
     "iCCP": chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(MIB))),
     "tEXt": chunk(b"tEXt", b"a\0" + b"z" * (PngImagePlugin.MAX_TEXT_MEMORY + 1)),
     "many": chunk(b"zTXt", b"b\0\0" + zlib.compress(b"x" * 1_000_000)) * 70,
+    "sPLT": chunk(b"sPLT", bytes(2 * MIB)),
+    "private": chunk(b"prVt", bytes(2 * MIB)),
     "strange": chunk(b"iCCP", b"profile\0\1" + b"packed in another way"),
 }
 
@@ -197,6 +200,32 @@ def test_w1_a_png_with_much_text_or_a_large_profile_has_its_pixels(name: str, be
     photo = decode(data)
     assert np.array_equal(np.asarray(photo.image), pixels(48, 64))
     assert photo.note is None
+
+
+def test_w1_exif_beyond_any_camera_s_is_not_read():
+    huge = chunk(b"eXIf", exif(6).removeprefix(b"Exif\0\0") + bytes(2 * MIB))
+    photo = decode(with_chunks(encode(pixels(20, 30), "PNG"), huge))
+    assert (photo.width, photo.height, photo.note) == (30, 20, "EXIF unreadable")
+
+
+@pytest.mark.parametrize(
+    ("tag", "count", "code"),
+    [(33723, 230 << 20, "out_of_memory"), (273, 9 << 20, "unsupported_format")],
+)
+def test_tags_of_a_tiff_that_would_fill_memory_are_refused(tag: int, count: int, code: str):
+    tags = sorted([(256, 4, 1, 60), (257, 4, 1, 40), (tag, 1 if tag > 300 else 3, count, 4096)])
+    table = b"".join(struct.pack("<HHII", *each) for each in tags)
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + table
+    assert outcome(data + bytes(count * (1 if tag > 300 else 2) + 8192))[0] == code
+
+
+def test_a_large_file_is_refused_where_its_decoder_copies_it(monkeypatch: pytest.MonkeyPatch):
+    for kind in ("WEBP", "AVIF"):
+        data = encode(pixels(20, 30), kind)
+        assert outcome(data)[0] == "ok"
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "MOST_COPIED", len(data) - 1)
+            assert outcome(data) == ("out_of_memory", "over 0 MiB")
 
 
 def test_w1_a_large_text_that_is_damaged_or_cut_is_found():

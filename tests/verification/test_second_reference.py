@@ -33,7 +33,7 @@ VARIANTS = {
 # Of these timm has no model with the same weights.
 WITHOUT = {"aimv2 native", "aimv2 headless", "qwen3_vl deepstack", "qwen3_vl plain"}
 WITHOUT |= {"qwen2_5_vl windows", "qwen2_vl plain", "kimi_k25 clips"}
-WITHOUT |= {"radio plain", "tipsv2 plain", "tipsv2 SwiGLU"}
+WITHOUT |= {"radio plain", "radio SwiGLU", "tipsv2 plain", "tipsv2 SwiGLU"}
 
 
 def written(name: str, folder: Path) -> tuple[Encoder, ReferenceModel]:

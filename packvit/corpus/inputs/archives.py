@@ -13,6 +13,7 @@ from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import spell
 from packvit.corpus.inputs.cells import Cell, fit, is_bytes, is_text
 from packvit.corpus.inputs.kept import Keeping
+from packvit.corpus.inputs.pages import check_footer
 from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.tars import ArchiveEntry, find_length
 from packvit.images.errors import ImageError
@@ -33,6 +34,7 @@ def list_parquet(path: str, column: str, keeping: Keeping) -> Iterator[ArchiveEn
     import pyarrow.parquet as pq
 
     with open_source(path) as file, unreadable():
+        check_footer(file)
         try:
             table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
             schema = table.schema_arrow

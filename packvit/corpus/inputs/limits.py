@@ -17,6 +17,7 @@ MOST_KEPT = 64 << 20  # bytes of a table that are unpacked at a time, where that
 MOST_RATIO = 200  # of unpacked to packed size of a table, above that: photographs hardly compress
 MOST_RATIO_OF_ZIP = 10  # of a zip's member or a compressed tar, above MOST_UNDECLARED
 MOST_DIRECTORY = 16 << 20  # bytes of a zip's directory for zip://, some 200,000 members
+MOST_FOOTER = 24 << 20  # bytes of a table's, which holds some 100,000 columns of row groups
 MOST_ROWS = 10  # of a table for each byte of its file, above FEW_ROWS: null rows take no space
 FEW_ROWS = 1_000_000
 MOST_MEMORY = 430 << 20  # that reading a cell of a table may take beside the largest page

@@ -17,6 +17,7 @@ from packvit.corpus.inputs.addresses import bare, is_url, spell
 from packvit.corpus.inputs.archives import describe_columns, find_kept, list_values
 from packvit.corpus.inputs.cells import is_text
 from packvit.corpus.inputs.kept import Keeping, read_object
+from packvit.corpus.inputs.pages import check_footer
 from packvit.corpus.inputs.reader import open_source
 from packvit.images.errors import CODES, ImageError
 
@@ -177,6 +178,7 @@ def read_parquet(path: str, file: Any, column: str, keeping: Keeping) -> Iterato
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    check_footer(file)
     try:
         table = pq.ParquetFile(file)
         schema = table.schema_arrow

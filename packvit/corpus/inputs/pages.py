@@ -5,12 +5,14 @@ A page is unpacked whole, however few of its rows are wanted.
 Source: Apache Parquet's parquet.thrift (PageHeader), and Thrift's compact protocol.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from packvit.corpus.inputs import limits
+from packvit.images.errors import ImageError
 
 NUMBER_KINDS = (4, 5, 6)  # whole numbers of 16, 32 and 64 bits
 BOOLS, BYTE, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, 7, 8, (9, 10), 12
@@ -19,6 +21,19 @@ DICTIONARY = 2  # a kind of page
 COUNTED = (5, 8)  # what a page of values is described by, of version 1 and 2
 MOST_HEADER = 16 << 20  # bytes that Arrow reads of a header
 MOST_DEPTH = 8
+
+
+def check_footer(file: Any) -> None:
+    """Refuse an open table whose footer would fill memory: Arrow takes 16 times its bytes.
+
+    Raises: ImageError unreadable.
+    """
+    length = file.seek(0, os.SEEK_END)
+    file.seek(max(0, length - 8))
+    told = int.from_bytes(file.read(4), "little")
+    if limits.MOST_FOOTER < told < length:
+        raise ImageError("unreadable", "list")
+    file.seek(0)
 
 
 @dataclass(frozen=True, slots=True)

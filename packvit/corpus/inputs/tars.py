@@ -24,6 +24,7 @@ from packvit.images.errors import ImageError
 KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 BLOCK = 512  # of a tar
 MOST_HEADER = 8 << 20  # bytes of a long name or of pax records, which are read whole
+MOST_GLOBAL = 1 << 16  # characters of the records for all members: git writes one of 52
 MOST_ZEROS = 64 << 20  # bytes between joined archives: tar pads to 10 KiB, some context to 1 MiB
 MOST_BYTES = 2**62  # of an archive whose length is unknown
 
@@ -71,6 +72,22 @@ class Header(tarfile.TarInfo):
         return header
 
 
+class GlobalRecords(dict[str, str]):
+    """The pax records that hold for all members that follow, each of which tarfile gives a copy."""
+
+    length = 0
+
+    def __setitem__(self, name: str, value: str) -> None:
+        """Add a record.
+
+        Raises: ImageError truncated if there are more than any tool writes.
+        """
+        self.length += len(name) + len(value)
+        if self.length > MOST_GLOBAL:
+            raise ImageError("truncated", "list")
+        super().__setitem__(name, value)
+
+
 def list_tar(
     path: str, suffixes: frozenset[bytes], keeping: Keeping
 ) -> Iterator[ArchiveEntry | Beside | bytes]:
@@ -110,7 +127,12 @@ def list_archive(
     """
     file.seek(start)
     tar: Any = tarfile.open(  # noqa: SIM115 # closing it would do nothing: the file is ours
-        fileobj=file, mode="r:", tarinfo=Header, encoding="utf-8", errors="surrogateescape"
+        fileobj=file,
+        mode="r:",
+        tarinfo=Header,
+        encoding="utf-8",
+        errors="surrogateescape",
+        pax_headers=GlobalRecords(),
     )
     before = start
     while member := tar.next():

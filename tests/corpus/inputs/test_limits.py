@@ -83,6 +83,17 @@ def test_what_unpacks_to_too_much_is_a_row_whatever_its_footer_says(tmp_path: Pa
     assert read_cells(worker, path, 1) == [("ok", None)]
 
 
+def test_a_footer_that_would_fill_memory_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "x.parquet"  # kind S5
+    pq.write_table(pa.table({"image": pa.array([b"x"]), "path": pa.array(["x.jpg"])}), path)
+    assert outcome_of(str(path)) == {"0": b"x"}
+    assert outcome_of(lists=[str(path)]) == {"x.jpg": "missing"}
+    monkeypatch.setattr(limits, "MOST_FOOTER", 100)
+    assert outcome_of(str(path)) == {str(path): "unreadable"}
+    with pytest.raises(UsageError, match="cannot be read"):
+        outcome_of(lists=[str(path)])
+
+
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("dictionary", [False, True])
 @pytest.mark.parametrize("compression", ["none", "snappy"])
@@ -225,6 +236,7 @@ def test_the_security_page_promises_these_limits():
         f"unpack to {limits.MOST_KEPT >> 20} MiB, or {limits.MOST_RATIO} times its size",
         f"may take {limits.MOST_MEMORY >> 20} MiB beside the largest page (on Linux)",
         f"unpacking a page {limits.MOST_OF_PAGE >> 20} MiB",
+        f"a footer {limits.MOST_FOOTER >> 20} MiB",
         f"directory of more than {limits.MOST_DIRECTORY >> 20} MiB",
         f"or {limits.MOST_ROWS} for each byte",
         f"a line may have {limits.MOST_LINE >> 20} MiB",

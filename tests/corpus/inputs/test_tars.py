@@ -133,6 +133,8 @@ LYING = {
     "negative by a record": records("size=-1536") + header("b.jpg", octal(0)),
     "a negative folder by a record": records("size=-1536") + header("b", octal(0), b"5"),
     "negative for all": records("size=-1536", tarfile.XGLTYPE) + header("b.jpg", octal(0)),
+    "records for all without end": records(f"comment={'x' * 70_000}", tarfile.XGLTYPE)
+    + header("b.jpg", octal(0)),
     "negative with holes": records("GNU.sparse.size=-9") + header("b.jpg", octal(0)),
 }
 
