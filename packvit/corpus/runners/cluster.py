@@ -21,7 +21,7 @@ from packvit.corpus.encode.context import EmbedContext, make_context
 from packvit.corpus.encode.shard import embed_shards
 from packvit.corpus.folder.layout import Commit, building
 from packvit.corpus.folder.names import SPOOL, part_name
-from packvit.corpus.folder.resume import remove_left_over
+from packvit.corpus.folder.ownership import remove_left_over
 from packvit.corpus.folder.reuse import name_fully
 from packvit.corpus.folder.stores import Folder, find_folder
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
