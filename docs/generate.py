@@ -12,6 +12,7 @@ from typing import Any
 
 import packvit
 from benchmarks import howlarge
+from docs.bulk import bulk_tables
 from docs.sizes import families_table
 from packvit.bench import NATIVE
 from packvit.bench.table import as_markdown, native_table
@@ -279,6 +280,7 @@ def pages() -> dict[Path, str]:
     front = fill(front, "speed", speed_sentence())
     figures = measured.read_text()
     figures = fill(figures, "native", native_page())
+    figures = fill(figures, "bulk", bulk_tables())
     for name in RECORDED:
         figures = fill(figures, name, recorded(name))
     figures = fill(figures, "million", million_table())
