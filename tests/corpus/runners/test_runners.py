@@ -1,8 +1,10 @@
 """Shards embedded in other processes end as the bytes that one process writes, whatever dies."""
 
 import os
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -29,10 +31,10 @@ from packvit.corpus.job import embed
 from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Progress, Shares
 from packvit.corpus.runners.embedder import Job, load_alike
-from packvit.corpus.runners.host import Pool
-from packvit.corpus.runners.launching import Launched, Started
+from packvit.corpus.runners.host import Loading, Pool
+from packvit.corpus.runners.launching import Launched, Started, start
 from packvit.corpus.runners.order import Sequencer
-from packvit.corpus.settings import EmbedOptions, choose_rows
+from packvit.corpus.settings import EmbedOptions, ModelChoice, choose_rows
 from packvit.encoder import Encoder
 
 INPUTS, PARTS = 640, 10  # 64 inputs a part, since tokens are written
@@ -238,6 +240,47 @@ def test_processes_started_ahead_end_with_a_command_that_does_not_use_them():
         assert all(process.poll() is None for process in started)
         raise UsageError("no such option")
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+
+
+def test_a_process_ends_with_a_parent_that_died_in_the_middle_of_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "torch.py").write_text("open('imported', 'w')")  # of the user, and not for us
+    monkeypatch.chdir(tmp_path)
+    started = start()
+    os.write(started.connection.fileno(), struct.pack("!i", 1000) + b"half of it")
+    started.connection.close()
+    try:
+        assert started.process.wait(DEADLINE) == 0
+    finally:
+        started.process.kill()
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_process_that_died_in_the_middle_of_a_message_is_replaced():
+    connection, its = Pipe()
+    os.write(its.fileno(), struct.pack("!i", 1000) + b"half of it")
+    its.close()
+    pool = Pool([Started(subprocess.Popen(["false"]), connection)])
+    try:
+        pool.loadings.append(Loading(ModelChoice(), EmbedOptions(), 1))
+        pool.await_messages(Sequencer())
+        assert [each.process.poll() for each in pool.embedders.values()] == [None]
+    finally:
+        pool.close()
+
+
+def test_more_processes_than_the_system_starts_are_refused_and_none_is_left():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptor = os.dup(0)  # the lowest that is free
+    os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 7, limits[1]))  # enough for one
+    try:
+        with pytest.raises(EmbedderError, match=r"started: Too many open files\. Ask for fewer"):
+            Launched(9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert ours() == []
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
