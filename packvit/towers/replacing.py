@@ -13,6 +13,8 @@ KINDS: dict[str, type[TowerInPlace]] = {
     "Qwen3VLVisionModel": PatchTower,
     "Qwen3VLMoeVisionModel": PatchTower,
     "Qwen3_5VisionModel": PatchTower,
+    "Qwen3_5MoeVisionModel": PatchTower,
+    "Qwen4ExpVisionModel": PatchTower,
     "Qwen2_5_VisionTransformerPretrainedModel": PatchTower,
     "Qwen2VisionTransformerPretrainedModel": PatchTower,
     "CLIPVisionModel": BatchTower,
@@ -36,7 +38,8 @@ def replace_tower(model: nn.Module) -> Encoder:
     Qwen2.5-VL, Qwen2-VL, and models that ask a CLIP or SigLIP tower for the tokens of a layer, as
     LLaVA does. The tokens that the language model reads are the reference's, to rounding.
 
-    Raises: ValueError where there is no such tower, or more than one; CheckpointError.
+    Raises: ValueError where there is no such tower, or more than one, or one that is frozen in
+    part; CheckpointError.
     """
     held = slots(model)
     if any(isinstance(slot.module, TowerInPlace) for slot in held):
@@ -51,13 +54,20 @@ def replace_tower(model: nn.Module) -> Encoder:
     tower: Any = slot.module
     kind = KINDS[type(tower).__name__]
     kind.check(model)
+    trained = {weight.requires_grad for weight in tower.parameters()}
+    if len(trained) > 1:
+        raise ValueError(
+            "The model's vision tower is frozen in part, and ours names and joins its weights "
+            "otherwise. Freeze all of it or nothing, and choose among the encoder's parameters "
+            "after this."
+        )
     encoder = family.from_transformers(
         tower,
         patch_order="chw",
         positions="interpolate" if family.family.reference.interpolates else "checkpoint",
     )
     encoder.train(tower.training)
-    encoder.requires_grad_(any(weight.requires_grad for weight in tower.parameters()))
+    encoder.requires_grad_(trained.pop())
     setattr(slot.parent, slot.name, kind(encoder, tower))
     return encoder
 
