@@ -30,6 +30,7 @@ from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.job import embed
 from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Progress, Shares
+from packvit.corpus.runners.cluster import ShardActor
 from packvit.corpus.runners.embedder import Job, load_alike
 from packvit.corpus.runners.host import Loading, Pool
 from packvit.corpus.runners.launching import Launched, Started, start
@@ -430,6 +431,24 @@ def test_actors_on_ray_write_the_bytes_of_one_process_though_one_is_killed(
     assert job.returncode == 3, said  # one input is no image
     assert committed < PARTS, "the job ended before an actor was killed"
     assert contents(out) == undisturbed
+
+
+def test_an_actor_whose_node_does_not_share_the_folders_says_so(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = EmbedOptions(workers=1)
+    encoder = packvit.load(checkpoint, device="cpu")
+    assert encoder.checkpoint
+    described = describe_job(encoder, encoder.checkpoint.sha256(), options)
+    job = Job(str(tmp_path / "elsewhere"), options, described, "checkpoint", str(checkpoint))
+    for working in (tmp_path / "nowhere", tmp_path):
+        monkeypatch.chdir(tmp_path)  # where it was is restored
+        actor = ShardActor(job, str(working))
+        found = actor.embed(0, 1)
+        assert isinstance(found, EmbedderError)
+        assert "No such file or directory. All nodes of the cluster need" in str(found)
+        if actor.context:
+            actor.context.decoders.workers.end()
 
 
 @pytest.mark.soak
