@@ -12,6 +12,7 @@ from typing import Any
 
 import packvit
 from benchmarks import howlarge
+from docs.bulk import bulk_tables
 from docs.sizes import families_table
 from packvit.bench import NATIVE
 from packvit.bench.table import as_markdown, native_table
@@ -211,7 +212,8 @@ def million_table() -> str:
     """Return the times of search, labels and duplicates in a large folder."""
     run = json.loads((RESULTS / "retrieval-cpu.json").read_text())
     load, found = run["workload"], run["results"]
-    counts = f"{load['rows']:,} rows of {load['width']} numbers, {load['threads']} threads"
+    threads = f"{load['threads']} thread{'' if load['threads'] == 1 else 's'}"
+    counts = f"{load['rows']:,} rows of {load['width']} numbers, {threads}"
     lines = [f"{counts:<62}  one query  100 queries  owned, GiB"]
 
     def line(name: str, words: str, *times: str) -> str:
@@ -279,6 +281,7 @@ def pages() -> dict[Path, str]:
     front = fill(front, "speed", speed_sentence())
     figures = measured.read_text()
     figures = fill(figures, "native", native_page())
+    figures = fill(figures, "bulk", bulk_tables())
     for name in RECORDED:
         figures = fill(figures, name, recorded(name))
     figures = fill(figures, "million", million_table())

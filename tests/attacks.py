@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -198,9 +199,9 @@ def shared(value: object, rows: int) -> pa.DictionaryArray:
 def tables() -> Iterator[tuple[str, Write]]:
     """Yield Parquet files that unpack to much more than a photograph."""
 
-    def table(make: Callable[[], object], column: str = "image", **options: object) -> Write:
+    def table(make: Callable[[], object], **options: Any) -> Write:
         def write(path: Path) -> None:
-            pq.write_table(pa.table({column: make()}), path, **options)
+            pq.write_table(pa.table({"image": make()}), path, **options)
 
         return write
 

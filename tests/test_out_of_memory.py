@@ -121,8 +121,9 @@ def test_memory_that_runs_out_in_the_middle_is_said_in_a_sentence(
     monkeypatch.chdir(tmp_path)
     two_towers.build("clip").save_pretrained("model")
     two_towers.write_clip_tokenizer(Path("model"))
-    size = {"size": {"shortest_edge": 70}, "crop_size": {"height": 70, "width": 70}}
-    CLIPImageProcessorPil(**size).save_pretrained("model")
+    side = {"height": 70, "width": 70}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 70}, crop_size=side)
+    processor.save_pretrained("model")
     write_good(Path("photos/cat"), 6)
     write_good(Path("photos/dog"), 6)
     packvit.embed("photos", out="features", model="model", device="cpu")

@@ -110,12 +110,12 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     path = find_file(folder, name)
     if path is None:
         return None
+    if path.stat().st_size > MOST_JSON:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes, but a checkpoint's JSON has at most "
+            f"{MOST_JSON}. Download or copy it again."
+        )
     try:
-        if path.stat().st_size > MOST_JSON:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, but a checkpoint's JSON has at most "
-                f"{MOST_JSON}. Download or copy it again."
-            )
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error

@@ -48,7 +48,7 @@ def as_table(summary: Summary) -> str:
     if summary.kept_rows:
         rows.append(("kept", f"{summary.kept_rows:,}, written before"))
     if summary.reused:
-        rows.append(("reused", f"{summary.reused:,}, of other folders"))
+        rows.append(("reused", f"{summary.reused:,}, not encoded again"))
     if summary.ignored:
         rows.append(("passed over", printable(by_suffix(summary.passed_over))))
     rows += [

@@ -15,9 +15,11 @@ import torch
 from packvit.atomic import replacing
 from packvit.corpus.folder.layout import make_folder, read_log
 from packvit.corpus.folder.names import names_of
+from packvit.corpus.folder.opening import read_own
 from packvit.retrieval.folders import BLOCK, Vectors, unwritable
 from packvit.retrieval.nearest import find_nearest
 
+MOST_FACTS = 1 << 16  # bytes
 WANTED = 0.99  # recall, for which the search is widened
 WIDTHS = (64, 128, 256, 512, 1024)  # candidates that a search keeps: usearch's expansion
 SAMPLE, AT = 100, 10  # rows that are looked up to measure recall, and neighbours of each
@@ -108,8 +110,8 @@ def build(vectors: Vectors, path: Path, facts: Path) -> Facts:
 def read_facts(path: Path) -> Facts | None:
     """Return what is known of an index, None if it cannot be read."""
     try:
-        return Facts(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return Facts(**json.loads(read_own(path, MOST_FACTS)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -34,6 +34,8 @@ Vectors = Tensor | np.ndarray
 class TextEmbeddings(nn.Module):
     """Ids to the token stream: a row of a table for the id, and one for its place in the text."""
 
+    positions: Tensor  # a parameter, or sinusoids
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.vocabulary, config.width)
@@ -266,7 +268,7 @@ class TextEncoder(nn.Module):
     def probabilities(self, images: Vectors, texts: Vectors) -> Float[Tensor, "N M"]:
         """Return how likely each text is for each image: of each pair alone, or one of all texts.
 
-        SigLIP judges each pair by itself, by a sigmoid; CLIP and LiT share 1 among the texts.
+        SigLIP judges each pair by itself, by a sigmoid; the others share 1 among the texts.
 
         Shapes: as `logits`.
         """

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from packvit.atomic import write_whole
+from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
+from packvit.checkpoints.folders import read_json
 from packvit.verification import Comparison, Findings
 from packvit.verification.machine import machine
 from packvit.verification.rule import FLOOR, LARGEST_FLOOR, LARGEST_TIMES, RMS_TIMES
@@ -69,10 +71,9 @@ def read_beside(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if not checkpoint.files:
         return None
     try:
-        found = json.loads((checkpoint.files[0].parent / NAME).read_bytes())
-    except (OSError, ValueError):
+        return read_json(checkpoint.files[0].parent, NAME)
+    except (OSError, CheckpointError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def why_not(

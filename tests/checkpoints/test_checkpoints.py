@@ -24,6 +24,7 @@ from packvit.checkpoints import files as checkpoints
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.folders import CONFIG, EMBEDDED, INDEX, PREPROCESSOR, WEIGHTS
 from packvit.checkpoints.tensors import check_finite
+from packvit.verification import certificate
 
 ROOT = Path(__file__).parents[2]
 CONTENTS = {"model_type": "example", "hidden_size": 8}
@@ -404,6 +405,26 @@ def test_a_pipe_a_folder_or_a_broken_link_is_refused_without_waiting(tmp_path: P
     path.rmdir()
     path.symlink_to(file)  # to itself
     assert f"{path} is not a regular file" in refusal(tmp_path)
+
+
+def test_a_checkpoint_that_would_fill_memory_or_a_terminal_is_refused_in_few_words(tmp_path: Path):
+    """Kind S6 of issue 16, in a checkpoint."""
+    with (written(tmp_path) / CONFIG).open("r+b") as file:
+        file.truncate(10 << 30)  # of which the disk holds nothing
+    assert refusal(tmp_path).endswith("at most 67108864. Download or copy it again.")
+    write_checkpoint(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    for shard in ("../{}.safetensors", "m{}.safetensors"):
+        names = {f"t{number}": shard.format(number) for number in range(3000)}
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": names}))
+        assert 20_000 < len(refusal(tmp_path)) < 20_100
+    (tmp_path / INDEX).write_text('{"weight_map": ' + "[" * 100_000)
+    assert refusal(tmp_path).endswith("is not valid JSON. Download or copy it again.")
+
+
+def test_a_pipe_in_the_place_of_a_certificate_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(written(tmp_path) / certificate.NAME)  # kind S6
+    assert certificate.read_beside(checkpoints.read(tmp_path)) is None
 
 
 # --------------------------------------------------------------------------------- damaged files

@@ -159,7 +159,7 @@ def test_a_text_without_tokens_is_refused_in_a_sentence(tips: tuple[Path, Any]):
 
 
 def test_blocks_with_relu_are_left_to_the_plain_steps(tips: tuple[Path, Any]):
-    block = packvit.load_text(tips[0]).encoder.layers[0]
+    block: Any = packvit.load_text(tips[0]).encoder.layers[0]
     assert not fits(block, torch.float32)
     block.mlp.activation = "gelu"
     assert fits(block, torch.float32)

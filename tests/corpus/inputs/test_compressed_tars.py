@@ -176,9 +176,9 @@ def test_other_compressions_are_refused_with_what_is_read(tmp_path: Path):
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files; it takes no ranges, and calls a .packed file by its own encoding."""
+    """Serves files without ranges; those called "unpacks" have their encoding told."""
 
-    def log_message(self, *parts: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
 
     def end_headers(self) -> None:
