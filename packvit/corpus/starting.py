@@ -14,8 +14,9 @@ from packvit.corpus.completing import choose_codes, find_errors, run
 from packvit.corpus.encode.context import make_context
 from packvit.corpus.folder.layout import claim, read_manifest
 from packvit.corpus.folder.names import CURRENT, names_of
+from packvit.corpus.folder.ownership import check_usable
 from packvit.corpus.folder.pending import describe, take_over
-from packvit.corpus.folder.resume import check_usable, compare, take_up
+from packvit.corpus.folder.resume import compare, take_up
 from packvit.corpus.folder.reuse import Reusing, describe_reuse, join_reuse, open_source
 from packvit.corpus.folder.sharding import WHOLE, parse_shard, parts_of, rows_of
 from packvit.corpus.folder.sizes import describe_size, row_bytes

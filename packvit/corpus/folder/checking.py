@@ -26,15 +26,9 @@ from packvit.corpus.folder.layout import (
 )
 from packvit.corpus.folder.names import CURRENT, MTIMES, Names, names_of, part_number
 from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, read_own
+from packvit.corpus.folder.ownership import files_in, is_ours, left_over
 from packvit.corpus.folder.parts import Outputs, encode_kept, read_part
-from packvit.corpus.folder.resume import (
-    BESIDE,
-    files_in,
-    find_damage,
-    find_fault,
-    is_ours,
-    left_over,
-)
+from packvit.corpus.folder.resume import BESIDE, find_damage, find_fault
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, parts_of, shard_of
 from packvit.corpus.folder.swapping import restore
 from packvit.images.errors import CODES

@@ -28,10 +28,11 @@ from packvit.corpus.folder.layout import (
 )
 from packvit.corpus.folder.names import CURRENT, part_name, part_number
 from packvit.corpus.folder.opening import MOST_MANIFEST, open_own, read_own
+from packvit.corpus.folder.ownership import check_usable
 from packvit.corpus.folder.parts import Outputs
 from packvit.corpus.folder.pending import remove_inputs
 from packvit.corpus.folder.reader import open_finished
-from packvit.corpus.folder.resume import BESIDE, Resumed, check_usable, differences, take_up
+from packvit.corpus.folder.resume import BESIDE, Resumed, differences, take_up
 from packvit.corpus.folder.reuse import join_reuse
 from packvit.corpus.folder.sharding import WHOLE, JobShard, parts_of, shard_of
 from packvit.corpus.inputs.addresses import check_local

@@ -19,7 +19,7 @@ from packvit.atomic import rename_flushed, sync
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import claim, read_manifest, writing
 from packvit.corpus.folder.names import DATA, EXPORTS, LOCK, MARK
-from packvit.corpus.folder.resume import find_foreign, own_files
+from packvit.corpus.folder.ownership import find_foreign, own_files
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, fcntl.h and fs.h
 CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)

@@ -22,7 +22,7 @@ from packvit.corpus.encode.context import EmbedContext, make_context
 from packvit.corpus.encode.shard import embed_shards
 from packvit.corpus.folder.layout import Commit, writing
 from packvit.corpus.folder.names import SPOOL, part_name
-from packvit.corpus.folder.resume import remove_left_over
+from packvit.corpus.folder.ownership import remove_left_over
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
 from packvit.gpu.nvjpeg import ask_for_queues
