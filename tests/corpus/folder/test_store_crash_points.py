@@ -115,7 +115,9 @@ def test_a_job_that_dies_at_any_request_goes_on_to_the_same_bytes(
         job(photos, str(folder), encoder, **options)
         assert stored(str(folder)) == expected, number
     assert not check_folder(folder).faults
-    assert died >= count - 4  # what only gives the lease back need not succeed
+    assert (
+        died >= 0.85 * count
+    )  # what only gives the lease back, or finds nothing, need not succeed
     print(f"{state}: {died} of {count} requests stopped the job")
 
 
