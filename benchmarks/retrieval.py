@@ -123,11 +123,14 @@ def search_ours_matrix(folder: Path) -> dict[str, Any]:
 
 
 def search_index(folder: Path) -> dict[str, Any]:
-    """Our index: usearch's HNSW beside the parts."""
+    """Our index: usearch's HNSW beside the parts, built anew."""
+    from packvit.corpus.folder.names import names_of
     from packvit.retrieval.folders import open_vectors
     from packvit.retrieval.index import search_index
 
     vectors, one = open_vectors(folder), queries_of(folder, 1)
+    for name in names_of(folder).index(vectors.column):
+        (folder / name).unlink(missing_ok=True)
     start = time.perf_counter()
     note = search_index(vectors, one, TOP)[2].split(", ", 1)[1]
     built = time.perf_counter() - start

@@ -127,6 +127,7 @@ def time_job(photos: Path, model: Path, out: Path, kind: str, caches: Path) -> d
 def embed(words: Sequence[str], max_patches: int) -> None:
     """Run a job in this process; print when its first pack was encoded."""
     import packvit
+    from packvit.cli.program import end_now
     from packvit.corpus.progress import Progress
 
     first: list[float] = []
@@ -147,6 +148,7 @@ def embed(words: Sequence[str], max_patches: int) -> None:
     if done.errors or (kind == "gpu") != bool(done.on_gpu):
         raise SystemExit(f"the job went wrong: {done}")
     print(json.dumps({"first_pack": first[0], "embedding": done.seconds}))
+    end_now(0)  # as the command does
 
 
 if __name__ == "__main__":

@@ -77,4 +77,6 @@ def faults_table(report: dict[str, Any]) -> str:
 
 def there(found: dict[str, Any]) -> str:
     """Return how many rows a job left, and whether it ended by itself."""
-    return f"{found['rows']}" + (", job failed" if found["exit_code"] not in (0, 3, -9) else "")
+    vectors = found.get("vectors", found["rows"])
+    some = "" if vectors == found["rows"] else f" ({vectors} vectors)"
+    return f"{found['rows']}{some}" + (", job failed" if found["exit_code"] not in (0, -9) else "")

@@ -212,7 +212,8 @@ def million_table() -> str:
     """Return the times of search, labels and duplicates in a large folder."""
     run = json.loads((RESULTS / "retrieval-cpu.json").read_text())
     load, found = run["workload"], run["results"]
-    counts = f"{load['rows']:,} rows of {load['width']} numbers, {load['threads']} threads"
+    threads = f"{load['threads']} thread{'' if load['threads'] == 1 else 's'}"
+    counts = f"{load['rows']:,} rows of {load['width']} numbers, {threads}"
     lines = [f"{counts:<62}  one query  100 queries  owned, GiB"]
 
     def line(name: str, words: str, *times: str) -> str:

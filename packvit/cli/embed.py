@@ -252,7 +252,7 @@ def embed(
 ) -> None:
     """Write the features of PHOTOS to a feature folder.
 
-    PHOTOS are folders, files, quoted patterns ('photos/**/*.jpg'), .tar and .zip archives,
+    PHOTOS are folders, files, quoted patterns ('photos/**/*.jpg'), .tar, .tar.gz and .zip archives,
     .parquet files of image bytes, and URLs of any of these (s3://, gs://, hf://, https://). Paths
     in a file are given with --list.
 

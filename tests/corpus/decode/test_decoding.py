@@ -1,11 +1,15 @@
 """Decode workers are real processes here, and what befalls them is done to them from outside."""
 
+import bz2
+import hashlib
+import io
 import os
 import random
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -553,3 +557,22 @@ def test_no_commit_is_lost_between_shards(tmp_path: Path, encoder: Encoder):
     assert [entry.part[10:15] for entry in entries] == ["00000", "00001", "00002", "00003"]
     assert [entry.errors for entry in entries] == [0, 64, 0, 0]
     assert not check_folder(tmp_path / "out").faults
+
+
+@pytest.mark.soak
+def test_unpacking_an_archive_for_longer_than_an_image_may_take_costs_no_image(
+    tmp_path: Path, worker: Worker
+):
+    data, out = encode(Image.new("RGB", (60, 40)), "PNG"), io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in (("z.bin", os.urandom(64 << 20)), ("a.png", data)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    path = tmp_path / "x.tar.bz2"
+    path.write_bytes(bz2.compress(out.getvalue(), 1))
+    sources = list(list_inputs([str(path)]))
+    begun = time.monotonic()
+    [prepared], _ = worker.prepare(sources, PREPROCESSING, lambda pixels: None, 2.0)
+    assert time.monotonic() - begun > 2.0
+    assert prepared.row.sha256 == hashlib.sha256(data).hexdigest()

@@ -233,8 +233,9 @@ def test_a_checkpoint_that_processes_refuse_is_refused_once_and_nothing_is_writt
 
 
 def test_processes_started_ahead_end_with_a_command_that_does_not_use_them():
-    with suppress(UsageError), Launched(2) as launched:
-        started = [each.process for each in launched.started]
+    launched = Launched(2)
+    started = [each.process for each in launched.started]
+    with suppress(UsageError), launched:
         assert all(process.poll() is None for process in started)
         raise UsageError("no such option")
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
