@@ -136,7 +136,7 @@ class Encoder(nn.Module):
 
     @property
     def attention_inputs(self) -> AttentionInputs:
-        """What decides which attention backends can run."""
+        """The device, dtype and width of a head, which decide which backends can run."""
         return AttentionInputs.of(self.device, self.dtype, self.config.head_dim)
 
     def __call__(self, hidden_states: Tensor | Pack, grid_thw: GridLike | None = None) -> Tensor:
@@ -182,9 +182,8 @@ class Encoder(nn.Module):
         patches chosen from one, which are one row of them in grid_thw, (1, 1, K).
 
         Shapes: patch_positions [T, 3] integers (time, row, column).
-        Raises: as `forward`; ValueError for a layer that is not there, a projection or a merger
-        that the checkpoint does not have, an image that does not divide into squares, or places
-        that there are not.
+        Raises: as `forward`; ValueError for a layer, a projection or a merger that the checkpoint
+        does not have, an image that does not divide into squares, or a position out of range.
         """
         hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
         if projection is not None:
@@ -254,7 +253,7 @@ class Encoder(nn.Module):
         return trunk_output(x, tapped, plan)
 
     def pool(self, output: TrunkOutput) -> Tensor | None:
-        """Return the checkpoint's one vector a sequence, or None where it has no word for one."""
+        """Return the checkpoint's one vector for each sequence, or None if it defines none."""
         return pool_sequences(output, self.config, self.norm, self.head)
 
     def pack(
@@ -330,7 +329,7 @@ class Encoder(nn.Module):
 
         `options` are those of `packvit.load`. Other families' checkpoints are refused.
 
-        Raises: as `packvit.load`; TypeError on `Encoder` itself, which is of no family.
+        Raises: as `packvit.load`; TypeError on `Encoder` itself, which has no family.
         """
         chosen = LoadOptions(**options)
         check_family(cls)
@@ -380,7 +379,7 @@ class Encoder(nn.Module):
         return encoder
 
     def switch_on(self, options: LoadOptions) -> None:
-        """Run from now on in 8 bits, invariant or compiled, as `options` ask.
+        """Make all later forwards run in 8 bits, invariant or compiled, as `options` say.
 
         Raises: ValueError for 8 bits that cannot run here.
         """

@@ -1,4 +1,4 @@
-"""From a name or a folder to an encoder, or to another layout; the checkpoint names its family."""
+"""Load an encoder by name or folder, or convert its checkpoint; config.json names the family."""
 
 import os
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def load(
     compile: bool = False,
     fp8: bool = False,
 ) -> Encoder:
-    """Load an encoder by its name on the hub, or from a folder, and no network then.
+    """Load an encoder by its name on the hub, or from a folder, which needs no network.
 
     `device` None is CUDA if there is one; `dtype` None is bfloat16 there and float32 elsewhere.
     `attention` names a backend (`packvit info` lists them). `revision` pins a commit, branch or
@@ -71,7 +71,7 @@ def load(
 
 
 def read_tower(name_or_folder: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
-    """Return a checkpoint; of a larger model on the hub only the image tower's tensors are fetched.
+    """Return a checkpoint; of a larger model on the hub, only the image tower is downloaded.
 
     Raises: CheckpointError.
     """
@@ -82,7 +82,7 @@ def read_tower(name_or_folder: str | os.PathLike[str], revision: str | None = No
 def family_of(checkpoint: Checkpoint) -> type[Encoder]:
     """Return the class of the one family that claims a checkpoint by its config.json.
 
-    Raises: CheckpointError listing the model types that we know.
+    Raises: CheckpointError listing the model types that packvit knows.
     """
     for encoder in FAMILIES:
         if encoder.family.claims(checkpoint.config):
@@ -104,7 +104,7 @@ def convert(
 ) -> Conversion:
     """Write a checkpoint to a new folder in one of its family's layouts, bit for bit.
 
-    Nothing is cast and no device is asked. config.json is written last, so that a folder in which
+    Nothing is cast, and no GPU is needed. config.json is written last, so that a folder in which
     the disk was full or the power went is no checkpoint to anyone.
 
     Raises: ValueError for a layout that the family does not have, or a folder that holds anything;

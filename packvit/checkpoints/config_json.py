@@ -41,7 +41,7 @@ def entry(config: Json, name: str, kind: type | tuple[type, ...], default: Any =
         or (number and not 0 <= value < 1e9)  # nor is NaN
     ):
         raise CheckpointError(
-            f'config.json says "{name}": {value!r}, which describes no encoder that we know.'
+            f'config.json says "{name}": {value!r}, which no encoder that packvit knows has.'
         )
     return value
 
@@ -49,7 +49,7 @@ def entry(config: Json, name: str, kind: type | tuple[type, ...], default: Any =
 def tower(config: Json) -> Json:
     """Return the part of config.json that is about images, where it has two towers.
 
-    Raises: CheckpointError if that part is no object.
+    Raises: CheckpointError if that part is not an object.
     """
     return entry(config, "vision_config", dict) if "vision_config" in config else config
 
@@ -59,12 +59,12 @@ def sizes(config: Json, words: Mapping[str, str] = SIZES, **defaults: int) -> di
 
     `words` are config.json's for ours.
 
-    Raises: CheckpointError for one that is no number, or for channels other than three.
+    Raises: CheckpointError for one that is not a number, or for channels other than three.
     """
     channels = entry(config, words["channels"], int, 3)
     if channels != 3:
         raise CheckpointError(
-            f'config.json says "{words["channels"]}": {channels}; we know 3, for RGB.'
+            f'config.json says "{words["channels"]}": {channels}, but it must be 3, for RGB.'
         )
     found = {ours: entry(config, words[ours], int, default) for ours, default in defaults.items()}
     if 0 in found.values():
@@ -90,7 +90,9 @@ def agreed(config: Json, *names: str) -> bool:
     """
     answers = {name: entry(config, name, bool) for name in names if name in config}
     if len(set(answers.values())) > 1:
-        raise CheckpointError(f"config.json says {answers}; we know encoders where they agree.")
+        raise CheckpointError(
+            f"config.json says {answers}, but packvit knows only encoders where they agree."
+        )
     return next(iter(answers.values()), False)
 
 
@@ -102,7 +104,7 @@ def activation(config: Json, default: str) -> Activation:
     name = entry(config, "hidden_act", str, default)
     if name not in ACTIVATION_NAMES:
         known = ", ".join(ACTIVATION_NAMES)
-        raise CheckpointError(f'config.json says "hidden_act": "{name}"; we know {known}.')
+        raise CheckpointError(f'config.json says "hidden_act": "{name}"; packvit knows {known}.')
     return ACTIVATION_NAMES[name]
 
 
@@ -114,7 +116,7 @@ def axial_base(config: Json) -> float:
     rope = entry({"rope_parameters": {}, **config}, "rope_parameters", dict)
     kind = rope.get("rope_type", "axial")
     if kind not in ("axial", "default"):
-        raise CheckpointError(f'config.json says "rope_type": "{kind}"; we know "axial".')
+        raise CheckpointError(f'config.json says "rope_type": "{kind}"; packvit knows "axial".')
     return entry(rope, "rope_theta", float, 10000.0)
 
 

@@ -21,7 +21,7 @@ class Described(NamedTuple):
 
 
 def describe(family: Family, checkpoint: Checkpoint) -> Described:
-    """Return a checkpoint's layout and configurations, told by its config.json and its names.
+    """Return a checkpoint's layout and configurations, by its config.json and tensor names.
 
     Raises: CheckpointError if it is not one of `family`.
     """
@@ -47,7 +47,7 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
         raise CheckpointError(str(error)) from error
     except (TypeError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{file} of {checkpoint.name} holds an entry of another kind than its processor's "
+            f"{file} of {checkpoint.name} has an entry of another type than its processor takes "
             f"({error}). Compare it with the published one."
         ) from error
     numbers = (*images.mean, *images.std)
@@ -60,9 +60,9 @@ def describe(family: Family, checkpoint: Checkpoint) -> Described:
 
 
 def check_sizes(config: TransformerConfig, checkpoint: Checkpoint) -> None:
-    """Refuse sizes that no encoder can have, before anything is built by them.
+    """Refuse sizes that no encoder can have, before an encoder is built.
 
-    Raises: CheckpointError saying which.
+    Raises: CheckpointError naming them.
     """
     if config.width % config.heads or config.head_dim % 2:
         raise CheckpointError(

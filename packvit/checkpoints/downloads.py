@@ -40,7 +40,7 @@ def download(name: str, revision: str | None, part: Part | None = None) -> Path:
     Of a model that is much larger than `part`, only that part's tensors are downloaded.
 
     The first file resolves `revision`, and all others are asked for at that commit, so that a push
-    in between cannot mix two versions. Shards are asked for only where there is no one file.
+    in between cannot mix two versions. Shards are asked for only if there is no one file.
     """
     config = fetch(name, CONFIG, revision)
     if config is None:
@@ -124,7 +124,7 @@ def fetch_range(
 ) -> tuple[bytes, int] | None:
     """Return bytes of a file of the hub's model, and the file's size; None if it has no such file.
 
-    Raises: CheckpointError saying why they cannot be had.
+    Raises: CheckpointError saying why they cannot be downloaded.
     """
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -174,8 +174,8 @@ def fetch_image_settings(name: str, commit: str) -> None:
 def fetch(name: str, file: str, revision: str | None) -> Path | None:
     """Return where the cache holds `file` of the hub's model `name`, downloading it if need be.
 
-    None where the repository has no such file. A commit that is in the cache, the absence of files
-    included, needs no request at all.
+    None if the repository has no such file. For a commit in the cache no request is made; the
+    cache also notes which files the repository lacks.
     """
     check_endpoint()
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
@@ -201,7 +201,7 @@ def fetch(name: str, file: str, revision: str | None) -> Path | None:
 def without_tries() -> Iterator[None]:
     """Keep the hub's client from logging each failed try before our message says what is wrong.
 
-    That it waits for a limit of requests to pass is still said: it may take minutes.
+    Messages about a rate limit are kept, since waiting for it may take minutes.
 
     Source: huggingface_hub 1.33 and 2.4, utils/_http.py.
     """
@@ -249,7 +249,7 @@ def client_errors() -> tuple[type[Exception], ...]:
 
 
 def explain(error: Exception, name: str, file: str, revision: str | None) -> str:
-    """Return what a failed download means to the user, in our words, and what to do about it."""
+    """Return a message that says why a download failed, and what to do."""
     from huggingface_hub import constants, errors
 
     log_in = 'log in with "hf auth login" or set HF_TOKEN'
@@ -289,15 +289,15 @@ def explain(error: Exception, name: str, file: str, revision: str | None) -> str
 
 
 def explain_offline(name: str, file: str) -> str:
-    """Return what to do about a file that is neither here nor may be asked for."""
+    """Return the message for a file that is not in the cache while offline mode is on."""
     return (
-        f"{file} of {name!r} is not in the cache, and HF_HUB_OFFLINE forbids to download "
-        "it. Unset it for one run, or give a folder."
+        f"{file} of {name!r} is not in the cache, and HF_HUB_OFFLINE forbids "
+        "downloading it. Unset it for one run, or give a folder."
     )
 
 
 def hub_files(name: str, commit: str) -> list[str]:
-    """Return what the hub's model holds; nothing if the hub won't say, as only a message asks."""
+    """Return the files of the hub's model, for a message; none if the hub does not answer."""
     from huggingface_hub import HfApi
 
     try:

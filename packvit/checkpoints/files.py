@@ -35,7 +35,7 @@ METADATA = {"format": "pt"}  # transformers asks for it; a second key would not 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """One published or saved model, as its files say it, before any family has looked at it."""
+    """One published or saved model as its files have it; it knows no family."""
 
     name: str  # as the user gave it
     revision: str | None  # the commit hash on the hub; None for a folder
@@ -86,9 +86,9 @@ def read(
     """Return the checkpoint that a folder holds, or the hub's model `owner/name`.
 
     A folder is read without any network. Of the hub's model all files come from one commit, that
-    of `revision` (a branch, a tag or a hash; by default the main branch), which is recorded; of a
-    much larger model `part` alone. The
-    token, the cache, the endpoint and offline mode are huggingface_hub's own settings.
+    of `revision` (a branch, a tag or a hash; by default the main branch), which is recorded. Of a
+    much larger model only `part` is downloaded. The token, the cache, the endpoint and offline
+    mode are huggingface_hub's own settings.
 
     Raises: CheckpointError saying what is wrong with the name, the download or the files.
     """

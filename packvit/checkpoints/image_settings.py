@@ -1,4 +1,4 @@
-"""What a checkpoint says about its images, to an `ImageConfig`, as transformers takes it. No torch.
+"""A checkpoint's image settings to an `ImageConfig`, read as transformers reads them. No torch.
 
 Source: transformers 5.17, image_processing_utils.py (`_set_attributes`, `get_size_dict`),
 image_processing_backends.py, models/auto/image_processing_auto.py.
@@ -43,15 +43,15 @@ def image_config_from(
     file: str = PREPROCESSOR,
     normalizes: bool = True,
 ) -> ImageConfig:
-    """Read a checkpoint's image settings; what they leave out is the named class's.
+    """Read a checkpoint's image settings; the named class decides what an absent entry means.
 
     `default` is the family's, which holds where no class is named. One that neither resizes nor
     crops takes images as they are. `file` is where the settings come from, for messages.
     `normalizes` False is for families whose processor leaves pixels from 0 to 1, and `default` says
     by what the model normalises them.
 
-    Raises: ValueError for settings that we could only imitate wrongly; TypeError for an entry of
-    another kind than its processor's.
+    Raises: ValueError for settings that packvit cannot follow exactly; TypeError for an entry of
+    another type than its processor takes.
     """
     whole = dict(settings or {})
     whole |= {flag: False for flag in FLAGS if flag in whole and whole[flag] is None}
@@ -63,7 +63,7 @@ def image_config_from(
 
 
 def _image_config(given: Mapping[str, Any], default: ImageConfig, normalizes: bool) -> ImageConfig:
-    """Return the settings read; a ValueError says all but which file has them."""
+    """Return the settings; the message of a ValueError lacks the file's name."""
     name = processor_name(given)
     defaults = PROCESSORS[name] if name else _of_family(given, default, normalizes)
     _refuse_other_arithmetic({"do_normalize": defaults.normalizes, **given}, normalizes)

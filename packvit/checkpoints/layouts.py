@@ -113,9 +113,9 @@ class Family:
         return replace(beside_text(layout, skipped, prefix=prefix), read=read)
 
     def prefixed_layouts(self, names: Collection[str]) -> list[tuple[Layout, str]]:
-        """Return the layouts that stand behind a prefix, with their patch embedding, and it.
+        """Return the layouts found behind a prefix, together with their patch embedding.
 
-        Of two layouts that the same tensor would tell, the longer marker does.
+        If two layouts match the same tensor, the one with the longer marker is taken.
         """
         found: dict[str, tuple[Layout, str]] = {}
         for layout in sorted(self.layouts, key=lambda layout: len(layout.marker)):
@@ -127,7 +127,7 @@ class Family:
         return list(found.values())
 
     def writable(self, name: str, parameters: Collection[str], config: EncoderConfig) -> Layout:
-        """Return the layout called `name` that has a word for every one of our `parameters`.
+        """Return the layout called `name` that has a name for every one of our `parameters`.
 
         Raises: ValueError listing the names there are.
         """
@@ -142,7 +142,7 @@ class Family:
 def named_type(config: Json) -> Any:
     """Return the type of model that config.json names.
 
-    timm's calls it an architecture, and code that comes with a checkpoint names its class alone.
+    timm calls it an architecture, and code that comes with a checkpoint names its class alone.
     """
     classes = config.get("architectures")
     only = classes[0] if isinstance(classes, list) and len(classes) == 1 else None
@@ -205,6 +205,6 @@ def check_family(encoder: type) -> None:
     """
     if not hasattr(encoder, "family"):
         raise TypeError(
-            f"{encoder.__name__} is what all families share, and is of none itself. Use "
+            f"{encoder.__name__} is the class that all families share. Use "
             "packvit.load, which finds a checkpoint's family, or a family's own class."
         )

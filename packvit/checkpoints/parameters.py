@@ -20,7 +20,7 @@ READERS = 4  # threads that read tensors: reading, checking and copying one leav
 
 
 class Read(NamedTuple):
-    """What a checkpoint's tensors are to us."""
+    """A checkpoint's tensors by what is done with them."""
 
     state: dict[str, Tensor]  # our parameters
     carried: dict[str, Tensor]  # by our labels: kept for writing, and used by nothing
@@ -33,7 +33,7 @@ def take(
     layout: Layout,
     place: Callable[[Tensor], Tensor] | None,
 ) -> Read:
-    """Share out a checkpoint's tensors; without `place` each one stays as its file has it."""
+    """Sort a checkpoint's tensors by what is done with them; `place` is as in `load`."""
     tensors, carried = checkpoint.tensors, layout.carried
 
     state = load(
@@ -52,7 +52,7 @@ def take(
     )
 
 
-class One(NamedTuple):
+class ReadParameter(NamedTuple):
     """What was read for one of our parameters."""
 
     names: tuple[str, ...]  # the checkpoint's
@@ -77,10 +77,10 @@ def load(
     Raises: CheckpointError listing everything that does not fit, so that one run shows it all.
     """
 
-    def read_one(ours: str, shape: Size) -> One:
+    def read_one(ours: str, shape: Size) -> ReadParameter:
         rule, names = find(ours, rules)
         if absent := [name for name in names if name not in checkpoint]:
-            return One(names, [f"missing: {', '.join(absent)} (our {ours})"])
+            return ReadParameter(names, [f"missing: {', '.join(absent)} (our {ours})"])
         wanted = [
             part.shape
             for part in rule.store(torch.empty(shape, dtype=torch.float32, device="meta"))
@@ -91,8 +91,10 @@ def load(
             held = ", ".join(f"{n} {t.dtype}" for n, t in zip(names, tensors, strict=True))
             found.append(f"of different dtypes, but one tensor of ours: {held}")
         elif all(tensor.shape == part for tensor, part in zip(tensors, wanted, strict=True)):
-            return One(names, found, place(rule.load(tensors)) if place else rule.load(tensors))
-        return One(names, found)
+            return ReadParameter(
+                names, found, place(rule.load(tensors)) if place else rule.load(tensors)
+            )
+        return ReadParameter(names, found)
 
     state, read, problems = {}, set(), []
     with ThreadPoolExecutor(READERS, "packvit-read") as readers:
@@ -115,7 +117,7 @@ def load(
 
 
 def misfits(names: Sequence[str], tensors: Sequence[Tensor], wanted: Sequence[Size]) -> list[str]:
-    """Return in words which tensors have another shape than wanted, or hold no real numbers."""
+    """Return which tensors have another shape than wanted or are not floating point, in words."""
     problems = []
     for name, tensor, shape in zip(names, tensors, wanted, strict=True):
         if tensor.shape != shape:

@@ -1,7 +1,7 @@
-"""Some tensors of a hub's model by HTTP range: of 470 GB with a language model, a tower's 1.2 GB.
+"""Download some tensors of a model by HTTP range: a tower of 1.2 GB out of 470 GB.
 
-What is fetched lies beside the hub's cache, as a checkpoint of its own with the model's names. A
-download that was cut off goes on where it ended. No torch.
+What is fetched lies beside the hub's cache, as a checkpoint of its own with the model's names. An
+interrupted download continues where it ended. No torch.
 """
 
 import json
@@ -43,7 +43,7 @@ class Place(NamedTuple):
 def read_places(request: Request, file: str) -> dict[str, Place] | None:
     """Return where a safetensors file's tensors lie, from its header alone.
 
-    None where there is no such file.
+    None if there is no such file.
 
     Raises: CheckpointError for a header that does not fit the file.
     """
@@ -88,7 +88,7 @@ def choose_from_file(
 ) -> list[tuple[str, Place]] | None:
     """Return the wanted tensors of a model's one file and their places, in the file's order.
 
-    None where the whole is to be downloaded: there is no such file, or most of it is wanted.
+    None if the whole file should be downloaded, since most of it is wanted, or does not exist.
     """
     places = read_places(request, file)
     if places is None:
@@ -145,9 +145,9 @@ def encode_header(chosen: Sequence[tuple[str, Place]]) -> bytes:
 
 
 def runs(chosen: Sequence[tuple[str, Place]], done: int) -> Iterator[tuple[str, int, int]]:
-    """Yield what to ask for (file, start, end) to have the tensors' bytes but the first `done`.
+    """Yield the ranges (file, start, end) of the tensors' bytes, without the first `done` bytes.
 
-    Neighbours are asked for together, and no byte that is not wanted.
+    Adjacent tensors share a range; no unwanted byte is in one.
     """
     joined: list[tuple[str, int, int]] = []
     for _, place in chosen:
@@ -163,7 +163,7 @@ def runs(chosen: Sequence[tuple[str, Place]], done: int) -> Iterator[tuple[str, 
 
 
 def fetch_tensors(request: Request, chosen: Sequence[tuple[str, Place]], target: Path) -> None:
-    """Write the tensors to the safetensors file `target`, going on with what is there of it.
+    """Write the tensors to the safetensors file `target`, continuing an interrupted download.
 
     Raises: CheckpointError if the hub answers with other bytes than asked for, or the disk is full.
     """
@@ -181,7 +181,7 @@ def fetch_tensors(request: Request, chosen: Sequence[tuple[str, Place]], target:
                 if found is None or len(found[0]) != end - start:
                     raise CheckpointError(
                         f"The hub answered with {len(found[0]) if found else 0} bytes of {name} "
-                        f"for {end - start}. Run the same command to go on."
+                        f"for {end - start}. Run the same command to continue."
                     )
                 file.write(found[0])
         sync(partial)

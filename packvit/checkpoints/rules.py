@@ -17,7 +17,7 @@ from packvit.config import PatchOrder
 
 @cache
 def pattern(ours: str) -> re.Pattern[str]:
-    """Match the parameters that a rule's name of ours stands for."""
+    """Return the pattern of the parameters that a rule's name stands for."""
     return re.compile(r"(?P<i>\d+)".join(re.escape(part) for part in ours.split("{i}")))
 
 
@@ -62,7 +62,7 @@ def fuse(ours: str, *theirs: str, shares: Sequence[int] = ()) -> Rule:
 def alternate(ours: str, *theirs: str) -> Rule:
     """One tensor of ours that has the rows of two of theirs, or of one's two halves, in turns.
 
-    So gate and up projection stand side by side where their product is taken.
+    So gate and up projection are adjacent when their product is computed.
     """
 
     def load(tensors: Sequence[Tensor]) -> Tensor:
@@ -167,8 +167,8 @@ def reshape(ours: str, theirs: str, *leading: int) -> Rule:
 def bind(rules: Sequence[Rule], heads: int) -> tuple[Rule, ...]:
     """Return the rules for an encoder of so many heads.
 
-    Ours turn rows k and k + K/2 of a head of K together. Where a checkpoint's are neighbours, rows
-    of queries and keys are ordered anew.
+    Ours turn rows k and k + K/2 of a head of K together. If a checkpoint rotates neighbouring rows
+    together, the rows of queries and keys are reordered.
     """
 
     def bound(rule: Rule) -> Rule:

@@ -27,7 +27,7 @@ ABOUT_TENSORS = frozenset(
 
 
 class Origin(NamedTuple):
-    """The config.json that an encoder was loaded by, and what was read in it."""
+    """The config.json that an encoder was loaded from, and the configuration read from it."""
 
     entries: Json
     config: EncoderConfig
@@ -69,9 +69,9 @@ def with_entries(
 ) -> dict[str, Any]:
     """Return config.json with the entries of the one that was read.
 
-    So the reference reads what it read before, also what means nothing to us: an image size of 30
-    where patches of 14 leave two pixels over, dropout. An entry is ours where the encoder was
-    changed since, and where the old one describes another encoder.
+    So the reference reads what it read before, also entries that packvit does not use, such as
+    dropout. An entry is replaced if the encoder was changed since, or if the old one would
+    describe another encoder.
     """
     both = "vision_config" in written
     entries = origin.entries if both else tower(origin.entries)
@@ -134,7 +134,7 @@ def convert(
     described: Described,
     layout: LayoutName,
 ) -> Converted:
-    """Return a checkpoint in another layout, every number and dtype as its file has it.
+    """Return a checkpoint in another layout, without changing any number or dtype.
 
     Raises: ValueError for a layout that the family does not have; CheckpointError as `read`, and
     for tensors of different dtypes that are one of ours.

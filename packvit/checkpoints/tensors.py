@@ -1,8 +1,7 @@
 """The tensors of a folder's safetensors files, each read and checked when it is asked for.
 
-Weights are safetensors and nothing else: other formats can run code when they are opened. What a
-file claims is checked before it is believed: every tensor lies where the index says, and no number
-is NaN or infinite.
+Only safetensors are read: other formats can run code when they are opened. What a file claims is
+checked: every tensor is in the file that the index says, and no number is NaN or infinite.
 """
 
 import os
@@ -75,7 +74,7 @@ class Tensors(Mapping[str, Tensor]):
         return self
 
     def __reduce__(self) -> tuple[Callable[..., "Tensors"], tuple[tuple[Path, ...]]]:
-        """Travel as the files' paths; an encoder brings its weights itself."""
+        """Pickle as the files' paths; an encoder pickles its weights itself."""
         return reopen, (tuple(self.handles),)
 
     def shape_of(self, name: str) -> torch.Size:
@@ -102,8 +101,8 @@ def reopen(files: tuple[Path, ...]) -> Tensors:
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse a floating-point tensor with NaN or infinity in it; `name` opens the sentence.
 
-    The extremes tell: NaN survives both. This reads the tensor once and allocates nothing, which
-    is 10 to 100 times as fast as `isfinite` over all elements.
+    The minimum and the maximum tell, since both keep NaN. This reads the tensor once and
+    allocates nothing, which is 10 to 100 times as fast as `isfinite` over all elements.
     """
     if tensor.dtype not in FINITE_DTYPES or not tensor.numel():
         return
@@ -119,7 +118,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def open_folder(folder: Path) -> Tensors:
     """Return the weights in `folder`: those of its one file, or else those of its shards.
 
-    Where there are both, the index is not even looked at: these are the reference's numbers.
+    If there are both, the index is not read, as in the reference.
 
     Source: transformers 5.17, `_get_resolved_checkpoint_files` in `modeling_utils.py`.
     """

@@ -60,7 +60,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     if biased not in ("qkv", "qv", "") or len(rest) != 1:
         raise CheckpointError(
             f'config.json gives biases to "{biased}" of q, k and v, and {sorted(rest)} to '
-            "projection and MLP; we know qkv, qv or none, and one answer for the others."
+            "projection and MLP; packvit knows qkv, qv or none, and one answer for the others."
         )
     return EncoderConfig(
         **sizes(config, width=384, layers=12, heads=6, mlp_width=1536),

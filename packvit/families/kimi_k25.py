@@ -77,7 +77,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     if side != width or merged != SIDE:
         raise CheckpointError(
             f'config.json says "{word}height": {side}, "{word}width": {width} and '
-            f'"merge_kernel_size": {merged}; we know square tables, and {SIDE}.'
+            f'"merge_kernel_size": {merged}; packvit knows square tables, and {SIDE}.'
         )
     merger = None
     if any(f"{prefix}pre_norm.weight" in names for prefix in PROJECTORS):

@@ -52,7 +52,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     norm = entry(config, "layer_norm_type", str, "layer_norm")
     if found["width"] % (32 * found["heads"]) or norm not in NORMS:
         raise CheckpointError(
-            f'config.json says {found} and "layer_norm_type": "{norm}"; we know heads of a '
+            f'config.json says {found} and "layer_norm_type": "{norm}"; packvit knows heads of a '
             f"multiple of 32, and {' or '.join(NORMS)}."
         )
     times = config.get("rope_temporal_size", 64)

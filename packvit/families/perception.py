@@ -73,7 +73,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     known = {**shown, **IMAGES} == shown and list(made["ref_feat_shape"]) == [side, side]
     if not known or made.keys() > ARCHITECTURES[name].keys() or pooled not in ("map", "avg"):
         raise CheckpointError(
-            f'config.json says "model_args": {given} and "pretrained_cfg": {shown}; we know '
+            f'config.json says "model_args": {given} and "pretrained_cfg": {shown}; packvit knows '
             f'{", ".join(COMMON)}, "ref_feat_shape" of {side} x {side} patches, and {IMAGES}.'
         )
     probe = Probe(

@@ -60,7 +60,7 @@ def choices(config: Json) -> dict[str, Any]:
     frames = square(config, "temporal_patch_size", FRAMES)
     if frames != FRAMES:
         raise CheckpointError(
-            f'config.json says "temporal_patch_size": {frames}; we know {FRAMES}.'
+            f'config.json says "temporal_patch_size": {frames}; packvit knows {FRAMES}.'
         )
     return {
         "rotary": AxialRotary(axial_base(config)),

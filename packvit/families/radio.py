@@ -73,13 +73,13 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     for name, known in STATISTICS.items():
         if list(entry({name: known, **config}, name, (list, tuple))) != known:
             raise CheckpointError(
-                f'config.json says "{name}": {config[name]}; we know CLIP\'s, {known}.'
+                f'config.json says "{name}": {config[name]}; packvit knows CLIP\'s, {known}.'
             )
     scaled = BLOCK.format(i=0) + SCALE.format(half=1) in names
     if not scaled and entry(config, "layerscale_value", float, 1.0) != 1.0:
         raise CheckpointError(
             f'config.json says "layerscale_value": {config["layerscale_value"]}, but there are no '
-            "tensors of scales, and without them we know 1."
+            "tensors of scales, and without them packvit knows 1."
         )
     return EncoderConfig(
         **blocks,

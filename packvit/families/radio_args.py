@@ -36,8 +36,8 @@ def entries_of(config: Json) -> dict[str, Any]:
     if name not in ARCHITECTURES or more or not all(isinstance(each, dict) for each in teachers):
         said = {"model": name, **more}
         raise CheckpointError(
-            f'"args" in config.json describe {said}; we know {", ".join(ARCHITECTURES)}, with '
-            "nothing changed in them."
+            f'"args" in config.json describe {said}; packvit knows {", ".join(ARCHITECTURES)}, '
+            "with nothing changed in them."
         )
     width, layers, heads, mlp = ARCHITECTURES[name]
     tokens = 1

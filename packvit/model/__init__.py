@@ -1,1 +1,1 @@
-"""What an encoder is made of, as the papers say it; it knows nothing of what makes it fast."""
+"""The layers of an encoder as the papers describe them, without what only makes them faster."""

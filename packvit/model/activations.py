@@ -33,7 +33,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def activate(x: Tensor, activation: Activation, invariant: bool) -> Tensor:
-    """Return act(x), a row's bits not knowing of other rows or threads where `invariant`."""
+    """Return act(x); if `invariant`, a row's bits do not depend on other rows or on threads."""
     if x.is_cuda or not invariant:
         return ACTIVATIONS[activation](x)
     return in_pieces(ACTIVATIONS[activation], x)

@@ -52,9 +52,9 @@ class Backend(NamedTuple):
 def flash_obstacle(
     inputs: AttentionInputs, oldest: Capability, largest: int, *, newest: int | None = None
 ) -> str | None:
-    """What every flash-attention kernel wants: half precision on a recent enough GPU.
+    """Return why no flash-attention kernel can run: all need half precision and a recent GPU.
 
-    `newest` is the last generation of GPUs that it is built for, where it is not for all.
+    `newest` is the last generation of GPUs that the kernel is built for, or None for all.
     """
     if inputs.device.type != "cuda":
         return f"it needs CUDA tensors and these are on {inputs.device}"
@@ -72,7 +72,7 @@ def flash_obstacle(
 
 
 def varlen_arguments(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, int, int]:
-    """Return what all varlen kernels take behind query, key and value, in their order."""
+    """Return the arguments of all varlen kernels after query, key and value, in order."""
     return queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
 
 
@@ -119,7 +119,7 @@ def fa4_arguments(queries: Segments, keys: Segments) -> dict[str, Any]:
 
 
 def fa4_obstacle(inputs: AttentionInputs) -> str | None:
-    """A wheel for Hopper and newer."""
+    """Return why FlashAttention-4 cannot run; its wheel is for Hopper and newer."""
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         return "flash_attn.cute is not installed; pip install 'packvit[hopper]'"
     return flash_obstacle(inputs, HOPPER, 128, newest=10)
@@ -137,7 +137,7 @@ def run_fa3(query: Queries, key: Heads, value: Heads, queries: Segments, keys: S
 
 
 def fa3_obstacle(inputs: AttentionInputs) -> str | None:
-    """No wheel is published; it is built for Hopper alone."""
+    """Return why FlashAttention-3 cannot run; it is built from source, for Hopper alone."""
     if find_spec("flash_attn_interface") is None:
         return "flash_attn_interface is not installed; build FlashAttention-3 from its repository"
     return flash_obstacle(inputs, HOPPER, 256, newest=9)
@@ -180,7 +180,7 @@ def run_torch(
 
 
 def torch_obstacle(inputs: AttentionInputs) -> str | None:
-    """FlashAttention-2 as it comes inside torch."""
+    """Return why the FlashAttention-2 inside torch cannot run."""
     return flash_obstacle(inputs, OLDEST, 256)
 
 

@@ -22,10 +22,10 @@ def build(
 ) -> tuple[AnyModule, Read]:
     """Return the model that `make` builds, all its parameters filled in, and what was read.
 
-    Of a checkpoint without numbers (`outlines.py`) they have their shapes, and take no memory.
+    From a checkpoint without numbers (`outlines.py`), parameters have shapes and take no memory.
 
     Raises: CheckpointError naming everything that is missing, misshapen or unexpected, or if the
-    weights do not fit in memory; ValueError for a device or dtype that there is not.
+    weights do not fit in memory; ValueError for an unknown device or dtype.
     """
     device = find_device(options.device)
     dtype = find_dtype(options.dtype, device)

@@ -1,4 +1,4 @@
-"""What a GPU can do, by its compute capability: asked here alone, so a test can pretend one."""
+"""The compute capability of GPUs; asked for only here, so that a test can replace it."""
 
 import torch
 

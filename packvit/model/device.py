@@ -1,4 +1,4 @@
-"""Where an encoder runs and in which numbers: a caller's words to torch's."""
+"""The torch device and dtype that a caller names."""
 
 import platform
 from contextlib import AbstractContextManager, nullcontext
@@ -11,9 +11,9 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
-    """Return the device that is meant; None is CUDA if there is one.
+    """Return the torch device for a caller's; None is CUDA if there is one.
 
-    Raises: ValueError for one that is not there, or that holds no numbers; TypeError.
+    Raises: ValueError for one that does not exist or holds no numbers; TypeError.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,7 +55,7 @@ def name_device(device: torch.device) -> str:
 
 
 def find_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """Return the dtype that is meant; None is bfloat16 on a recent GPU and float32 elsewhere.
+    """Return the torch dtype for a caller's; None is bfloat16 on a recent GPU, else float32.
 
     Raises: ValueError for one that no encoder runs in; TypeError.
     """
@@ -63,7 +63,9 @@ def find_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.d
         recent = device.type == "cuda" and not is_too_old(device)
         return torch.bfloat16 if recent else torch.float32
     if not isinstance(dtype, (str, torch.dtype)):
-        raise TypeError(f'dtype is {dtype!r}, but must be a torch.dtype or a word as "bfloat16".')
+        raise TypeError(
+            f'dtype is {dtype!r}, but must be a torch.dtype or a word such as "bfloat16".'
+        )
     for name, found in DTYPES.items():
         if dtype in (name, found):
             return found
@@ -71,6 +73,6 @@ def find_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.d
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one, which is where kernels that are no operators of torch launch."""
+    """Make a GPU the current one: kernels outside torch launch there."""
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.device(device) if on_gpu else nullcontext()

@@ -42,7 +42,7 @@ def normalize(
     *,
     channels_last: bool,
 ) -> Float[Tensor, "T P"]:
-    """Return raw pixels normalised in fp32, to the last bit as transformers' processors do it."""
+    """Return raw pixels normalised in fp32, with the same bits as transformers' processors."""
     # 255 is a tensor too: CUDA multiplies by a host number's reciprocal, which rounds differently.
     numbers = torch.tensor([mean, std, (255.0,) * 3], dtype=torch.float32, device="cpu")
     statistics = numbers.to(patches.device, non_blocking=True)
@@ -63,8 +63,8 @@ def to_values(
 class PatchEmbeddings(nn.Module):
     """Flattened patches to the token stream: one matrix, positions, and prefix tokens.
 
-    A convolution whose stride is its kernel is a linear layer over flattened patches, so nothing
-    is ever put back together into images.
+    A convolution whose stride equals its kernel is a linear layer over flattened patches, so
+    images are never put together again.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class PatchEmbeddings(nn.Module):
         return super().train(mode)
 
     def add_positions(self, tokens: Tokens, grid: Grid) -> Tokens:
-        """Add to each patch what tells its place; rotary positions come in later."""
+        """Add positions to each patch; rotary ones are applied in attention."""
         positions = self.config.positions
         if positions is None:
             return tokens
@@ -157,9 +157,9 @@ class PatchEmbeddings(nn.Module):
         return tokens + learned
 
     def axis(self, grid: Grid) -> Float[Tensor, "side half"]:
-        """Return the sine-cosine axis, as long as the longest frame has patches, at the least.
+        """Return the sine-cosine axis, at least as long as the longest frame has patches.
 
-        So that it serves frames of one row, which is what fills up the pack of a CUDA graph.
+        That is enough for frames of one row, with which the pack of a CUDA graph is filled up.
         """
         longest = max(rows * columns for _, rows, columns in grid)
         return self.axes.get(longest, self.patches.weight.device, self.patches.weight.dtype)
@@ -181,7 +181,8 @@ def rotary_cos_sin(
     like: Tensor,
     given: Int64[Tensor, "T 3"] | None = None,
 ) -> CosSin | None:
-    """Return every token's rotary cosine and sine, made once for all layers; prefixes stay as is.
+    """Return the rotary cosine and sine of every token, made once for all layers; prefix tokens are
+    not rotated.
 
     `given` are the patches' places in time and space, where the caller said them.
 

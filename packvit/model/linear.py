@@ -1,7 +1,7 @@
-"""How a matrix meets tokens: as it is, or in fixed numbers of rows.
+"""Linear layers, as they are or on fixed numbers of rows.
 
 Libraries choose a matmul's kernel by its number of rows, so the same token may come out with other
-bits in a larger pack. `make_invariant` is the way out. In 16 bits on CUDA only few rows are split
+bits in a larger pack. `make_invariant` prevents that. In 16 bits on CUDA only few rows are split
 along the sum (split-K), so a floor on the rows is enough, which the needle tests hold us to;
 elsewhere every matmul is given the same number of rows.
 """
@@ -18,7 +18,7 @@ WORDS = 8
 
 
 class Linear(nn.Linear):
-    """A linear layer whose rows can be kept from knowing how many others there are."""
+    """A linear layer; if `invariant`, a row's bits do not depend on the number of rows."""
 
     invariant: bool = False
 
@@ -28,7 +28,7 @@ class Linear(nn.Linear):
 
 
 class KeylessBiasLinear(Linear):
-    """q, k and v in one matrix, of which keys have no bias.
+    """q, k and v in one matrix, where keys have no bias.
 
     Shapes: qv_bias [2 D]: the queries' and the values'.
     """
@@ -48,7 +48,7 @@ class KeylessBiasLinear(Linear):
 
 
 def affine(tokens: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool) -> Tensor:
-    """Return tokens @ weight.T + bias, a row's bits not knowing of other rows where `invariant`."""
+    """Return tokens @ weight.T + bias; if `invariant`, a row's bits do not depend on others."""
     if tokens.is_cuda and tokens.dtype.itemsize == 2 and tokens.shape[-1] % WORDS:
         tokens, weight = (F.pad(x, (0, -x.shape[-1] % WORDS)) for x in (tokens, weight))
     if not invariant or tokens.ndim != 2:

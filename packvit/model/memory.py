@@ -38,11 +38,11 @@ class Peak(NamedTuple):
     fixed: int  # whatever the pack
 
     def bytes(self, tokens: int) -> int:
-        """Return them for a pack of so many rows."""
+        """Return all bytes for a pack of so many rows."""
         return self.weights + self.activations(tokens)
 
     def activations(self, tokens: int) -> int:
-        """Return what comes on top of the weights."""
+        """Return the bytes on top of the weights."""
         return self.fixed + tokens * self.per_token
 
     def most_tokens(self, free: int) -> int:
@@ -59,9 +59,9 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def check_room(name: str, needed: int, device: torch.device) -> None:
-    """Refuse weights of so many bytes before they are read, where they cannot fit.
+    """Refuse weights that take more bytes than are free, before they are read.
 
-    Raises: CheckpointError saying what there is.
+    Raises: CheckpointError with both numbers.
     """
     free = free_host_memory() if device.type == "cpu" else free_memory(device)
     if free is not None and needed > free:
@@ -110,7 +110,7 @@ def peak_bytes(
 
 
 def parameter_count(config: EncoderConfig) -> int:
-    """Return how many numbers the weights are."""
+    """Return the number of parameters."""
     width, table = config.width, config.positions
     norm = width * (2 if config.norm == "layer" else 1)
     places = table.rows * table.columns + table.class_row if isinstance(table, Table) else 0

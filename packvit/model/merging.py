@@ -97,7 +97,7 @@ class PatchMerger(nn.Module):
 
 
 class Merged(NamedTuple):
-    """What a language model is given."""
+    """The tokens that a language model takes."""
 
     merged: Float[Tensor, "M L"]
     deepstack: dict[int, Float[Tensor, "M L"]]  # by the layer whose output was merged

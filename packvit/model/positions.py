@@ -1,4 +1,4 @@
-"""What is added to a patch to tell where it stands: pure functions of the host's grid.
+"""Absolute positions, which are added to patches: pure functions of the grid on the host.
 
 Everything is computed in float64 or float32 and rounded once to the encoder's dtype: a sine-cosine
 table built in bfloat16 is wrong by 0.08 on a 16 x 16 grid and by 1.4 on 16 x 256.
@@ -80,14 +80,14 @@ class Axes:
         return made
 
     def __reduce__(self) -> tuple[type["Axes"], tuple[SinCos, int]]:
-        """Copy and travel empty."""
+        """Copy and pickle empty."""
         return Axes, (self.positions, self.width)
 
 
 def check_grid(positions: Table, grid: Grid, patch: int) -> None:
     """Refuse grids that the table was not made for.
 
-    Raises: ValueError naming the first image whose grid is another, with both ways out.
+    Raises: ValueError naming the first such image, and both remedies.
     """
     native = (positions.rows, positions.columns)
     for image, (_, rows, columns) in enumerate(grid):
@@ -131,7 +131,7 @@ def frame_waves(
 
 
 class ResizedTables:
-    """A learned table resized to the grids met lately, so that each is worked out once.
+    """A learned table resized to recent grids, so that each is computed once.
 
     Kept are at most `most` patches' rows, the oldest grids going first. A table that is trained, or
     that is another than it was, is resized anew. What is written through `table.data` in place
@@ -144,7 +144,7 @@ class ResizedTables:
         self.forget()
 
     def forget(self) -> None:
-        """Keep nothing."""
+        """Forget all resized tables."""
         self.kept: dict[tuple[int, int], Tensor] = {}  # in the order they were made
         self.made_from: tuple[object, ...] = ()  # what told the table from others
 
@@ -184,11 +184,11 @@ class ResizedTables:
         return self.kept[rows, columns]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ResizedTables":
-        """Start empty: a copied encoder has a table of its own."""
+        """Start empty: a copied encoder has its own table."""
         return ResizedTables(self.positions, self.most)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel empty."""
+        """Pickle empty."""
         return vars(ResizedTables(self.positions, self.most))
 
 
@@ -202,7 +202,7 @@ def look_up(
 ) -> Float[Tensor, "T D"]:
     """Return every patch's row of the table, resized once for each distinct grid of the pack.
 
-    Where `invariant`, a grid's rows know of no other grid's.
+    If `invariant`, a grid's rows do not depend on the other grids.
     """
     distinct = list(dict.fromkeys((rows, columns) for _, rows, columns in grid))
     bank = tables.bank(table, distinct, invariant=invariant)

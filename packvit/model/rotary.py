@@ -1,4 +1,4 @@
-"""Rotary positions: what turns queries and keys by where their patches stand."""
+"""Rotary positions: queries and keys are rotated by the positions of their patches."""
 
 import math
 

@@ -1,7 +1,7 @@
 """The trunk: a pack's patches to its tokens, before any pooling.
 
-`plan_forward` is the host's part, and `run_trunk` the device's, as the papers have it. What gives
-the same in less time is `fast/forward.py`.
+`plan_forward` works on the host, and `run_trunk` on the device, as the papers describe it.
+`fast/forward.py` computes the same in less time.
 """
 
 from collections.abc import Collection
@@ -42,7 +42,7 @@ class ForwardPlan(NamedTuple):
 
 
 class TrunkOutput(NamedTuple):
-    """What a trunk makes of a pack: what pooling, projections and mergers read."""
+    """The outputs of a trunk: what pooling, projections and mergers read."""
 
     tokens: Tensor  # [T, D], of the patches
     prefix: Tensor  # [S, R, D]

@@ -1,4 +1,4 @@
-"""What is asked of an encoder, checked once and answered in words."""
+"""Checks of what a caller gives an encoder."""
 
 from operator import index
 
@@ -12,7 +12,7 @@ PLACE_MEANING = "Each row of patch_positions is (time, row, column) of a patch."
 
 
 def check_config(config: object, encoder: str) -> None:
-    """Refuse what is no configuration, such as the name of a checkpoint.
+    """Refuse anything but a configuration, such as the name of a checkpoint.
 
     Raises: TypeError saying how `encoder` loads one.
     """
@@ -62,12 +62,12 @@ def read_positions(
     patches: int,
     device: torch.device,
 ) -> Tensor | None:
-    """Check where the caller says that patches stand, and return it on `device`.
+    """Check the positions that a caller gives for patches, and return them on `device`.
 
     On a device it is copied to the host once, which waits for it.
 
     Shapes: [T, 3], any integer dtype -> [T, 3] int64.
-    Raises: ValueError for another shape, or naming the first place that there is not; TypeError
+    Raises: ValueError for another shape, or naming the first that is out of range; TypeError
     for what holds no numbers.
     """
     if patch_positions is None:
@@ -98,7 +98,7 @@ def read_positions(
 
 
 def check_video(config: EncoderConfig, family: str) -> VideoRotary:
-    """Return the positions of an encoder whose patches have places in time.
+    """Return the rotary positions of an encoder that take the time into account.
 
     Raises: ValueError for any other encoder.
     """
@@ -111,7 +111,7 @@ def check_video(config: EncoderConfig, family: str) -> VideoRotary:
 
 
 def check_projected(config: EncoderConfig, family: str, pooled: bool = True) -> None:
-    """Refuse to project where there is nothing to project by, or nothing to project.
+    """Refuse `projected` without a projection in the checkpoint, or without pooled vectors.
 
     Raises: ValueError.
     """
@@ -125,7 +125,7 @@ def check_projected(config: EncoderConfig, family: str, pooled: bool = True) -> 
 
 
 def check_merged(config: EncoderConfig, family: str) -> None:
-    """Refuse to merge where there is no merger.
+    """Refuse `merged` without a merger in the checkpoint.
 
     Raises: ValueError.
     """
@@ -139,7 +139,7 @@ def check_merged(config: EncoderConfig, family: str) -> None:
 def count_from_front(layer: object, layers: int) -> int:
     """Return the number of a tapped layer, counted from the front.
 
-    Raises: ValueError for a layer that is not there; TypeError for what is no whole number.
+    Raises: ValueError for a layer out of range; TypeError for anything but a whole number.
     """
     if isinstance(layer, bool) or not hasattr(layer, "__index__"):
         raise TypeError(

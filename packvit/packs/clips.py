@@ -51,7 +51,7 @@ def lay_frames(frames: Sequence[np.ndarray], order: PatchOrder) -> np.ndarray:
 
 
 def of_one_width(cut: Sequence[Patches], temporal: int, order: PatchOrder) -> list[np.ndarray]:
-    """Return the patches of images and clips; beside clips an image's are frames that are equal."""
+    """Return the patches of images and clips; beside clips, an image is a clip of equal frames."""
     widest = max(one.patches.shape[1] for one in cut)
     return [
         one.patches

@@ -32,7 +32,7 @@ class Pack(NamedTuple):
 
 
 def as_pack(hidden_states: Tensor | Pack, grid_thw: GridLike | None) -> Pack:
-    """Return what a call was given as one pack.
+    """Return the arguments of a call as one pack.
 
     Raises: TypeError for a pack with another grid beside it, or patches without one.
     """
@@ -123,7 +123,7 @@ def make_pack(
 
 
 def check_list(images: object) -> None:
-    """Refuse one image where a list of them is meant."""
+    """Refuse a single image where a list is expected."""
     if isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray):
         raise TypeError(
             f"images is one {type(images).__name__}, but must be a list of them: [image]."
@@ -131,12 +131,12 @@ def check_list(images: object) -> None:
 
 
 def join(cut: Sequence[Patches], device: torch.device) -> Pack:
-    """Lay the patches of images end to end, on a device."""
+    """Return the patches of images as one pack on a device."""
     return lay([one.patches for one in cut], cut, device)
 
 
 def lay(arrays: Sequence[np.ndarray], cut: Sequence[Patches], device: torch.device) -> Pack:
-    """Lay patches, of images cut so, end to end on a device."""
+    """Return arrays of patches as one pack on a device, with the grid of the images `cut`."""
     patches = torch.from_numpy(np.concatenate(arrays))
     grid = [[one.frames, one.rows, one.columns] for one in cut]
     return Pack(patches.to(device), torch.tensor(grid, dtype=torch.int64, device="cpu"))

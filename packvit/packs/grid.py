@@ -21,8 +21,8 @@ def read_grid(grid_thw: GridLike, *, patches: int | None) -> Grid:
     On the host this is free; a grid on a device is copied once, and the host waits for it.
 
     Shapes: grid_thw [N, 3], any integer dtype, N >= 1.
-    Raises: ValueError naming the first row that cannot be an image, or both sums of patches;
-    TypeError for what holds no numbers.
+    Raises: ValueError naming the first row that cannot be an image, or both numbers of patches;
+    TypeError if it holds no numbers.
     """
     grid_thw = as_tensor(grid_thw)
     if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or len(grid_thw) == 0:
@@ -48,7 +48,7 @@ def read_grid(grid_thw: GridLike, *, patches: int | None) -> Grid:
 def as_tensor(rows: GridLike, name: str = "grid_thw", meaning: str = ROW_MEANING) -> Tensor:
     """Return rows of numbers given as a list or an array as a tensor on the host.
 
-    Raises: TypeError for what holds no numbers.
+    Raises: TypeError if it holds no numbers.
     """
     if isinstance(rows, Tensor):
         return rows

@@ -138,7 +138,7 @@ def read_tipsv2(config: Json) -> TextConfig:
     """
     text = inner(config)
     if entry(text, "pooling_epsilon", float, 1e-8) > 1e-6:
-        raise CheckpointError('config.json says "pooling_epsilon" above 1e-6; we know means.')
+        raise CheckpointError('config.json says "pooling_epsilon" above 1e-6; packvit knows means.')
     temperature = entry(config, "temperature_init_value", float, 0.005065968260169029)
     return TextConfig(
         **sizes(text, width=768, layers=12, heads=12, mlp_width=3072),

@@ -120,9 +120,10 @@ class BatchTower(TowerInPlace):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         **unused: Any,
     ) -> Any:
-        """Return `last_hidden_state`, `pooler_output`, and `hidden_states` where asked for.
+        """Return `last_hidden_state`, `pooler_output`, and of `hidden_states` those asked for.
 
-        The class tokens in `hidden_states` are zeros: models leave them out.
+        The class tokens in `hidden_states` are zeros: models leave them out. What enters block 0,
+        and since transformers 5.24 every layer that the model does not name, is None.
 
         Shapes: pixel_values [N, 3, height, width] -> tokens [N, prefix + rows * columns, D].
         """
@@ -132,9 +133,7 @@ class BatchTower(TowerInPlace):
         squares = pixel_values[:, :, : rows * side, : columns * side]
         squares = squares.unflatten(3, (columns, side)).unflatten(2, (rows, side))
         patches = squares.permute(0, 2, 4, 1, 3, 5).reshape(images * rows * columns, -1)
-        # Since transformers 5.24 a model may name the layers; numbers count from the embedding.
-        wanted = output_hidden_states is not None and output_hidden_states is not False
-        taps = range(config.layers) if wanted else ()
+        taps = layers_asked_for(output_hidden_states, config.layers)
         found = self.encoder.encode(patches, [(1, rows, columns)] * images, taps=taps)
 
         def whole(tokens: Tensor) -> Tensor:
@@ -142,9 +141,30 @@ class BatchTower(TowerInPlace):
 
         prefix = found.prefix
         blank = torch.zeros_like(prefix)
-        hidden = tuple(torch.cat([blank, whole(found.taps[layer])], 1) for layer in taps)
+        hidden: list[Tensor | None] = [None] * (config.layers + 1)
+        for layer in taps:
+            hidden[layer + 1] = torch.cat([blank, whole(found.taps[layer])], 1)
         return output(
             last_hidden_state=torch.cat([prefix, whole(found.tokens)], 1),
             pooler_output=found.pooled,
-            hidden_states=(None, *hidden) if hidden else None,  # what enters block 0 is not kept
+            hidden_states=tuple(hidden) if taps else None,
         )
+
+
+def layers_asked_for(asked: bool | int | Sequence[int] | None, layers: int) -> tuple[int, ...]:
+    """Return the blocks whose tokens a model of transformers asks for, from 0 on.
+
+    Its numbers count from what enters block 0, or from the end.
+
+    Raises: ValueError for what enters block 0.
+    """
+    if asked is None or isinstance(asked, bool):
+        return tuple(range(layers)) if asked else ()
+    numbers = [asked] if isinstance(asked, int) else asked
+    places = sorted({number % (layers + 1) for number in numbers})
+    if places and places[0] == 0:
+        raise ValueError(
+            "The model reads what enters the tower's first block (layer 0), which our encoders do "
+            "not keep. Name another layer, or call packvit.restore_tower first."
+        )
+    return tuple(place - 1 for place in places)

@@ -13,6 +13,8 @@ KINDS: dict[str, type[TowerInPlace]] = {
     "Qwen3VLVisionModel": PatchTower,
     "Qwen3VLMoeVisionModel": PatchTower,
     "Qwen3_5VisionModel": PatchTower,
+    "Qwen3_5MoeVisionModel": PatchTower,
+    "Qwen4ExpVisionModel": PatchTower,
     "Qwen2_5_VisionTransformerPretrainedModel": PatchTower,
     "Qwen2VisionTransformerPretrainedModel": PatchTower,
     "CLIPVisionModel": BatchTower,
@@ -33,8 +35,9 @@ def replace_tower(model: nn.Module) -> Encoder:
 
     The model is called as before: `generate`, its processor and training stay as they are, and the
     encoder's parameters are the model's, under other names. Runs Qwen3-VL and its successors,
-    Qwen2.5-VL, Qwen2-VL, and models that ask a CLIP or SigLIP tower for the tokens of a layer, as
-    LLaVA does. The tokens that the language model reads are the reference's, to rounding.
+    Qwen2.5-VL, Qwen2-VL, and models that ask a CLIP or SigLIP tower for the tokens of some layers
+    or the last one, as LLaVA, LLaVA-NeXT, LLaVA-OneVision, VipLLaVA, Aya Vision, PaliGemma and
+    Gemma 3 do. The tokens that the language model reads are the reference's, to rounding.
 
     Raises: ValueError where there is no such tower, or more than one; CheckpointError.
     """

@@ -44,11 +44,15 @@ def compare_outputs(
         rounds = ask_reference(ours, reference, options)
         orders = ("alone", "among others", "reordered") if name == "float32" else ("among others",)
         for backend in backends(ours):
+            clean: list[Answers] = []
             for order in orders:
-                yield from judge_pack(ours, backend, order, rounds)
-            for asked in rounds:
+                answers, attention = ask_all(ours, backend, order, rounds)
+                yield from judge_answers(ours, attention, order, rounds, answers)
+                if order == "among others":
+                    clean = answers
+            for asked, said in zip(rounds, clean, strict=True):
                 with set_to(ours, backend, asked.shapes):
-                    yield from compare_neighbours(ours, asked.patches, asked.shapes)
+                    yield from compare_neighbours(ours, asked.patches, asked.shapes, said)
 
 
 def ask_reference(
@@ -96,13 +100,32 @@ def finite_images(said: Answers, images: int) -> frozenset[int]:
 def judge_pack(
     encoder: Encoder, backend: str, order: str, rounds: Sequence[Round]
 ) -> Iterator[Comparison]:
-    """Judge tokens and layers shape by shape, and one vector of an image over all of them."""
-    dtype, blocks = encoder.dtype, encoder.config.layers
+    """Ask an encoder of all rounds, packed in one order, and judge what it says."""
+    answers, attention = ask_all(encoder, backend, order, rounds)
+    yield from judge_answers(encoder, attention, order, rounds, answers)
+
+
+def ask_all(
+    encoder: Encoder, backend: str, order: str, rounds: Sequence[Round]
+) -> tuple[list[Answers], str]:
+    """Return what our encoder says of all rounds, and which attention ran."""
     answers, attention = [], backend
     for asked in rounds:
         with set_to(encoder, backend, asked.shapes):
             answers.append(ask_in(order, encoder, asked))
             attention = encoder.attention
+    return answers, attention
+
+
+def judge_answers(
+    encoder: Encoder,
+    attention: str,
+    order: str,
+    rounds: Sequence[Round],
+    answers: Sequence[Answers],
+) -> Iterator[Comparison]:
+    """Judge tokens and layers shape by shape, and one vector of an image over all of them."""
+    dtype, blocks = encoder.dtype, encoder.config.layers
 
     def row(what: str, where: str, judged: Judgement) -> Comparison:
         name, numbers = str(dtype).removeprefix("torch."), (judged.worst, judged.limit, judged.own)
@@ -222,12 +245,12 @@ def ask(encoder: Encoder, patches: Sequence[Tensor], grid: Grid) -> Answers:
 
 
 def compare_neighbours(
-    encoder: Encoder, patches: Sequence[Tensor], shapes: Shapes
+    encoder: Encoder, patches: Sequence[Tensor], shapes: Shapes, clean: Answers
 ) -> Iterator[Comparison]:
-    """Check that images packed with images of NaN keep every bit."""
+    """Check that images packed with images of NaN keep every bit of what was said without."""
     spoilt = {0, len(patches) - 2}
     dirty = [torch.full_like(x, torch.nan) if i in spoilt else x for i, x in enumerate(patches)]
-    clean, beside = (ask(encoder, some, shapes.grid) for some in (patches, dirty))
+    beside = ask(encoder, dirty, shapes.grid)
     worst = 0.0
     for kind, outputs in clean.items():
         for image, output in enumerate(outputs):

@@ -204,8 +204,8 @@ def test_offline_an_uncached_model_and_a_file_that_may_exist_are_not_made_up(
 ):
     hub.repositories["owner/never"] = repository(files(1))
     assert offline.read("owner/never")["error"] == (
-        "config.json of 'owner/never' is not in the cache, and HF_HUB_OFFLINE forbids to download "
-        "it. Unset it for one run, or give a folder."
+        "config.json of 'owner/never' is not in the cache, and HF_HUB_OFFLINE forbids "
+        "downloading it. Unset it for one run, or give a folder."
     )
     online.read("owner/never")
     cached = home / "hub" / "models--owner--never"

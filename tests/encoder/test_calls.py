@@ -76,7 +76,7 @@ WRONG = {
     "packvit.load('tiny', dtype='int8')": 'ValueError: dtype is "int8", but must be one of: float3',
     "packvit.load('tiny', dtype=torch.int8)": 'ValueError: dtype is "torch.int8", but must be',
     "packvit.load('tiny', dtype=4)": "TypeError: dtype is 4, but must be a torch.dtype",
-    "packvit.Encoder.from_pretrained('tiny')": "TypeError: Encoder is what all families share",
+    "packvit.Encoder.from_pretrained('tiny')": "TypeError: Encoder is the class that all fam",
     "encoder.encode(pack, taps=[1.5])": "TypeError: taps holds 1.5, but must hold whole numbers",
     "encoder.encode(pack, taps=[True])": "TypeError: taps holds True, but must hold whole numbers",
     "encoder(pack.hidden_states)": "TypeError: grid_thw is missing, which says",

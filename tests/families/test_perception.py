@@ -176,7 +176,7 @@ def test_every_published_architecture_is_timms(name: str):
 )
 def test_arguments_of_no_published_checkpoint_are_refused(tmp_path: Path, changes: dict[str, Any]):
     folder = perception.write(tmp_path / "timm", "core", perception.draw("core"), **changes)
-    with pytest.raises(CheckpointError, match="we know"):
+    with pytest.raises(CheckpointError, match="packvit knows"):
         packvit.load(folder)
 
 

@@ -86,7 +86,7 @@ def test_published_checkpoints_have_no_scales(tmp_path: Path):
     [
         ({"summary_idxs": [0, 3]}, "none of 3 class tokens"),
         ({"summary_idxs": []}, "none of 3 class tokens"),
-        ({"norm_mean": [0.5, 0.5, 0.5]}, "norm_mean.*we know CLIP's"),
+        ({"norm_mean": [0.5, 0.5, 0.5]}, "norm_mean.*packvit knows CLIP's"),
     ],
 )
 def test_a_configuration_of_no_published_model_is_refused(changes: dict[str, Any], message: str):
@@ -201,7 +201,7 @@ def test_a_checkpoint_with_the_authors_configuration_is_read_and_verified(
 )
 def test_what_no_published_vit_has_is_refused(changes: dict[str, Any]):
     layout = packvit.RadioPacking.family.layouts[0]
-    with pytest.raises(CheckpointError, match=r"we know vit_base_patch16_224|none of 1 class"):
+    with pytest.raises(CheckpointError, match=r"knows vit_base_patch16_224|none of 1 class"):
         layout.read(published("vit_base_patch16_224", **changes), ())
 
     normed = published("vit_base_patch16_224") | {"feature_normalizer_config": {"embed_dim": 768}}

@@ -1,6 +1,7 @@
 """A multimodal model with our encoder in the place of its tower answers as it did before."""
 
 import copy
+from importlib import import_module
 from typing import Any
 
 import peft
@@ -8,19 +9,37 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     CLIPVisionConfig,
+    Cohere2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 import packvit
-from packvit.towers.in_place import TowerInPlace
+from packvit.towers.in_place import BatchTower, TowerInPlace
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -102,32 +121,134 @@ def asked_of_qwen() -> dict[str, Tensor]:
     }
 
 
-def llava(kind: str) -> tuple[Any, dict[str, Tensor]]:
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 24,
-        "patch_size": 4,
+def qwen2() -> tuple[Any, dict[str, Tensor]]:
+    config = Qwen2VLConfig(
+        text_config=TEXT
+        | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+        vision_config={
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "mlp_ratio": 2,
+            "depth": 3,
+            "num_heads": 2,
+            "patch_size": 4,
+        },
+        image_token_id=IMAGE,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    return randomise(Qwen2VLForConditionalGeneration(config)), asked_of_qwen()
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 4,
+}
+
+
+def asked_of_pixels(tokens: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    ids = torch.tensor([[5, *[IMAGE] * tokens, 6, *[IMAGE] * tokens, 7]])
+    pixels = torch.randn(2, 3, 24, 24, generator=draw)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def paligemma() -> tuple[Any, dict[str, Tensor]]:
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**SIZES, vision_use_head=False, projection_dim=32),
+        text_config=GemmaConfig(**TEXT, head_dim=8),
+        image_token_index=IMAGE,
+        projection_dim=32,
+    )
+    asked = asked_of_pixels(36)
+    return randomise(PaliGemmaForConditionalGeneration(config)), asked | {
+        "token_type_ids": torch.zeros_like(asked["input_ids"])
     }
-    vision = CLIPVisionConfig(**sizes) if kind == "clip" else SiglipVisionConfig(**sizes)
+
+
+def vipllava() -> tuple[Any, dict[str, Tensor]]:
+    config = VipLlavaConfig(
+        vision_config=CLIPVisionConfig(**SIZES),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layers=[-2, -1, 1],
+    )
+    return randomise(VipLlavaForConditionalGeneration(config)), asked_of_pixels(36)
+
+
+def aya() -> tuple[Any, dict[str, Tensor]]:
+    config = AyaVisionConfig(
+        vision_config=SiglipVisionConfig(**SIZES, vision_use_head=False),
+        text_config=Cohere2Config(**TEXT),
+        image_token_index=IMAGE,
+        downsample_factor=2,
+        vision_feature_layer=-1,
+    )
+    return randomise(AyaVisionForConditionalGeneration(config)), asked_of_pixels(9)
+
+
+def gemma3() -> tuple[Any, dict[str, Tensor]]:
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**SIZES, vision_use_head=False),
+        text_config=Gemma3TextConfig(**TEXT, head_dim=8),
+        image_token_index=IMAGE,
+        mm_tokens_per_image=9,
+    )
+    asked = asked_of_pixels(9)
+    return randomise(Gemma3ForConditionalGeneration(config)), asked | {
+        "token_type_ids": (asked["input_ids"] == IMAGE).int()
+    }
+
+
+def tiled(model: Any, config: Any, tokens: int) -> tuple[Any, dict[str, Tensor]]:
+    """A model that cuts an image into tiles: two of 24 x 24 pixels, and the whole made small."""
+    vision = (
+        SiglipVisionConfig(**SIZES) if "Onevision" in config.__name__ else CLIPVisionConfig(**SIZES)
+    )
+    text = Qwen2Config(**TEXT) if "Onevision" in config.__name__ else LlamaConfig(**TEXT)
+    made = config(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[24, 48], [48, 24]],
+    )
+    draw = torch.Generator().manual_seed(2)
+    ids = torch.tensor([[5, *[IMAGE] * tokens, 7]])
+    return randomise(model(made)), {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 3, 3, 24, 24, generator=draw),
+        "image_sizes": torch.tensor([[24, 48]]),
+    }
+
+
+def llava(kind: str) -> tuple[Any, dict[str, Tensor]]:
+    vision = CLIPVisionConfig(**SIZES) if kind == "clip" else SiglipVisionConfig(**SIZES)
     config = LlavaConfig(
         vision_config=vision,
         text_config=LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         vision_feature_select_strategy="default" if kind == "clip" else "full",
     )
-    draw = torch.Generator().manual_seed(2)
-    ids = torch.tensor([[5, *[IMAGE] * 36, 6, *[IMAGE] * 36, 7]])
-    pixels = torch.randn(2, 3, 24, 24, generator=draw)
-    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    return randomise(LlavaForConditionalGeneration(config)), asked
+    return randomise(LlavaForConditionalGeneration(config)), asked_of_pixels(36)
 
 
 MODELS = {
     "Qwen3-VL": qwen3,
     "Qwen2.5-VL": qwen2_5,
+    "Qwen2-VL": qwen2,
+    "PaliGemma": paligemma,
+    "VipLLaVA": vipllava,
+    "Aya Vision": aya,
+    "Gemma 3": gemma3,
+    "LLaVA-NeXT": lambda: tiled(LlavaNextForConditionalGeneration, LlavaNextConfig, 114),
+    "LLaVA-OneVision": lambda: tiled(
+        LlavaOnevisionForConditionalGeneration, LlavaOnevisionConfig, 114
+    ),
     "LLaVA, CLIP": lambda: llava("clip"),
     "LLaVA, SigLIP": lambda: llava("siglip"),
 }
@@ -203,3 +324,54 @@ def test_a_model_without_a_tower_of_ours_is_one_sentence():
     model.config.vision_feature_select_strategy = "full"
     with pytest.raises(ValueError, match="reads class tokens"):
         packvit.replace_tower(model)
+
+
+def test_of_the_layers_those_that_the_model_names_are_kept():
+    """Since transformers 5.24 it does, and before it asks for all."""
+    model, asked = llava("clip")
+    packvit.replace_tower(model)
+    [place] = [module for module in model.modules() if isinstance(module, BatchTower)]
+    every = place(asked["pixel_values"], output_hidden_states=True).hidden_states
+    assert every[0] is None
+    for wanted, kept in ((-2, {2}), ([-1, 1], {1, 3}), ((3,), {3})):
+        found = place(asked["pixel_values"], output_hidden_states=wanted).hidden_states
+        assert {layer for layer, tokens in enumerate(found) if tokens is not None} == kept
+        assert all(torch.equal(found[layer], every[layer]) for layer in kept)
+    assert place(asked["pixel_values"]).hidden_states is None
+    with pytest.raises(ValueError, match="enters the tower's first block"):
+        place(asked["pixel_values"], output_hidden_states=[0, -1])
+
+
+# (module, class): towers of models whose text is too large to write down here.
+SUCCESSORS = [
+    ("qwen3_vl_moe", "Qwen3VLMoeVisionModel"),
+    ("qwen3_5", "Qwen3_5VisionModel"),
+    ("qwen3_5_moe", "Qwen3_5MoeVisionModel"),
+    ("qwen4_exp", "Qwen4ExpVisionModel"),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), SUCCESSORS)
+def test_the_towers_of_qwens_successors_answer_as_before(module: str, name: str):
+    kind: Any = getattr(import_module(f"transformers.models.{module}.modeling_{module}"), name)
+    entries = {"hidden_size": 32, "intermediate_size": 64, "depth": 3, "num_heads": 2}
+    entries |= {"out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}
+    if "deepstack_visual_indexes" in kind.config_class().to_dict():
+        entries["deepstack_visual_indexes"] = [0, 1]
+    model: Any = nn.ModuleDict({"visual": randomise(kind(kind.config_class(**entries)))})
+    asked = asked_of_qwen()
+    given = {"hidden_states": asked["pixel_values"], "grid_thw": asked["image_grid_thw"]}
+    weight = torch.randn(28, 32, generator=torch.Generator().manual_seed(3))
+
+    def run() -> tuple[Tensor, Tensor]:
+        patches = given["hidden_states"].clone().requires_grad_()
+        out = model["visual"](patches, given["grid_thw"])
+        parts = [out.pooler_output, *(out.get("deepstack_features") or [])]
+        sum((part * weight[: len(part)]).sum() for part in parts).backward()
+        assert patches.grad is not None
+        return torch.cat(parts).detach(), patches.grad
+
+    before = run()
+    packvit.replace_tower(model)
+    for ours, theirs in zip(run(), before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -178,7 +178,10 @@ def test_an_image_that_is_wrong_in_one_kind_of_pack_alone_is_noticed(
 
     monkeypatch.setattr(comparison, "ask_in", wrong)
     rows = compare_outputs(encoder, ReferenceModel(encoder.family, folders("siglip2 NaFlex")), FAST)
-    assert {(row.what, row.pack) for row in rows if not row.passed} == {("tokens", order)}
+    wanted = {("tokens", order)}
+    if order == "among others":  # which is what the pack beside NaN is compared with
+        wanted.add(("neighbours of NaN", order))
+    assert {(row.what, row.pack) for row in rows if not row.passed} == wanted
 
 
 def test_images_for_which_the_reference_says_nan_are_left_out_and_named(

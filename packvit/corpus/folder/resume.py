@@ -8,9 +8,9 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from packvit.atomic import rename_flushed, sync
@@ -27,18 +27,13 @@ from packvit.corpus.folder.layout import (
     writing,
 )
 from packvit.corpus.folder.names import (
-    CURRENT,
     DATA,
     EXPORTS,
-    FIRST,
-    KNOWN,
-    LOCK,
-    MARK,
-    SPOOL,
     TEMPORARY,
     names_of,
     part_number,
 )
+from packvit.corpus.folder.objects import find_change, settle
 from packvit.corpus.folder.opening import (
     MOST_MANIFEST,
     find_export_flaw,
@@ -46,8 +41,10 @@ from packvit.corpus.folder.opening import (
     open_own,
     read_own,
 )
+from packvit.corpus.folder.ownership import check_usable, is_manifest, left_over, own_files
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.rows import Row
+from packvit.corpus.folder.stores import Folder, StorePath, remove_many
 
 # Entries of a manifest that may differ without making it another job.
 BESIDE = (
@@ -70,7 +67,7 @@ class Resumed:
 
 
 def take_up(
-    folder: Path, manifest: Mapping[str, Any], *, overwrite: bool, inputs: str | None = None
+    folder: Folder, manifest: Mapping[str, Any], *, overwrite: bool, inputs: str | None = None
 ) -> Resumed:
     """Return what `folder`, which this process has locked, holds of the job of `manifest`.
 
@@ -84,12 +81,7 @@ def take_up(
     if not overwrite:
         finish_replacements(folder)
     with writing(folder):
-        for name in own_files(folder) if overwrite else left_over(folder):
-            (folder / name).unlink()
-        for name in (DATA, EXPORTS) if overwrite else ():
-            if (folder / name).is_dir():
-                (folder / name).rmdir()
-        sync(folder)
+        remove(folder, own_files(folder) if overwrite else left_over(folder), folders=overwrite)
     wanted: dict[str, Any] = json.loads(json.dumps(manifest))  # with lists for tuples, as if read
     recorded = read_manifest(folder)
     if recorded is None:
@@ -122,8 +114,23 @@ def take_up(
     return Resumed(recorded, kept, tuple(notes))
 
 
-def finish_replacements(folder: Path) -> None:
+def remove(folder: Folder, names: Sequence[str], *, folders: bool) -> None:
+    """Remove files, and our `folders`, which must be empty then; manifests are the last."""
+    if isinstance(folder, StorePath):
+        remove_many([folder / name for name in names if not is_manifest(name)])
+        return remove_many([folder / name for name in names if is_manifest(name)])
+    for name in names:
+        (folder / name).unlink()
+    for name in (DATA, EXPORTS) if folders else ():
+        if (folder / name).is_dir():
+            (folder / name).rmdir()
+    return sync(folder)
+
+
+def finish_replacements(folder: Folder) -> None:
     """Rename the parts that a killed job had entered in the log in the place of others."""
+    if isinstance(folder, StorePath):
+        return settle(folder)
     logged = {os.path.basename(entry.part): entry for entry in read_commits(folder)}
     for name in left_over(folder):
         parsed = TEMPORARY.fullmatch(name)
@@ -133,6 +140,7 @@ def finish_replacements(folder: Path) -> None:
         with writing(folder / entry.part):
             if find_fault(folder, entry):
                 rename_flushed(folder / name, folder / entry.part)
+    return None
 
 
 def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
@@ -171,13 +179,17 @@ def show(values: Mapping[str, Any], name: str) -> str:
     return f"{text[1:13]}..." if name.endswith("sha256") and len(text) == 66 else text
 
 
-def keep(folder: Path, inputs: int, rows_per_part: int) -> tuple[dict[int, Commit], list[str]]:
+def keep(folder: Folder, inputs: int, rows_per_part: int) -> tuple[dict[int, Commit], list[str]]:
     """Return the parts of the log that are whole on disk, and notes on the others.
 
     The log is rewritten to list exactly these parts, in order. A last line that was cut short gets
-    no note, since any killed job may leave one.
+    no note, since any killed job may leave one. Of a part in a store, which is there whole or not
+    at all, only the size is compared.
     """
     kept: dict[int, Commit] = {}
+    differs = partial(find_fault, folder)
+    if isinstance(folder, StorePath):
+        differs = partial(find_change, (folder / DATA).sizes())
     notes = []
     lines = read_log(folder)
     for line in lines:
@@ -191,7 +203,7 @@ def keep(folder: Path, inputs: int, rows_per_part: int) -> tuple[dict[int, Commi
                 )
             continue
         with writing(folder / entry.part):
-            fault = find_fault(folder, entry)
+            fault = differs(entry)
         if fault:
             notes.append(f"{entry.part} {fault}; it is embedded again.")
         else:
@@ -201,7 +213,7 @@ def keep(folder: Path, inputs: int, rows_per_part: int) -> tuple[dict[int, Commi
     return kept, notes
 
 
-def find_fault(folder: Path, entry: Commit) -> str | None:
+def find_fault(folder: Folder, entry: Commit) -> str | None:
     """Return how a part differs from its line in the log, as the end of a sentence, or None.
 
     Raises: OSError if it exists and cannot be read.
@@ -209,7 +221,7 @@ def find_fault(folder: Path, entry: Commit) -> str | None:
     return find_damage(folder / entry.part, entry.bytes, entry.sha256)
 
 
-def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
+def find_damage(path: Folder, bytes: int, sha256: str) -> str | None:
     """Return how a file differs from its recorded size and digest, as `find_fault` does."""
     try:
         file = open_own(path)
@@ -220,115 +232,17 @@ def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
             raise
         return f"is not the file that was committed: {error.strerror}"
     with file:
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
         if size != bytes:
             return f"has {size:,} bytes, but {bytes:,} were committed"
+        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return None if digest == sha256 else "is damaged: its sha256 is not what was committed"
 
 
-def read_rows(folder: Path, entry: Commit) -> list[Row]:
+def read_rows(folder: Folder, entry: Commit) -> list[Row]:
     """Return the columns of a part's rows that a summary counts."""
     columns = ["id", "status", "rows", "columns"]
     with reading(folder / entry.part):
         table = read_part(folder / entry.part, columns)
     return [Row(**values) for values in table.to_pylist()]
-
-
-def is_ours(folder: Path) -> bool:
-    """Return whether packvit wrote the manifest in `folder`, even if it was damaged since."""
-    try:
-        data = read_own(folder / names_of(folder).manifest, MOST_MANIFEST)
-        return b'"packvit features ' in data
-    except OSError:
-        return False
-
-
-def own_files(folder: Path) -> tuple[str, ...]:
-    """Return the files in `folder` that have names of ours, except the lock; manifests last."""
-    files = {name for below in ("", DATA, EXPORTS) for name in files_in(folder, below)}
-    parts = sorted(name for name in files if part_number(name) is not None)
-    fixed = (name for names in (FIRST, CURRENT) for name in names.fixed if name in files)
-    named = dict.fromkeys(fixed)  # both formats have some names
-    return (*left_over(folder), *parts, *sorted(named, key=is_manifest))
-
-
-def is_manifest(name: str) -> bool:
-    """Return whether this is the manifest of any format."""
-    return name in (FIRST.manifest, CURRENT.manifest)
-
-
-def files_in(folder: Path, below: str) -> list[str]:
-    """Return the paths of the files in `folder / below`, none if that is a link or no folder."""
-    if below and ((folder / below).is_symlink() or not (folder / below).is_dir()):
-        return []
-    with os.scandir(folder / below) as entries:
-        return [below + e.name for e in entries if e.is_file(follow_symlinks=False)]
-
-
-def left_over(folder: Path) -> tuple[str, ...]:
-    """Return the temporary files that a killed job left in `folder`."""
-    ours = {SPOOL, KNOWN, *(os.path.basename(n) for names in (FIRST, CURRENT) for n in names.fixed)}
-    found = [(name, TEMPORARY.fullmatch(name)) for name in os.listdir(folder)]
-    return tuple(
-        sorted(
-            name
-            for name, parsed in found
-            if parsed and (parsed[1] in ours or part_number(parsed[1]) is not None)
-        )
-    )
-
-
-def remove_left_over(folder: Path) -> None:
-    """Remove the temporary files of workers that were stopped."""
-    for name in left_over(folder):
-        (folder / name).unlink(missing_ok=True)
-
-
-def check_usable(folder: Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder that is neither empty nor holds a job's features.
-
-    Raises: UsageError saying what it holds.
-    """
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder. Choose another one for the features.")
-    with writing(folder):
-        held = sorted(set(list_all(folder)) - {LOCK, MARK, *left_over(folder)})
-        foreign = find_foreign(folder)
-    if not held:
-        return
-    if not is_ours(folder):
-        raise UsageError(
-            f"{folder} is not empty: it holds {held[0]} and {len(held) - 1} other files, and no "
-            f"{CURRENT.manifest} of packvit. Choose a new or an empty folder."
-        )
-    if overwrite and foreign:
-        raise UsageError(
-            f"{folder} is not started over: it holds {foreign[0]} and {len(foreign) - 1} other "
-            "files that packvit did not write. Move them away, or choose another folder."
-        )
-    if not overwrite and read_manifest(folder) is None:
-        raise UsageError(
-            f"{folder / names_of(folder).manifest} is damaged, so this job cannot be compared with "
-            "the one that the folder holds. Restore a copy of it, start over with `overwrite`, or "
-            "choose another folder."
-        )
-
-
-def find_foreign(folder: Path) -> list[str]:
-    """Return the files in a folder that packvit did not write."""
-    return sorted({*list_all(folder)} - {LOCK, MARK, *left_over(folder), *own_files(folder)})
-
-
-def list_all(folder: Path) -> list[str]:
-    """Return everything in `folder`, and instead of our folders in it what they hold."""
-    found = []
-    for name in os.listdir(folder):
-        path = folder / name
-        if f"{name}/" in (DATA, EXPORTS) and path.is_dir() and not path.is_symlink():
-            found += [f"{name}/{below}" for below in os.listdir(path)]
-        else:
-            found.append(name)
-    return found

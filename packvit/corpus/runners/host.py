@@ -26,7 +26,7 @@ from packvit.corpus.encode.filling import Part, Shard
 from packvit.corpus.encode.shard import embed_shards
 from packvit.corpus.folder.layout import Commit
 from packvit.corpus.folder.names import part_name
-from packvit.corpus.folder.resume import remove_left_over
+from packvit.corpus.folder.ownership import remove_left_over
 from packvit.corpus.loading import load_encoder
 from packvit.corpus.runners.embedder import Finished, Job, Stager, check_alike, portable
 from packvit.corpus.runners.launching import Started, end, start

@@ -27,8 +27,8 @@ from packvit.corpus.folder.layout import (
     write_commits,
     write_manifest,
 )
+from packvit.corpus.folder.ownership import check_usable
 from packvit.corpus.folder.parts import Outputs, build_table, encode_parquet
-from packvit.corpus.folder.resume import check_usable
 from packvit.corpus.folder.rows import Row
 
 OUTPUTS = Outputs(width=8, lists=("tokens", "tap_3"))
