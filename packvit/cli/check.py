@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
@@ -29,12 +28,13 @@ def check(context: click.Context, folder: str, as_json: bool) -> None:
       packvit check features --json | jq .faults
     """
     from packvit.corpus.folder.checking import check_folder  # brings pyarrow
+    from packvit.corpus.folder.stores import find_folder
 
     try:
-        found = check_folder(Path(folder))
+        found = check_folder(find_folder(folder, name="FOLDER"))
     except UsageError as error:
         raise click.UsageError(str(error)) from error
-    except WriteError as error:
+    except (ImportError, WriteError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename} cannot be read: {error.strerror}.") from error

@@ -11,6 +11,8 @@ from typing import IO, Any
 
 import click
 
+from packvit.corpus import StoreError
+
 ASSIGNED = re.compile(r"`?\b([a-z_]+)=(?:\"([^\"`]*)\"|(True|False)|([\w.-]+))`?")
 QUOTED = re.compile(r"`([a-z_]+)`")
 SUBJECT = re.compile(r"(?:^|(?<=\. ))([a-z_]+)(?= (?:is|asks|cannot|names)\b)")
@@ -66,6 +68,8 @@ class Command(click.Command):
             raise Mistake(said, ctx, hint=isinstance(error, click.MissingParameter)) from error
         except click.ClickException as error:
             raise click.ClickException(in_options(error.message, self)) from error
+        except StoreError as error:
+            raise click.ClickException(str(error)) from error
 
 
 def in_options(message: str, command: click.Command) -> str:

@@ -80,7 +80,7 @@ def dups(
         lost = write_groups(found, out, width=width) if out else []
     except UsageError as error:
         raise click.UsageError(str(error)) from error
-    except WriteError as error:
+    except (ImportError, WriteError) as error:
         raise click.ClickException(str(error)) from error
     may_go = found.redundant
     if as_json:

@@ -77,7 +77,11 @@ def split_names(
     ".json, .txt and .cls beside them, of Parquet files of images, of tables of paths, "
     "and of a folder's metadata.jsonl or .csv.",
 )
-@click.option("--out", required=True, help="The feature folder to create or to resume.")
+@click.option(
+    "--out",
+    required=True,
+    help="The feature folder to create or to resume: a local one, or s3://, gs:// or az://.",
+)
 @click.option("--model", help=MODEL_HELP)
 @click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
 @device_option
@@ -351,8 +355,9 @@ def what_is_written(meter: Meter | None, out: str, overwrite: bool, update: bool
     from packvit.corpus.folder.layout import (
         read_commits,  # imports pyarrow, which would slow down `--help`
     )
+    from packvit.corpus.folder.stores import find_folder
 
-    written = sum(entry.rows for entry in read_commits(Path(out)))
+    written = sum(entry.rows for entry in read_commits(find_folder(out)))
     return (
         f"Stopped: {written:,} of {meter.last.rows:,} rows are written to {out}. "
         f"The same command{' without --overwrite' if overwrite else ''} resumes from there."

@@ -66,7 +66,7 @@ def merge(
         )
     except UsageError as error:
         raise click.UsageError(str(error)) from error
-    except WriteError as error:
+    except (ImportError, WriteError) as error:
         raise click.ClickException(str(error)) from error
     bad = merged.rows - merged.ok
     if as_json:

@@ -10,6 +10,8 @@ from packvit.cli.models import explaining, full_name
 from packvit.cli.options import COUNT, device_option, json_option, model_option, width_option
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.names import CURRENT, FIRST
+from packvit.corpus.folder.stores import STORES, find_folder
+from packvit.corpus.inputs.addresses import is_url
 
 
 class SearchCommand(Command):
@@ -122,4 +124,6 @@ def search(
 
 def is_feature_folder(path: str) -> bool:
     """Return whether a path is a folder with a manifest of features."""
+    if is_url(path) and path.partition("://")[0] in STORES:
+        return (find_folder(path, name="FOLDER") / CURRENT.manifest).is_file()
     return any(os.path.isfile(os.path.join(path, names.manifest)) for names in (CURRENT, FIRST))

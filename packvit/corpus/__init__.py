@@ -11,6 +11,17 @@ class WriteError(OSError):
     """A file could not be written or read; parts committed before it stay whole."""
 
 
+class StoreError(RuntimeError):
+    """An object store refuses or fails; the message says which request, and how.
+
+    `status` is the HTTP status, where there was an answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class DecoderError(RuntimeError):
     """Decode workers cannot run at all; an error of a single image is recorded in its row."""
 

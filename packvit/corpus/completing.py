@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from packvit.corpus import UsageError
@@ -16,6 +15,7 @@ from packvit.corpus.folder.pending import remove_inputs, write_inputs
 from packvit.corpus.folder.resume import Resumed, read_rows
 from packvit.corpus.folder.reuse import Reusing, has_mtimes, indexed, write_mtimes
 from packvit.corpus.folder.sharding import parts_of, rows_of
+from packvit.corpus.folder.stores import Folder
 from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.progress import Summary, Tally
 from packvit.corpus.runners.order import Runner, Work
@@ -25,7 +25,7 @@ from packvit.images.errors import CODES
 def run(
     runner: Runner,
     listing: Listing,
-    folder: Path,
+    folder: Folder,
     found: Resumed,
     again: Mapping[int, tuple[int, ...]],
     certificate: Mapping[str, Any] | None,
@@ -114,7 +114,7 @@ def shards(
     listing: Listing,
     parts: range,
     size: int,
-    folder: Path,
+    folder: Folder,
     kept: Mapping[int, Commit],
     again: Mapping[int, tuple[int, ...]],
 ) -> Iterator[Shard]:
@@ -146,7 +146,7 @@ def choose_codes(retry: bool | Sequence[str]) -> frozenset[str]:
 
 
 def find_errors(
-    folder: Path, kept: Mapping[int, Commit], codes: frozenset[str]
+    folder: Folder, kept: Mapping[int, Commit], codes: frozenset[str]
 ) -> dict[int, tuple[int, ...]]:
     """Return the places of the rows with such codes, by the number of their part."""
     found = {}

@@ -8,7 +8,6 @@ committed parts stay whole however the job ends.
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -21,8 +20,8 @@ from packvit.corpus.folder.exports import Format, check_format
 from packvit.corpus.folder.layout import read_manifest
 from packvit.corpus.folder.parts import DtypeOut, check_keep, find_keep_flaw
 from packvit.corpus.folder.sharding import WHOLE, parse_shard
+from packvit.corpus.folder.stores import StorePath, find_folder
 from packvit.corpus.folder.swapping import restore, updating
-from packvit.corpus.inputs.addresses import check_local
 from packvit.corpus.manifest import rows_before
 from packvit.corpus.progress import Summary, Tell
 from packvit.corpus.runners.launching import Launched
@@ -221,11 +220,15 @@ def run_job(
         )
     if how.update and (how.overwrite or part_of != WHOLE):
         raise UsageError("update cannot go with `overwrite` or `shard`: leave them out.")
-    check_local(out)
-    folder = Path(out)
+    folder = find_folder(out)
+    if how.update and isinstance(folder, StorePath):
+        raise UsageError(
+            f"{folder} is not updated: an object store swaps no folders. Give `reuse` {folder} and "
+            "another `out`, which takes its rows over."
+        )
     restore(folder)
     old = read_manifest(folder) if how.update else None
-    if old is None:
+    if old is None or isinstance(folder, StorePath):
         return run_in(folder, inputs, choice, options, how, progress, updates=False)
     if "shard" in old:
         raise UsageError(f"{folder} is not updated: it holds a shard alone. Merge it first.")

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from packvit.corpus.folder.resume import compare, take_up
 from packvit.corpus.folder.reuse import Reusing, describe_reuse, join_reuse, open_source
 from packvit.corpus.folder.sharding import WHOLE, parse_shard, parts_of, rows_of
 from packvit.corpus.folder.sizes import describe_size, row_bytes
+from packvit.corpus.folder.stores import Folder, StorePath, find_folder
 from packvit.corpus.folder.swapping import clean
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.loading import choose_encoder, outline_encoder
@@ -50,7 +50,7 @@ TRIAL_INPUTS = 1000  # the most inputs of a job without a chosen model
 
 
 def run_in(
-    folder: Path,
+    folder: Folder,
     inputs: InputOptions,
     choice: ModelChoice,
     options: EmbedOptions,
@@ -140,7 +140,7 @@ def run_in(
             if not complete:
                 pool.await_ready()  # what loading refuses is refused before anything is written
         tally = Tally(rows_of(manifest), progress, options.token_budget)
-        with nullcontext() if updates else claim(folder):
+        with nullcontext(folder) if updates else claim(folder) as folder:
             if not updates:
                 clean(folder)
             # Another update was begun there, of inputs that have changed since.
@@ -184,16 +184,29 @@ def pin(choice: ModelChoice, encoder: Encoder) -> ModelChoice:
 
 
 def choose_reuse(
-    folder: Path, how: RunOptions, described: Mapping[str, Any], device_name: str
+    folder: Folder, how: RunOptions, described: Mapping[str, Any], device_name: str
 ) -> Reusing:
     """Return the folders whose rows a job in `folder` takes over.
 
     Raises: UsageError if one cannot be used.
     """
-    found = [Path(name) for name in how.reuse]
-    if folder.exists() and any(path.exists() and path.samefile(folder) for path in found):
-        raise UsageError(f"reuse names {folder}, the folder of this job. Ask for `update` instead.")
+    found = [find_folder(name, name="reuse") for name in how.reuse]
+    if any(is_same(path, folder) for path in found):
+        advice = "Choose another `out`" if isinstance(folder, StorePath) else "Ask for `update`"
+        raise UsageError(f"reuse names {folder}, the folder of this job. {advice} instead.")
+    if found and isinstance(folder, StorePath) and how.ray not in (None, "local"):
+        raise UsageError(
+            "reuse cannot go with `ray` where `out` is in an object store, since all hosts need "
+            "its index. Leave one of them out, or give --shard to each host instead of --ray."
+        )
     across = how.reuse_across_versions
     sources = [open_source(path, described, across_versions=across) for path in found]
     entry = describe_reuse(sources, described, device_name, trust_mtime=how.trust_mtime)
     return Reusing(tuple(sources), entry, how.trust_mtime)
+
+
+def is_same(first: Folder, second: Folder) -> bool:
+    """Return whether two names are of one folder."""
+    if isinstance(first, StorePath) or isinstance(second, StorePath):
+        return first == second
+    return first.exists() and second.exists() and first.samefile(second)

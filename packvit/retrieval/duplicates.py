@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from packvit.corpus import UsageError, WriteError
+from packvit.corpus.folder.stores import Folder
 from packvit.corpus.inputs.roots import place, recorded_root
 from packvit.images.errors import ImageError
 from packvit.retrieval.folders import Vectors, open_vectors
@@ -43,7 +43,7 @@ class Member:
 class Duplicates:
     """What was found: groups, the photograph to keep first in each."""
 
-    folder: Path
+    folder: Folder
     groups: tuple[tuple[Member, ...], ...]
     rows: int
     threshold: float

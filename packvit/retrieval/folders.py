@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.folder.names import names_of
-from packvit.corpus.folder.parts import Outputs
+from packvit.corpus.folder.parts import Outputs, open_part
 from packvit.corpus.folder.reader import damaged, map_matrix, matrix_of, open_finished, read_whole
+from packvit.corpus.folder.stores import Folder, find_folder
 
 BLOCK = 4096  # rows: 12 MiB at a width of 768
 AHEAD = 2  # parts that are read while one is used
@@ -30,7 +31,7 @@ AHEAD = 2  # parts that are read while one is used
 class Vectors:
     """A column of vectors of a finished folder, and the rows that they belong to."""
 
-    folder: Path
+    folder: Folder
     manifest: dict[str, Any]
     column: str  # pooled or projected
     width: int  # D
@@ -112,13 +113,13 @@ def open_vectors(folder: str | os.PathLike[str], column: str = "pooled") -> Vect
 
     Raises: UsageError if it is none, or has no such column.
     """
-    path = Path(folder)
+    path = find_folder(folder, name="FOLDER")
     manifest, names = open_finished(path), names_of(path)
     entries = read_commits(path)
     if not entries or sum(entry.rows for entry in entries) != manifest["inputs"]:
         raise damaged(path, names.commits)
     try:
-        with pa.OSFile(os.fsencode(path / entries[0].part)) as file:
+        with open_part(path / entries[0].part) as file:
             schema = pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
         raise damaged(path, entries[0].part) from error

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from packvit.atomic import replacing
+from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import make_folder, read_log
 from packvit.corpus.folder.names import names_of
 from packvit.corpus.folder.opening import read_own
+from packvit.corpus.folder.stores import Folder, StorePath
 from packvit.retrieval.folders import BLOCK, Vectors, unwritable
 from packvit.retrieval.nearest import find_nearest
 
@@ -49,6 +51,11 @@ def search_index(
     Shapes: queries [Q, D] -> float32 [Q, top], int64 [Q, top]; -inf where there are fewer.
     Raises: ImportError with what to install; WriteError if the index cannot be written.
     """
+    if isinstance(vectors.folder, StorePath):
+        raise UsageError(
+            f"index needs a local folder, to map it into memory, and {vectors.folder} is in an "
+            "object store. Copy the folder, or leave `index` out: then search is exact."
+        )
     path, facts = (vectors.folder / name for name in names_of(vectors.folder).index(vectors.column))
     known = read_facts(facts)
     if known is None or not path.is_file() or known.log_sha256 != digest_log(vectors.folder):
@@ -99,6 +106,7 @@ def build(vectors: Vectors, path: Path, facts: Path) -> Facts:
         if recall >= WANTED:
             break
     known = Facts(digest_log(vectors.folder), len(index), expansion, recall)
+    assert isinstance(vectors.folder, Path)
     with unwritable(path):
         make_folder(path.parent)
         with replacing(path, facts, beside=vectors.folder) as (temporary, beside):
@@ -115,7 +123,7 @@ def read_facts(path: Path) -> Facts | None:
         return None
 
 
-def digest_log(folder: Path) -> str:
+def digest_log(folder: Folder) -> str:
     """Return the digest of the log, which names the parts by their contents."""
     return hashlib.sha256(b"".join(read_log(folder))).hexdigest()
 

@@ -1,13 +1,13 @@
 """The encoders of a folder's space: its own model for photographs, and its text tower for words."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from packvit.config import LoadOptions
 from packvit.corpus import UsageError
+from packvit.corpus.folder.stores import Folder
 from packvit.corpus.loading import digest_weights, load_encoder
 from packvit.corpus.settings import ModelChoice
 from packvit.encoder import Encoder
@@ -21,7 +21,7 @@ UNKNOWN = "\ue000"  # of no script: what a tokenizer makes of it, it makes of wh
 
 
 def load_model(
-    manifest: dict[str, Any], folder: Path, model: str | None = None, device: str | None = None
+    manifest: dict[str, Any], folder: Folder, model: str | None = None, device: str | None = None
 ) -> Encoder:
     """Return the encoder that wrote a folder; `model` says where it is now, if it was moved.
 
@@ -34,7 +34,7 @@ def load_model(
     return encoder
 
 
-def check_model(encoder: Encoder, manifest: dict[str, Any], folder: Path) -> None:
+def check_model(encoder: Encoder, manifest: dict[str, Any], folder: Folder) -> None:
     """Raise UsageError unless the folder's features come from the encoder's weights."""
     known = {encoder.checkpoint.sha256()} if encoder.checkpoint else set()
     if manifest["weights_sha256"] in known:
@@ -44,7 +44,7 @@ def check_model(encoder: Encoder, manifest: dict[str, Any], folder: Path) -> Non
         raise other_weights(manifest, folder, mine)
 
 
-def other_weights(manifest: dict[str, Any], folder: Path, mine: str) -> UsageError:
+def other_weights(manifest: dict[str, Any], folder: Folder, mine: str) -> UsageError:
     """Return the error for a model that did not write a folder."""
     return UsageError(
         f'The features in {folder} come from the model "{manifest["model"]}", and "{mine}" has '

@@ -4,12 +4,12 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from packvit.corpus import UsageError
+from packvit.corpus.folder.stores import Folder
 from packvit.corpus.inputs.roots import place, recorded_root
 from packvit.retrieval.folders import Vectors, open_vectors
 from packvit.retrieval.index import search_index
@@ -26,7 +26,7 @@ class Hit:
 
     id: str
     score: float
-    folder: Path
+    folder: Folder
     path: str  # its id, where the folder does not say where its photographs are
 
 

@@ -6,7 +6,6 @@ same shard always gives the same packs, whichever process decodes the images.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +16,7 @@ from packvit.corpus.folder.known import REUSED
 from packvit.corpus.folder.layout import reading
 from packvit.corpus.folder.parts import Outputs, build_table, read_part, replace_rows
 from packvit.corpus.folder.rows import Row
+from packvit.corpus.folder.stores import Folder
 from packvit.corpus.inputs.sources import Input
 from packvit.packs.planning import plan_packs
 
@@ -30,7 +30,7 @@ class Shard:
 
     number: int
     inputs: tuple[Input, ...]
-    written: Path | None = None
+    written: Folder | None = None
     places: tuple[int, ...] = ()
 
 

@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain, islice
-from pathlib import Path
 
 from packvit.corpus.decode.prepare import Prepared
 from packvit.corpus.encode.context import EmbedContext
@@ -28,6 +27,7 @@ from packvit.corpus.encode.packs import (
 )
 from packvit.corpus.folder.layout import Commit, commit
 from packvit.corpus.folder.rows import Row
+from packvit.corpus.folder.stores import Folder
 from packvit.corpus.folder.taking import Taker
 from packvit.corpus.inputs.sources import Input
 from packvit.corpus.progress import Effort
@@ -42,7 +42,7 @@ PACKS_IN_FLIGHT = 2
 def run_shards(
     context: EmbedContext,
     shards: Iterable[Shard],
-    folder: Path,
+    folder: Folder,
     watch: Watch,
     *,
     last: int = -1,

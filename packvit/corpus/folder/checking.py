@@ -6,10 +6,8 @@ ids of the inputs and the certificate against the manifest, the manifest against
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from packvit.corpus.folder.ownership import files_in, is_ours, left_over
 from packvit.corpus.folder.parts import Outputs, encode_kept, read_part
 from packvit.corpus.folder.resume import BESIDE, find_damage, find_fault
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, parts_of, shard_of
+from packvit.corpus.folder.stores import Folder
 from packvit.corpus.folder.swapping import restore
 from packvit.images.errors import CODES
 
@@ -67,14 +66,14 @@ class Check:
         self.faults.append(Fault(file, found, mend))
 
 
-def check_folder(folder: Path) -> Check:
+def check_folder(folder: Folder) -> Check:
     """Read all of a feature folder; return what it holds and everything that is wrong.
 
     Raises: UsageError if it is not a feature folder; OSError if a file can't be read.
     """
     restore(folder)
     names = names_of(folder)
-    if not folder.is_dir() or not (is_ours(folder) or (folder / names.commits).is_file()):
+    if not folder.is_dir() or not (is_ours(folder) or (folder / names.commits).exists()):
         holds = f"it holds no {CURRENT.manifest} of packvit and no {CURRENT.commits}"
         holds = holds if folder.exists() else "it does not exist"
         raise UsageError(
@@ -97,7 +96,7 @@ def check_folder(folder: Path) -> Check:
     return check
 
 
-def check_manifest(check: Check, folder: Path, names: Names) -> dict[str, Any] | None:
+def check_manifest(check: Check, folder: Folder, names: Names) -> dict[str, Any] | None:
     """Check the manifest, the certificate and the exports; return the manifest if it is whole."""
     manifest = read_manifest(folder)
     if manifest is None:
@@ -145,9 +144,9 @@ def check_manifest(check: Check, folder: Path, names: Names) -> dict[str, Any] |
     return manifest
 
 
-def describe_manifest(path: Path) -> str:
+def describe_manifest(path: Folder) -> str:
     """Return why a manifest cannot be read, as the end of a sentence."""
-    if not os.path.lexists(path):
+    if not path.exists() and not path.is_symlink():
         return "is missing."
     try:
         read_own(path, MOST_MANIFEST)
@@ -156,7 +155,7 @@ def describe_manifest(path: Path) -> str:
     return "is damaged: it is not JSON, or nested too deeply."
 
 
-def check_log(check: Check, folder: Path, names: Names) -> dict[int, Commit]:
+def check_log(check: Check, folder: Folder, names: Names) -> dict[int, Commit]:
     """Return the entries of the log by part number."""
     entries: dict[int, Commit] = {}
     for place, line in enumerate(read_log(folder)):
@@ -173,7 +172,7 @@ def check_log(check: Check, folder: Path, names: Names) -> dict[int, Commit]:
 
 def check_part(
     check: Check,
-    folder: Path,
+    folder: Folder,
     number: int,
     entry: Commit,
     manifest: dict[str, Any] | None,

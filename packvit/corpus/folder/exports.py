@@ -11,17 +11,16 @@ made again without reading an image. Tokens and taps are in the parts alone.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from packvit.atomic import replacing
 from packvit.corpus import UsageError
-from packvit.corpus.folder.layout import make_folder, writing
+from packvit.corpus.folder.layout import building, make_folder
 from packvit.corpus.folder.names import Names
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.resume import find_damage
+from packvit.corpus.folder.stores import Folder
 
 Format = Literal["parquet", "npy"]
 FORMATS: tuple[Format, ...] = ("parquet", "npy")
@@ -36,7 +35,7 @@ def check_format(name: str) -> None:
 
 
 def export(
-    folder: Path,
+    folder: Folder,
     names: Names,
     parts: Sequence[str],
     rows: int,
@@ -61,10 +60,10 @@ def export(
     }
 
 
-def make(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
+def make(folder: Folder, name: str, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
     """Write a file by `write` and rename it to `name`; return its size and digest."""
     path = folder / name
-    with writing(path), replacing(path, beside=folder) as (temporary,):
+    with building(path, beside=folder) as temporary:
         with temporary.open("w+b") as file:
             write(file)
             size = file.tell()
@@ -75,7 +74,7 @@ def make(folder: Path, name: str, write: Callable[[BinaryIO], None]) -> dict[str
 
 
 def write_pooled(
-    file: BinaryIO, folder: Path, parts: Sequence[str], rows: int, outputs: Outputs
+    file: BinaryIO, folder: Folder, parts: Sequence[str], rows: int, outputs: Outputs
 ) -> None:
     """Write a NumPy file of all pooled vectors, part by part."""
     width, descr = outputs.vector_width, np.dtype(outputs.vector_dtype).newbyteorder("<").str
@@ -88,14 +87,14 @@ def write_pooled(
         file.write(vectors.tobytes())
 
 
-def write_ids(file: BinaryIO, folder: Path, parts: Sequence[str]) -> None:
+def write_ids(file: BinaryIO, folder: Folder, parts: Sequence[str]) -> None:
     """Write a line of JSON for each input; names may hold any character, line breaks too."""
     for ids, statuses in read(folder, parts, ["id", "status"]):
         for name, status in zip(ids.to_pylist(), statuses.to_pylist(), strict=True):
             file.write(json.dumps({"id": name, "status": status}).encode() + b"\n")
 
 
-def read(folder: Path, parts: Sequence[str], columns: list[str]) -> Iterator[list[Any]]:
+def read(folder: Folder, parts: Sequence[str], columns: list[str]) -> Iterator[list[Any]]:
     """Yield these columns of each part, each as one array."""
     for part in parts:
         table = read_part(folder / part, columns)

@@ -12,45 +12,39 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from packvit.atomic import rename_flushed, sync, temporary_name, write_flushed, write_whole
+from packvit.atomic import (
+    rename_flushed,
+    replacing,
+    sync,
+    temporary_name,
+    write_flushed,
+    write_whole,
+)
 from packvit.corpus import UsageError, WriteError
+from packvit.corpus.folder.commits import (
+    Commit,
+    Staged,
+    decode_commit,
+    describe_part,
+    encode_commit,
+)
+from packvit.corpus.folder.leases import leased
 from packvit.corpus.folder.names import LOCK, names_of, part_name, part_number
+from packvit.corpus.folder.objects import enter_object, keep_commits, read_lines, stage_object
 from packvit.corpus.folder.opening import MOST_LOG, MOST_MANIFEST, decode_object, read_own
 from packvit.corpus.folder.parts import encode_parquet
+from packvit.corpus.folder.stores import Folder, StorePath, uploading
 
 CHECKSUM = "manifest_sha256"
-COUNTED = ("status", "frames", "rows", "columns")
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """A line of the log: a part that is on disk."""
-
-    part: str  # the file's path below the folder
-    rows: int
-    errors: int
-    tokens: int
-    bytes: int
-    sha256: str
-    halved: int = 0  # packs that were split to fit in memory; omitted from the line if 0
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A part that is on disk under a temporary name, and not in the log yet."""
-
-    entry: Commit
-    file: str  # its temporary name
 
 
 def commit(
-    folder: Path, number: int, table: pa.Table, *, mends: bool = False, halved: int = 0
+    folder: Folder, number: int, table: pa.Table, *, mends: bool = False, halved: int = 0
 ) -> Commit:
     """Write part `number` and add it to the log; on failure leave neither.
 
@@ -59,42 +53,44 @@ def commit(
 
     Raises: WriteError if it cannot be written.
     """
-    return enter(folder, stage(folder, number, table, halved=halved), mends=mends)
+    staged = stage(folder, number, table, halved=halved, replaces=mends)
+    return enter(folder, staged, mends=mends)
 
 
 def stage(
-    folder: Path, number: int, table: pa.Table, *, attempt: str = "", halved: int = 0
+    folder: Folder,
+    number: int,
+    table: pa.Table,
+    *,
+    attempt: str = "",
+    halved: int = 0,
+    replaces: bool = False,
 ) -> Staged:
     """Write part `number` under a temporary name, flushed; on failure leave nothing.
 
-    `attempt` makes the name unique if another process may still be writing the same part.
+    `attempt` makes the name unique if another process may still be writing the same part. A store
+    has no temporary names, but is told whether the part may be one that `replaces` another.
 
     Raises: WriteError if it cannot be written.
     """
     path = names_of(folder).part(number)
     data = encode_parquet(table)
-    facts = zip(*(table[name].to_pylist() for name in COUNTED), strict=True)
-    tokens = [frames * rows * columns for status, frames, rows, columns in facts if status == "ok"]
-    entry = Commit(
-        part=path,
-        rows=table.num_rows,
-        errors=table.num_rows - len(tokens),
-        tokens=sum(tokens),
-        bytes=data.size,
-        sha256=hashlib.sha256(data).hexdigest(),
-        halved=halved,
-    )
+    entry = describe_part(path, table, data, halved)
+    if isinstance(folder, StorePath):
+        return stage_object(folder, number, entry, data, replaces=replaces)
     temporary = folder / temporary_name(part_name(number), attempt)
     with writing(folder / path):
         write_flushed(temporary, data)
     return Staged(entry, temporary.name)
 
 
-def enter(folder: Path, staged: Staged, *, mends: bool = False) -> Commit:
+def enter(folder: Folder, staged: Staged, *, mends: bool = False) -> Commit:
     """Rename a staged part and add it to the log; on failure leave neither.
 
     Raises: WriteError if it cannot be written.
     """
+    if isinstance(folder, StorePath):
+        return enter_object(folder, staged)
     part = folder / staged.entry.part
     before = read_commits(folder) if mends else ()
     if any(entry.part == staged.entry.part for entry in before):
@@ -135,31 +131,13 @@ def replace_part(folder: Path, staged: Staged, before: Sequence[Commit]) -> Comm
     return staged.entry
 
 
-def encode_commit(entry: Commit) -> str:
-    """Return the line of the log for `entry`, without its line break."""
-    values = asdict(entry)
-    if not entry.halved:
-        del values["halved"]
-    return json.dumps(values)
-
-
-def decode_commit(line: bytes) -> Commit | None:
-    """Return the entry of a line of the log, or None if the line is damaged."""
-    try:
-        values = json.loads(line)
-        entry = Commit(**values)
-    except (ValueError, TypeError, RecursionError):
-        return None
-    kinds = {"part": str, "sha256": str}
-    right = all(type(getattr(entry, f.name)) is kinds.get(f.name, int) for f in fields(Commit))
-    return entry if right and line == encode_commit(entry).encode() + b"\n" else None
-
-
-def read_log(folder: Path) -> tuple[bytes, ...]:
+def read_log(folder: Folder) -> tuple[bytes, ...]:
     """Return the lines of the log with their line breaks; the last may lack one.
 
     Raises: WriteError if the log exists and cannot be read, since it says what a job may keep.
     """
+    if isinstance(folder, StorePath):
+        return read_lines(folder)
     path = folder / names_of(folder).commits
     try:
         with reading(path):
@@ -170,19 +148,19 @@ def read_log(folder: Path) -> tuple[bytes, ...]:
     return (*(line + b"\n" for line in lines), *([rest] if rest else []))
 
 
-def read_commits(folder: Path) -> tuple[Commit, ...]:
+def read_commits(folder: Folder) -> tuple[Commit, ...]:
     """Return the entries of the log of `folder`; damaged lines are skipped."""
     found = (decode_commit(line) for line in read_log(folder))
     return tuple(entry for entry in found if entry)
 
 
-def write_commits(folder: Path, entries: Sequence[Commit]) -> None:
+def write_commits(folder: Folder, entries: Sequence[Commit]) -> None:
     """Replace the log by `entries`, in the order of their parts."""
+    if isinstance(folder, StorePath):
+        return keep_commits(folder, entries)
     ordered = sorted(entries, key=lambda entry: part_number(entry.part) or 0)
     text = "".join(encode_commit(entry) + "\n" for entry in ordered)
-    path = folder / names_of(folder).commits
-    with writing(path):
-        write_whole(path, text.encode())
+    return write_own(folder / names_of(folder).commits, text.encode())
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
@@ -191,18 +169,38 @@ def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps({**manifest, CHECKSUM: checksum}, indent=2) + "\n").encode()
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(folder: Folder, manifest: Mapping[str, Any]) -> None:
     """Replace the manifest in one step."""
-    path = folder / names_of(folder).manifest
-    with writing(path):
-        write_whole(path, encode_manifest(manifest))
+    write_own(folder / names_of(folder).manifest, encode_manifest(manifest))
 
 
-def put(path: Path, data: bytes) -> None:
+def put(path: Folder, data: bytes) -> None:
     """Write a file unless it already holds these bytes, so that a finished job changes nothing."""
     if not (path.is_file() and path.read_bytes() == data):
-        with writing(path):
-            write_whole(path, data)
+        write_own(path, data)
+
+
+def write_own(path: Folder, data: bytes) -> None:
+    """Put a file in the place of one of its name, in one step."""
+    if isinstance(path, StorePath):
+        return path.write(data)
+    with writing(path):
+        return write_whole(path, data)
+
+
+@contextmanager
+def building(path: Folder, *, beside: Folder | None = None) -> Iterator[Path]:
+    """Yield a temporary path; what is written there takes the place of `path` in one step.
+
+    On a disk it stands in the folder `beside`, or else in that of `path`.
+    """
+    if isinstance(path, StorePath):
+        with uploading(path) as local:
+            yield local
+    else:
+        assert not isinstance(beside, StorePath)
+        with writing(path), replacing(path, beside=beside) as (temporary,):
+            yield temporary
 
 
 def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
@@ -210,7 +208,7 @@ def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
     return (json.dumps(certificate, indent=1) + "\n").encode()
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Folder) -> dict[str, Any] | None:
     """Return the manifest of `folder` without its checksum, or None if none can be read."""
     try:
         manifest = decode_object(read_own(folder / names_of(folder).manifest, MOST_MANIFEST))
@@ -227,14 +225,18 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Create `folder` if needed, and lock it against other jobs.
+def claim(folder: Folder) -> Iterator[Folder]:
+    """Create `folder` if needed, lock it against other jobs, and yield where to write.
 
-    The system releases the lock however the process ends. The lock file stays: if it were removed,
-    one job could lock the old file while another locks the new one.
+    On a disk the system releases the lock however the process ends. The lock file stays: if it were
+    removed, one job could lock the old file while another locks the new one.
 
     Raises: UsageError if another job holds it; WriteError if it cannot be made.
     """
+    if isinstance(folder, StorePath):
+        with leased(folder) as claimed:
+            yield claimed
+        return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -248,13 +250,13 @@ def claim(folder: Path) -> Iterator[None]:
             raise UsageError(
                 f"Another job is writing to {folder}. Wait for it, or choose another folder."
             ) from error
-        yield
+        yield folder
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Folder) -> Iterator[None]:
     """Turn an OSError into a WriteError with a message for the user."""
     try:
         yield
@@ -268,7 +270,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Folder) -> Iterator[None]:
     """Turn an OSError into a WriteError, except FileNotFoundError."""
     try:
         yield
@@ -296,11 +298,11 @@ def append_line(path: Path, line: str) -> None:
             raise
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Folder) -> None:
     """Create a folder if needed, and flush its name to disk.
 
     Raises: OSError.
     """
-    if not path.is_dir():
+    if isinstance(path, Path) and not path.is_dir():
         path.mkdir()
         sync(path.parent)

@@ -35,6 +35,7 @@ from packvit.corpus.folder.reader import open_finished
 from packvit.corpus.folder.resume import BESIDE, Resumed, differences, take_up
 from packvit.corpus.folder.reuse import join_reuse
 from packvit.corpus.folder.sharding import WHOLE, JobShard, parts_of, shard_of
+from packvit.corpus.folder.stores import Folder, find_folder
 from packvit.corpus.inputs.addresses import check_local
 
 BLOCK = 1 << 20  # bytes that are copied at once
@@ -47,7 +48,7 @@ DIFFER = {*BESIDE, "shard"} - {"device_names"}
 class ShardFolder:
     """The folder of a finished shard."""
 
-    folder: Path
+    folder: Folder
     manifest: Mapping[str, Any]
     shard: JobShard
     parts: Mapping[int, Commit]  # by number
@@ -82,14 +83,17 @@ def merge(
 
     The sha256 of every part is verified. `format` and `overwrite` are as in `embed`.
 
+    The folders may be in object stores, `out` is a local one.
+
     Raises: UsageError if the folders are not all shards of one job, each once and finished, or if
     a part is damaged; WriteError.
     """
     check_format(format)
     check_local(out)
     target = Path(out)
-    named = [Path(folder) for folder in folders]
-    if target.exists() and any(path.exists() and path.samefile(target) for path in named):
+    named = [find_folder(folder, name="FOLDER") for folder in folders]
+    local = [path for path in named if isinstance(path, Path) and path.exists()]
+    if target.exists() and any(path.samefile(target) for path in local):
         raise UsageError(f"{target} is a shard itself. Choose another folder to merge into.")
     shards = check_alike([open_shard(path) for path in named])
     check_usable(target, overwrite=overwrite)
@@ -99,7 +103,7 @@ def merge(
         return run(target, shards, found, manifest["certificate_sha256"], format, progress)
 
 
-def open_shard(folder: Path) -> ShardFolder:
+def open_shard(folder: Folder) -> ShardFolder:
     """Return the folder of a finished shard, its parts not read yet.
 
     Raises: UsageError if it is not finished, or does not list its parts.
@@ -125,7 +129,7 @@ def check_alike(shards: Sequence[ShardFolder]) -> list[ShardFolder]:
     if not shards:
         raise UsageError("No folder is given. Name the folders of all shards.")
     first = next((each for each in shards if each.parts), shards[0])
-    settings, numbers = told(first), dict[int, Path]()
+    settings, numbers = told(first), dict[int, Folder]()
     for each in shards:
         if each.shard == WHOLE and len(shards) > 1:
             raise UsageError(f"{each.folder} holds a whole job, and no shard of one.")
@@ -247,7 +251,7 @@ def add_counts(shards: Sequence[ShardFolder]) -> dict[str, Any]:
     }
 
 
-def copy_part(source: Path, entry: Commit, folder: Path) -> Staged:
+def copy_part(source: Folder, entry: Commit, folder: Path) -> Staged:
     """Copy a part under a temporary name, flushed; on failure leave nothing.
 
     Raises: UsageError if it is not the part that was committed; WriteError.
@@ -272,7 +276,7 @@ def copy_part(source: Path, entry: Commit, folder: Path) -> Staged:
     return Staged(entry, temporary.name)
 
 
-def mend(source: Path) -> str:
+def mend(source: Folder) -> str:
     """Return how to repair a shard."""
     return (
         f"Run the embed command of {source} again, which embeds that part anew; then merge again."

@@ -13,14 +13,18 @@ Readers of Parquet folders skip names that begin with "_" or ".", so pandas and 
 folder itself; others open `data`, which never holds anything but whole parts. Temporary files lie
 beside it, under names that begin with ".".
 
+In an object store `_commits/00000.json` stands for a line of `_commits.jsonl`, and `_lease/` says
+which job may write.
+
 In the first format all files lay at the top, and no name began with "_". Such a folder keeps its
 format for good: it is read, resumed and checked as it is.
 """
 
 import os
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+
+from packvit.corpus.folder.stores import Folder, StorePath
 
 LOCK = ".lock"
 MARK = ".updating"  # in a folder that is made to replace another
@@ -29,6 +33,7 @@ MTIMES = "_mtimes.parquet"
 KNOWN = "known"  # only under its temporary name: the rows that may be taken over
 SPOOL = "shards"  # only under its temporary name: shards that wait for workers on other hosts
 DATA, EXPORTS = "data/", "_exports/"
+COMMITS, LEASE = "_commits/", "_lease"  # in an object store
 PART = re.compile(rf"(?:{DATA})?part-(\d{{5,12}})\.parquet")
 TEMPORARY = re.compile(r"\.(.+?)(?:\.[0-9a-f]{8})?\.tmp")  # with an optional `attempt`
 
@@ -79,11 +84,14 @@ FIRST = Names(
     pooled="pooled.npy",
     ids="ids.jsonl",
 )
+STORED = replace(CURRENT, commits=COMMITS)
 FORMATS = (FIRST.format, CURRENT.format)
 
 
-def names_of(folder: Path) -> Names:
+def names_of(folder: Folder) -> Names:
     """Return the names that `folder` uses: the current ones unless it is of the first format."""
+    if isinstance(folder, StorePath):
+        return STORED
 
     def holds(names: Names) -> bool:
         return any(os.path.lexists(folder / name) for name in (names.manifest, names.commits))

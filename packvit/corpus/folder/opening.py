@@ -9,11 +9,11 @@ import os
 import stat
 from collections.abc import Mapping
 from io import BufferedReader
-from pathlib import Path
 from typing import Any
 
 from packvit.corpus.folder.names import Names
 from packvit.corpus.folder.parts import find_keep_flaw
+from packvit.corpus.folder.stores import Folder, StorePath
 
 MOST_MANIFEST = 16 << 20  # bytes
 MOST_LOG = 1 << 30
@@ -21,11 +21,13 @@ MOST_DEPTH = 20  # of nested values in a manifest
 MOST_WIDTH = 1 << 20
 
 
-def open_own(path: Path) -> BufferedReader:
+def open_own(path: Folder) -> BufferedReader:
     """Open a regular file for reading, without following a link or waiting for a pipe.
 
     Raises: FileNotFoundError; another OSError saying what it is instead.
     """
+    if isinstance(path, StorePath):
+        return path.open()
     if path.parent.is_symlink():
         raise OSError(errno.ELOOP, f"its folder {path.parent.name} is a link", str(path))
     try:
@@ -43,7 +45,7 @@ def open_own(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def read_own(path: Path, most: int) -> bytes:
+def read_own(path: Folder, most: int) -> bytes:
     """Return the bytes of a regular file, of which there may be `most`.
 
     Raises: OSError, as `open_own`, or if there are more.

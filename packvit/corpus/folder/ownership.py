@@ -1,27 +1,35 @@
 """Which files of a folder packvit wrote, and whether a job may write there. No torch."""
 
 import os
-from pathlib import Path
 
 from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import read_manifest, writing
 from packvit.corpus.folder.names import (
+    COMMITS,
     CURRENT,
     DATA,
     EXPORTS,
     FIRST,
     KNOWN,
+    LEASE,
     LOCK,
     MARK,
+    MTIMES,
+    PENDING,
     SPOOL,
     TEMPORARY,
     names_of,
     part_number,
 )
+from packvit.corpus.folder.objects import is_commit
 from packvit.corpus.folder.opening import MOST_MANIFEST, read_own
+from packvit.corpus.folder.stores import Folder, StorePath
+
+BESIDE_FEATURES = (LOCK, MARK, LEASE)
+BEFORE_MANIFEST = (PENDING, MTIMES)  # what a job writes first, beside its certificate
 
 
-def is_ours(folder: Path) -> bool:
+def is_ours(folder: Folder) -> bool:
     """Return whether packvit wrote the manifest in `folder`, even if it was damaged since."""
     try:
         data = read_own(folder / names_of(folder).manifest, MOST_MANIFEST)
@@ -30,10 +38,10 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def own_files(folder: Path) -> tuple[str, ...]:
+def own_files(folder: Folder) -> tuple[str, ...]:
     """Return the files in `folder` that have names of ours, except the lock; manifests last."""
-    files = {name for below in ("", DATA, EXPORTS) for name in files_in(folder, below)}
-    parts = sorted(name for name in files if part_number(name) is not None)
+    files = {name for below in ("", DATA, EXPORTS, COMMITS) for name in files_in(folder, below)}
+    parts = sorted(name for name in files if part_number(name) is not None or is_commit(name))
     fixed = (name for names in (FIRST, CURRENT) for name in names.fixed if name in files)
     named = dict.fromkeys(fixed)  # both formats have some names
     return (*left_over(folder), *parts, *sorted(named, key=is_manifest))
@@ -44,18 +52,25 @@ def is_manifest(name: str) -> bool:
     return name in (FIRST.manifest, CURRENT.manifest)
 
 
-def files_in(folder: Path, below: str) -> list[str]:
+def files_in(folder: Folder, below: str) -> list[str]:
     """Return the paths of the files in `folder / below`, none if that is a link or no folder."""
+    if isinstance(folder, StorePath):
+        return [below + name for name in (folder / below if below else folder).names()]
     if below and ((folder / below).is_symlink() or not (folder / below).is_dir()):
         return []
     with os.scandir(folder / below) as entries:
         return [below + e.name for e in entries if e.is_file(follow_symlinks=False)]
 
 
-def left_over(folder: Path) -> tuple[str, ...]:
+def list_names(folder: Folder) -> list[str]:
+    """Return the names of what is in a folder."""
+    return folder.names() if isinstance(folder, StorePath) else os.listdir(folder)
+
+
+def left_over(folder: Folder) -> tuple[str, ...]:
     """Return the temporary files that a killed job left in `folder`."""
     ours = {SPOOL, KNOWN, *(os.path.basename(n) for names in (FIRST, CURRENT) for n in names.fixed)}
-    found = [(name, TEMPORARY.fullmatch(name)) for name in os.listdir(folder)]
+    found = [(name, TEMPORARY.fullmatch(name)) for name in list_names(folder)]
     return tuple(
         sorted(
             name
@@ -65,26 +80,26 @@ def left_over(folder: Path) -> tuple[str, ...]:
     )
 
 
-def remove_left_over(folder: Path) -> None:
+def remove_left_over(folder: Folder) -> None:
     """Remove the temporary files of workers that were stopped."""
     for name in left_over(folder):
         (folder / name).unlink(missing_ok=True)
 
 
-def check_usable(folder: Path, *, overwrite: bool = False) -> None:
+def check_usable(folder: Folder, *, overwrite: bool = False) -> None:
     """Refuse a folder that is neither empty nor holds a job's features.
 
     Raises: UsageError saying what it holds.
     """
-    if not os.path.lexists(folder):
+    if not folder.exists() and not folder.is_symlink():
         return
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder. Choose another one for the features.")
     with writing(folder):
-        held = sorted(set(list_all(folder)) - {LOCK, MARK, *left_over(folder)})
+        held = sorted(set(list_all(folder)) - {*BESIDE_FEATURES, *left_over(folder)})
         foreign = find_foreign(folder)
-    if not held:
-        return
+    if set(held) <= {*BEFORE_MANIFEST, names_of(folder).certificate}:
+        return  # nothing, or what a job had written that was killed at its very start
     if not is_ours(folder):
         raise UsageError(
             f"{folder} is not empty: it holds {held[0]} and {len(held) - 1} other files, and no "
@@ -103,18 +118,19 @@ def check_usable(folder: Path, *, overwrite: bool = False) -> None:
         )
 
 
-def find_foreign(folder: Path) -> list[str]:
+def find_foreign(folder: Folder) -> list[str]:
     """Return the files in a folder that packvit did not write."""
-    return sorted({*list_all(folder)} - {LOCK, MARK, *left_over(folder), *own_files(folder)})
+    ours = {*BESIDE_FEATURES, *left_over(folder), *own_files(folder)}
+    return sorted(set(list_all(folder)) - ours)
 
 
-def list_all(folder: Path) -> list[str]:
+def list_all(folder: Folder) -> list[str]:
     """Return everything in `folder`, and instead of our folders in it what they hold."""
     found = []
-    for name in os.listdir(folder):
+    for name in list_names(folder):
         path = folder / name
-        if f"{name}/" in (DATA, EXPORTS) and path.is_dir() and not path.is_symlink():
-            found += [f"{name}/{below}" for below in os.listdir(path)]
+        if f"{name}/" in (DATA, EXPORTS, COMMITS) and path.is_dir() and not path.is_symlink():
+            found += [f"{name}/{below}" for below in list_names(path)]
         else:
             found.append(name)
     return found

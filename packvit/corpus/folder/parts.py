@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from packvit.corpus import UsageError
 from packvit.corpus.folder.rows import Row
+from packvit.corpus.folder.stores import Folder, StorePath
 from packvit.corpus.inputs.kept import KINDS, Kind
 
 # Columns of ours, with whatever outputs: a job with others can keep the same columns.
@@ -180,13 +180,18 @@ def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+def read_part(path: Folder, columns: list[str] | None = None) -> pa.Table:
     """Return a part, or columns of it, verifying every page's checksum.
 
     Raises: OSError or pyarrow.ArrowException if it cannot be read as a part.
     """
-    with pa.OSFile(os.fsencode(path)) as file:  # given a str, pyarrow takes only UTF-8 paths
+    with open_part(path) as file:
         return pq.read_table(file, columns=columns, page_checksum_verification=True)
+
+
+def open_part(path: Folder) -> Any:
+    """Return a part's file, for pyarrow, which takes paths only if they are UTF-8."""
+    return path.open() if isinstance(path, StorePath) else pa.OSFile(os.fsencode(path))
 
 
 def encode_parquet(table: pa.Table) -> pa.Buffer:

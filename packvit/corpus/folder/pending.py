@@ -9,15 +9,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from packvit.atomic import replacing
-from packvit.corpus.folder.layout import read_commits, writing
+from packvit.corpus.folder.layout import building, read_commits, writing
 from packvit.corpus.folder.names import PENDING, part_number
+from packvit.corpus.folder.opening import open_own
 from packvit.corpus.folder.parts import find_keep_flaw, read_part
+from packvit.corpus.folder.stores import Folder
 from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.listing import Gone, Listing
 
@@ -25,7 +25,7 @@ MOST_LINE = 64 << 20  # bytes of an id, a path and what is kept; a longer line i
 MOST_NAMED = 3  # of the inputs in a message
 
 
-def write_inputs(folder: Path, listing: Listing) -> None:
+def write_inputs(folder: Folder, listing: Listing) -> None:
     """Write the ids of all inputs, the paths of local ones, and what is kept of each.
 
     If the file is there, it stays.
@@ -36,8 +36,7 @@ def write_inputs(folder: Path, listing: Listing) -> None:
     if path.is_file() and not path.is_symlink() and is_whole(path, listing.sha256()):
         return
     with (
-        writing(path),
-        replacing(path) as (temporary,),
+        building(path) as temporary,
         temporary.open("wb") as file,
         # No name and no time in its header: the same inputs give the same bytes.
         gzip.GzipFile("", "wb", 1, file, 0) as packed,
@@ -49,24 +48,24 @@ def write_inputs(folder: Path, listing: Listing) -> None:
             packed.write(json.dumps(line).encode() + b"\n")
 
 
-def remove_inputs(folder: Path) -> None:
+def remove_inputs(folder: Folder) -> None:
     """Remove the file of a job that is done."""
     with writing(folder / PENDING):
         (folder / PENDING).unlink(missing_ok=True)
 
 
-def read_inputs(path: Path) -> Iterator[tuple[str, str | None, list[Any]]]:
+def read_inputs(path: Folder) -> Iterator[tuple[str, str | None, list[Any]]]:
     """Yield the ids, local paths and kept values that `write_inputs` wrote.
 
     Raises: OSError, EOFError or ValueError if the file is damaged.
     """
-    with gzip.open(path, "rb") as file:
+    with open_own(path) as packed, gzip.open(packed) as file:
         while line := file.readline(MOST_LINE):
             name, *rest = json.loads(line)
             yield name, rest[0] if rest else None, rest[1] if len(rest) > 1 else []
 
 
-def is_whole(path: Path, digest: str) -> bool:
+def is_whole(path: Folder, digest: str) -> bool:
     """Return whether the file's ids have the digest of a manifest."""
     ids = hashlib.sha256()
     try:
@@ -77,7 +76,9 @@ def is_whole(path: Path, digest: str) -> bool:
     return ids.hexdigest() == digest
 
 
-def read_missing(folder: Path, keep: Sequence[str]) -> Iterator[tuple[str, str | None, list[Any]]]:
+def read_missing(
+    folder: Folder, keep: Sequence[str]
+) -> Iterator[tuple[str, str | None, list[Any]]]:
     """Yield the ids and kept values of a job whose parts are all there.
 
     The path is "" unless the input was missing.
@@ -91,7 +92,7 @@ def read_missing(folder: Path, keep: Sequence[str]) -> Iterator[tuple[str, str |
             yield row["id"], None if gone else "", [row[name] for name in keep]
 
 
-def take_over(folder: Path, recorded: Mapping[str, Any], listing: Listing) -> tuple[str, ...]:
+def take_over(folder: Folder, recorded: Mapping[str, Any], listing: Listing) -> tuple[str, ...]:
     """Give a listing the inputs of a recorded job that have disappeared, and return a note on it.
 
     If that does not make it the recorded job's, the listing stays as it is.

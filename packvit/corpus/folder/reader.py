@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
 from packvit.corpus.folder.opening import find_flaw, open_own
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, rows_of, shard_of
+from packvit.corpus.folder.stores import Folder, StorePath, find_folder
 from packvit.corpus.folder.swapping import restore
 
 
@@ -24,10 +24,10 @@ class FeatureFolder:
 
     Shapes: N ids and statuses; matrix [N, D], of the dtype that was written, NaN where a row is an
     error. Where the job wrote `_exports/pooled.npy` (`--format npy`), the matrix is that file,
-    memory-mapped; writing to the matrix changes the copy in memory only.
+    memory-mapped if it is on a disk; writing to the matrix changes the copy in memory only.
     """
 
-    folder: Path
+    folder: Folder
     ids: tuple[str, ...]
     statuses: tuple[str, ...]  # ok, or an error code
     matrix: np.ndarray
@@ -89,14 +89,14 @@ class FeatureFolder:
 
 
 def read(folder: str | os.PathLike[str]) -> FeatureFolder:
-    """Return the rows of a feature folder that a finished job wrote.
+    """Return the rows of a feature folder that a finished job wrote, on a disk or in a store.
 
     The checksum of every page that is read is verified; `packvit check` verifies all there is.
 
     Raises: UsageError if it is not a feature folder, if its job is not finished, or if a file is
     missing or damaged.
     """
-    path = Path(folder)
+    path = find_folder(folder, name="folder")
     manifest, names = open_finished(path), names_of(path)
     if (shard := shard_of(manifest)) != WHOLE:
         raise UsageError(
@@ -123,7 +123,7 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
     return FeatureFolder(path, tuple(ids), tuple(statuses), matrix, parts, space, keep)
 
 
-def open_finished(folder: Path) -> dict[str, Any]:
+def open_finished(folder: Folder) -> dict[str, Any]:
     """Return the manifest of the feature folder of a finished job.
 
     Raises: UsageError if it is none.
@@ -151,7 +151,7 @@ def open_finished(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_whole(folder: Path, part: str, columns: list[str] | None = None) -> pa.Table:
+def read_whole(folder: Folder, part: str, columns: list[str] | None = None) -> pa.Table:
     """Return columns of a part, all by default.
 
     Raises: UsageError if it cannot be read.
@@ -173,14 +173,17 @@ def matrix_of(table: pa.Table, name: str) -> np.ndarray:
     return vectors
 
 
-def map_matrix(folder: Path, name: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
+def map_matrix(
+    folder: Folder, name: str, shape: tuple[int, int], dtype: np.dtype[Any]
+) -> np.ndarray:
     """Return the exported matrix, memory-mapped; nothing that is written to it reaches the file.
 
     Raises: UsageError if it is missing or not a matrix of this shape and dtype.
     """
     try:
-        open_own(folder / name).close()
-        matrix = np.load(folder / name, mmap_mode="c")
+        with open_own(folder / name) as file:
+            stored = isinstance(folder, StorePath)
+            matrix = np.load(file) if stored else np.load(folder / name, mmap_mode="c")
     except (OSError, ValueError) as error:
         raise damaged(folder, name) from error
     if (matrix.shape, matrix.dtype) != (shape, dtype):
@@ -188,7 +191,7 @@ def map_matrix(folder: Path, name: str, shape: tuple[int, int], dtype: np.dtype[
     return matrix
 
 
-def damaged(folder: Path, name: str) -> UsageError:
+def damaged(folder: Folder, name: str) -> UsageError:
     """Return the error for a file that cannot be used."""
     return UsageError(
         f"{folder / name} is missing or damaged. `packvit check {folder}` says how to repair it."

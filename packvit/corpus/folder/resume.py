@@ -8,9 +8,9 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from packvit.atomic import rename_flushed, sync
@@ -33,6 +33,7 @@ from packvit.corpus.folder.names import (
     names_of,
     part_number,
 )
+from packvit.corpus.folder.objects import find_change, settle
 from packvit.corpus.folder.opening import (
     MOST_MANIFEST,
     find_export_flaw,
@@ -40,9 +41,10 @@ from packvit.corpus.folder.opening import (
     open_own,
     read_own,
 )
-from packvit.corpus.folder.ownership import check_usable, left_over, own_files
+from packvit.corpus.folder.ownership import check_usable, is_manifest, left_over, own_files
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.rows import Row
+from packvit.corpus.folder.stores import Folder, StorePath, remove_many
 
 # Entries of a manifest that may differ without making it another job.
 BESIDE = (
@@ -65,7 +67,7 @@ class Resumed:
 
 
 def take_up(
-    folder: Path, manifest: Mapping[str, Any], *, overwrite: bool, inputs: str | None = None
+    folder: Folder, manifest: Mapping[str, Any], *, overwrite: bool, inputs: str | None = None
 ) -> Resumed:
     """Return what `folder`, which this process has locked, holds of the job of `manifest`.
 
@@ -79,12 +81,7 @@ def take_up(
     if not overwrite:
         finish_replacements(folder)
     with writing(folder):
-        for name in own_files(folder) if overwrite else left_over(folder):
-            (folder / name).unlink()
-        for name in (DATA, EXPORTS) if overwrite else ():
-            if (folder / name).is_dir():
-                (folder / name).rmdir()
-        sync(folder)
+        remove(folder, own_files(folder) if overwrite else left_over(folder), folders=overwrite)
     wanted: dict[str, Any] = json.loads(json.dumps(manifest))  # with lists for tuples, as if read
     recorded = read_manifest(folder)
     if recorded is None:
@@ -117,8 +114,23 @@ def take_up(
     return Resumed(recorded, kept, tuple(notes))
 
 
-def finish_replacements(folder: Path) -> None:
+def remove(folder: Folder, names: Sequence[str], *, folders: bool) -> None:
+    """Remove files, and our `folders`, which must be empty then; manifests are the last."""
+    if isinstance(folder, StorePath):
+        remove_many([folder / name for name in names if not is_manifest(name)])
+        return remove_many([folder / name for name in names if is_manifest(name)])
+    for name in names:
+        (folder / name).unlink()
+    for name in (DATA, EXPORTS) if folders else ():
+        if (folder / name).is_dir():
+            (folder / name).rmdir()
+    return sync(folder)
+
+
+def finish_replacements(folder: Folder) -> None:
     """Rename the parts that a killed job had entered in the log in the place of others."""
+    if isinstance(folder, StorePath):
+        return settle(folder)
     logged = {os.path.basename(entry.part): entry for entry in read_commits(folder)}
     for name in left_over(folder):
         parsed = TEMPORARY.fullmatch(name)
@@ -128,6 +140,7 @@ def finish_replacements(folder: Path) -> None:
         with writing(folder / entry.part):
             if find_fault(folder, entry):
                 rename_flushed(folder / name, folder / entry.part)
+    return None
 
 
 def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
@@ -166,13 +179,17 @@ def show(values: Mapping[str, Any], name: str) -> str:
     return f"{text[1:13]}..." if name.endswith("sha256") and len(text) == 66 else text
 
 
-def keep(folder: Path, inputs: int, rows_per_part: int) -> tuple[dict[int, Commit], list[str]]:
+def keep(folder: Folder, inputs: int, rows_per_part: int) -> tuple[dict[int, Commit], list[str]]:
     """Return the parts of the log that are whole on disk, and notes on the others.
 
     The log is rewritten to list exactly these parts, in order. A last line that was cut short gets
-    no note, since any killed job may leave one.
+    no note, since any killed job may leave one. Of a part in a store, which is there whole or not
+    at all, only the size is compared.
     """
     kept: dict[int, Commit] = {}
+    differs = partial(find_fault, folder)
+    if isinstance(folder, StorePath):
+        differs = partial(find_change, (folder / DATA).sizes())
     notes = []
     lines = read_log(folder)
     for line in lines:
@@ -186,7 +203,7 @@ def keep(folder: Path, inputs: int, rows_per_part: int) -> tuple[dict[int, Commi
                 )
             continue
         with writing(folder / entry.part):
-            fault = find_fault(folder, entry)
+            fault = differs(entry)
         if fault:
             notes.append(f"{entry.part} {fault}; it is embedded again.")
         else:
@@ -196,7 +213,7 @@ def keep(folder: Path, inputs: int, rows_per_part: int) -> tuple[dict[int, Commi
     return kept, notes
 
 
-def find_fault(folder: Path, entry: Commit) -> str | None:
+def find_fault(folder: Folder, entry: Commit) -> str | None:
     """Return how a part differs from its line in the log, as the end of a sentence, or None.
 
     Raises: OSError if it exists and cannot be read.
@@ -204,7 +221,7 @@ def find_fault(folder: Path, entry: Commit) -> str | None:
     return find_damage(folder / entry.part, entry.bytes, entry.sha256)
 
 
-def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
+def find_damage(path: Folder, bytes: int, sha256: str) -> str | None:
     """Return how a file differs from its recorded size and digest, as `find_fault` does."""
     try:
         file = open_own(path)
@@ -215,14 +232,15 @@ def find_damage(path: Path, bytes: int, sha256: str) -> str | None:
             raise
         return f"is not the file that was committed: {error.strerror}"
     with file:
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
         if size != bytes:
             return f"has {size:,} bytes, but {bytes:,} were committed"
+        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return None if digest == sha256 else "is damaged: its sha256 is not what was committed"
 
 
-def read_rows(folder: Path, entry: Commit) -> list[Row]:
+def read_rows(folder: Folder, entry: Commit) -> list[Row]:
     """Return the columns of a part's rows that a summary counts."""
     columns = ["id", "status", "rows", "columns"]
     with reading(folder / entry.part):

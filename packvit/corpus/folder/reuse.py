@@ -11,7 +11,9 @@ import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -22,11 +24,12 @@ from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.known import Place, Reuse, Trusted, stat_input, write_index
 from packvit.corpus.folder.layout import encode_manifest, put, read_commits, read_manifest, writing
 from packvit.corpus.folder.names import CURRENT, FORMATS, KNOWN, MTIMES, names_of, part_number
-from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, read_own
+from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, open_own, read_own
 from packvit.corpus.folder.parts import read_part
 from packvit.corpus.folder.reader import damaged
 from packvit.corpus.folder.resume import differences, find_damage
 from packvit.corpus.folder.sharding import find_shard_flaw
+from packvit.corpus.folder.stores import Folder, StorePath
 from packvit.corpus.inputs.listing import Listing
 
 # Settings that a row does not depend on, under `invariant`; without it, nothing is promised.
@@ -39,11 +42,11 @@ FRESH = 2 * 10**9  # nanoseconds: a file changed this recently may change again 
 class Source:
     """A folder whose rows may be taken over."""
 
-    folder: Path
+    folder: Folder
     manifest: Mapping[str, Any]
 
 
-def open_source(folder: Path, described: Mapping[str, Any], *, across_versions: bool) -> Source:
+def open_source(folder: Folder, described: Mapping[str, Any], *, across_versions: bool) -> Source:
     """Return a folder whose rows a job of these settings may take over.
 
     Raises: UsageError if it is no feature folder, or of other settings.
@@ -128,21 +131,33 @@ class Reusing:
     entry: Mapping[str, Any] | None = None
     trust_mtime: bool = False
 
-    def reuse(self, folder: Path) -> Reuse | None:
+    def reuse(self, folder: Folder) -> Reuse | None:
         """Return what embedders of a job in `folder` need to know."""
         if not self.sources:
             return None
-        names = tuple(str(source.folder.absolute()) for source in self.sources)
+        names = tuple(name_fully(source.folder) for source in self.sources)
         return Reuse(str(index_path(folder)), names)
 
 
-def index_path(folder: Path) -> Path:
-    """Return the path of the index of a job in `folder`."""
-    return folder.absolute() / temporary_name(KNOWN)
+def index_path(folder: Folder) -> Path:
+    """Return the path of the index of a job in `folder`; of one in a store it is on this host."""
+    local = Path(scratch().name) if isinstance(folder, StorePath) else folder.absolute()
+    return local / temporary_name(KNOWN)
+
+
+@lru_cache
+def scratch() -> TemporaryDirectory[str]:
+    """Return a folder that is removed at the end of this process."""
+    return TemporaryDirectory(prefix="packvit-")
+
+
+def name_fully(folder: Folder) -> str:
+    """Return a name of a folder by which other processes find it."""
+    return str(folder) if isinstance(folder, StorePath) else str(folder.absolute())
 
 
 @contextmanager
-def indexed(folder: Path, reusing: Reusing) -> Iterator[None]:
+def indexed(folder: Folder, reusing: Reusing) -> Iterator[None]:
     """Keep the index of the rows to take over in a job's folder, if there are any.
 
     Raises: UsageError if a part is damaged; WriteError.
@@ -193,7 +208,7 @@ def read_columns(source: Source, part: str, *names: str) -> list[list[Any]]:
 
 
 def write_mtimes(
-    folder: Path, listing: Listing, rows_per_part: int, written: Container[int]
+    folder: Folder, listing: Listing, rows_per_part: int, written: Container[int]
 ) -> dict[str, Any]:
     """Write the sizes and times of change of the inputs, before they are read.
 
@@ -221,7 +236,7 @@ def write_mtimes(
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def has_mtimes(folder: Path, manifest: Mapping[str, Any]) -> bool:
+def has_mtimes(folder: Folder, manifest: Mapping[str, Any]) -> bool:
     """Return whether a folder has the times that its manifest names."""
     entry = manifest.get("mtimes")
     return entry is not None and find_damage(folder / MTIMES, **entry) is None
@@ -231,7 +246,8 @@ def read_trusted(source: Source) -> Iterator[Trusted]:
     """Yield the files of rows that are ok, as they were when they were read."""
     if not has_mtimes(source.folder, source.manifest):
         return
-    table = pq.read_table(source.folder / MTIMES)
+    with open_own(source.folder / MTIMES) as file:
+        table = pq.read_table(file)
     sizes, times = (table[name].to_pylist() for name in ("size", "mtime_ns"))
     for part in read_sorted(source):
         first = (part_number(part) or 0) * source.manifest["rows_per_part"]

@@ -2,11 +2,11 @@
 
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 
 from packvit.corpus.folder.parts import Outputs
+from packvit.corpus.folder.stores import Folder, StorePath
 
 PLAIN = 120  # bytes of a row beside its features: mostly the id and the sha256
 WORTH_SAYING = 100_000_000  # bytes
@@ -19,8 +19,10 @@ def row_bytes(outputs: Outputs, patches: int) -> int:
     return PLAIN + vectors + patches * lists
 
 
-def describe_size(folder: Path, rows: int, each: int) -> tuple[str, ...]:
+def describe_size(folder: Folder, rows: int, each: int) -> tuple[str, ...]:
     """Return a note on what so many rows take, unless it is little and there is room."""
+    if isinstance(folder, StorePath):
+        return ()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free, needed = shutil.disk_usage(existing).free, rows * each
     if not needed or needed < min(WORTH_SAYING, free / 2):

@@ -20,6 +20,7 @@ from packvit.corpus import UsageError
 from packvit.corpus.folder.layout import claim, read_manifest, writing
 from packvit.corpus.folder.names import DATA, EXPORTS, LOCK, MARK
 from packvit.corpus.folder.ownership import find_foreign, own_files
+from packvit.corpus.folder.stores import Folder, StorePath
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, fcntl.h and fs.h
 CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
@@ -118,11 +119,13 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), str(second))
 
 
-def restore(folder: Path) -> None:
+def restore(folder: Folder) -> None:
     """Rename the new folder if a kill has left none in its place; or else the old one.
 
     Raises: WriteError.
     """
+    if isinstance(folder, StorePath):
+        return  # which has no updates
     new, old = new_of(folder), old_of(folder)
     if os.path.lexists(folder) or not old.is_dir():
         return
@@ -130,11 +133,13 @@ def restore(folder: Path) -> None:
         rename_flushed(new if is_finished(new) else old, folder)
 
 
-def clean(folder: Path) -> None:
+def clean(folder: Folder) -> None:
     """Remove what a finished update leaves beside a folder, and the mark in it.
 
     Raises: UsageError if something else has the name of ours; WriteError.
     """
+    if isinstance(folder, StorePath):
+        return
     new, old = new_of(folder), old_of(folder)
     for path in (old, new):
         if path.is_dir() and not path.is_symlink() and not (path / MARK).is_file():

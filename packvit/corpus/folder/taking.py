@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +11,7 @@ from packvit.corpus.folder.known import Reuse, find_place, open_index
 from packvit.corpus.folder.layout import reading
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.rows import Row
+from packvit.corpus.folder.stores import find_folder
 
 PARTS_KEPT = 2  # in memory, of those that were read last
 
@@ -33,7 +33,7 @@ class Taker:
 
     def __init__(self, reuse: Reuse, outputs: Outputs) -> None:
         self.index = open_index(reuse.index)
-        self.folders = [Path(folder) for folder in reuse.folders]
+        self.folders = [find_folder(folder) for folder in reuse.folders]
         self.outputs = outputs
         self.load = lru_cache(maxsize=PARTS_KEPT)(self.read)
 

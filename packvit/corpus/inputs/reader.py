@@ -18,8 +18,9 @@ from packvit.corpus.inputs.zip_directory import find_directory
 from packvit.images.errors import ImageError
 from packvit.images.files import MAX_BYTES, find_file
 
-# The package that fsspec needs for a protocol.
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "http": "'packvit[http]'"}
+# The extra that brings what fsspec needs for a protocol.
+PACKAGES = {"s3": "'packvit[s3]'", "gs": "'packvit[gs]'", "az": "'packvit[az]'"}
+PACKAGES |= {"http": "'packvit[http]'"}
 PACKAGES["https"] = PACKAGES["http"]
 MOST_WHOLE = limits.MOST_UNDECLARED  # of an answer that fsspec reads whole: a part of a file
 GONE = (404, 410)  # HTTP statuses for what does not exist

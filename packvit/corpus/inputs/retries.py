@@ -27,6 +27,13 @@ CUT = frozenset(
         "ReadError",
         "ReadTimeout",
         "ConnectTimeout",
+        # Of botocore and azure.
+        "EndpointConnectionError",
+        "ConnectionClosedError",
+        "IncompleteReadError",
+        "ResponseStreamingError",
+        "ServiceRequestError",
+        "ServiceResponseError",
     )
 )
 
@@ -121,8 +128,13 @@ def retry_after(error: BaseException) -> float | None:
 
 
 def find_status(error: BaseException | None) -> int | None:
-    """Return the HTTP status in an exception of aiohttp or the hub, or None."""
-    status = getattr(error, "status", None)
-    if status is None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+    """Return the HTTP status in an exception of aiohttp, the hub or an object store, or None."""
+    for name in ("status", "status_code", "code"):  # aiohttp warns of whoever asks for its code
+        if isinstance(status := getattr(error, name, None), int):
+            return status
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        status = getattr(response, "status_code", None)
     return status if isinstance(status, int) else None

@@ -13,16 +13,17 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from packvit.atomic import temporary_name
 from packvit.corpus import EmbedderError, UsageError
 from packvit.corpus.encode.context import EmbedContext, make_context
 from packvit.corpus.encode.shard import embed_shards
-from packvit.corpus.folder.layout import Commit, writing
+from packvit.corpus.folder.layout import Commit, building
 from packvit.corpus.folder.names import SPOOL, part_name
 from packvit.corpus.folder.ownership import remove_left_over
+from packvit.corpus.folder.reuse import name_fully
+from packvit.corpus.folder.stores import Folder, find_folder
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
 from packvit.gpu.nvjpeg import ask_for_queues
@@ -127,7 +128,7 @@ def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
     workers = min(job.options.workers, max(1, cpus // actors))  # Ray does not count these
     job = replace(
         job,
-        folder=os.path.abspath(job.folder),
+        folder=name_fully(find_folder(job.folder)),
         options=replace(job.options, workers=workers),
         embedders=actors,
     )
@@ -167,7 +168,7 @@ def spool(work: Work) -> tuple[list[int], list[dict[str, int]]]:
     """
     numbers, places = [], []
     path = spool_path(work.folder)
-    with writing(path), path.open("wb") as file:
+    with building(path) as local, local.open("wb") as file:
         for shard in work.shards:
             size = file.write(pickle.dumps(shard))
             places.append({"start": file.tell() - size, "bytes": size})
@@ -175,7 +176,7 @@ def spool(work: Work) -> tuple[list[int], list[dict[str, int]]]:
     return numbers, places
 
 
-def spool_path(folder: Path) -> Path:
+def spool_path(folder: Folder) -> Folder:
     """Return the path of the file of spooled shards."""
     return folder / temporary_name(SPOOL)
 
@@ -214,17 +215,17 @@ class ShardActor:
             assert self.failure
             return self.failure
         try:
-            with spool_path(Path(self.job.folder)).open("rb") as file:
+            with spool_path(find_folder(self.job.folder)).open("rb") as file:
                 file.seek(start)
                 shard = pickle.loads(file.read(size))
-            attempt = begin_attempt(Path(self.job.folder), shard.number)
+            attempt = begin_attempt(find_folder(self.job.folder), shard.number)
             (part,) = embed_shards(self.context, [shard], lambda rows: None, self.stager.effort)
             return self.stager.stage(part, attempt=attempt)
         except Exception as error:
             return portable(error)
 
 
-def begin_attempt(folder: Path, number: int) -> str:
+def begin_attempt(folder: Folder, number: int) -> str:
     """Create the temporary file of an attempt at a part, and return the attempt's name.
 
     The files of attempts that died remain, which limits their number: Ray itself retries without

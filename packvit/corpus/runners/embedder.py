@@ -8,16 +8,16 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from packvit.checkpoints.errors import CheckpointError
 from packvit.config import GridPolicy, LoadOptions
-from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
+from packvit.corpus import DecoderError, EmbedderError, StoreError, UsageError, WriteError
 from packvit.corpus.encode.filling import Part
 from packvit.corpus.folder.layout import Staged, stage
 from packvit.corpus.folder.resume import differences
 from packvit.corpus.folder.rows import Row
+from packvit.corpus.folder.stores import find_folder
 from packvit.corpus.loading import load_encoder
 from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Effort
@@ -25,7 +25,10 @@ from packvit.corpus.settings import EmbedOptions, ModelChoice
 from packvit.encoder import Encoder
 
 # Errors whose message is for the user.
-FOR_USERS = (UsageError, WriteError, EmbedderError, DecoderError, CheckpointError, ImportError)
+FOR_USERS = (
+    *(UsageError, WriteError, StoreError, EmbedderError, DecoderError),
+    *(CheckpointError, ImportError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,10 @@ class Stager:
         Raises: WriteError if it cannot be written.
         """
         start, number = time.perf_counter(), part.shard.number
-        folder = Path(self.job.folder)
-        staged = stage(folder, number, part.table(), attempt=attempt, halved=part.halved)
+        folder, replaces = find_folder(self.job.folder), part.shard.written is not None
+        staged = stage(
+            folder, number, part.table(), attempt=attempt, halved=part.halved, replaces=replaces
+        )
         self.effort.writing += time.perf_counter() - start
         now = replace(self.effort)
         spent, self.reported = now.since(self.reported, self.job.embedders), now

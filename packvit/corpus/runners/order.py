@@ -4,10 +4,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from packvit.corpus.encode.filling import Shard, Watch
 from packvit.corpus.folder.layout import Commit, enter
+from packvit.corpus.folder.stores import Folder
 from packvit.corpus.progress import Effort
 from packvit.corpus.runners.embedder import Finished
 
@@ -20,7 +20,7 @@ class Work:
 
     shards: Iterable[Shard]
     count: int  # of the shards
-    folder: Path
+    folder: Folder
     last_kept: int  # the highest part number in the log already, or -1
     watch: Watch
     effort: Effort

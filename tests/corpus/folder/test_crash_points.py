@@ -31,6 +31,7 @@ pytestmark = pytest.mark.soak
 INPUTS, PARTS = 130, 3  # 64 inputs a part, since tokens are written
 CHANGING = "openat,mkdir,write,pwrite64,fsync,rename,renameat2,ftruncate,unlink,rmdir"
 FAULTS = ("signal=KILL", "error=ENOSPC", "error=EIO")
+TIDYING = 4  # calls of any command that only tidy up, and may fail
 TRACED = re.compile(r"(\d+) +(\w+)\((.*)")
 
 # Runs `packvit` in a fork, since importing torch takes longer than a whole job, and lets strace
@@ -221,7 +222,7 @@ def meet(
         assert contents(out) == contents(expected), point
         assert root == out or sorted(path.name for path in root.iterdir()) == ["out"], point
     assert not check_folder(out).faults
-    assert met >= 0.9 * len(points)
+    assert len(points) - met <= max(TIDYING, len(points) // 10)
     print(f"{fault}: {met} of {len(points)} points stopped the command")
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from fsspec.registry import _registry as registry
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rotten import write_good
@@ -212,10 +213,11 @@ def test_an_unknown_protocol_is_wrong_use_and_a_missing_package_is_named(
 ):
     with pytest.raises(UsageError, match=r"warp://x\.jpg is not read: warp:// is not an allowed"):
         list_inputs(["warp://x.jpg"])
+    monkeypatch.delitem(registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
     done = CliRunner().invoke(embed, ["s3://bucket/x.jpg", "--out", "out"])
     assert done.exit_code == 1
-    assert "s3://bucket/x.jpg cannot be read: pip install s3fs" in done.stderr
+    assert "s3://bucket/x.jpg cannot be read: pip install 'packvit[s3]'" in done.stderr
     assert "Traceback" not in done.stderr
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     Path("a.txt").write_text("zip://x.jpg::file:///gone.zip\nzip://x.jpg::gs://bucket/x.zip\n")
@@ -224,7 +226,9 @@ def test_an_unknown_protocol_is_wrong_use_and_a_missing_package_is_named(
         ("zip://*.jpg::gs://b/x.zip", []),
         ("", ["a.txt"]),
     ):
-        with pytest.raises(ImportError, match=r"gs://.* cannot be read: pip install gcsfs$"):
+        with pytest.raises(
+            ImportError, match=r"gs://.* cannot be read: pip install 'packvit\[gs\]'$"
+        ):
             list_inputs([path] if path else [], lists)
 
 
