@@ -31,8 +31,10 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5MoeVisionModel,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen4ExpVisionModel,
     SiglipVisionConfig,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
@@ -53,7 +55,7 @@ IMAGE, START, END = 90, 91, 92
 GRID = [(1, 4, 6), (1, 2, 8), (1, 6, 4)]
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomise(model: Any) -> Any:
     """Give every tensor a scale at which it matters."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -318,6 +320,31 @@ def test_adapters_train_on_our_tower_and_come_back_with_it():
     grads = {n: p.grad for n, p in adapted.named_parameters() if "lora_B" in n}
     assert len(grads) == 4 * encoder.config.layers
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_a_tower_that_is_frozen_in_part_is_refused():
+    model, _ = qwen3()
+    model.model.visual.requires_grad_(False)
+    model.model.visual.merger.requires_grad_(True)
+    with pytest.raises(ValueError, match="frozen in part"):
+        packvit.replace_tower(model)
+    model.model.visual.merger.requires_grad_(False)
+    encoder = packvit.replace_tower(model)
+    assert not any(weight.requires_grad for weight in encoder.parameters())
+
+
+@pytest.mark.parametrize("kind", [Qwen3_5MoeVisionModel, Qwen4ExpVisionModel])
+def test_towers_of_qwen3_vl_s_other_successors_give_the_same_tokens(kind: Any):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2}
+    own = {"out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}
+    model = randomise(nn.ModuleDict({"visual": kind(kind.config_class(**sizes, **own))}))
+    asked = asked_of_qwen()
+    given = {"hidden_states": asked["pixel_values"], "grid_thw": asked["image_grid_thw"]}
+    with torch.inference_mode():
+        before = model["visual"](**given).pooler_output
+        packvit.replace_tower(model)
+        after = model["visual"](**given).pooler_output
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_a_tower_of_ours_is_one_sentence():
