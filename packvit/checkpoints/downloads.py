@@ -110,12 +110,18 @@ def download_part(name: str, snapshot: Path, part: Part, config: Mapping[str, An
         ):
             return None
         chosen = choose_from_shards(request, weight_map, names)
-    folder.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder / ".lock"):
-        if not (folder / WEIGHTS).is_file():
-            found = {file: snapshot / file for file in (CONFIG, PREPROCESSOR, PROCESSOR)}
-            write_texts(folder, {file: path for file, path in found.items() if path.is_file()})
-            fetch_tensors(request, chosen, folder / WEIGHTS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(folder / ".lock"):
+            if not (folder / WEIGHTS).is_file():
+                found = {file: snapshot / file for file in (CONFIG, PREPROCESSOR, PROCESSOR)}
+                write_texts(folder, {file: path for file, path in found.items() if path.is_file()})
+                fetch_tensors(request, chosen, folder / WEIGHTS)
+    except OSError as error:
+        raise CheckpointError(
+            f"{name!r} cannot be written to {folder}: {error.strerror or error}. Free the disk, or "
+            "set HF_HOME or HF_HUB_CACHE so that the folder around the cache can be written to."
+        ) from error
     return folder
 
 

@@ -165,32 +165,26 @@ def runs(chosen: Sequence[tuple[str, Place]], done: int) -> Iterator[tuple[str, 
 def fetch_tensors(request: Request, chosen: Sequence[tuple[str, Place]], target: Path) -> None:
     """Write the tensors to the safetensors file `target`, continuing an interrupted download.
 
-    Raises: CheckpointError if the hub answers with other bytes than asked for, or the disk is full.
+    Raises: CheckpointError if the hub answers with other bytes than asked for; OSError.
     """
     partial = target.with_name(f"{target.name}.incomplete")
     header = encode_header(chosen)
-    try:
-        with partial.open("a+b") as file:
-            file.seek(0)
-            if file.read(len(header)) != header:
-                file.truncate(0)
-                file.write(header)
-            file.seek(0, os.SEEK_END)
-            for name, start, end in runs(chosen, file.tell() - len(header)):
-                found = request(name, start, end)
-                if found is None or len(found[0]) != end - start:
-                    raise CheckpointError(
-                        f"The hub answered with {len(found[0]) if found else 0} bytes of {name} "
-                        f"for {end - start}. Run the same command to continue."
-                    )
-                file.write(found[0])
-        sync(partial)
-        rename_flushed(partial, target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written: {error.strerror}. Free the disk, or set HF_HOME to a "
-            "folder on another one."
-        ) from error
+    with partial.open("a+b") as file:
+        file.seek(0)
+        if file.read(len(header)) != header:
+            file.truncate(0)
+            file.write(header)
+        file.seek(0, os.SEEK_END)
+        for name, start, end in runs(chosen, file.tell() - len(header)):
+            found = request(name, start, end)
+            if found is None or len(found[0]) != end - start:
+                raise CheckpointError(
+                    f"The hub answered with {len(found[0]) if found else 0} bytes of {name} "
+                    f"for {end - start}. Run the same command to continue."
+                )
+            file.write(found[0])
+    sync(partial)
+    rename_flushed(partial, target)
 
 
 def write_texts(folder: Path, texts: Mapping[str, Path]) -> None:

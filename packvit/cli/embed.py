@@ -329,7 +329,10 @@ def launch(
         from packvit.gpu.nvjpeg import ask_for_queues  # imports numpy
 
         ask_for_queues()  # which they inherit
-    return Launched(processes)
+    try:
+        return Launched(processes)
+    except EmbedderError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @contextmanager

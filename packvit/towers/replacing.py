@@ -39,7 +39,8 @@ def replace_tower(model: nn.Module) -> Encoder:
     or the last one, as LLaVA, LLaVA-NeXT, LLaVA-OneVision, VipLLaVA, Aya Vision, PaliGemma and
     Gemma 3 do. The tokens that the language model reads are the reference's, to rounding.
 
-    Raises: ValueError where there is no such tower, or more than one; CheckpointError.
+    Raises: ValueError where there is no such tower, or more than one, or one that is frozen in
+    part; CheckpointError.
     """
     held = slots(model)
     if any(isinstance(slot.module, TowerInPlace) for slot in held):
@@ -54,13 +55,20 @@ def replace_tower(model: nn.Module) -> Encoder:
     tower: Any = slot.module
     kind = KINDS[type(tower).__name__]
     kind.check(model)
+    trained = {weight.requires_grad for weight in tower.parameters()}
+    if len(trained) > 1:
+        raise ValueError(
+            "The model's vision tower is frozen in part, and ours names and joins its weights "
+            "otherwise. Freeze all of it or nothing, and choose among the encoder's parameters "
+            "after this."
+        )
     encoder = family.from_transformers(
         tower,
         patch_order="chw",
         positions="interpolate" if family.family.reference.interpolates else "checkpoint",
     )
     encoder.train(tower.training)
-    encoder.requires_grad_(any(weight.requires_grad for weight in tower.parameters()))
+    encoder.requires_grad_(trained.pop())
     setattr(slot.parent, slot.name, kind(encoder, tower))
     return encoder
 

@@ -150,6 +150,14 @@ def test_a_download_that_was_cut_off_goes_on_where_it_ended(
     assert sent == headers + 1000
 
 
+def test_a_cache_that_cannot_be_written_is_one_sentence(hub: Hub, tmp_path: Path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "packvit").write_text("in the way")
+    said = load_from(hub, tmp_path / "home")["error"]
+    assert said.startswith(f"'{NAME}' cannot be written to {tmp_path / 'home' / 'packvit'}/")
+    assert ": Not a directory. Free the disk, or set HF_HOME or HF_HUB_CACHE so that" in said
+
+
 def test_a_mirror_without_ranges_sends_whole_files(
     hub: Hub, model: dict[str, bytes], tmp_path: Path
 ):

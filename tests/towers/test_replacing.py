@@ -31,8 +31,10 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5MoeVisionModel,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen4ExpVisionModel,
     SiglipVisionConfig,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
@@ -53,7 +55,7 @@ IMAGE, START, END = 90, 91, 92
 GRID = [(1, 4, 6), (1, 2, 8), (1, 6, 4)]
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomise(model: Any) -> Any:
     """Give every tensor a scale at which it matters."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -159,7 +161,9 @@ def asked_of_pixels(tokens: int) -> dict[str, Tensor]:
 
 def paligemma() -> tuple[Any, dict[str, Tensor]]:
     config = PaliGemmaConfig(
-        vision_config=SiglipVisionConfig(**SIZES, vision_use_head=False, projection_dim=32),
+        vision_config=SiglipVisionConfig(
+            **(SIZES | {"vision_use_head": False, "projection_dim": 32})
+        ),
         text_config=GemmaConfig(**TEXT, head_dim=8),
         image_token_index=IMAGE,
         projection_dim=32,
@@ -171,7 +175,8 @@ def paligemma() -> tuple[Any, dict[str, Tensor]]:
 
 
 def vipllava() -> tuple[Any, dict[str, Tensor]]:
-    config = VipLlavaConfig(
+    kind: Any = VipLlavaConfig
+    config = kind(
         vision_config=CLIPVisionConfig(**SIZES),
         text_config=LlamaConfig(**TEXT),
         image_token_index=IMAGE,
@@ -317,6 +322,31 @@ def test_adapters_train_on_our_tower_and_come_back_with_it():
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
 
 
+def test_a_tower_that_is_frozen_in_part_is_refused():
+    model, _ = qwen3()
+    model.model.visual.requires_grad_(False)
+    model.model.visual.merger.requires_grad_(True)
+    with pytest.raises(ValueError, match="frozen in part"):
+        packvit.replace_tower(model)
+    model.model.visual.merger.requires_grad_(False)
+    encoder = packvit.replace_tower(model)
+    assert not any(weight.requires_grad for weight in encoder.parameters())
+
+
+@pytest.mark.parametrize("kind", [Qwen3_5MoeVisionModel, Qwen4ExpVisionModel])
+def test_towers_of_qwen3_vl_s_other_successors_give_the_same_tokens(kind: Any):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2}
+    own = {"out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}
+    model = randomise(nn.ModuleDict({"visual": kind(kind.config_class(**sizes, **own))}))
+    asked = asked_of_qwen()
+    given = {"hidden_states": asked["pixel_values"], "grid_thw": asked["image_grid_thw"]}
+    with torch.inference_mode():
+        before = model["visual"](**given).pooler_output
+        packvit.replace_tower(model)
+        after = model["visual"](**given).pooler_output
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_without_a_tower_of_ours_is_one_sentence():
     with pytest.raises(ValueError, match="Linear holds 0 vision towers that packvit runs"):
         packvit.replace_tower(nn.Linear(2, 2))
@@ -354,7 +384,8 @@ SUCCESSORS = [
 @pytest.mark.parametrize(("module", "name"), SUCCESSORS)
 def test_the_towers_of_qwens_successors_answer_as_before(module: str, name: str):
     kind: Any = getattr(import_module(f"transformers.models.{module}.modeling_{module}"), name)
-    entries = {"hidden_size": 32, "intermediate_size": 64, "depth": 3, "num_heads": 2}
+    entries: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "depth": 3}
+    entries |= {"num_heads": 2}
     entries |= {"out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}
     if "deepstack_visual_indexes" in kind.config_class().to_dict():
         entries["deepstack_visual_indexes"] = [0, 1]
@@ -367,7 +398,7 @@ def test_the_towers_of_qwens_successors_answer_as_before(module: str, name: str)
         patches = given["hidden_states"].clone().requires_grad_()
         out = model["visual"](patches, given["grid_thw"])
         parts = [out.pooler_output, *(out.get("deepstack_features") or [])]
-        sum((part * weight[: len(part)]).sum() for part in parts).backward()
+        torch.stack([(part * weight[: len(part)]).sum() for part in parts]).sum().backward()
         assert patches.grad is not None
         return torch.cat(parts).detach(), patches.grad
 

@@ -7,6 +7,7 @@ resumes becomes a row `missing`, and the job goes on.
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -57,7 +58,7 @@ def remove_inputs(folder: Folder) -> None:
 def read_inputs(path: Folder) -> Iterator[tuple[str, str | None, list[Any]]]:
     """Yield the ids, local paths and kept values that `write_inputs` wrote.
 
-    Raises: OSError, EOFError or ValueError if the file is damaged.
+    Raises: OSError, EOFError, zlib.error or ValueError if the file is damaged.
     """
     with open_own(path) as packed, gzip.open(packed) as file:
         while line := file.readline(MOST_LINE):
@@ -71,7 +72,9 @@ def is_whole(path: Folder, digest: str) -> bool:
     try:
         for name, *_ in read_inputs(path):
             ids.update(name.encode() + b"\0")
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, EOFError, zlib.error):
+        return False
+    except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or not ours
         return False
     return ids.hexdigest() == digest
 

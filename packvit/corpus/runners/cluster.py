@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -195,7 +195,8 @@ class ShardActor:
         self.context: EmbedContext | None = None
         self.failure: Exception | None = None
         try:
-            os.chdir(working)  # relative paths start there
+            with shared(working):
+                os.chdir(working)  # relative paths start there
             if job.options.decode == "gpu":
                 ask_for_queues()  # processes of this host inherit what the job asked for
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -215,14 +216,28 @@ class ShardActor:
             assert self.failure
             return self.failure
         try:
-            with spool_path(find_folder(self.job.folder)).open("rb") as file:
-                file.seek(start)
-                shard = pickle.loads(file.read(size))
-            attempt = begin_attempt(find_folder(self.job.folder), shard.number)
+            with shared(self.job.folder):
+                with spool_path(find_folder(self.job.folder)).open("rb") as file:
+                    file.seek(start)
+                    shard = pickle.loads(file.read(size))
+                attempt = begin_attempt(find_folder(self.job.folder), shard.number)
             (part,) = embed_shards(self.context, [shard], lambda rows: None, self.stager.effort)
             return self.stager.stage(part, attempt=attempt)
         except Exception as error:
             return portable(error)
+
+
+@contextmanager
+def shared(folder: str) -> Iterator[None]:
+    """Turn an OSError about a folder that all nodes must share into a message for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise EmbedderError(
+            f"{folder} cannot be used on {socket.gethostname()}: {error.strerror}. All nodes of "
+            "the cluster need the job's folder, its photographs and the working folder under the "
+            "same paths: put them on a file system that they share."
+        ) from error
 
 
 def begin_attempt(folder: Folder, number: int) -> str:

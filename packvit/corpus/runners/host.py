@@ -182,7 +182,7 @@ class Pool:
         """Handle an embedder's next message, or its death."""
         try:
             message = embedder.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: it died in the middle of a message
             self.replace(embedder)
             return
         if isinstance(message, Exception):
@@ -303,5 +303,5 @@ def receive(connection: Connection, messages: SimpleQueue[Any]) -> None:
     try:
         while True:
             messages.put(connection.recv())
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # OSError: the parent died in the middle of a message
         os._exit(0)

@@ -400,6 +400,21 @@ def test_an_input_that_is_removed_before_the_job_resumes_is_a_row(
     assert contents(out) == again
 
 
+def test_a_job_whose_list_of_inputs_is_damaged_is_resumed(
+    halfway: tuple[Path, Path], encoder: Encoder
+):
+    photos, out = halfway
+    (photos / "010.jpg").rename(photos / "010a.jpg")
+    path = out / "_inputs.jsonl.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + b"\xff" * 20 + whole[60:])
+    with pytest.raises(UsageError, match="holds the features of another job"):
+        embed(photos, out=out, model=encoder)
+    (photos / "010a.jpg").rename(photos / "010.jpg")
+    done = embed(photos, out=out, model=encoder)
+    assert (done.rows, done.errors, done.kept_rows) == (INPUTS, {"unidentified": 3}, 128)
+
+
 def test_a_finished_job_with_rows_of_missing_inputs_is_finished(
     halfway: tuple[Path, Path], encoder: Encoder
 ):

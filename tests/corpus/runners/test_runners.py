@@ -1,8 +1,10 @@
 """Shards embedded in other processes end as the bytes that one process writes, whatever dies."""
 
 import os
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -28,11 +30,12 @@ from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.job import embed
 from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Progress, Shares
+from packvit.corpus.runners.cluster import ShardActor
 from packvit.corpus.runners.embedder import Job, load_alike
-from packvit.corpus.runners.host import Pool
-from packvit.corpus.runners.launching import Launched, Started
+from packvit.corpus.runners.host import Loading, Pool
+from packvit.corpus.runners.launching import Launched, Started, start
 from packvit.corpus.runners.order import Sequencer
-from packvit.corpus.settings import EmbedOptions, choose_rows
+from packvit.corpus.settings import EmbedOptions, ModelChoice, choose_rows
 from packvit.encoder import Encoder
 
 INPUTS, PARTS = 640, 10  # 64 inputs a part, since tokens are written
@@ -241,6 +244,47 @@ def test_processes_started_ahead_end_with_a_command_that_does_not_use_them():
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
 
 
+def test_a_process_ends_with_a_parent_that_died_in_the_middle_of_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "torch.py").write_text("open('imported', 'w')")  # of the user, and not for us
+    monkeypatch.chdir(tmp_path)
+    started = start()
+    os.write(started.connection.fileno(), struct.pack("!i", 1000) + b"half of it")
+    started.connection.close()
+    try:
+        assert started.process.wait(DEADLINE) == 0
+    finally:
+        started.process.kill()
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_process_that_died_in_the_middle_of_a_message_is_replaced():
+    connection, its = Pipe()
+    os.write(its.fileno(), struct.pack("!i", 1000) + b"half of it")
+    its.close()
+    pool = Pool([Started(subprocess.Popen(["false"]), connection)])
+    try:
+        pool.loadings.append(Loading(ModelChoice(), EmbedOptions(), 1))
+        pool.await_messages(Sequencer())
+        assert [each.process.poll() for each in pool.embedders.values()] == [None]
+    finally:
+        pool.close()
+
+
+def test_more_processes_than_the_system_starts_are_refused_and_none_is_left():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptor = os.dup(0)  # the lowest that is free
+    os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 7, limits[1]))  # enough for one
+    try:
+        with pytest.raises(EmbedderError, match=r"started: Too many open files\. Ask for fewer"):
+            Launched(9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert ours() == []
+
+
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_no_process_is_left_with_much_more_than_its_share_of_a_job(processes: int):
     for inputs in (2_000, 4_000, 8_000, 16_000, 24_000, 100_000):
@@ -388,6 +432,24 @@ def test_actors_on_ray_write_the_bytes_of_one_process_though_one_is_killed(
     assert job.returncode == 3, said  # one input is no image
     assert committed < PARTS, "the job ended before an actor was killed"
     assert contents(out) == undisturbed
+
+
+def test_an_actor_whose_node_does_not_share_the_folders_says_so(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = EmbedOptions(workers=1)
+    encoder = packvit.load(checkpoint, device="cpu")
+    assert encoder.checkpoint
+    described = describe_job(encoder, encoder.checkpoint.sha256(), options)
+    job = Job(str(tmp_path / "elsewhere"), options, described, "checkpoint", str(checkpoint))
+    for working in (tmp_path / "nowhere", tmp_path):
+        monkeypatch.chdir(tmp_path)  # where it was is restored
+        actor = ShardActor(job, str(working))
+        found = actor.embed(0, 1)
+        assert isinstance(found, EmbedderError)
+        assert "No such file or directory. All nodes of the cluster need" in str(found)
+        if actor.context:
+            actor.context.decoders.workers.end()
 
 
 @pytest.mark.soak
