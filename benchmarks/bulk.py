@@ -142,7 +142,8 @@ class Job:
             return found | {"error": lines[-1][:200] if lines else ""}
         self.watching.join()
         spent = {"cpu_seconds": sum(self.spent.values())}
-        return found | spent | json.loads(said.splitlines()[-1])
+        own = [line for line in said.splitlines() if line.startswith("{")]  # Ray prints more
+        return found | spent | json.loads(own[-1])
 
     def await_rows(self, seconds: float) -> None:
         """Wait until the job has written some rows, or for so many seconds."""

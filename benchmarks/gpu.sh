@@ -23,6 +23,9 @@ python3 -m packvit bench --workload native --out "$out/native"
 python3 -m packvit bench --workload all --json "$out/bench-aimv2-large-workloads.json"
 python3 -m benchmarks.decoding > "$out/decoding-gpu.json"
 python3 -m benchmarks.feeding > "$out/feeding-gpu.json"
+for what in small large; do
+    python3 -m benchmarks.bulk "$what" --few 64 --many 2112 > "$out/bulk-$what-gpu.json"
+done
 python3 -m packvit info --json > "$out/info-gpu.json"
 python3 -m demo.photographs | xargs python3 -m packvit embed --out /tmp/demo-features --json \
     | tee "$out/embed-gpu.json"

@@ -47,18 +47,25 @@ def speed_table(report: dict[str, Any]) -> str:
             continue
         rate, spent = found["images_per_second"], found["cpu_seconds_per_image"]
         rows.append((name, f"{rate:.2f}", f"{spent:.3f}", f"{found['start_seconds']:.0f} s"))
-    good = {name: each for name, each in report["results"].items() if "error" not in each}
-    peers = [each for name, each in good.items() if name != OURS]
-    words = ""
-    if OURS in good and peers:
-        faster = good[OURS]["images_per_second"] / max(p["images_per_second"] for p in peers)
-        least = min(each["cpu_seconds_per_image"] for each in peers)
-        less = least / good[OURS]["cpu_seconds_per_image"]
-        words = (
-            f"packvit is {faster:.2f} times the best other; by CPU seconds {less:.2f} times.\n\n"
-        )
+    words = compare(report, "cpu_seconds_per_image", "By CPU seconds")
+    if report["load_before"] > report["cpus"]:
+        words += "The machine was busy, so rates cannot be compared.\n\n"
+    else:
+        words = compare(report, "images_per_second", "By images a second") + words
     head = ("job", "images/s", "CPU seconds an image", "few photographs, start and end")
     return f"{describe(report)}\n{words}{as_table(head, rows)}"
+
+
+def compare(report: dict[str, Any], field: str, by: str) -> str:
+    """Return how many times as fast the better of our jobs is as the best other."""
+    fast: dict[bool, list[float]] = {True: [], False: []}
+    for name, found in report["results"].items():
+        if "error" not in found:
+            value = found[field] if field == "images_per_second" else 1 / found[field]
+            fast[name.startswith(OURS)].append(value)
+    if not all(fast.values()):
+        return ""
+    return f"{by}, packvit is {max(fast[True]) / max(fast[False]):.2f} times the best other.\n\n"
 
 
 def faults_table(report: dict[str, Any]) -> str:
