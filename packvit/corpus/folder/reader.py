@@ -130,7 +130,7 @@ def open_finished(folder: Folder) -> dict[str, Any]:
     """
     restore(folder)
     if not folder.is_dir():
-        state = "is not a folder" if os.path.lexists(folder) else "does not exist"
+        state = "is not a folder" if folder.exists() or folder.is_symlink() else "does not exist"
         raise UsageError(f"{folder} {state}. Name a feature folder that `packvit embed` wrote.")
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("format") not in FORMATS:
