@@ -127,5 +127,8 @@ def square(config: Json, name: str, default: int | None = None) -> int:
     """
     value = config.get(name, default)
     if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
-        return entry({name: value[0]}, name, int)
-    return entry(config, name, int, default) or entry({}, name, int)  # 0 is no size
+        value = value[0]
+    size = entry({name: value}, name, int)
+    if size == 0:
+        raise CheckpointError(f'config.json says "{name}": 0, but every size is 1 or more.')
+    return size

@@ -65,7 +65,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     again = {"in_chans": 3, "num_classes": classes}  # which timm itself writes among the arguments
     given = entry({"model_args": {}, **config}, "model_args", dict)
     given = {key: value for key, value in given.items() if again.get(key, ...) != value}
-    made = ARCHITECTURES[name] | given
+    made: dict[str, Any] = ARCHITECTURES[name] | given
     shown = {**IMAGES, **entry({"pretrained_cfg": {}, **config}, "pretrained_cfg", dict)}
     patch, width = square(made, "patch_size"), entry(made, "embed_dim", int)
     pooled = made["global_pool"]

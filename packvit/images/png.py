@@ -29,7 +29,13 @@ def without_large_texts(data: bytes) -> tuple[bytes, bytes, bool]:
         kind, end = data[place + 4 : place + 8], place + 12 + size
         if end > len(data):
             break
-        if kind in TEXTS:
+        if kind in TEXTS and size > PngImagePlugin.MAX_TEXT_MEMORY:
+            told = int.from_bytes(data[end - 4 : end], "big")
+            if zlib.crc32(memoryview(data)[place + 4 : end - 4]) == told:  # without a copy
+                kept.append(data[start:place])
+                start = end
+            missed |= data.startswith((XMP, PROFILE), place + 8)
+        elif kind in TEXTS:
             body = data[place + 8 : end - 4]
             length = unpacked_length(kind, body)
             refused = length is None or memory + length > PngImagePlugin.MAX_TEXT_MEMORY

@@ -50,4 +50,5 @@ def test_no_server_fills_memory(tiny: packvit.Encoder, usual: int, server: str, 
     peak = measure(f"{server}/{name}", tiny, seconds=20.0)
     assert peak.worker - usual < MOST
     assert peak.listing < MOST
-    assert [*peak.statuses] in (["unreadable"], ["timeout"], ["truncated"]), peak.statuses
+    assert peak.statuses
+    assert "ok" not in peak.statuses

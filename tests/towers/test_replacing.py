@@ -161,7 +161,9 @@ def asked_of_pixels(tokens: int) -> dict[str, Tensor]:
 
 def paligemma() -> tuple[Any, dict[str, Tensor]]:
     config = PaliGemmaConfig(
-        vision_config=SiglipVisionConfig(**SIZES, vision_use_head=False, projection_dim=32),
+        vision_config=SiglipVisionConfig(
+            **(SIZES | {"vision_use_head": False, "projection_dim": 32})
+        ),
         text_config=GemmaConfig(**TEXT, head_dim=8),
         image_token_index=IMAGE,
         projection_dim=32,
@@ -173,7 +175,8 @@ def paligemma() -> tuple[Any, dict[str, Tensor]]:
 
 
 def vipllava() -> tuple[Any, dict[str, Tensor]]:
-    config = VipLlavaConfig(
+    kind: Any = VipLlavaConfig
+    config = kind(
         vision_config=CLIPVisionConfig(**SIZES),
         text_config=LlamaConfig(**TEXT),
         image_token_index=IMAGE,
@@ -381,7 +384,8 @@ SUCCESSORS = [
 @pytest.mark.parametrize(("module", "name"), SUCCESSORS)
 def test_the_towers_of_qwens_successors_answer_as_before(module: str, name: str):
     kind: Any = getattr(import_module(f"transformers.models.{module}.modeling_{module}"), name)
-    entries = {"hidden_size": 32, "intermediate_size": 64, "depth": 3, "num_heads": 2}
+    entries: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "depth": 3}
+    entries |= {"num_heads": 2}
     entries |= {"out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}
     if "deepstack_visual_indexes" in kind.config_class().to_dict():
         entries["deepstack_visual_indexes"] = [0, 1]
@@ -394,7 +398,7 @@ def test_the_towers_of_qwens_successors_answer_as_before(module: str, name: str)
         patches = given["hidden_states"].clone().requires_grad_()
         out = model["visual"](patches, given["grid_thw"])
         parts = [out.pooler_output, *(out.get("deepstack_features") or [])]
-        sum((part * weight[: len(part)]).sum() for part in parts).backward()
+        torch.stack([(part * weight[: len(part)]).sum() for part in parts]).sum().backward()
         assert patches.grad is not None
         return torch.cat(parts).detach(), patches.grad
 

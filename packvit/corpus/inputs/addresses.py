@@ -6,6 +6,7 @@ So only listed protocols are allowed, for each link of a chained URL.
 
 import os
 import re
+from urllib.parse import unquote
 
 from packvit.corpus import UsageError
 
@@ -13,13 +14,18 @@ ALLOWED = ("http", "https", "s3", "gs", "az", "hf", "file", "zip")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://", re.ASCII)
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9+_-]*", re.ASCII)
 IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+", re.ASCII)
-USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)@", re.ASCII)
+# Up to the host; a password may hold a slash that is not escaped, but a port is a number.
+USER = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*|[^/?#@:]+:(?!:|[0-9]*[/?#])[^@\s]*)@", re.ASCII
+)
 NO_USER = ("hf", "file", "zip")  # an @ there is part of a name
-PARAMETERS = re.compile(r"([?#])([^?#]*?)(?=::|[?#]|$)", re.DOTALL)
+PARAMETERS = re.compile(r"([?#]|(?<=[^&?#]);(?=[\w-]+=))([^?#]*?)(?=::|[?#]|$)", re.DOTALL)
+PART = re.compile(r"(&(?:amp;)?|;)")
 # Parameters that let whoever has them in, and those of S3, Google, Azure, CloudFront and others
 # that a signature brings and that change with it. Names are compared in lower case.
 SECRET = re.compile(
-    r".*(signature|token|secret|passw|credential|apikey|access[-_]?key|jwt).*|.*[-_]?authorization"
+    r".*(signature|token|secret|passw|passphrase|credential|apikey|access[-_]?key|auth[-_]?key|jwt).*"
+    r"|.*[-_]?authorization|bearer|pass|md5|.*session[-_]?id"
     r"|(.*[-_])?(auth|key|sig|sign|session|sessionid|pwd|hmac)|x-(amz|goog|oss|cos|obs|tos|bz|ms)-.*"
     r"|hdnea|hdnts|sas|googleaccessid|key-pair-id"
 )
@@ -86,16 +92,17 @@ def spell_user(found: re.Match[str]) -> str:
 def spell_parameters(found: re.Match[str]) -> str:
     """Return a query or fragment without its credentials."""
     mark, text = found.groups()
-    parts = text.split("&")
-    names = [part.partition("=")[0].lower() for part in parts]
+    parts = PART.split(text)  # every other one is what joins them
+    names = [unquote(part).partition("=")[0].strip().lower() for part in parts[::2]]
     if not any(SECRET.fullmatch(name) for name in names):
         return found[0]
     kept = [
-        part
-        for part, name in zip(parts, names, strict=True)
+        (joint, part)
+        for joint, part, name in zip(["", *parts[1::2]], parts[::2], names, strict=True)
         if not (SECRET.fullmatch(name) or BESIDE_SECRET.fullmatch(name))
     ]
-    return mark + "&".join(kept) if kept else ""
+    joined = "".join(joint + part for joint, part in kept)
+    return mark + joined.removeprefix(kept[0][0]) if kept else ""
 
 
 def spell_bytes(path: bytes) -> bytes:

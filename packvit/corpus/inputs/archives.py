@@ -42,13 +42,15 @@ def list_parquet(path: str, column: str, keeping: Keeping) -> Iterator[ArchiveEn
             fields = {}
             if kind is not None and pa.types.is_struct(kind):
                 fields = {field.name: field.type for field in kind}
-            if not is_bytes(fields.get("bytes", kind)):
+            held = "bytes" if is_bytes(fields.get("bytes")) else "path"
+            found = fields.get(held) if fields else kind
+            if not (is_bytes(found) or is_text(found)):
                 raise UsageError(
-                    f'{spell(path)} has no column "{column}" that holds the bytes of images, alone '
-                    f"or beside their path. It has: {describe_columns(schema)}. Name one with "
+                    f'{spell(path)} has no column "{column}" that holds the bytes of images, their '
+                    f"paths, or both. It has: {describe_columns(schema)}. Name one with "
                     "--image-column; for a list of paths, give the file with --list."
                 )
-            place = f"{column}.bytes" if fields else column
+            place = f"{column}.{held}" if fields else column
             columns = find_kept(path, schema, keeping, (column,))
             check_counts(table.metadata, find_length(file))
             digits = len(str(table.metadata.num_rows - 1))

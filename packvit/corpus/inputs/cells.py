@@ -142,6 +142,8 @@ def is_text(kind: Any) -> bool:
     """Return whether a column holds text, however its writer kept it in memory."""
     import pyarrow as pa
 
+    if kind is None:
+        return False
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return (
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
@@ -156,7 +158,7 @@ def is_bytes(kind: Any) -> bool:
         return False
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     found = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    return found or pa.types.is_binary_view(kind)
+    return found or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def chunks(facts: Any, columns: Sequence[str]) -> list[Any]:

@@ -71,6 +71,16 @@ class Header(tarfile.TarInfo):
             raise ImageError("truncated", "list")
         return header
 
+    def _proc_sparse(self, tarfile: Any) -> Any:
+        """Pass over the map of an old sparse file, which tarfile would keep: it is not read."""
+        _, more, _ = self._sparse_structs  # pyright: ignore # what tarfile itself keeps
+        while more:
+            more = bool(tarfile.fileobj.read(BLOCK)[504])
+        self.sparse: Any = []
+        self.offset_data = tarfile.fileobj.tell()
+        tarfile.offset = self.offset_data + -(-self.size // BLOCK) * BLOCK
+        return self
+
 
 class GlobalRecords(dict[str, str]):
     """The pax records that hold for all members that follow, each of which tarfile gives a copy."""

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from packvit.atomic import temporary_name
-from packvit.corpus import EmbedderError, UsageError
+from packvit.corpus import EmbedderError, UsageError, WriteError
 from packvit.corpus.encode.context import EmbedContext, make_context
 from packvit.corpus.encode.shard import embed_shards
 from packvit.corpus.folder.layout import Commit, building
@@ -232,6 +232,8 @@ def shared(folder: str) -> Iterator[None]:
     """Turn an OSError about a folder that all nodes must share into a message for the user."""
     try:
         yield
+    except WriteError:  # of an object store, whose message is for the user already
+        raise
     except OSError as error:
         raise EmbedderError(
             f"{folder} cannot be used on {socket.gethostname()}: {error.strerror}. All nodes of "

@@ -157,6 +157,23 @@ def test_paths_are_opened_whatever_their_writer_kept_them_in(tmp_path: Path, kin
     assert list(outcome_of(str(tmp_path / "x.parquet")).values()) == [data]
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_column_of_paths_alone_is_opened(tmp_path: Path, alone: bool):  # case V11
+    (tmp_path / "a.png").write_bytes(data := encode(pixels(20, 30), "PNG"))
+    paths = pa.array([str(tmp_path / "a.png"), str(tmp_path / "gone.png")])
+    column = paths if alone else pa.StructArray.from_arrays([paths], ["path"])
+    pq.write_table(pa.table({"image": column}), tmp_path / "x.parquet")
+    assert [*outcome_of(str(tmp_path / "x.parquet")).values()] == [data, "missing"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_images_of_one_length_are_read(tmp_path: Path, nested: bool):  # kind V11
+    images = pa.array([b"one", None, b"two"], pa.binary(3))
+    column = pa.StructArray.from_arrays([images], ["bytes"]) if nested else images
+    pq.write_table(pa.table({"image": column}), tmp_path / "x.parquet")
+    assert outcome_of(str(tmp_path / "x.parquet")) == {"0": b"one", "1": "missing", "2": b"two"}
+
+
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "dictionary"])
 def test_images_are_read_whatever_their_writer_kept_them_in(tmp_path: Path, kind: str):
     images = pa.array([b"one", None, b"two"])

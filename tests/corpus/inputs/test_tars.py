@@ -153,3 +153,18 @@ def test_a_member_that_leaves_its_archive_is_truncated(tmp_path: Path, size: int
     ):
         name = write(tmp_path / f"{number}.tar", archive(["a.jpg"], b"") + lying + END)
         assert outcome_of(name) == {"a": b"a.jpg", "b": "truncated", name: "truncated"}
+
+
+def test_an_old_sparse_file_is_a_row_and_what_follows_is_read(tmp_path: Path):  # kind V4
+    with (tmp_path / "b.jpg").open("wb") as file:
+        for place in range(0, 400 << 12, 2 << 12):  # 200 pieces, more than one block describes
+            file.seek(place)
+            file.write(b"x" * 4096)
+        file.truncate(1 << 30)
+    for name in ("a.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    argv = ["tar", "--sparse", "--format=gnu", "-cf", "x.tar", *names]
+    subprocess.run(argv, cwd=tmp_path, check=True)
+    found = outcome_of(str(tmp_path / "x.tar"))
+    assert found == {"a": b"a.jpg", "b": "unreadable", "c": b"c.jpg"}
