@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from packvit.corpus import UsageError
-from packvit.corpus.folder.layout import building, make_folder
+from packvit.corpus.folder.layout import building
 from packvit.corpus.folder.names import Names
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.resume import find_damage
@@ -69,7 +69,6 @@ def make(folder: Folder, name: str, write: Callable[[BinaryIO], None]) -> dict[s
             size = file.tell()
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        make_folder(path.parent)
     return {"bytes": size, "sha256": digest}
 
 
