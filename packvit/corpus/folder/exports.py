@@ -63,12 +63,11 @@ def export(
 def make(folder: Folder, name: str, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
     """Write a file by `write` and rename it to `name`; return its size and digest."""
     path = folder / name
-    with building(path, beside=folder) as temporary:
-        with temporary.open("w+b") as file:
-            write(file)
-            size = file.tell()
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with building(path, beside=folder) as temporary, temporary.open("w+b") as file:
+        write(file)
+        size = file.tell()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": size, "sha256": digest}
 
 
