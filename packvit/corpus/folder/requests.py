@@ -85,9 +85,9 @@ def explain(url: str, doing: str, error: Exception, passing: str | None, tries: 
     said = ", ".join([*([f"HTTP {status}"] if status else []), *dict.fromkeys(codes)])
     if passing:
         times = f", {tries} times" if tries > 1 else ""
+        again = ": a job resumes after what is committed." if doing == "written" else "."
         return StoreError(
-            f"{url} could not be {doing}: {passing}{times}. Start the same command again: it "
-            "resumes after what is committed.",
+            f"{url} could not be {doing}: {passing}{times}. Start the same command again{again}",
             status,
         )
     names = {type(cause).__name__ for cause in causes(error)}

@@ -334,7 +334,7 @@ def test_search_finds_in_a_store_what_it_finds_on_a_disk(
     found = CliRunner().invoke(cli, ["search", url, photo, "--json"])
     assert json.loads(found.stdout)["queries"][0]["hits"][0]["folder"] == url
     refused = CliRunner().invoke(cli, ["search", url, photo, "--index"])
-    assert (refused.exit_code, "needs a local folder" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "--index needs a local folder" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(("protocol", "package"), STORES.items())
