@@ -161,6 +161,7 @@ def vectors_of(encoder: Any, images: list[Any]) -> np.ndarray:
 
 @pytest.mark.parametrize("head", [True, False])
 def test_embed_gives_one_vector_an_image_in_their_order(head: bool):
+    """W11: README's first example is this call, which keeps no graph of derivatives."""
     encoder = AIMv2Packing.from_transformers(reference.aimv2(is_native=True, use_head=head))
     images = photographs(7)[::-1]
     packs = []
