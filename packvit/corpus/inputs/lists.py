@@ -19,6 +19,7 @@ from packvit.corpus.inputs.cells import is_text
 from packvit.corpus.inputs.kept import Keeping, read_object
 from packvit.corpus.inputs.pages import check_footer
 from packvit.corpus.inputs.reader import open_source
+from packvit.corpus.inputs.suffixes import PHOTOGRAPHS
 from packvit.corpus.inputs.unpacking import find_opener
 from packvit.images.errors import CODES, ImageError
 
@@ -26,6 +27,8 @@ STDIN = "/dev/stdin"  # a list of lines, which a pipe may be
 PIPED = ("-", STDIN, "/dev/fd/0", "/proc/self/fd/0")
 PIECE = 1 << 16  # bytes of a list that are read at once
 MOST_PEEK = 4096  # bytes of a file, to tell a text
+# What would be read as lines of text, and each line be a row.
+NO_LISTS = {*map(os.fsdecode, PHOTOGRAPHS), ".tar", ".zip", ".json", ".xlsx", ".xls", ".ods"}
 ListRow = tuple[bytes, Mapping[str, Any]]  # a path, and the values of columns to keep
 CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
 
@@ -42,8 +45,14 @@ def read_list(path: str, column: str, keeping: Keeping) -> Iterator[tuple[bytes,
         ".csv": read_csv,
         ".tsv": partial(read_csv, delimiter="\t"),
         ".jsonl": read_lines,
+        ".ndjson": read_lines,
         ".parquet": read_parquet,
     }.get(suffix)
+    if suffix in NO_LISTS:
+        raise UsageError(
+            f"{spell(path)} is no list by its suffix. A list is a text with a path on each line, or "
+            "a .csv, .tsv, .jsonl or .parquet file; name a photograph or an archive without --list."
+        )
     number, empty = 0, 0
     try:
         with open_list(path) as file:

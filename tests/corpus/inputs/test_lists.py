@@ -132,6 +132,16 @@ def test_a_list_that_cannot_be_used_is_wrong_use_with_the_columns_there_are(phot
     assert not Path("out").exists()
 
 
+def test_what_is_no_list_by_its_suffix_is_refused_and_no_row_for_each_line(photos: list[str]):
+    """W8"""
+    Path("a.json").write_text(f'["{photos[0]}",\n"{photos[1]}"]')
+    for name in (photos[0], "a.json", "http://localhost/x.XLSX?a=b"):
+        with pytest.raises(UsageError, match=r"is no list by its suffix\. A list is a text with a"):
+            list_inputs([], [name])
+    Path("a.ndjson").write_text(f'{{"path": "{photos[0]}"}}')
+    assert ids(list_inputs([], ["a.ndjson"])) == [photos[0]]
+
+
 def test_a_list_that_is_compressed_is_refused(photos: list[str]):
     """W8"""
     for name in ("a.txt.gz", "a.csv"):
