@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from threading import Thread
@@ -20,9 +21,15 @@ PATCHED = "CUTE_DSL_PTXAS_PATH"  # where this is set, quack's __init__ changes h
 def import_ahead() -> Thread:
     """Import what the first forward on a GPU needs in a thread, and return the thread.
 
-    These imports take 1 s, in which the caller reads weights, which needs little of Python.
+    These imports take 1 s, in which the caller reads weights, which needs little of Python. What
+    cannot be imported is left to the backend that takes it: `packvit info` says why it cannot run.
     """
-    thread = Thread(target=import_kernels, name="packvit-imports", daemon=True)
+
+    def try_to_import() -> None:
+        with suppress(ImportError):
+            import_kernels()
+
+    thread = Thread(target=try_to_import, name="packvit-imports", daemon=True)
     thread.start()
     return thread
 

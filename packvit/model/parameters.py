@@ -10,5 +10,5 @@ def drawn(*shape: int) -> nn.Parameter:
     On the meta device, where encoders are built that are then loaded, nothing is drawn: torch
     would import its compiler for it, in 1 s.
     """
-    values = torch.empty(shape)
-    return nn.Parameter(values if values.is_meta else values.normal_(std=0.02))
+    parameter = nn.Parameter(torch.empty(shape))
+    return parameter if parameter.is_meta else nn.init.normal_(parameter, std=0.02)

@@ -98,7 +98,7 @@ def reaching(bounds: Tensor, least: float) -> tuple[np.ndarray, np.ndarray]:
 
     Rows without any are ruled out by their largest.
     """
-    limit = torch.tensor(least, dtype=bounds.dtype)
+    limit = torch.tensor(least, dtype=bounds.dtype, device="cpu")
     if bounds.dtype == torch.bfloat16:  # positive ones are in the order of their bits
         bounds, limit = bounds.view(torch.int16), limit.view(torch.int16)
     rows = (bounds.amax(dim=1) >= limit).nonzero().flatten()

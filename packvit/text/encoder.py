@@ -56,8 +56,10 @@ def sinusoids(config: TextConfig) -> Float[Tensor, "positions D"]:
     Source: tensor2tensor's, as in transformers 5.17, models/tipsv2.
     """
     half = config.width // 2
-    rates = torch.exp(torch.arange(half).float() * (-math.log(10000) / (half - 1)))
-    angles = torch.arange(config.positions).float()[:, None] * rates
+    frequency = torch.arange(half, dtype=torch.float32, device="cpu")
+    rates = torch.exp(frequency * (-math.log(10000) / (half - 1)))
+    place = torch.arange(config.positions, dtype=torch.float32, device="cpu")
+    angles = place[:, None] * rates
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, config.width % 2))
 
 

@@ -56,7 +56,8 @@ def load_text(
         first = {}
         if config.first_scale is not None and not is_held("logit_scale", layout, checkpoint):
             shapes.pop("logit_scale", None)
-            first = {"logit_scale": torch.tensor([config.first_scale], device=device)}
+            scale = torch.tensor([config.first_scale], dtype=torch.float32, device=device)
+            first = {"logit_scale": scale}
         state = weights.load(
             shapes,
             checkpoint.tensors,
