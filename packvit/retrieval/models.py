@@ -46,9 +46,10 @@ def check_entries(manifest: dict[str, Any], folder: Folder) -> None:
     asked, revision = manifest.get("preprocessing"), manifest.get("revision")
     good = isinstance(manifest.get("model"), str) and isinstance(revision, str | None)
     good = good and manifest.get("positions") in ("checkpoint", "interpolate")
-    good = good and is_count(manifest.get("token_budget"), least=1) and isinstance(asked, dict)
+    good = good and is_count(manifest.get("token_budget"), least=1)
     if not (
         good
+        and isinstance(asked, dict)
         and asked.get("resize") in ("checkpoint", "native", None)
         and is_count(asked.get("max_patches"), least=1)
     ):

@@ -51,7 +51,7 @@ def read_list(path: str, column: str, keeping: Keeping) -> Iterator[tuple[bytes,
     if suffix in NO_LISTS:
         raise UsageError(
             f"{spell(path)} is no list by its suffix. A list is a text with a path on each line, "
-            "or a .csv, .tsv, .jsonl or .parquet file; name a photograph or an archive without --list."
+            "or a .csv, .tsv, .jsonl or .parquet; name photographs and archives without --list."
         )
     number, empty = 0, 0
     try:
