@@ -13,7 +13,7 @@ from typing import Any
 
 from packvit.corpus import UsageError
 from packvit.corpus.inputs import limits
-from packvit.corpus.inputs.addresses import bare, is_url, spell
+from packvit.corpus.inputs.addresses import bare, check_protocols, is_url, spell
 from packvit.corpus.inputs.archives import describe_columns, find_kept, list_values
 from packvit.corpus.inputs.cells import is_text
 from packvit.corpus.inputs.kept import Keeping, read_object
@@ -48,6 +48,8 @@ def read_list(path: str, column: str, keeping: Keeping) -> Iterator[tuple[bytes,
         ".ndjson": read_lines,
         ".parquet": read_parquet,
     }.get(suffix)
+    if is_url(path):
+        check_protocols(path)
     if suffix in NO_LISTS:
         raise UsageError(
             f"{spell(path)} is no list by its suffix. A list is a text with a path on each line, "
