@@ -56,6 +56,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.soak
 def test_who_follows_the_page_has_a_family_that_equals_its_reference(copy: Path):
     assert (copy / FAMILY).read_text() == (ROOT / FAMILY).read_text()
     assert len((copy / FAMILY).read_text().splitlines()) <= 150

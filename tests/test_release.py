@@ -95,6 +95,7 @@ def test_the_wheels_metadata_is_valid_and_says_what_pyproject_says(dist: Path):
     assert set(metadata.provides_extra or ()) == extras()
 
 
+@pytest.mark.soak
 def test_an_installed_wheel_works_away_from_the_checkout(dist: Path, tmp_path: Path):
     """The wheel is installed by pip; its dependencies are those of this environment."""
     fresh = tmp_path / "fresh"

@@ -10,7 +10,8 @@ from packvit.cli.models import explaining, full_name
 from packvit.cli.options import COUNT, device_option, json_option, model_option, width_option
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.names import CURRENT, FIRST
-from packvit.corpus.folder.stores import STORES, find_folder
+from packvit.corpus.folder.requests import STORES
+from packvit.corpus.folder.stores import find_folder
 from packvit.corpus.inputs.addresses import is_url
 
 

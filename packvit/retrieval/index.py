@@ -53,7 +53,7 @@ def search_index(
     """
     if isinstance(vectors.folder, StorePath):
         raise UsageError(
-            f"index needs a local folder, to map it into memory, and {vectors.folder} is in an "
+            f"`index` needs a local folder, to map it into memory, and {vectors.folder} is in an "
             "object store. Copy the folder, or leave `index` out: then search is exact."
         )
     path, facts = (vectors.folder / name for name in names_of(vectors.folder).index(vectors.column))

@@ -131,10 +131,8 @@ def choose_basis(unit: np.ndarray, threshold: float) -> np.ndarray:
             break
         heads, moved = round_heads(make_heads(unseen, directions[:, :size]))
         limit = threshold - slack(moved, size + 1) - HALF_STEP
-        passing = int((heads.float() @ heads.float().T >= limit).sum()) - len(
-            unseen
-        )  # beside itself
-        share = passing / max(1, len(unseen) ** 2)
+        passing = int((heads.float() @ heads.float().T >= limit).sum())
+        share = (passing - len(unseen)) / max(1, len(unseen) ** 2)  # without each beside itself
         work = size + 1 + share * (GATHERED[0] + GATHERED[1] * width)
         if work < least_work:
             best, least_work = size, work

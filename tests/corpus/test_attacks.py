@@ -1,4 +1,4 @@
-"""Acceptance of issue 16: no attack takes a worker, or the process that lists, 500 MiB."""
+"""No attack on memory takes a worker, or the process that lists, 500 MiB."""
 
 from collections.abc import Iterator
 from pathlib import Path

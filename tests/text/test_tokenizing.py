@@ -203,6 +203,7 @@ def test_a_checkpoint_without_a_tokenizer_takes_ids_alone(tmp_path: Path):
         text.embed(["a cat"])
 
 
+@pytest.mark.soak
 def test_the_hubs_tokenizer_comes_from_the_commit_of_the_weights(tmp_path: Path):
     commits = {}
     for commit, seed in (("a" * 40, 0), ("b" * 40, 1)):

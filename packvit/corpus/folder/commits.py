@@ -63,3 +63,8 @@ def decode_commit(line: bytes) -> Commit | None:
     kinds = {"part": str, "sha256": str}
     right = all(type(getattr(entry, f.name)) is kinds.get(f.name, int) for f in fields(Commit))
     return entry if right and line == encode_commit(entry).encode() + b"\n" else None
+
+
+def describe_change(size: int, committed: int) -> str | None:
+    """Return how many bytes there are of how many, as the end of a sentence, or None if all."""
+    return None if size == committed else f"has {size:,} bytes, but {committed:,} were committed"

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from packvit.corpus import UsageError
-from packvit.corpus.folder.layout import building, make_folder
+from packvit.corpus.folder.layout import building
 from packvit.corpus.folder.names import Names
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.resume import find_damage
@@ -63,13 +63,11 @@ def export(
 def make(folder: Folder, name: str, write: Callable[[BinaryIO], None]) -> dict[str, Any]:
     """Write a file by `write` and rename it to `name`; return its size and digest."""
     path = folder / name
-    with building(path, beside=folder) as temporary:
-        with temporary.open("w+b") as file:
-            write(file)
-            size = file.tell()
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        make_folder(path.parent)
+    with building(path, beside=folder) as temporary, temporary.open("w+b") as file:
+        write(file)
+        size = file.tell()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": size, "sha256": digest}
 
 

@@ -194,7 +194,7 @@ def write_own(path: Folder, data: bytes) -> None:
 def building(path: Folder, *, beside: Folder | None = None) -> Iterator[Path]:
     """Yield a temporary path; what is written there takes the place of `path` in one step.
 
-    On a disk it stands in the folder `beside`, or else in that of `path`.
+    On a disk it stands in the folder `beside`, or else in that of `path`, which is made if needed.
     """
     if isinstance(path, StorePath):
         with uploading(path) as local:
@@ -203,6 +203,7 @@ def building(path: Folder, *, beside: Folder | None = None) -> Iterator[Path]:
         assert not isinstance(beside, StorePath)
         with writing(path), replacing(path, beside=beside) as (temporary,):
             yield temporary
+            make_folder(path.parent)
 
 
 def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
@@ -300,11 +301,11 @@ def append_line(path: Path, line: str) -> None:
             raise
 
 
-def make_folder(path: Folder) -> None:
+def make_folder(path: Path) -> None:
     """Create a folder if needed, and flush its name to disk.
 
     Raises: OSError.
     """
-    if isinstance(path, Path) and not path.is_dir():
+    if not path.is_dir():
         path.mkdir()
         sync(path.parent)

@@ -41,15 +41,17 @@ def leased(folder: StorePath) -> Iterator[StorePath]:
     Raises: UsageError if another job holds it; StoreError.
     """
     leases = folder / LEASE
-    found = sorted(leases.names())
-    wait_for_expiry(folder, leases / found[-1]) if found else None
-    number = int(found[-1].partition(".")[0]) + 1 if found else 1
+    found = list(leases.iterdir())
+    number = 1
+    if found:
+        wait_for_expiry(folder, found[-1])
+        number += int(found[-1].name.partition(".")[0])
     lease = Lease(leases / f"{number:05d}.json")
     try:
         lease.path.create(lease.data)
     except FileExistsError as error:
         raise in_use(folder) from error
-    remove_many([leases / name for name in found])
+    remove_many(found)
     renewing = threading.Thread(target=lease.keep, name="packvit-lease", daemon=True)
     renewing.start()
     try:
@@ -67,22 +69,14 @@ def wait_for_expiry(folder: StorePath, lease: StorePath) -> None:
 
     Raises: UsageError if somebody does.
     """
-    before, start = read(lease), time.monotonic()
+    before, start = lease.find_bytes(), time.monotonic()
     while before is not None and time.monotonic() < start + EXPIRY:
         time.sleep(PAUSE)
-        now = read(lease)
+        now = lease.find_bytes()
         if now is None:
             return
         if now != before:
             raise in_use(folder)
-
-
-def read(path: StorePath) -> bytes | None:
-    """Return an object's bytes, None if there is none."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
 
 
 def in_use(folder: StorePath) -> UsageError:
@@ -119,7 +113,7 @@ class Lease:
         """
         with self.lock:
             start = time.monotonic()
-            if not self.is_ours() or self.path.parent.names() != [self.path.name]:
+            if not self.is_ours() or list(self.path.parent.iterdir()) != [self.path]:
                 raise StoreError(
                     f"{self.path.parent.parent} was taken over by another job, since this one was "
                     "stopped for a while or its store did not answer. Wait for that job's end."
@@ -130,7 +124,7 @@ class Lease:
 
     def is_ours(self) -> bool:
         """Return whether the object is the one that this job has put."""
-        return read(self.path) == self.data
+        return self.path.find_bytes() == self.data
 
     def check(self) -> None:
         """Raise StoreError if the lease may be another's."""

@@ -13,8 +13,14 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from packvit.corpus.folder.commits import Commit, Staged, decode_commit, encode_commit
-from packvit.corpus.folder.names import COMMITS, part_number
+from packvit.corpus.folder.commits import (
+    Commit,
+    Staged,
+    decode_commit,
+    describe_change,
+    encode_commit,
+)
+from packvit.corpus.folder.names import COMMITS, DATA, part_number
 from packvit.corpus.folder.stores import StorePath, read_many, remove_many
 
 NAMED = re.compile(r"(\d{5,12})\.json")
@@ -33,8 +39,8 @@ def is_commit(path: str) -> bool:
 
 def list_commits(folder: StorePath) -> list[StorePath]:
     """Return the paths of all commits, in the order of their parts."""
-    names = [name for name in (folder / COMMITS).names() if is_commit(COMMITS + name)]
-    return [folder / (COMMITS + name) for name in sorted(names, key=lambda n: int(n[:-5]))]
+    found = [path for path in (folder / COMMITS).iterdir() if is_commit(COMMITS + path.name)]
+    return sorted(found, key=lambda path: int(path.name[:-5]))
 
 
 def read_lines(folder: StorePath) -> tuple[bytes, ...]:
@@ -48,11 +54,9 @@ def choose_line(folder: StorePath, data: bytes) -> bytes:
     entries = [entry for line in lines if (entry := decode_commit(line))]
     if len(lines) != 2 or len(entries) != 2 or part_number(entries[0].part) is None:
         return data
-    try:
-        digest = hashlib.sha256((folder / entries[0].part).read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return lines[0]
-    return lines[1] if digest == entries[1].sha256 else lines[0]
+    part = (folder / entries[0].part).find_bytes()
+    is_old = part is not None and hashlib.sha256(part).hexdigest() == entries[1].sha256
+    return lines[is_old]
 
 
 def settle(folder: StorePath) -> None:
@@ -72,10 +76,7 @@ def stage_object(
     """
     if replaces:
         path = folder / name_commit(number)
-        try:
-            before = choose_line(folder, path.read_bytes())
-        except FileNotFoundError:
-            before = b""
+        before = choose_line(folder, path.find_bytes() or b"")
         if decode_commit(before):
             path.write(encode_commit(entry).encode() + b"\n" + before)
     (folder / entry.part).write(data)
@@ -102,9 +103,5 @@ def keep_commits(folder: StorePath, entries: Sequence[Commit]) -> None:
 
 def find_change(sizes: dict[str, int], entry: Commit) -> str | None:
     """Return how an object's size differs from its commit, as the end of a sentence, or None."""
-    size = sizes.get(entry.part.rpartition("/")[2])
-    if size is None:
-        return "is missing"
-    return (
-        None if size == entry.bytes else f"has {size:,} bytes, but {entry.bytes:,} were committed"
-    )
+    size = sizes.get(entry.part.removeprefix(DATA))
+    return "is missing" if size is None else describe_change(size, entry.bytes)

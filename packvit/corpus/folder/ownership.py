@@ -55,22 +55,17 @@ def is_manifest(name: str) -> bool:
 def files_in(folder: Folder, below: str) -> list[str]:
     """Return the paths of the files in `folder / below`, none if that is a link or no folder."""
     if isinstance(folder, StorePath):
-        return [below + name for name in (folder / below if below else folder).names()]
+        return [below + path.name for path in (folder / below if below else folder).iterdir()]
     if below and ((folder / below).is_symlink() or not (folder / below).is_dir()):
         return []
     with os.scandir(folder / below) as entries:
         return [below + e.name for e in entries if e.is_file(follow_symlinks=False)]
 
 
-def list_names(folder: Folder) -> list[str]:
-    """Return the names of what is in a folder."""
-    return folder.names() if isinstance(folder, StorePath) else os.listdir(folder)
-
-
 def left_over(folder: Folder) -> tuple[str, ...]:
     """Return the temporary files that a killed job left in `folder`."""
     ours = {SPOOL, KNOWN, *(os.path.basename(n) for names in (FIRST, CURRENT) for n in names.fixed)}
-    found = [(name, TEMPORARY.fullmatch(name)) for name in list_names(folder)]
+    found = [(path.name, TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
     return tuple(
         sorted(
             name
@@ -127,10 +122,10 @@ def find_foreign(folder: Folder) -> list[str]:
 def list_all(folder: Folder) -> list[str]:
     """Return everything in `folder`, and instead of our folders in it what they hold."""
     found = []
-    for name in list_names(folder):
-        path = folder / name
-        if f"{name}/" in (DATA, EXPORTS, COMMITS) and path.is_dir() and not path.is_symlink():
-            found += [f"{name}/{below}" for below in list_names(path)]
+    for path in folder.iterdir():
+        below = f"{path.name}/"
+        if below in (DATA, EXPORTS, COMMITS) and path.is_dir() and not path.is_symlink():
+            found += [below + each.name for each in path.iterdir()]
         else:
-            found.append(name)
+            found.append(path.name)
     return found

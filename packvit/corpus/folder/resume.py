@@ -15,6 +15,7 @@ from typing import Any
 
 from packvit.atomic import rename_flushed, sync
 from packvit.corpus import UsageError
+from packvit.corpus.folder.commits import describe_change
 from packvit.corpus.folder.layout import (
     Commit,
     decode_commit,
@@ -232,9 +233,8 @@ def find_damage(path: Folder, bytes: int, sha256: str) -> str | None:
             raise
         return f"is not the file that was committed: {error.strerror}"
     with file:
-        size = file.seek(0, os.SEEK_END)
-        if size != bytes:
-            return f"has {size:,} bytes, but {bytes:,} were committed"
+        if change := describe_change(file.seek(0, os.SEEK_END), bytes):
+            return change
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return None if digest == sha256 else "is damaged: its sha256 is not what was committed"

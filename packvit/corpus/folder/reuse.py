@@ -135,7 +135,7 @@ class Reusing:
         """Return what embedders of a job in `folder` need to know."""
         if not self.sources:
             return None
-        names = tuple(name_fully(source.folder) for source in self.sources)
+        names = tuple(str(source.folder.absolute()) for source in self.sources)
         return Reuse(str(index_path(folder)), names)
 
 
@@ -149,11 +149,6 @@ def index_path(folder: Folder) -> Path:
 def scratch() -> TemporaryDirectory[str]:
     """Return a folder that is removed at the end of this process."""
     return TemporaryDirectory(prefix="packvit-")
-
-
-def name_fully(folder: Folder) -> str:
-    """Return a name of a folder by which other processes find it."""
-    return str(folder) if isinstance(folder, StorePath) else str(folder.absolute())
 
 
 @contextmanager

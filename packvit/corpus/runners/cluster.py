@@ -16,13 +16,12 @@ from dataclasses import replace
 from typing import Any
 
 from packvit.atomic import temporary_name
-from packvit.corpus import EmbedderError, UsageError, WriteError
+from packvit.corpus import EmbedderError, UsageError
 from packvit.corpus.encode.context import EmbedContext, make_context
 from packvit.corpus.encode.shard import embed_shards
 from packvit.corpus.folder.layout import Commit, building
 from packvit.corpus.folder.names import SPOOL, part_name
 from packvit.corpus.folder.ownership import remove_left_over
-from packvit.corpus.folder.reuse import name_fully
 from packvit.corpus.folder.stores import Folder, find_folder
 from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
@@ -129,7 +128,7 @@ def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
     workers = min(job.options.workers, max(1, cpus // actors))  # Ray does not count these
     job = replace(
         job,
-        folder=name_fully(find_folder(job.folder)),
+        folder=str(find_folder(job.folder).absolute()),
         options=replace(job.options, workers=workers),
         embedders=actors,
     )
@@ -233,8 +232,6 @@ def shared(folder: str) -> Iterator[None]:
     """Turn an OSError about a folder that all nodes must share into a message for the user."""
     try:
         yield
-    except WriteError:  # of an object store, whose message is for the user already
-        raise
     except OSError as error:
         raise EmbedderError(
             f"{folder} cannot be used on {socket.gethostname()}: {error.strerror}. All nodes of "

@@ -18,6 +18,7 @@ from packvit.corpus import StoreError, UsageError
 from packvit.corpus.folder import leases, stores
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.pending import write_inputs
+from packvit.corpus.folder.requests import STORES
 from packvit.corpus.inputs import retries
 from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.job import embed
@@ -333,10 +334,10 @@ def test_search_finds_in_a_store_what_it_finds_on_a_disk(
     found = CliRunner().invoke(cli, ["search", url, photo, "--json"])
     assert json.loads(found.stdout)["queries"][0]["hits"][0]["folder"] == url
     refused = CliRunner().invoke(cli, ["search", url, photo, "--index"])
-    assert (refused.exit_code, "needs a local folder" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "--index needs a local folder" in refused.stderr) == (2, True)
 
 
-@pytest.mark.parametrize(("protocol", "package"), stores.STORES.items())
+@pytest.mark.parametrize(("protocol", "package"), STORES.items())
 def test_a_missing_extra_is_named_with_the_line_that_installs_it(
     protocol: str, package: str, photos: Path, monkeypatch: pytest.MonkeyPatch
 ):

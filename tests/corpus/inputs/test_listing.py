@@ -99,6 +99,7 @@ def grow_folder(folder: Path, count: int) -> int:
     return peak(folder / str(count), "path", count)
 
 
+@pytest.mark.soak
 def test_the_memory_of_a_list_does_not_grow_with_it(tmp_path: Path):
     small, large = grow_list(tmp_path, 10_000), grow_list(tmp_path, 60_000)
     assert large - small < 4096  # KiB; as Python objects 50,000 inputs take about 20,000

@@ -279,7 +279,15 @@ def test_a_table_of_tabs_is_a_list(photos: list[str]):
     assert ids(list_inputs([], ["a.tsv"])) == sorted(photos)
 
 
-@pytest.mark.parametrize("argv", [["-"], ["/dev/stdin"], ["--list", "-"], ["--list", "/dev/stdin"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-"],
+        pytest.param(["/dev/stdin"], marks=pytest.mark.soak),
+        pytest.param(["--list", "-"], marks=pytest.mark.soak),
+        ["--list", "/dev/stdin"],
+    ],
+)
 def test_a_list_is_read_from_stdin(photos: list[str], argv: list[str]):
     """W8"""
     command = [sys.executable, "-m", "packvit", "embed", *argv, "--out", "out", "--device", "cpu"]
