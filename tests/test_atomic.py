@@ -1,4 +1,8 @@
+import errno
 import os
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,6 +51,29 @@ def test_what_is_staged_is_on_the_disk_before_and_its_name_after(
     rename_flushed(tmp_path / "staged", tmp_path / "a")
     assert calls == [("fsync", "staged"), ("rename", "a"), ("fsync", tmp_path.name)]
     assert (tmp_path / "a").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_mount_without_fsync_of_folders_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+):
+    fsync = os.fsync
+
+    def refuse(descriptor: int, *, only: Callable[[str], bool] = os.path.isdir) -> None:
+        if only(f"/proc/self/fd/{descriptor}"):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_whole(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    monkeypatch.setattr(os, "fsync", partial(refuse, only=os.path.isfile))
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+        write_whole(tmp_path / "b", b"new")
+    code = errno.EIO  # a fault of the disk
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+        write_whole(tmp_path / "a", b"newer")
 
 
 def test_a_disk_that_is_full_leaves_the_old_file_and_no_other(tmp_path: Path):

@@ -137,6 +137,10 @@ def test_the_absence_of_an_optional_package_is_answered_with_the_line_that_insta
 
 
 def test_every_floor_of_the_core_is_one_that_test_floors_installs():
+    """P3 and P6: what depends on versions is tested at the floors, and with the newest."""
+    runs, targets = (ROOT / ".ci/run").read_text(), (ROOT / "Makefile").read_text()
+    assert {"make test", "make test-newest"} <= set(runs.splitlines())
+    assert all(f"\n{name}: " in targets for name in ("test", "test-newest", "test-floors"))
     assert declared(PROJECT["dependencies"]) <= floors(PROJECT).keys()
 
 

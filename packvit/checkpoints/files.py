@@ -90,8 +90,13 @@ def read(
     much larger model only `part` is downloaded. The token, the cache, the endpoint and offline
     mode are huggingface_hub's own settings.
 
-    Raises: CheckpointError saying what is wrong with the name, the download or the files.
+    Raises: CheckpointError saying what is wrong with the name, the download or the files; TypeError
+    for what is no name.
     """
+    if not isinstance(name_or_folder, str | os.PathLike):
+        raise TypeError(
+            f"name_or_folder is {name_or_folder!r:.80}, but must be a hub name or a folder's path."
+        )
     name = os.fspath(name_or_folder)
     folder = find_folder(name, is_path=not isinstance(name_or_folder, str))
     if folder is None:

@@ -169,9 +169,11 @@ def fetch_tensors(request: Request, chosen: Sequence[tuple[str, Place]], target:
     """
     partial = target.with_name(f"{target.name}.incomplete")
     header = encode_header(chosen)
+    whole = len(header) + count_bytes(place for _, place in chosen)
     with partial.open("a+b") as file:
         file.seek(0)
-        if file.read(len(header)) != header:
+        # What is longer than all of it was written by something else.
+        if file.read(len(header)) != header or file.seek(0, os.SEEK_END) > whole:
             file.truncate(0)
             file.write(header)
         file.seek(0, os.SEEK_END)

@@ -7,6 +7,9 @@ import numpy as np
 
 from packvit.config import LoadOptions
 from packvit.corpus import UsageError
+from packvit.corpus.folder.names import names_of
+from packvit.corpus.folder.opening import is_count
+from packvit.corpus.folder.reader import damaged
 from packvit.corpus.folder.stores import Folder
 from packvit.corpus.loading import digest_weights, load_encoder
 from packvit.corpus.settings import ModelChoice
@@ -27,11 +30,30 @@ def load_model(
 
     Raises: UsageError if its weights are others; CheckpointError.
     """
+    check_entries(manifest, folder)
     loading = LoadOptions(device=device, positions=manifest["positions"])
     name, revision = model or manifest["model"], manifest["revision"]
     encoder, _ = load_encoder(ModelChoice(model=name, revision=revision, options=loading))
     check_model(encoder, manifest, folder)
     return encoder
+
+
+def check_entries(manifest: dict[str, Any], folder: Folder) -> None:
+    """Refuse a manifest, which others may have made, that does not say how to embed alike.
+
+    Raises: UsageError.
+    """
+    asked, revision = manifest.get("preprocessing"), manifest.get("revision")
+    good = isinstance(manifest.get("model"), str) and isinstance(revision, str | None)
+    good = good and manifest.get("positions") in ("checkpoint", "interpolate")
+    good = good and is_count(manifest.get("token_budget"), least=1)
+    if not (
+        good
+        and isinstance(asked, dict)
+        and asked.get("resize") in ("checkpoint", "native", None)
+        and is_count(asked.get("max_patches"), least=1)
+    ):
+        raise damaged(folder, names_of(folder).manifest)
 
 
 def check_model(encoder: Encoder, manifest: dict[str, Any], folder: Folder) -> None:
@@ -61,8 +83,9 @@ def embed_photographs(
     Shapes: N photographs -> float32 [N, D].
     Raises: ImageError with the index of the first that cannot be used; as `load_model`.
     """
-    manifest, asked = vectors.manifest, vectors.manifest["preprocessing"]
+    manifest = vectors.manifest
     encoder = load_model(manifest, vectors.folder, model, device)
+    asked = manifest["preprocessing"]
     return encoder.embed(
         photos,
         token_budget=manifest["token_budget"],

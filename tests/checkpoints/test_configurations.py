@@ -106,7 +106,7 @@ def read(folder: Path, config: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_round_trip_keeps_every_entry_that_transformers_reads(tmp_path: Path, name: str):
-    """Of a checkpoint in a folder, and of a model in memory."""
+    """Of a checkpoint in a folder, and of a model in memory, whose names change: row P2."""
     variant = VARIANTS[name]
     for seed in range(2):
         model = draw_model(variant, np.random.default_rng(seed))

@@ -150,6 +150,23 @@ def test_a_download_that_was_cut_off_goes_on_where_it_ended(
     assert sent == headers + 1000
 
 
+def test_a_left_over_that_is_longer_than_what_is_wanted_is_not_taken_for_it(tmp_path: Path):
+    data, target = save({"x": torch.arange(10.0)}), tmp_path / "kept"
+
+    def request(name: str, start: int, end: int) -> tuple[bytes, int]:
+        return data[start:end], len(data)
+
+    chosen = list((read_places(request, "a") or {}).items())
+    fetch_tensors(request, chosen, target)
+    whole = target.read_bytes()
+    target.rename(tmp_path / "kept.incomplete")
+    with (tmp_path / "kept.incomplete").open("ab") as file:
+        file.write(b"more")
+    fetch_tensors(request, chosen, target)
+    assert target.read_bytes() == whole
+    assert torch.equal(load(whole)["x"], torch.arange(10.0))
+
+
 def test_a_cache_that_cannot_be_written_is_one_sentence(hub: Hub, tmp_path: Path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "packvit").write_text("in the way")

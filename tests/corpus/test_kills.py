@@ -40,12 +40,18 @@ def start(photos: Path, checkpoint: Path, out: Path) -> subprocess.Popen[bytes]:
     """Start a job that embeds the photos."""
     argv = [sys.executable, "-m", "packvit", "embed", photos, "--model", checkpoint, "--out", out]
     options = ["--device", "cpu", "--workers", "2", "--max-patches", "16", "--json"]
-    return subprocess.Popen(
-        [*argv, *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    with said_by(out).open("ab") as said:
+        return subprocess.Popen(
+            [*argv, *options],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def said_by(out: Path) -> Path:
+    """Return the file with what the jobs of a folder wrote to stderr."""
+    return out.with_name(f"{out.name}.stderr")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def undisturbed(
     """The folder of a job that nothing befell, and the seconds it took."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     before = time.monotonic()
-    assert start(photos, checkpoint, out).wait() == 0
+    assert start(photos, checkpoint, out).wait() == 0, said_by(out).read_text()
     return out, time.monotonic() - before
 
 
@@ -81,15 +87,16 @@ def test_jobs_that_are_killed_at_any_age_end_as_an_undisturbed_one(
         age = draw.random() if len(ages) < EARLY else draw.uniform(1.0, seconds)
         job = start(photos, checkpoint, tmp_path / str(folders))
         try:
-            assert job.wait(age) == 0
+            assert job.wait(age) == 0, said_by(tmp_path / str(folders)).read_text()
             folders += 1  # it came to its end
         except subprocess.TimeoutExpired:
             job.kill()
             job.wait()
             ages.append(age)
     for number in range(1, folders + 1):
-        assert start(photos, checkpoint, tmp_path / str(number)).wait() == 0
-        assert contents(tmp_path / str(number)) == contents(expected)
+        out = tmp_path / str(number)
+        assert start(photos, checkpoint, out).wait() == 0, said_by(out).read_text()
+        assert contents(out) == contents(expected)
     print(f"{len(ages)} kills of jobs, {sum(age < 1 for age in ages)} early, {folders} folders")
 
 
@@ -121,7 +128,7 @@ def test_workers_that_are_killed_at_any_age_cost_their_images_and_no_others(
         out = tmp_path / str(folders)
         job = start(photos, checkpoint, out)
         killed = kill_workers(job, ages)
-        assert job.wait() in (0, 3)
+        assert job.wait() in (0, 3), said_by(out).read_text()
         assert not check_folder(out).faults
         crashes = 0
         for part in sorted((expected / "data").iterdir()):

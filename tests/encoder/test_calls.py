@@ -72,6 +72,7 @@ WRONG = {
     'knows no device of that name. Try `device="cpu"`.',
     "packvit.load('tiny', device='cuda:9')": 'ValueError: device "cuda:9" cannot be used: torch '
     'finds 0 CUDA devices here. Try `device="cpu"`.',
+    "packvit.load(None)": "TypeError: name_or_folder is None, but must be a hub name or a folder's",
     "packvit.load('tiny', device=3)": "TypeError: device is 3, but must be a torch.device",
     "packvit.load('tiny', dtype='int8')": 'ValueError: dtype is "int8", but must be one of: float3',
     "packvit.load('tiny', dtype=torch.int8)": 'ValueError: dtype is "torch.int8", but must be',
@@ -161,6 +162,7 @@ def vectors_of(encoder: Any, images: list[Any]) -> np.ndarray:
 
 @pytest.mark.parametrize("head", [True, False])
 def test_embed_gives_one_vector_an_image_in_their_order(head: bool):
+    """W11: README's first example is this call, which keeps no graph of derivatives."""
     encoder = AIMv2Packing.from_transformers(reference.aimv2(is_native=True, use_head=head))
     images = photographs(7)[::-1]
     packs = []

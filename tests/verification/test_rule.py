@@ -174,7 +174,7 @@ def judge_all(
 @pytest.mark.soak
 @pytest.mark.parametrize("dtype", DRAWINGS)
 def test_two_right_implementations_never_miss_beside_each_other(dtype: torch.dtype):
-    """transformers' eager attention and torch's, each in turn ours and the reference."""
+    """W4: transformers' eager attention and torch's, each in turn ours and the reference."""
     done, seed, missed, most = 0, 0, [], 0.0
     while done < DRAWINGS[dtype]:
         for model, encoder, grid, interpolate in drawings(dtype, seed):

@@ -176,7 +176,9 @@ def write_manifest(folder: Folder, manifest: Mapping[str, Any]) -> None:
 
 def put(path: Folder, data: bytes) -> None:
     """Write a file unless it already holds these bytes, so that a finished job changes nothing."""
-    if not (path.is_file() and path.read_bytes() == data):
+    with reading(path):
+        same = path.is_file() and path.read_bytes() == data
+    if not same:
         write_own(path, data)
 
 

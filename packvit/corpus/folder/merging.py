@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,9 +207,7 @@ def run(
 
     report(done)
     if certificate is not None:
-        path = shards[0].folder / CURRENT.certificate
-        with reading(path):
-            put(folder / CURRENT.certificate, read_own(path, MOST_MANIFEST))
+        put(folder / CURRENT.certificate, read_certificate(shards[0].folder, certificate))
     if len(found.kept) < len(parts):
         put(folder / CURRENT.manifest, encode_manifest(manifest))
     last = max(found.kept, default=-1)
@@ -249,6 +248,23 @@ def add_counts(shards: Sequence[ShardFolder]) -> dict[str, Any]:
         "tokens": sum(each["tokens"] for each in counts),
         "parts": sum(each["parts"] for each in counts),
     }
+
+
+def read_certificate(source: Folder, sha256: str) -> bytes:
+    """Return the bytes of a shard's certificate.
+
+    Raises: UsageError if it is not the one that the manifest records; WriteError.
+    """
+    path, data = source / CURRENT.certificate, None
+    with suppress(FileNotFoundError), reading(path):
+        data = read_own(path, MOST_MANIFEST)
+    if data is None or hashlib.sha256(data).hexdigest() != sha256:
+        state = "missing" if data is None else "not the one that the manifest records"
+        raise UsageError(
+            f"{path} is {state}. Run the embed command of {source} again, with --verify; then "
+            "merge again."
+        )
+    return data
 
 
 def copy_part(source: Folder, entry: Commit, folder: Path) -> Staged:

@@ -116,7 +116,10 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
     for part in parts:
         table = read_whole(path, part, columns)
         if not exported:
-            matrix[len(ids) : len(ids) + len(table)] = matrix_of(table, "pooled")
+            found, place = matrix_of(table, "pooled"), slice(len(ids), len(ids) + len(table))
+            if found.shape != matrix[place].shape:
+                raise damaged(path, part)
+            matrix[place] = found
         ids += table["id"].to_pylist()
         statuses += table["status"].to_pylist()
     space, keep = manifest.get("text_space"), tuple(name for name, _ in manifest.get("keep", ()))

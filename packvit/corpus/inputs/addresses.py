@@ -18,7 +18,7 @@ IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+", re.ASCII)
 USER = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*|[^/?#@:]+:(?!:|[0-9]*[/?#])[^@\s]*)@", re.ASCII
 )
-NO_USER = ("hf", "file", "zip")  # an @ there is part of a name
+NO_USER = ("az", "hf", "file")  # an @ there is part of a name; what has a colon is a password
 PARAMETERS = re.compile(r"([?#]|(?<=[^&?#]);(?=[\w-]+=))([^?#]*?)(?=::|[?#]|$)", re.DOTALL)
 PART = re.compile(r"(&(?:amp;)?|;)")
 # Parameters that let whoever has them in, and those of S3, Google, Azure, CloudFront and others
@@ -27,10 +27,14 @@ SECRET = re.compile(
     r".*(signature|token|secret|passw|passphrase|credential|apikey|access[-_]?key|auth[-_]?key|jwt).*"
     r"|.*[-_]?authorization|bearer|pass|md5|.*session[-_]?id"
     r"|(.*[-_])?(auth|key|sig|sign|session|sessionid|pwd|hmac)|x-(amz|goog|oss|cos|obs|tos|bz|ms)-.*"
-    r"|hdnea|hdnts|sas|googleaccessid|key-pair-id"
+    r"|hdnea|hdnts|sas|googleaccessid|key-pair-id|pw|pswd|otp|tk|tok|ticket|creds?|.*sessid"
 )
+# Names that also mean other things, such as a size: secret is a value of LONG characters, as the
+# signatures of imgix (s), Discord (hm), Facebook (oh), iStock (c), and Azure's function keys.
+SHORT = re.compile(r"code|st|sid|hm|oh|[sckt]")
+LONG = 16
 BESIDE_SECRET = re.compile(
-    r"expires|expiry|expiration|exp|policy|date|timestamp|nonce"
+    r"expires|expiry|expiration|exp|policy|date|timestamp|nonce|ex|is|oe"
     # Azure's shared access signatures.
     r"|s[vsrpeti]|srt|spr|sip|sdd|sk(oid|tid|t|e|s|v)|saoid|suoid|scid|sduoid"
 )
@@ -85,8 +89,8 @@ def spell(path: str) -> str:
 def spell_user(found: re.Match[str]) -> str:
     """Return the start of a link without its user and password."""
     protocol, user = found.groups()
-    container = protocol == "az" and ":" not in user  # az://container@account.dfs.core.windows.net
-    return found[0] if protocol in NO_USER or container else f"{protocol}://"
+    named = protocol in NO_USER and ":" not in user  # az://container@account.dfs.core.windows.net
+    return found[0] if named or protocol == "zip" else f"{protocol}://"
 
 
 def spell_parameters(found: re.Match[str]) -> str:
@@ -94,15 +98,24 @@ def spell_parameters(found: re.Match[str]) -> str:
     mark, text = found.groups()
     parts = PART.split(text)  # every other one is what joins them
     names = [unquote(part).partition("=")[0].strip().lower() for part in parts[::2]]
-    if not any(SECRET.fullmatch(name) for name in names):
+    secret = [is_secret(*each) for each in zip(names, parts[::2], strict=True)]
+    if not any(secret):
         return found[0]
     kept = [
         (joint, part)
-        for joint, part, name in zip(["", *parts[1::2]], parts[::2], names, strict=True)
-        if not (SECRET.fullmatch(name) or BESIDE_SECRET.fullmatch(name))
+        for joint, part, name, hidden in zip(
+            ["", *parts[1::2]], parts[::2], names, secret, strict=True
+        )
+        if not (hidden or BESIDE_SECRET.fullmatch(name))
     ]
     joined = "".join(joint + part for joint, part in kept)
     return mark + joined.removeprefix(kept[0][0]) if kept else ""
+
+
+def is_secret(name: str, part: str) -> bool:
+    """Return whether a parameter of this name, written as `part`, lets whoever has it in."""
+    value = unquote(part).partition("=")[2].strip()
+    return bool(SECRET.fullmatch(name) or (len(value) >= LONG and SHORT.fullmatch(name)))
 
 
 def spell_bytes(path: bytes) -> bytes:

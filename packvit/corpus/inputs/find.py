@@ -57,8 +57,12 @@ def list_inputs(
         for path in paths:
             finder.add_path(os.fsencode(path), alone=alone)
         for path in lists:
-            for name, kept in read_list(path, column, keeping):
-                finder.named.add_listed(name, kept)
+            for number, (name, kept) in enumerate(read_list(path, column, keeping), 1):
+                if name:
+                    finder.named.add_listed(name, kept)
+                else:  # in a row of a table
+                    row = spell_bytes(os.fsencode(path)) + b"/%d" % number
+                    finder.listing.add(row, row, "missing", repeats=True, kept=kept)
         listing = finder.listing
         listing.root = record_root(paths, lists, image_column)
         if not len(listing):
@@ -227,7 +231,9 @@ class Finder:
         path = os.fsdecode(entry.path + chain)
         try:
             for below, kept in read_list(path, "file_name", self.keeping):
-                if kept:
+                if not below:
+                    self.keeping.fail(spell(path))
+                elif kept:
                     self.listing.add_beside(above + os.path.normpath(below), kept, rank)
         except UsageError:
             self.keeping.fail(spell(path))

@@ -24,6 +24,7 @@ MOST_SUFFIXES = 1000  # that are told apart; names may have as many as there are
 LONGEST_SUFFIX = 12
 SUFFIXES_SHOWN = 5
 HOW_ZIPPED = struct.Struct("<qHI")  # a zip's member: size, method and sum, in place of a column
+PACKED = b""  # a compressed tar's member, likewise
 
 
 def by_suffix(passed_over: Mapping[str, int]) -> str:
@@ -100,7 +101,9 @@ class Listing:
         )
         for name, path, code, first, second, column, kept in rows:
             within = None
-            if isinstance(column, bytes):
+            if column == PACKED:
+                within = Member(first, second, packed=True)
+            elif isinstance(column, bytes):
                 within = Zipped(first, second, *HOW_ZIPPED.unpack(column))
             elif column is not None:
                 within = Cell(first, second, column)
@@ -217,7 +220,7 @@ class Listing:
         """
         place: tuple[int | None, int | None, str | bytes | None] = (None, None, None)
         if isinstance(within, Member):
-            place = (within.offset, within.size, None)
+            place = (within.offset, within.size, PACKED if within.packed else None)
         elif isinstance(within, Zipped):
             how = HOW_ZIPPED.pack(within.size, within.method, within.crc)
             place = (within.offset, within.packed, how)

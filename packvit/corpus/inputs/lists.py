@@ -13,18 +13,22 @@ from typing import Any
 
 from packvit.corpus import UsageError
 from packvit.corpus.inputs import limits
-from packvit.corpus.inputs.addresses import bare, is_url, spell
+from packvit.corpus.inputs.addresses import bare, check_protocols, is_url, spell
 from packvit.corpus.inputs.archives import describe_columns, find_kept, list_values
 from packvit.corpus.inputs.cells import is_text
 from packvit.corpus.inputs.kept import Keeping, read_object
 from packvit.corpus.inputs.pages import check_footer
 from packvit.corpus.inputs.reader import open_source
+from packvit.corpus.inputs.suffixes import PHOTOGRAPHS
+from packvit.corpus.inputs.unpacking import find_opener
 from packvit.images.errors import CODES, ImageError
 
 STDIN = "/dev/stdin"  # a list of lines, which a pipe may be
 PIPED = ("-", STDIN, "/dev/fd/0", "/proc/self/fd/0")
 PIECE = 1 << 16  # bytes of a list that are read at once
 MOST_PEEK = 4096  # bytes of a file, to tell a text
+# What would be read as lines of text, and each line be a row.
+NO_LISTS = {*map(os.fsdecode, PHOTOGRAPHS), ".tar", ".zip", ".json", ".xlsx", ".xls", ".ods"}
 ListRow = tuple[bytes, Mapping[str, Any]]  # a path, and the values of columns to keep
 CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
 
@@ -32,16 +36,26 @@ CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
 def read_list(path: str, column: str, keeping: Keeping) -> Iterator[tuple[bytes, str | None]]:
     """Yield the paths of a list with what comes with them, in order; its suffix says its kind.
 
-    Raises: UsageError if it cannot be read, has no such column, or has a row without a path.
+    Of a table there is an item for each row; the path is empty where a row has none.
+
+    Raises: UsageError if it cannot be read, has no such column, or no path at all.
     """
     suffix = os.path.splitext(bare(path))[1].lower()
     kind = {
         ".csv": read_csv,
         ".tsv": partial(read_csv, delimiter="\t"),
         ".jsonl": read_lines,
+        ".ndjson": read_lines,
         ".parquet": read_parquet,
     }.get(suffix)
-    number = 0
+    if is_url(path):
+        check_protocols(path)
+    if suffix in NO_LISTS:
+        raise UsageError(
+            f"{spell(path)} is no list by its suffix. A list is a text with a path on each line, "
+            "or a .csv, .tsv, .jsonl or .parquet; name photographs and archives without --list."
+        )
+    number, empty = 0, 0
     try:
         with open_list(path) as file:
             if kind is None:
@@ -51,11 +65,13 @@ def read_list(path: str, column: str, keeping: Keeping) -> Iterator[tuple[bytes,
                 return
             for name, values in kind(path, file, column, keeping):
                 number += 1
-                if not name:
-                    raise UsageError(
-                        f'{spell(path)} has no "{column}" in row {number}. Fill it, or drop it.'
-                    )
+                empty += not name
                 yield name, keeping.encode(values, f"row {number} of {spell(path)}")
+            if number and empty == number:
+                raise UsageError(
+                    f'{spell(path)} has no "{column}" in any row. Fill the column, or name another '
+                    "with --column."
+                )
     except ImageError as error:
         raise UsageError(f"The list {spell(path)} cannot be read: {CODES[error.code]}.") from error
     except OSError as error:
@@ -96,7 +112,8 @@ def looks_like_list(path: bytes, *, alone: bool) -> bool:
 def unmarked(path: str, file: Any) -> Iterator[bytes]:
     """Yield the lines of a text without a UTF-8 byte order mark.
 
-    Raises: UsageError for UTF-16, recognised by its byte order mark, and for what has no lines.
+    Raises: UsageError for UTF-16, recognised by its byte order mark, for what is compressed, and
+    for what has no lines.
     """
     for number, line in enumerate(lines(path, file)):
         if number:
@@ -104,6 +121,8 @@ def unmarked(path: str, file: Any) -> Iterator[bytes]:
             continue
         if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UsageError(f"The list {spell(path)} is UTF-16. Save it as UTF-8.")
+        if find_opener(line):
+            raise UsageError(f"The list {spell(path)} is compressed. Decompress it.")
         yield line.removeprefix(codecs.BOM_UTF8)
 
 
@@ -156,6 +175,7 @@ def read_csv(
 
 def read_lines(path: str, file: Any, column: str, keeping: Keeping) -> Iterator[ListRow]:
     """Yield the rows of a file with a JSON object on each line."""
+    met = False  # whether any line has the column
     for number, line in enumerate(unmarked(path, file), 1):
         if not line.strip():
             continue
@@ -165,7 +185,8 @@ def read_lines(path: str, file: Any, column: str, keeping: Keeping) -> Iterator[
             encoded = os.fsencode(name) if isinstance(name, str) else None
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{spell(path)} has no JSON object in line {number}.") from error
-        if column not in values:
+        met = met or column in values
+        if not met:
             raise no_column(path, column, ", ".join(values))
         if encoded is None:
             raise UsageError(f'{spell(path)} has a "{column}" that is no text in line {number}.')

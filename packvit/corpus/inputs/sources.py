@@ -14,7 +14,6 @@ from packvit.corpus.inputs.cells import Cell as Cell
 from packvit.corpus.inputs.cells import read_cell
 from packvit.corpus.inputs.reader import read_part_of_url, read_url
 from packvit.corpus.inputs.retries import persist
-from packvit.corpus.inputs.suffixes import is_packed
 from packvit.corpus.inputs.unpacking import Spent, read_packed
 from packvit.corpus.inputs.zipped import LOCAL, Zipped, check_zipped, find_packed, unpack
 from packvit.images.errors import ImageError
@@ -27,6 +26,7 @@ class Member:
 
     offset: int
     size: int
+    packed: bool = False  # in the tar that a compressed one unpacks to
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,8 @@ def read_part(path: str, place: Member | None, spent: Spent) -> bytes:
     if place and place.size > MAX_BYTES:
         raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
     where = (place.offset, place.size) if place else None
-    if where and is_packed(path):
-        data = read_packed(path, *where, spent)
+    if place and place.packed:
+        data = read_packed(path, place.offset, place.size, spent)
     elif not is_url(path):
         data = read_file(path, *where) if where else read_file(path)
     else:

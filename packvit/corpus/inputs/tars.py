@@ -16,7 +16,7 @@ from packvit.corpus.inputs.kept import Keeping
 from packvit.corpus.inputs.reader import open_source, unreadable
 from packvit.corpus.inputs.sources import Cell, Member
 from packvit.corpus.inputs.suffixes import is_packed
-from packvit.corpus.inputs.unpacking import Unpacked
+from packvit.corpus.inputs.unpacking import Unpacked, is_compressed
 from packvit.corpus.inputs.zipped import Zipped
 from packvit.images.errors import ImageError
 
@@ -103,12 +103,14 @@ def list_tar(
 ) -> Iterator[ArchiveEntry | Beside | bytes]:
     """Yield the photographs of a tar, what comes with them, and the names of all other files.
 
-    Folders and links named like photographs, and sparse files, are errors.
+    Folders and links named like photographs, and sparse files, are errors. A compressed tar is told
+    by its first bytes, whatever it is called.
 
     Raises: ImageError truncated, after the readable members, if it is damaged; or what opening it
     raises.
     """
-    with Unpacked(path) if is_packed(path) else open_source(path) as file, unreadable():
+    packed = is_packed(path) or is_compressed(path)
+    with Unpacked(path) if packed else open_source(path) as file, unreadable():
         try:
             length = find_length(file)
             start: int | None = 0
@@ -151,7 +153,8 @@ def list_archive(
             raise ImageError("truncated", "list")
         before = tar.offset
         found = read_beside(file, member, keeping) if keeping and member.isreg() else None
-        yield from (found,) if found else describe_member(member, length, suffixes)
+        packed = isinstance(file, Unpacked)
+        yield from (found,) if found else describe_member(member, length, suffixes, packed=packed)
         if before > length + BLOCK:  # which a seek may refuse
             raise ImageError("truncated", "list")
     # tarfile takes an unreadable header for the end.
@@ -179,7 +182,7 @@ def read_beside(file: Any, member: Any, keeping: Keeping) -> Beside | None:
 
 
 def describe_member(
-    member: Any, length: int, suffixes: frozenset[bytes]
+    member: Any, length: int, suffixes: frozenset[bytes], *, packed: bool
 ) -> Iterator[ArchiveEntry | bytes]:
     """Yield the entry of a member, the name of other files, nothing for folders."""
     name = member.name.encode("utf-8", "surrogateescape")
@@ -195,7 +198,7 @@ def describe_member(
         code = "not_a_file"
     elif member.offset_data + member.size > length:
         code = "truncated"
-    place = None if code else Member(member.offset_data, member.size)
+    place = None if code else Member(member.offset_data, member.size, packed)
     yield ArchiveEntry(key[1] if key else name, name, place, code)
 
 

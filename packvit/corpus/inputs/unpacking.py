@@ -22,10 +22,16 @@ from typing import Any
 from packvit.corpus import WriteError
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import is_url
-from packvit.corpus.inputs.reader import open_source, open_stream, unreadable
+from packvit.corpus.inputs.reader import (
+    open_source,
+    open_stream,
+    read_part_of_url,
+    unreadable,
+)
 from packvit.images.errors import ImageError
 from packvit.images.files import find_file
 
+FIRST = 8  # bytes that tell how a file is compressed
 PIECE = 1 << 20  # bytes that are unpacked at once
 STEP = 4096  # of which so many are asked for at once: those before a damage are lost
 SPENT_SECONDS = 0.25  # that are told at once
@@ -45,10 +51,29 @@ def open_zstd(file: Any) -> Any:
 # files that were joined end to end.
 OPENERS: tuple[tuple[re.Pattern[bytes], Callable[[Any], Any]], ...] = (
     (re.compile(rb"\x1f\x8b"), gzip.open),
-    (re.compile(rb"BZh"), bz2.open),
+    (re.compile(rb"BZh[1-9](1AY&|\x17rE8)"), bz2.open),  # a tar's first file may be called BZh
     (re.compile(rb"\xfd7zXZ\0"), lzma.open),
     (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL), open_zstd),
 )
+
+
+def find_opener(start: bytes) -> Callable[[Any], Any] | None:
+    """Return what opens a compressed file that starts so, or None if it is not compressed."""
+    return next((opener for magic, opener in OPENERS if magic.match(start)), None)
+
+
+def is_compressed(path: str) -> bool:
+    """Return whether a file or URL is compressed, whatever it is called.
+
+    False if it cannot be read, which opening it says.
+    """
+    try:
+        if is_url(path):
+            return find_opener(read_part_of_url(path, 0, FIRST)) is not None
+        with open_source(path) as file, unreadable():
+            return find_opener(file.read(FIRST)) is not None
+    except ImageError:
+        return False
 
 
 class Packed:
@@ -60,7 +85,7 @@ class Packed:
         self.file = file
         self.count = 0
         with unreadable():
-            self.start = file.read(8)
+            self.start = file.read(FIRST)
         self.left = self.start
 
     def read(self, size: int) -> bytes:
@@ -90,11 +115,11 @@ class Unpacked:
         file = open_stream(path) if is_url(path) else open_source(path)
         weakref.finalize(self, file.close)
         self.packed = Packed(file)
-        found = (open_ for magic, open_ in OPENERS if magic.match(self.packed.start))
+        opener = find_opener(self.packed.start)
         with spooling():
             self.spool = TemporaryFile(buffering=0)  # noqa: SIM115 # closed with this object
         weakref.finalize(self, self.spool.close)
-        self.source = next(found, lambda file: file)(self.packed)
+        self.source = opener(self.packed) if opener else self.packed
         self.length = 0  # what is unpacked so far
         self.place = 0
         self.ended = False  # all is unpacked that can be

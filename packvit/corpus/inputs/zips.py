@@ -9,6 +9,7 @@ words leave a choice, as Python's zipfile chooses.
 import os
 import stat
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from packvit.images.errors import ImageError
 # System, flags, method, sum, packed size, size, three lengths, disk, mode, offset.
 ENTRY = struct.Struct("<5xB2xHH4xIIIHHHH2xII")
 ENCRYPTED, IS_UTF8 = 1, 0x800  # in a member's flags
+WIDE, UNICODE_NAME = 1, 0x7075  # kinds of fields that are added
 UNIX = 3  # the system that a member's mode is of
 UNKNOWN = 0xFFFFFFFF  # of a number that has 64 bits elsewhere
 PIECE = 1 << 20  # bytes of a directory that are read at once
@@ -105,9 +107,11 @@ def read_entry(entry: bytes, directory: Directory) -> Entry:
     system, flags, method, crc, packed, size, length, extra, _, disk, mode, offset = (
         ENTRY.unpack_from(entry)
     )
-    raw = entry[ENTRY.size : ENTRY.size + length].partition(b"\0")[0]
+    written, added = entry[ENTRY.size : ENTRY.size + length], entry[len(entry) - extra :]
+    raw = written.partition(b"\0")[0]
     name = raw if flags & IS_UTF8 else raw.decode("cp437").encode()
-    packed, size, offset = widen(entry[len(entry) - extra :], size, packed, offset)
+    name = find_unicode_name(added, written) or name
+    packed, size, offset = widen(added, size, packed, offset)
     place = Zipped(offset + directory.before, packed, size, method, crc)
     code = None
     if name.endswith(b"/") or (system == UNIX and stat.S_ISLNK(mode >> 16)):
@@ -119,20 +123,41 @@ def read_entry(entry: bytes, directory: Directory) -> Entry:
     return Entry(name.rstrip(b"/"), place, code)
 
 
+def find_field(extra: bytes, wanted: int) -> bytes:
+    """Return the data of the first field of a kind in what is added, empty if there is none."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        if kind == wanted:
+            return extra[at + 4 : at + 4 + length]
+        at += 4 + length
+    return b""
+
+
+def find_unicode_name(extra: bytes, written: bytes) -> bytes | None:
+    """Return the name in UTF-8 that is added to the one `written`, or None.
+
+    Source: APPNOTE.TXT 4.6.9; Python 3.12's zipfile, which refuses what is damaged, while here the
+    written name counts.
+    """
+    field = find_field(extra, UNICODE_NAME)
+    if len(field) < 5 or struct.unpack_from("<BI", field) != (1, zlib.crc32(written)):
+        return None
+    name = field[5:].partition(b"\0")[0]
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return name or None
+
+
 def widen(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, int]:
     """Return a member's packed size, size and offset, those of 64 bits from what is added.
 
     Raises: ImageError truncated if they are not there.
     """
     numbers = {"size": size, "packed": packed, "offset": offset}
-    at = 0
-    wide = b""
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, at)
-        if kind == 1:
-            wide = extra[at + 4 : at + 4 + length]
-            break
-        at += 4 + length
+    wide = find_field(extra, WIDE)
     place = 0
     for name, number in numbers.items():
         if number == UNKNOWN and wide:

@@ -86,10 +86,11 @@ def connect(address: str) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise no_cluster(address, str(error).partition("\n")[0]) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, heeded
-        )  # Ray's own handler would exit at once, without a message
+    finally:
+        # Ray's own handler would exit at once, without a message. None is one that Python did not
+        # install, and cannot put back.
+        if heeded is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, heeded)
 
 
 def check_listens(address: str) -> None:

@@ -21,6 +21,7 @@ from packvit.corpus.folder.layout import (
     commit,
     enter,
     fingerprint,
+    put,
     read_commits,
     read_manifest,
     stage,
@@ -176,6 +177,12 @@ def test_a_manifest_is_replaced_in_one_step(tmp_path: Path):
     write_manifest(tmp_path, {"complete": True})
     assert read_manifest(tmp_path) == {"complete": True}
     assert os.listdir(tmp_path) == ["_manifest.json"]
+
+
+def test_a_file_that_is_there_and_cannot_be_read_is_said_in_a_sentence(tmp_path: Path):
+    (tmp_path / "a").symlink_to("/proc/self/mem")  # a regular file, of which no read succeeds
+    with pytest.raises(WriteError, match=r"/a could not be read: Input/output error\. Fix that"):
+        put(tmp_path / "a", b"new")
 
 
 def test_the_fingerprint_does_not_hang_on_the_order_of_the_settings():

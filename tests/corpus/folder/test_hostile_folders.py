@@ -151,3 +151,34 @@ def test_what_is_read_from_a_folder_is_no_pipe_and_no_link(
     replace(out / name)
     with pytest.raises(UsageError, match=r"damaged"):
         packvit.read(out)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"model": {}},
+        {"revision": 5},
+        {"preprocessing": None},
+        {"positions": []},
+        {"token_budget": 0},
+    ],
+)
+def test_a_search_in_a_folder_that_does_not_say_how_to_embed_answers_in_a_sentence(
+    tmp_path: Path, whole: Path, photos: Path, entries: dict[str, Any]
+):
+    """S6"""
+    out = shutil.copytree(whole, tmp_path / "out")
+    write_manifest(out, (read_manifest(out) or {}) | entries)
+    shown = CliRunner().invoke(main, ["search", str(out), str(next(photos.iterdir()))])
+    assert shown.exit_code == 2
+    assert f"{MANIFEST} is missing or damaged" in shown.stderr
+
+
+def test_vectors_of_another_width_than_the_manifest_says_are_damage(tmp_path: Path, whole: Path):
+    """S6"""
+    out = shutil.copytree(whole, tmp_path / "out")
+    manifest = read_manifest(out) or {}
+    wider = {**manifest["config"], "width": manifest["config"]["width"] + 1}
+    write_manifest(out, manifest | {"config": wider, "exports": {}})
+    with pytest.raises(UsageError, match=rf"{PART} is missing or damaged"):
+        packvit.read(out)

@@ -235,6 +235,24 @@ def test_the_certificate_of_the_first_shard_is_kept_if_all_have_one(
     assert certified < 3 or json.loads(kept.read_bytes()) == {"machine": "1"}
 
 
+@pytest.mark.parametrize("spoil", ["change", "remove"])
+def test_a_certificate_that_is_not_the_recorded_one_is_refused(
+    tmp_path: Path, shards: list[Path], spoil: str
+):
+    for folder in shards:
+        (folder / "_certificate.json").write_bytes(b"{}")
+        change(folder, certificate_sha256=hashlib.sha256(b"{}").hexdigest())
+    kept = shards[0] / "_certificate.json"
+    if spoil == "change":
+        kept.write_bytes(b'{"passed": true}')
+    else:
+        kept.unlink()
+    state = "missing" if spoil == "remove" else "not the one that the manifest records"
+    with pytest.raises(UsageError, match=rf"_certificate\.json is {state}\. .* with --verify"):
+        merge(shards, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "_certificate.json").exists()
+
+
 def test_a_folder_that_others_write_or_fill_is_not_merged_into(
     tmp_path: Path, shards: list[Path], one_job: Path
 ):

@@ -7,7 +7,7 @@ import lzma
 import os
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,8 +40,8 @@ def drawn(size: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).bytes(size)
 
 
-def tar_of(names: str, size: int = 5000) -> bytes:
-    """Return a tar of files of noise, called by one letter each, in this order."""
+def tar_of(names: Iterable[str], size: int = 5000) -> bytes:
+    """Return a tar of files of noise with these names, in this order."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for seed, name in enumerate(names):
@@ -67,6 +67,20 @@ def test_a_compressed_tar_gives_the_rows_and_bytes_of_the_tar(tmp_path: Path, na
     for data in (compress(plain), compress(plain[:7000]) + compress(plain[7000:])):
         assert outcome_of(write(tmp_path / name, data)) == expected
     assert outcome_of(write(tmp_path / name, plain)) == expected  # a name may be wrong
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.bz2", "x.tar.xz", "x.tar.zst"])
+def test_a_compressed_tar_that_is_called_tar_is_read_as_what_it_is(tmp_path: Path, name: str):
+    plain = tar_of("dbca")
+    expected = outcome_of(write(tmp_path / "x.tar", plain))
+    assert outcome_of(write(tmp_path / "x.tar", WAYS[name](plain))) == expected
+
+
+def test_a_tar_whose_first_file_is_called_like_a_compression_is_a_tar(tmp_path: Path):
+    plain = tar_of(["BZh9-a", "b"])
+    for name in ("x.tar", "x.tar.bz2"):
+        found = outcome_of(write(tmp_path / name, plain))
+        assert found == {"BZh9-a": drawn(5000, 0), "b": drawn(5000, 1)}
 
 
 def test_frames_of_zstd_that_are_skipped_do_not_hide_the_tar(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Lists of paths, patterns and URLs, through the command and one by one."""
 
 import glob
+import gzip
 import hashlib
 import os
 import subprocess
@@ -109,7 +110,7 @@ def test_a_list_takes_names_of_any_bytes_and_files_of_any_kind(photos: list[str]
 
 def test_a_list_that_cannot_be_used_is_wrong_use_with_the_columns_there_are(photos: list[str]):
     Path("a.csv").write_text("name,label\nx.jpg,1\n")
-    Path("hole.csv").write_text("path,label\nx.jpg,1\n,2\n")
+    Path("hole.csv").write_text("path,label\n,1\n,2\n")
     Path("twice.csv").write_text("path,path\nx.jpg,1\n")
     Path("empty.txt").touch()
     Path("text.parquet").write_text("x.jpg\n")
@@ -120,7 +121,7 @@ def test_a_list_that_cannot_be_used_is_wrong_use_with_the_columns_there_are(phot
         ("a.csv", 'a.csv has no column "path" of paths. It has: name, label. Name one with --col'),
         ("twice.csv", 'twice.csv has no column "path" of paths. It has: path, path'),
         ("a.parquet", r"It has: name \(string\), path \(int64\)"),
-        ("hole.csv", 'hole.csv has no "path" in row 2'),
+        ("hole.csv", 'hole.csv has no "path" in any row'),
         ("text.parquet", "text.parquet cannot be read: it is not a whole Parquet file"),
         ("empty.txt", "No photographs were found in empty.txt"),
     ):
@@ -129,6 +130,35 @@ def test_a_list_that_cannot_be_used_is_wrong_use_with_the_columns_there_are(phot
     done = CliRunner().invoke(embed, ["--list", "gone.txt", "--out", "out"])
     assert done.exit_code == 2
     assert not Path("out").exists()
+
+
+def test_what_is_no_list_by_its_suffix_is_refused_and_no_row_for_each_line(photos: list[str]):
+    """W8"""
+    Path("a.json").write_text(f'["{photos[0]}",\n"{photos[1]}"]')
+    for name in (photos[0], "a.json", "http://localhost/x.XLSX?a=b"):
+        with pytest.raises(UsageError, match=r"is no list by its suffix\. A list is a text with a"):
+            list_inputs([], [name])
+    Path("a.ndjson").write_text(f'{{"path": "{photos[0]}"}}')
+    assert ids(list_inputs([], ["a.ndjson"])) == [photos[0]]
+
+
+def test_a_list_that_is_compressed_is_refused(photos: list[str]):
+    """W8"""
+    for name in ("a.txt.gz", "a.csv"):
+        Path(name).write_bytes(gzip.compress(b"path\n" + photos[0].encode()))
+        with pytest.raises(UsageError, match=rf"The list {name} is compressed\. Decompress it"):
+            list_inputs([], [name])
+
+
+def test_a_row_of_a_table_without_a_path_is_an_error_row(photos: list[str]):
+    """Rows V7 and V11 of the cases: of a list, as of the images in a table."""
+    there, data = photos[0], Path(photos[0]).read_bytes()
+    Path("a.csv").write_text(f"path,label\n{there},1\n,2\n")
+    Path("b.jsonl").write_text(f'{{"path": "{there}"}}\n{{"path": null}}\n{{"label": 3}}\n')
+    pq.write_table(pa.table({"path": [None, there, ""]}), "c.parquet")
+    for name, empty in (("a.csv", "2"), ("b.jsonl", "23"), ("c.parquet", "13")):
+        rows = {f"{name}/{number}": "missing" for number in empty}
+        assert outcome(list_inputs([], [name])) == rows | {there: data}
 
 
 def test_a_pattern_takes_the_files_that_it_matches(photos: list[str]):

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import tarfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,11 +109,13 @@ def test_an_empty_archive_among_others_is_passed_over(tmp_path: Path):  # case V
     text = write(tmp_path / "c.tar", archive(["c.txt"]))
     none = str(tmp_path / "d.parquet")
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), none)
+    with zipfile.ZipFile(packed := str(tmp_path / "e.zip"), "w"):
+        pass
     (tmp_path / "folder").mkdir()
     folder = str(tmp_path / "folder")
     alone = {f"{full}/a": b"a.jpg"}
     assert outcome_of(str(tmp_path / "*.tar")) == alone
-    assert outcome_of(full, empty, text, none, folder) == alone
+    assert outcome_of(full, empty, text, none, packed, folder) == alone
     for paths in ([empty], [none], [empty, none], [str(tmp_path / "[b-d].*")], [empty, folder]):
         with pytest.raises(UsageError, match=r"holds? no photographs, but"):
             outcome_of(*paths)

@@ -5,6 +5,7 @@ import os
 import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,29 @@ def test_links_and_folders_in_a_zip_are_no_photographs(tmp_path: Path):
         archive.writestr("folder.png/a.png", b"a")
     found = {"folder.png": "not_a_file", "folder.png/a.png": b"a", "link.png": "not_a_file"}
     assert outcome_of(str(tmp_path / "x.zip")) == found
+
+
+def test_a_name_in_utf8_that_is_added_is_a_members_name(tmp_path: Path):
+    """As Python's zipfile reads it from 3.12 on, but for what is damaged."""
+    fields = {
+        "a.png": (1, zlib.crc32(b"a.png"), "\u00e9.png".encode()),
+        "b.png": (1, 7, b"another.png"),  # of a name that was changed since
+        "c.png": (2, zlib.crc32(b"c.png"), b"another.png"),
+        "d.png": (1, zlib.crc32(b"d.png"), b"\xe9.png"),
+        "e.png": (1, zlib.crc32(b"e.png"), b""),
+    }
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, (version, crc, added) in fields.items():
+            info = zipfile.ZipInfo(name)
+            other = struct.pack("<HHH", 0x5455, 2, 0)
+            field = struct.pack("<HHBI", 0x7075, 5 + len(added), version, crc) + added
+            info.extra = other + field
+            archive.writestr(info, name)
+    found = outcome_of(str(tmp_path / "x.zip"))
+    names = ["b.png", "c.png", "d.png", "e.png", "\u00e9.png"]
+    assert found == dict(
+        zip(names, (b"b.png", b"c.png", b"d.png", b"e.png", b"a.png"), strict=True)
+    )
 
 
 def test_members_of_one_name_are_each_read(tmp_path: Path):

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.job import embed
 from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Progress, Shares
-from packvit.corpus.runners.cluster import ShardActor
+from packvit.corpus.runners.cluster import ShardActor, connect
 from packvit.corpus.runners.embedder import Job, load_alike
 from packvit.corpus.runners.host import Loading, Pool
 from packvit.corpus.runners.launching import Launched, Started, start
@@ -411,6 +412,27 @@ def test_without_ray_the_line_that_installs_it_is_shown(
     with pytest.raises(ImportError, match=r'Ray is needed: pip install "packvit\[ray\]"'):
         embed(photos, out=tmp_path / "out", model=checkpoint, device="cpu", ray="local")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("installed_by_python", [True, False])
+def test_without_a_cluster_sigterm_still_has_the_handler_of_before(
+    monkeypatch: pytest.MonkeyPatch, installed_by_python: bool
+):
+    def init(*args: object, **options: object) -> None:  # as Ray does, before it fails
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise ConnectionError("no cluster")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    if not installed_by_python:
+        monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    try:
+        with pytest.raises(UsageError, match="There is no Ray cluster"):
+            connect("local")
+        monkeypatch.undo()
+        assert not installed_by_python or signal.getsignal(signal.SIGTERM) == before
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.soak
