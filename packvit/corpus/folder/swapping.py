@@ -23,6 +23,8 @@ from packvit.corpus.folder.ownership import find_foreign, own_files
 from packvit.corpus.folder.stores import Folder, StorePath
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, fcntl.h and fs.h
+# Why a folder of ours is not removed: it is not there, it is none, or it holds what is not ours.
+FOREIGN = (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY)
 CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -167,5 +169,8 @@ def remove_own(folder: Path) -> None:
     for name in own_files(folder):
         (folder / name).unlink(missing_ok=True)
     for name in (DATA, EXPORTS):
-        with suppress(OSError):
+        try:
             (folder / name).rmdir()
+        except OSError as error:
+            if error.errno not in FOREIGN:
+                raise

@@ -10,7 +10,7 @@ from features import contents, to_first_format
 from rotten import encode, pixels, write_good
 
 import packvit
-from packvit.corpus import UsageError
+from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder import swapping
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.layout import read_manifest, write_manifest
@@ -177,6 +177,26 @@ def test_the_next_command_finishes_what_a_kill_left_and_loses_no_change(
         assert not check_folder(out).faults
     if command == "update":
         assert beside(out) == []
+
+
+def test_a_disk_that_fails_when_the_old_folder_is_removed_is_named_and_the_next_command_goes_on(
+    out: Path, photos: Path, invariant: Encoder, monkeypatch: pytest.MonkeyPatch
+):
+    rmdir = Path.rmdir
+
+    def fail(path: Path) -> None:
+        if path == new_of(out) / "_exports":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        rmdir(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rmdir", fail)
+        with pytest.raises(WriteError, match="Input/output error"):
+            job(photos, out, invariant, update=True)
+    assert beside(out) == [new_of(out).name]
+    job(photos, out, invariant, update=True)
+    assert beside(out) == []
+    assert not check_folder(out).faults
 
 
 def test_updates_that_would_lose_something_are_refused_and_change_nothing(
