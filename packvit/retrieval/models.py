@@ -51,7 +51,7 @@ def check_entries(manifest: dict[str, Any], folder: Folder) -> None:
         good
         and isinstance(asked, dict)
         and asked.get("resize") in ("checkpoint", "native", None)
-        and is_count(asked.get("max_patches"), least=1)
+        and (asked.get("max_patches") is None or is_count(asked["max_patches"], least=1))
     ):
         raise damaged(folder, names_of(folder).manifest)
 
