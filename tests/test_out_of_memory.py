@@ -91,7 +91,7 @@ def run(kind: str, limit: int, *words: object) -> subprocess.CompletedProcess[st
         ("merge", "one", "two", "--out", "out"),
         ("search", "features", "cat", "--out", "out"),
         ("dups", "features", "--out", "out"),
-        ("zeroshot", "features", "--labels", "cat,dog"),
+        ("zeroshot", "features", "--labels", "cat,dog", "--out", "out.parquet"),
         ("evaluate", "knn", "features"),
         ("warmup", "model"),
     ],
@@ -138,7 +138,7 @@ def test_memory_that_runs_out_in_the_middle_is_said_in_a_sentence(
         ("merge", "shard1", "shard2", "--out", "out"),
         ("search", "features", "cat", "--out", "out.jpg"),
         ("dups", "features", "--out", "out.jpg"),
-        ("zeroshot", "features", "--labels", "cat,dog"),
+        ("zeroshot", "features", "--labels", "cat,dog", "--out", "out.parquet"),
         ("evaluate", "knn", "features"),
     ):
         done = run(*limit, *words)
@@ -146,7 +146,8 @@ def test_memory_that_runs_out_in_the_middle_is_said_in_a_sentence(
             check_refused(done)
             refused.append(words[0])
         shutil.rmtree("out", ignore_errors=True)  # what needs little may end well
-        Path("out.jpg").unlink(missing_ok=True)
+        for name in ("out.jpg", "out.parquet"):
+            Path(name).unlink(missing_ok=True)
     assert refused
     assert contents(Path("features")) == whole
 
