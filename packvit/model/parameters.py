@@ -11,4 +11,6 @@ def drawn(*shape: int) -> nn.Parameter:
     would import its compiler for it, in 1 s.
     """
     parameter = nn.Parameter(torch.empty(shape))
-    return parameter if parameter.is_meta else nn.init.normal_(parameter, std=0.02)
+    if not parameter.is_meta:
+        nn.init.normal_(parameter, std=0.02)
+    return parameter
