@@ -3,15 +3,15 @@
 Nothing here shares code with packvit.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import written
 from reference import image
-from safetensors.torch import save_file
 from torch import Tensor
+from written import Shapes, linear
 
 SIZES: dict[str, Any] = {
     "model_type": "onevision_encoder",
@@ -55,17 +55,14 @@ def draw(kind: str, seed: int = 0) -> dict[str, Tensor]:
     made = SIZES | KINDS[kind]
     width, inner = made["hidden_size"], made["intermediate_size"]
 
-    def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-
-    def norm(name: str) -> dict[str, tuple[int, ...]]:
+    def norm(name: str) -> Shapes:
         both = made["layer_norm_type"] == "layer_norm"
         return {f"{name}.weight": (width,)} | ({f"{name}.bias": (width,)} if both else {})
 
-    def mlp(name: str) -> dict[str, tuple[int, ...]]:
+    def mlp(name: str) -> Shapes:
         return linear(f"{name}.fc1", inner, width) | linear(f"{name}.fc2", width, inner)
 
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: Shapes = {
         "embeddings.patch_embedding.weight": (width, 3, made["patch_size"], made["patch_size"]),
         **norm("layernorm_pre"),
     }
@@ -79,25 +76,12 @@ def draw(kind: str, seed: int = 0) -> dict[str, Tensor]:
         shapes |= {"head.attention.in_proj_weight": (3 * width, width)}
         shapes |= {"head.attention.in_proj_bias": (3 * width,), "head.norm.weight": (width,)}
         shapes |= linear("head.attention.out_proj", width, width)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {}
-    for name, shape in shapes.items():
-        noise = torch.randn(shape, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            drawn[name] = 1 + 0.3 * noise
-        elif name.endswith("weight"):
-            drawn[name] = noise / noise[0].numel() ** 0.5
-        else:
-            drawn[name] = 0.5 * noise
-    return drawn
+    return written.draw(shapes, seed)
 
 
 def write(folder: Path, kind: str, tensors: dict[str, Tensor], **changes: Any) -> Path:
     """A checkpoint as the authors publish it."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SIZES | KINDS[kind] | changes))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return written.write(folder, SIZES | KINDS[kind] | changes, tensors)
 
 
 def places(kind: str, grid: Grid) -> Tensor:

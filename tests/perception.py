@@ -3,15 +3,15 @@
 Nothing here shares code with packvit.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import written
 from reference import image
-from safetensors.torch import save_file
 from torch import Tensor
+from written import Shapes, linear
 
 SIZES: dict[str, Any] = {
     "embed_dim": 64,
@@ -76,13 +76,10 @@ def draw(kind: str, seed: int = 0, **changes: Any) -> dict[str, Tensor]:
     has_class = "no class token" not in kind
     side = made["img_size"] // made["patch_size"]
 
-    def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-
-    def norm(name: str) -> dict[str, tuple[int, ...]]:
+    def norm(name: str) -> Shapes:
         return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: Shapes = {
         "patch_embed.proj.weight": (width, 3, made["patch_size"], made["patch_size"]),
         "pos_embed": (1, side**2 + has_class, width),
         **norm("norm_pre"),
@@ -105,25 +102,12 @@ def draw(kind: str, seed: int = 0, **changes: Any) -> dict[str, Tensor]:
         shapes |= linear("attn_pool.mlp.fc1", inner, width)
         shapes |= linear("attn_pool.mlp.fc2", width, inner)
         shapes |= linear("head", config["num_classes"], width)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {}
-    for name, shape in shapes.items():
-        noise = torch.randn(shape, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            drawn[name] = 1 + 0.3 * noise
-        elif name.endswith("weight"):
-            drawn[name] = noise / noise[0].numel() ** 0.5
-        else:
-            drawn[name] = 0.5 * noise
-    return drawn
+    return written.draw(shapes, seed)
 
 
 def write(folder: Path, kind: str, tensors: dict[str, Tensor], **changes: Any) -> Path:
     """A checkpoint as timm publishes it."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_of(kind, **changes)))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return written.write(folder, config_of(kind, **changes), tensors)
 
 
 def formula(tensors: dict[str, Tensor], kind: str, patches: Tensor, grid: Grid) -> Outputs:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
+from written import check_gradients
 
 import packvit
 from packvit.checkpoints.errors import CheckpointError
@@ -204,20 +205,7 @@ def test_every_gradient_equals_the_formulas(tmp_path: Path, kind: str):
     ours = named(encode(encoder, rows, grid, patch_positions=places))
     lengths = [count for _, _, count in grid]
     theirs = named(onevision.formula(tensors, kind, rows, places, lengths))
-    generator = torch.Generator().manual_seed(0)
-    for name, output in ours.items():
-        weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        for side in (ours, theirs):
-            (side[name] * weight).sum().backward(retain_graph=True)
-    for parameter in encoder.parameters():
-        assert parameter.grad is not None
-        parameter.data = parameter.grad
-    encoder.origin = None
-    encoder.save_pretrained(tmp_path / "gradients")
-    gradients = load_file(tmp_path / "gradients" / "model.safetensors")
-    for name, tensor in tensors.items():
-        assert tensor.grad is not None
-        assert (gradients[name] - tensor.grad).norm() <= 1e-5 * tensor.grad.norm(), name
+    check_gradients(encoder, ours, theirs, tensors, tmp_path / "gradients")
 
 
 def test_verify_says_where_it_is_verified(tmp_path: Path):

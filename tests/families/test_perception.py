@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from written import check_gradients
 
 import packvit
 from packvit.checkpoints.errors import CheckpointError
@@ -201,20 +202,7 @@ def test_every_gradient_equals_the_formulas(tmp_path: Path, kind: str):
     patches = reference.draw_patches(OWN, 588).double()
     ours = named(encode(encoder, patches, OWN))
     theirs = named(perception.formula(tensors, kind, patches, OWN))
-    generator = torch.Generator().manual_seed(0)
-    for name in [name for name, output in ours.items() if output.numel()]:
-        weight = torch.randn(ours[name].shape, generator=generator, dtype=torch.float64)
-        for side in (ours, theirs):
-            (side[name] * weight).sum().backward(retain_graph=True)
-    for parameter in encoder.parameters():
-        assert parameter.grad is not None
-        parameter.data = parameter.grad
-    encoder.origin = None
-    encoder.save_pretrained(tmp_path / "gradients")
-    gradients = load_file(tmp_path / "gradients" / "model.safetensors")
-    for name, tensor in tensors.items():
-        assert tensor.grad is not None
-        assert (gradients[name] - tensor.grad).norm() <= 1e-5 * tensor.grad.norm(), name
+    check_gradients(encoder, ours, theirs, tensors, tmp_path / "gradients")
 
 
 @needs_timm

@@ -1,7 +1,6 @@
 import json
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from features import contents
 from fsspec.registry import _registry as registry
-from object_store import BUCKET, Answer, Server, environment_secrets, place, serving, stored
+from object_store import BUCKET, Answer, Server, environment_secrets, place, stored
 from rotten import encode, pixels, write_good
 
 import packvit
@@ -26,12 +25,6 @@ from packvit.corpus.progress import Summary
 from packvit.encoder import Encoder
 
 INPUTS, ROWS = 9, 4
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from features import contents
-from object_store import BUCKET, Server, place, serving, stored
+from object_store import BUCKET, Server, place, stored
 from rotten import encode, pixels, write_good
 
 from packvit.corpus import StoreError
@@ -29,12 +28,6 @@ from packvit.encoder import Encoder
 pytestmark = pytest.mark.soak
 
 INPUTS, ROWS = 9, 4
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
 
 
 @pytest.fixture
