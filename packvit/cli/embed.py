@@ -355,9 +355,8 @@ def what_is_written(meter: Meter | None, out: str, overwrite: bool, update: bool
 
     if update and new_of(Path(out).resolve()).exists():
         return f"Stopped: {out} is as it was. The same command resumes the update."
-    from packvit.corpus.folder.layout import (
-        read_commits,  # imports pyarrow, which would slow down `--help`
-    )
+    # These import pyarrow, which would slow down `--help`.
+    from packvit.corpus.folder.layout import read_commits
     from packvit.corpus.folder.stores import find_folder
 
     written = sum(entry.rows for entry in read_commits(find_folder(out)))

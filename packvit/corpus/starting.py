@@ -65,7 +65,8 @@ def run_in(
     if how.rows_per_part is not None:
         options = replace(options, rows_per_part=how.rows_per_part)
     check_usable(folder, overwrite=how.overwrite)
-    recorded = {} if how.overwrite else read_manifest(folder) or {}
+    held = read_manifest(folder) or {}
+    recorded = {} if how.overwrite else held
     listing = list_inputs(
         inputs.photos,
         inputs.lists,
@@ -83,7 +84,7 @@ def run_in(
             f"{TRIAL_INPUTS} are embedded, since the default model is small. "
             'Choose one, for example `model="apple/aimv2-large-patch14-native"`.'
         )
-    complete = bool((read_manifest(folder) or {}).get("complete"))
+    complete = bool(held.get("complete"))
     with options.decoders() as decoders, gather(how) as pool:
         if how.here and not complete:
             decoders.start(len(listing))  # while the model is loaded

@@ -27,14 +27,22 @@ def find_file(path: str | os.PathLike[str], stage: Stage = "read") -> os.stat_re
     return found
 
 
+def check_size(size: int) -> None:
+    """Refuse what is too large to be held.
+
+    Raises: ImageError unreadable.
+    """
+    if size > MAX_BYTES:
+        raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
+
+
 def read_file(path: str | os.PathLike[str], start: int = 0, size: int | None = None) -> bytes:
     """Return the bytes of a regular file, or `size` of them from `start` on, or what there is.
 
     Raises: ImageError missing, not_a_file or unreadable.
     """
     whole = find_file(path).st_size
-    if (whole if size is None else size) > MAX_BYTES:
-        raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
+    check_size(whole if size is None else size)
     try:
         with open(path, "rb") as file:
             file.seek(start)

@@ -146,21 +146,25 @@ def finish_replacements(folder: Folder) -> None:
 
 def compare(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Return a line for each field in which two manifests describe different jobs."""
-    old, new = dict(flatten(recorded)), dict(flatten(manifest))
-    differ = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    differ = differing(recorded, manifest)
     if all(name.split(".")[0] in BESIDE for name in differ):
         return []
     named = [name for name in differ if name.split(".")[0] not in (*BESIDE, "fingerprint")]
     if "model" in differ:
         named.insert(0, "model")
-    return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in named or differ]
+    return [differ[name] for name in named or differ]
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Return a line for each field in which two settings differ."""
+    return list(differing(recorded, found).values())
+
+
+def differing(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields in which two settings differ, and a line on each."""
     old, new = dict(flatten(recorded)), dict(flatten(found))
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    return [f"{name}: {show(old, name)} -> {show(new, name)}" for name in names]
+    return {name: f"{name}: {show(old, name)} -> {show(new, name)}" for name in names}
 
 
 def flatten(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

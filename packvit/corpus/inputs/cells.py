@@ -12,9 +12,8 @@ from typing import Any
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.pages import Sizes, measure
-from packvit.corpus.inputs.reader import open_source, unreadable
+from packvit.corpus.inputs.reader import find_version, open_source, unreadable
 from packvit.images.errors import ImageError
-from packvit.images.files import find_file
 
 TOO_LARGE = (
     f"it takes over {limits.MOST_OF_PAGE >> 20} MiB to unpack its page of the table; write fewer "
@@ -211,11 +210,7 @@ def read_cell(path: str, cell: Cell, *, alone: bool) -> bytes | str:
 
     Raises: ImageError truncated, or missing if there is neither; or what opening it raises.
     """
-    if is_url(path):
-        version = (0, 0)
-    else:
-        found = find_file(path)
-        version = (found.st_size, found.st_mtime_ns)
+    version = find_version(path)
     try:
         with unreadable():
             open_column = open_alone if alone else open_cells

@@ -5,6 +5,8 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from packvit.images.errors import ImageError
+
 # The most bytes of a file whose length is unknown or may be wrong, as with compressed transfers.
 MOST_UNDECLARED = 256 << 20
 MOST_PAGE = 32 << 20  # bytes of a page of links after decompression: some 300,000 links
@@ -22,6 +24,16 @@ MOST_ROWS = 10  # of a table for each byte of its file, above FEW_ROWS: null row
 FEW_ROWS = 1_000_000
 MOST_MEMORY = 430 << 20  # that reading a cell of a table may take beside the largest page
 MOST_OF_PAGE = 460 << 20  # bytes that a table's page takes to unpack
+
+
+def check_unpacked(size: int, packed: int) -> None:
+    """Refuse what unpacks from `packed` bytes to far more than photographs do.
+
+    Raises: ImageError unreadable.
+    """
+    if size > max(MOST_UNDECLARED, packed * MOST_RATIO_OF_ZIP):
+        note = f"unpacks to over {MOST_RATIO_OF_ZIP} times its size"
+        raise ImageError("unreadable", "read", note)
 
 
 def held_memory() -> int:

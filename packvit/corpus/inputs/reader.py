@@ -16,7 +16,7 @@ from packvit.corpus.inputs.addresses import check_protocols, is_url, protocols, 
 from packvit.corpus.inputs.retries import find_status, persist
 from packvit.corpus.inputs.zip_directory import find_directory
 from packvit.images.errors import ImageError
-from packvit.images.files import MAX_BYTES, find_file
+from packvit.images.files import MAX_BYTES, check_size, find_file
 
 # The extra that brings what fsspec needs for a protocol.
 PACKAGES = {"s3": "'packvit[s3]'", "gs": "'packvit[gs]'", "az": "'packvit[az]'"}
@@ -145,6 +145,17 @@ def open_source(path: str) -> Any:
         return open(path, "rb")
 
 
+def find_version(path: str) -> tuple[int, int]:
+    """Return what tells the versions of a local file apart: its size and its time of change.
+
+    Raises: ImageError missing, not_a_file or unreadable.
+    """
+    if is_url(path):
+        return 0, 0
+    found = find_file(path)
+    return found.st_size, found.st_mtime_ns
+
+
 def open_stream(url: str) -> Any:
     """Open a URL to be read once from its start, in one answer where it is a web server's.
 
@@ -195,19 +206,16 @@ def read_url(url: str) -> bytes:
             take_for_file(files, place, None)
             with files.open(place, "rb", block_size=0) as file:
                 data = file.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
+            check_size(len(data))
             return data
         found = files.info(place)
         if found["type"] != "file":
             raise ImageError("not_a_file", "read")
         size = found.get("size") or 0
         packed = found.get("compress_size")  # of a zip's member
-        if size > MAX_BYTES:
-            raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
-        ratio = limits.MOST_RATIO_OF_ZIP
-        if packed is not None and size > limits.MOST_UNDECLARED and size > packed * ratio:
-            raise ImageError("unreadable", "read", f"unpacks to over {ratio} times its size")
+        check_size(size)
+        if packed is not None:
+            limits.check_unpacked(size, packed)
         if is_web(url):
             with files.open(place, "rb", block_size=0, size=size or None) as file:
                 if file.r.status not in (200, 206):  # such as 204 and 304, which have no body

@@ -17,7 +17,7 @@ from packvit.corpus.inputs.retries import persist
 from packvit.corpus.inputs.unpacking import Spent, read_packed
 from packvit.corpus.inputs.zipped import LOCAL, Zipped, check_zipped, find_packed, unpack
 from packvit.images.errors import ImageError
-from packvit.images.files import MAX_BYTES, read_file
+from packvit.images.files import check_size, read_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,8 @@ def read_part(path: str, place: Member | None, spent: Spent) -> bytes:
 
     Raises: ImageError as `read` does.
     """
-    if place and place.size > MAX_BYTES:
-        raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
+    if place:
+        check_size(place.size)
     where = (place.offset, place.size) if place else None
     if place and place.packed:
         data = read_packed(path, place.offset, place.size, spent)

@@ -23,13 +23,13 @@ from packvit.corpus import WriteError
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.reader import (
+    find_version,
     open_source,
     open_stream,
     read_part_of_url,
     unreadable,
 )
 from packvit.images.errors import ImageError
-from packvit.images.files import find_file
 
 FIRST = 8  # bytes that tell how a file is compressed
 PIECE = 1 << 20  # bytes that are unpacked at once
@@ -176,9 +176,10 @@ class Unpacked:
         except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
             self.error = ImageError("truncated", "read", "the archive is damaged")
             self.error.__cause__ = error
-        ratio = limits.MOST_RATIO_OF_ZIP
-        if self.length + len(data) > max(limits.MOST_UNDECLARED, self.packed.count * ratio):
-            self.error = ImageError("unreadable", "read", f"unpacks to over {ratio} times its size")
+        try:
+            limits.check_unpacked(self.length + len(data), self.packed.count)
+        except ImageError as error:
+            self.error = error
             data.clear()
         self.ended |= self.error is not None
         rest = memoryview(data)
@@ -213,10 +214,7 @@ def read_packed(path: str, offset: int, size: int, spent: Spent) -> bytes:
 
     Raises: ImageError as `Unpacked` and opening it do.
     """
-    version = (0, 0)
-    if not is_url(path):
-        found = find_file(path)
-        version = (found.st_size, found.st_mtime_ns)
+    version = find_version(path)
     try:
         return open_unpacked(path, os.getpid(), version).read_at(offset, size, spent)
     except WriteError as error:

@@ -14,7 +14,7 @@ from typing import Any
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.reader import read_bounded
 from packvit.images.errors import ImageError
-from packvit.images.files import MAX_BYTES
+from packvit.images.files import check_size
 
 LOCAL = struct.Struct("<4s22xHH")  # lengths of the name and of what is added to it
 DAMAGED = "the archive is damaged there"
@@ -36,11 +36,8 @@ def check_zipped(place: Zipped) -> None:
 
     Raises: ImageError unreadable.
     """
-    if max(place.size, place.packed) > MAX_BYTES:
-        raise ImageError("unreadable", "read", f"over {MAX_BYTES >> 30} GiB")
-    ratio = limits.MOST_RATIO_OF_ZIP
-    if place.size > limits.MOST_UNDECLARED and place.size > place.packed * ratio:
-        raise ImageError("unreadable", "read", f"unpacks to over {ratio} times its size")
+    check_size(max(place.size, place.packed))
+    limits.check_unpacked(place.size, place.packed)
 
 
 def find_packed(header: bytes, place: Zipped) -> int:
