@@ -98,14 +98,18 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     )
 
 
+def write_sizes(config: EncoderConfig) -> dict[str, Any]:
+    """Return the sizes; transformers' class knows nothing of channels."""
+    written = config_json.write_sizes(config)
+    return {key: size for key, size in written.items() if key != "num_channels"}
+
+
 def write(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json as transformers' Kimi_K25VisionConfig."""
     table, rotary = config.positions, config.rotary
     assert isinstance(table, Table)
     assert isinstance(rotary, AxialRotary)
-    sizes = config_json.write_sizes(config)
-    del sizes["num_channels"]  # of which its class knows nothing
-    return sizes | {
+    return write_sizes(config) | {
         "model_type": "kimi_k25_vision",
         "architectures": ["Kimi_K25VisionModel"],
         "merge_kernel_size": [SIDE, SIDE],
@@ -131,8 +135,7 @@ def write_images_alone(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json of Kimi-VL, as far as it is about the tower and its projector."""
     table, merger = config.positions, config.merger
     assert isinstance(table, Table)
-    sizes = {key: x for key, x in config_json.write_sizes(config).items() if key != "num_channels"}
-    tower = sizes | {
+    tower = write_sizes(config) | {
         "model_type": "moonvit",
         "merge_kernel_size": [SIDE, SIDE],
         "init_pos_emb_height": table.rows,

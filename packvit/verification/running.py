@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from packvit.packs.grid import Grid
 from packvit.verification.answers import PER_FRAME, Answers
 from packvit.verification.references import projection, tower
-from packvit.verification.timm_reference import is_timm, pixels_of, run_timm
+from packvit.verification.timm_reference import is_timm, pixels_of, run_timm_frame
 from packvit.verification.towers import is_tower, run_tower, tower_inputs
 
 
@@ -51,12 +51,12 @@ def run(
 
     Shapes: patches N x [patches, P], normalised, in the order (row, column, channel).
     """
-    if is_timm(model):
-        return run_timm(model, patches, grid)
     answers: dict[str, list[Tensor]] = {}
     for image, (frames, rows, columns) in zip(patches, grid, strict=True):
         if is_tower(tower(model)):  # a clip may be one sequence
             parts = [run_whole(tower(model), image, (frames, rows, columns))]
+        elif is_timm(model):
+            parts = [run_timm_frame(model, frame, rows, columns) for frame in image.chunk(frames)]
         else:
             parts = [
                 run_frame(model, frame, rows, columns, interpolate) for frame in image.chunk(frames)

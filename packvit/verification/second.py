@@ -17,7 +17,7 @@ from packvit.verification.references import ReferenceModel, tower
 from packvit.verification.rule import judge, judge_layers
 from packvit.verification.running import inputs, last_state, run
 from packvit.verification.timm_models import described, timm_model
-from packvit.verification.timm_reference import is_timm, run_timm
+from packvit.verification.timm_reference import is_timm
 
 KINDS = ("tokens", "taps", "prefix")  # of what timm says
 NEIGHBOURS = "neighbours in the reference"
@@ -82,8 +82,8 @@ def compare_with_timm(
     shapes = agreed_shapes(encoder, options)
     patches = draw(shapes.grid, encoder, options.seed)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        theirs = run_timm(timm_model(encoder, torch.float32), patches, shapes.grid)
-        truth = run_timm(exact, patches, shapes.grid)
+        theirs = run(timm_model(encoder, torch.float32), patches, shapes.grid)
+        truth = run(exact, patches, shapes.grid)
         first, first_exact = (
             run(reference.load(dtype, encoder.device), patches, shapes.grid)
             for dtype in (torch.float32, torch.float64)

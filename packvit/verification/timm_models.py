@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from packvit.config import EncoderConfig, Rotary, Table
 from packvit.encoder import Encoder
+from packvit.verification.timm_reference import import_timm
 from packvit.version import version_of
 
 NAMES: Mapping[str, str] = {  # timm's to ours, of tensors, of layers, and of those in a block
@@ -85,12 +86,7 @@ def timm_model(encoder: Encoder, dtype: torch.dtype) -> nn.Module:
     config, table = encoder.config, encoder.config.positions
     if config.merger or config.windows:
         raise NoCounterpartError("timm has no towers of multimodal models with these weights")
-    try:
-        import timm  # noqa: F401 # pyright: ignore[reportMissingImports] # needs torchvision
-    except ImportError as error:
-        raise ImportError(
-            "The second reference is timm, which is not installed: pip install 'packvit[bench]'"
-        ) from error
+    import_timm("The second reference is timm")
     if isinstance(config.rotary, Rotary) and table is None:
         model = eva(config)
     elif not isinstance(table, Table) or not is_plain(config):

@@ -6,7 +6,7 @@ imported only when it is asked for, and comes with torchvision.
 Source: timm 1.0.31, models/_factory.py, models/_hub.py, models/eva.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from packvit.checkpoints.layouts import Variant
-from packvit.packs.grid import Grid
-from packvit.verification.answers import Answers
 from packvit.version import version_of
 
 SIZES: Mapping[str, Any] = {  # of the small random models
@@ -31,17 +29,16 @@ SIZES: Mapping[str, Any] = {  # of the small random models
 SEEN = ("input_size", "interpolation", "crop_pct", "mean", "std", "num_classes")
 
 
-def import_timm() -> Any:
+def import_timm(said: str = "Verification of this family compares with timm") -> Any:
     """Return the library.
 
-    Raises: ImportError with the line that installs it.
+    Raises: ImportError that begins as `said`, with the line that installs it.
     """
     try:
         import timm  # pyright: ignore[reportMissingImports] # needs torchvision
     except ImportError as error:
         raise ImportError(
-            "Verification of this family compares with timm, which is not installed: "
-            "pip install 'packvit[bench]'"
+            f"{said}, which is not installed: pip install 'packvit[bench]'"
         ) from error
     return timm
 
@@ -105,25 +102,8 @@ def pixels_of(patches: Tensor, rows: int, columns: int) -> Tensor:
     return tiles.reshape(1, 3, rows * side, columns * side)
 
 
-@torch.no_grad()
-def run_timm(model: Any, patches: Sequence[Tensor], grid: Grid) -> Answers:
-    """Return what timm's model makes of each frame by itself.
-
-    Shapes: patches N x [patches, P], normalised, in the order (row, column, channel).
-    """
-    answers: dict[str, list[Tensor]] = {}
-    for image, (frames, rows, columns) in zip(patches, grid, strict=True):
-        parts = [run_frame(model, frame, rows, columns) for frame in image.chunk(frames)]
-        for kind in parts[0]:
-            outputs = [part[kind] for part in parts]
-            joins = kind in ("tokens", "taps")
-            joined = torch.cat(outputs, -2) if joins else torch.stack(outputs)
-            answers.setdefault(kind, []).append(joined)
-    return answers
-
-
-def run_frame(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
-    """Return a model's outputs for one frame."""
+def run_timm_frame(model: Any, patches: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+    """Return the outputs of timm's model for one frame. Shapes: patches [patches, P]."""
     kept: list[Tensor] = []
     hooks = [
         block.register_forward_hook(lambda module, given, out: kept.append(out[0]))
