@@ -245,9 +245,8 @@ class EncoderConfig(TransformerConfig):
 
     patch: int
     positions: SinCos | Table | None  # added to the patches
-    rotary: Rotary | AxialRotary | VideoRotary | None = (
-        None  # turned into every layer's queries and keys
-    )
+    # Turned into every layer's queries and keys.
+    rotary: Rotary | AxialRotary | VideoRotary | None = None
     temporal: int = 1  # frames of a video's patch; an image is taken for frames of one picture
     segments: Literal["frame", "clip"] = "frame"  # what attends to itself
     windows: Windows | None = None

@@ -43,12 +43,12 @@ def check_entries(manifest: dict[str, Any], folder: Folder) -> None:
 
     Raises: UsageError.
     """
-    asked, revision = manifest.get("preprocessing"), manifest.get("revision")
-    good = isinstance(manifest.get("model"), str) and isinstance(revision, str | None)
-    good = good and manifest.get("positions") in ("checkpoint", "interpolate")
-    good = good and is_count(manifest.get("token_budget"), least=1)
+    asked = manifest.get("preprocessing")
     if not (
-        good
+        isinstance(manifest.get("model"), str)
+        and isinstance(manifest.get("revision"), str | None)
+        and manifest.get("positions") in ("checkpoint", "interpolate")
+        and is_count(manifest.get("token_budget"), least=1)
         and isinstance(asked, dict)
         and asked.get("resize") in ("checkpoint", "native", None)
         and (asked.get("max_patches") is None or is_count(asked["max_patches"], least=1))

@@ -13,7 +13,7 @@ from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.layouts import outer_prefixes
 from packvit.model.attention import resolve
 from packvit.model.device import find_device, find_dtype
-from packvit.text.encoder import TextEncoder, sinusoids
+from packvit.text.encoder import TextEncoder
 from packvit.text.tokenizing import find_tokenizer
 from packvit.text.towers import TEXT_TOWERS, TextLayout, TextTower
 
@@ -69,8 +69,8 @@ def load_text(
             place=lambda t: t.to(device, dtype if t.numel() > 1 else torch.float32, copy=True),
         )
         encoder.load_state_dict(state | first, assign=True)
-        if config.sinusoids:
-            encoder.embeddings.positions = sinusoids(config).to(device, dtype)
+        if config.sinusoids:  # no checkpoint holds them: they are computed, on the host
+            encoder.embeddings.positions = encoder.embeddings.positions.to(device, dtype)
     encoder.checkpoint = checkpoint
     resolve(attention, encoder.attention_inputs)  # refused here, not in a forward
     return encoder.eval()
