@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from packvit.config import Filter
-from packvit.gpu.jpeg import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, Jpeg
+from packvit.gpu.jpeg import Jpeg
 from packvit.gpu.resampling import BITS, HALF, Windows, rows_first, windows
 from packvit.images.resize import SizePlan
+from packvit.images.turns import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED
 
 
 def upright_rgb(planes: Sequence[np.ndarray], jpeg: Jpeg) -> UInt8[np.ndarray, "height width 3"]:
