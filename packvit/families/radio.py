@@ -39,6 +39,10 @@ GATED = (
     *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "down_proj"}),
     *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "gate_proj up_proj"),
 )
+OLD_GATED = (  # as transformers 5.17 saves it; nothing is published with it
+    *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "weights_out"}),
+    *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "weights_in"),
+)
 CARRIED = {
     "summary_idxs": "radio_model.summary_idxs",
     "norm_mean": "radio_model.input_conditioner.norm_mean",
@@ -62,7 +66,7 @@ def layout(mlp: tuple[Rule, ...]) -> Layout:
 FAMILY = Family(
     name="C-RADIO",
     model_types=("radio", "RADIOModel"),
-    layouts=(layout(PLAIN), layout(GATED)),
+    layouts=(layout(PLAIN), layout(GATED), layout(OLD_GATED)),
     images=images,
     checkpoints=(
         *(f"nvidia/C-RADIOv3-{size}" for size in ("B", "L", "H")),
@@ -71,7 +75,10 @@ FAMILY = Family(
     reference=Reference(
         variants=(
             Variant("plain", "RadioModel", {"max_img_size": 224, "mlp_ratio": 2.0}),
-            Variant("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
+            Variant(
+                *("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
+                since="5.24",
+            ),
         ),
         processor="CLIPImageProcessorPil",
         processor_options={
