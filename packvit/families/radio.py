@@ -11,7 +11,7 @@ from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import Rule, gated, layers, linear_over_channels, rename, reshape
 from packvit.config import CLIP_STATISTICS, EncoderConfig, ImageConfig
 from packvit.encoder import Encoder
-from packvit.families.radio_entries import read, write
+from packvit.families.radio_entries import STATISTICS, read, write
 
 MODEL = "radio_model.model."
 OURS, BLOCK = "encoder.layers.{i}.", f"{MODEL}blocks.{{i}}."
@@ -55,7 +55,8 @@ def images(config: EncoderConfig) -> ImageConfig:
 def layout(mlp: tuple[Rule, ...]) -> Layout:
     """Return the layout of checkpoints with one kind of MLP; heads for teachers are skipped."""
     marker, skipped = mlp[0].theirs[0].format(i=0), ("radio_model.adaptors",)
-    return Layout("transformers", marker, (*RULES, *mlp), read, write, CARRIED, skipped)
+    rules = (*RULES, *mlp)
+    return Layout("transformers", marker, rules, read, write, CARRIED, STATISTICS, skipped)
 
 
 FAMILY = Family(
