@@ -39,6 +39,10 @@ GATED = (
     *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "down_proj"}),
     *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "gate_proj up_proj"),
 )
+FUSED = (  # by their names in transformers 5.17
+    *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "weights_in"),
+    *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "weights_out"}),
+)
 CARRIED = {
     "summary_idxs": "radio_model.summary_idxs",
     "norm_mean": "radio_model.input_conditioner.norm_mean",
@@ -62,7 +66,7 @@ def layout(mlp: tuple[Rule, ...]) -> Layout:
 FAMILY = Family(
     name="C-RADIO",
     model_types=("radio", "RADIOModel"),
-    layouts=(layout(PLAIN), layout(GATED)),
+    layouts=(layout(PLAIN), layout(GATED), layout(FUSED)),
     images=images,
     checkpoints=(
         *(f"nvidia/C-RADIOv3-{size}" for size in ("B", "L", "H")),
