@@ -12,7 +12,7 @@ from packvit.model.embeddings import CosSin
 from packvit.packs.segments import Segments
 
 # Up to so many tokens, and for these heads, our kernel for sequences of one length takes less time
-# than FlashAttention-4's: benchmarks/LOG.md. It reads no other sequence, so nothing is zeroed first.
+# than FlashAttention-4's (benchmarks/LOG.md). It reads no other sequence, so nothing is zeroed.
 SHORT = 320
 SHORT_HEAD_DIMS = (64, 128)
 
