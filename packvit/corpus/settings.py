@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from packvit.config import EncoderConfig, LoadOptions, MostPatches, Table
+from packvit.config import EncoderConfig, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
@@ -21,6 +21,7 @@ from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
 from packvit.model.memory import peak
+from packvit.model.options import LoadOptions
 from packvit.packs.checks import count_from_front
 
 # Rows of a part, a power of two. 64 are about a minute of a large model on a CPU, and with 1,000

@@ -85,6 +85,13 @@ def pooling_head(config: EncoderConfig) -> QueryPool | ProbePool | None:
     return ProbePool(config) if config.pool == "probe" else None
 
 
+def projection_layer(config: EncoderConfig) -> Linear | None:
+    """Return the layer from pooled vectors to the space shared with text, or None without one."""
+    if config.projection is None:
+        return None
+    return Linear(config.width, config.projection, bias=config.projection_bias)
+
+
 def pool_sequences(
     output: TrunkOutput, config: EncoderConfig, last_norm: nn.Module, head: nn.Module | None
 ) -> Pooled | None:

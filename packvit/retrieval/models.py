@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from packvit.config import LoadOptions
 from packvit.corpus import UsageError
 from packvit.corpus.folder.names import names_of
 from packvit.corpus.folder.opening import is_count
@@ -15,6 +14,7 @@ from packvit.corpus.loading import digest_weights, load_encoder
 from packvit.corpus.settings import ModelChoice
 from packvit.encoder import Encoder
 from packvit.images.decode import Source
+from packvit.model.options import LoadOptions
 from packvit.retrieval.folders import Vectors
 from packvit.retrieval.nearest import choose_device
 from packvit.text.encoder import TextEncoder
