@@ -185,12 +185,12 @@ def typical_patches(encoder: Encoder, options: EmbedOptions) -> int:
 
 
 def choose_rows(device: torch.device | None, inputs: int, *, large: bool) -> int:
-    """Return the rows of a part of a job of `inputs` on a kind of device; None is any.
+    """Return the rows per part of a job of `inputs` on a kind of device; None is any.
 
-    What is not committed is lost when a job is killed: on a CPU, whose rows take long, and with
-    `large` rows, of tokens or taps, parts are small. A GPU's parts are larger, so that more packs
-    are full, unless that leaves fewer than `FEWEST_PARTS`. It does not depend on the number of
-    processes, since the output does not.
+    A killed job loses what is not committed, so parts are small on a CPU, whose rows take long, and
+    where rows are `large`: with tokens or taps. On a GPU they are larger, so that more packs are
+    full, unless that leaves fewer than `FEWEST_PARTS`. The number of processes does not matter,
+    since the output must not depend on it.
     """
     small = large or (device is not None and device.type == "cpu")
     rows = FEWEST_ROWS if small else MOST_ROWS

@@ -1,4 +1,4 @@
-"""Build a model that a checkpoint describes, and fill in its weights."""
+"""Build an encoder that a checkpoint describes, and fill in its weights."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -32,7 +32,7 @@ def read_inputs(
     family: str,
     device: torch.device,
 ) -> tuple[Grid, Tensor | None]:
-    """Check what a forward on `device` is given; return the grid on the host, and the positions.
+    """Check the arguments of a forward; return the grid on the host, and the positions.
 
     Raises: TypeError; ValueError.
     """
@@ -117,7 +117,7 @@ def read_positions(
 
 
 def check_video(config: EncoderConfig, family: str) -> VideoRotary:
-    """Return the rotary positions of an encoder that take the time into account.
+    """Return the rotary positions of an encoder whose positions include the time.
 
     Raises: ValueError for any other encoder.
     """
