@@ -11,7 +11,7 @@ import torch
 from packvit.corpus import UsageError
 from packvit.corpus.completing import choose_codes, find_errors, run
 from packvit.corpus.decode.queue import Decoders
-from packvit.corpus.encode.context import make_context
+from packvit.corpus.encode.context import check_decoding, make_context
 from packvit.corpus.folder.layout import claim, read_manifest
 from packvit.corpus.folder.names import CURRENT, names_of
 from packvit.corpus.folder.ownership import check_usable
@@ -148,8 +148,8 @@ def prepare(
     VerificationError.
     """
     engine = None
-    device = choice.options.device
-    if options.decode == "gpu" and torch.cuda.is_available() and device in (None, "cuda"):
+    on_gpu = torch.cuda.is_available() and choice.options.device in (None, "cuda")
+    if how.here and options.decode == "gpu" and on_gpu:
         engine = begin_engine(torch.device("cuda"))  # while the model is loaded
     if pool and not how.verify:
         rows = how.rows_per_part or rows_before(recorded) or FEWEST_ROWS
@@ -170,7 +170,9 @@ def prepare(
     described = describe_job(encoder, weights, options)
     reusing = choose_reuse(folder, how, described, name_device(encoder.device))
     options = replace(options, reuse=reusing.reuse(folder))
-    context = make_context(encoder, options, decoders, engine)
+    context = make_context(encoder, options, decoders, engine) if how.here else None
+    if context is None:
+        check_decoding(encoder, options)
     check_memory(encoder, options, free)
     certificate = vouch(encoder, weights) if how.verify else None
     format_of_folder = (CURRENT if how.overwrite else names_of(folder)).format
