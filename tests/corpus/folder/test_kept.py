@@ -386,7 +386,7 @@ def test_a_check_finds_kept_columns_that_the_manifest_does_not_describe(
     for change, said in (
         ({"keep": [["label", "string"]]}, "does not have the columns"),
         ({"keep": [["label", "date"]]}, "has keep that is not a list of names and types"),
-        ({"keep": [["id", "string"]]}, "has keep with names that no column"),
+        ({"keep": [["id", "string"]]}, "has keep with a name that a kept column cannot"),
         ({"kept_sha256": "0" * 64}, "was written for other kept columns"),
     ):
         other = manifest | change
