@@ -39,9 +39,9 @@ GATED = (
     *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "down_proj"}),
     *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "gate_proj up_proj"),
 )
-OLD_GATED = (  # as transformers 5.17 saves it; nothing is published with it
-    *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "weights_out"}),
+FUSED = (  # by their names in transformers 5.17
     *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "weights_in"),
+    *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "weights_out"}),
 )
 CARRIED = {
     "summary_idxs": "radio_model.summary_idxs",
@@ -66,7 +66,7 @@ def layout(mlp: tuple[Rule, ...]) -> Layout:
 FAMILY = Family(
     name="C-RADIO",
     model_types=("radio", "RADIOModel"),
-    layouts=(layout(PLAIN), layout(GATED), layout(OLD_GATED)),
+    layouts=(layout(PLAIN), layout(GATED), layout(FUSED)),
     images=images,
     checkpoints=(
         *(f"nvidia/C-RADIOv3-{size}" for size in ("B", "L", "H")),
