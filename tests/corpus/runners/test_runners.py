@@ -31,7 +31,8 @@ from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.job import embed
 from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Progress, Shares
-from packvit.corpus.runners.cluster import ShardActor, connect
+from packvit.corpus.runners.actor import ShardActor
+from packvit.corpus.runners.cluster import connect
 from packvit.corpus.runners.embedder import Job, load_alike
 from packvit.corpus.runners.host import Loading, Pool
 from packvit.corpus.runners.launching import Launched, Started, start
@@ -467,7 +468,7 @@ def test_an_actor_whose_node_does_not_share_the_folders_says_so(
     for working in (tmp_path / "nowhere", tmp_path):
         monkeypatch.chdir(tmp_path)  # where it was is restored
         actor = ShardActor(job, str(working))
-        found = actor.embed(0, 1)
+        found = actor.submit(0, 1).result(DEADLINE)
         assert isinstance(found, EmbedderError)
         assert "No such file or directory. All nodes of the cluster need" in str(found)
         if actor.context:
