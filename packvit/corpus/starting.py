@@ -10,7 +10,7 @@ import torch
 
 from packvit.corpus import UsageError
 from packvit.corpus.completing import choose_codes, find_errors, run
-from packvit.corpus.encode.context import make_context
+from packvit.corpus.encode.context import check_decoding, make_context
 from packvit.corpus.folder.layout import claim, read_manifest
 from packvit.corpus.folder.names import CURRENT, names_of
 from packvit.corpus.folder.ownership import check_usable
@@ -90,7 +90,8 @@ def run_in(
             decoders.start(len(listing))  # while the model is loaded
         engine = None
         if (
-            options.decode == "gpu"
+            how.here
+            and options.decode == "gpu"
             and torch.cuda.is_available()
             and choice.options.device in (None, "cuda")
         ):
@@ -121,7 +122,9 @@ def run_in(
         device_name = name_device(encoder.device)
         reusing = choose_reuse(folder, how, described, device_name)
         options = replace(options, reuse=reusing.reuse(folder))
-        context = make_context(encoder, options, decoders, engine)
+        context = make_context(encoder, options, decoders, engine) if how.here else None
+        if context is None:
+            check_decoding(encoder, options)
         check_memory(encoder, options, free)
         certificate = vouch(encoder, weights) if how.verify else None
         format_of_folder = (CURRENT if how.overwrite else names_of(folder)).format

@@ -10,7 +10,7 @@ from packvit.checkpoints.layouts import named_type
 from packvit.checkpoints.rules import Rule, layers, prefixed, rename
 from packvit.config import TextConfig
 from packvit.families import clip, siglip, siglip2, tipsv2
-from packvit.families.aimv2 import APPLE_BLOCKS, TRANSFORMERS_BLOCKS
+from packvit.families.aimv2_blocks import APPLE_BLOCKS, TRANSFORMERS_BLOCKS
 from packvit.families.clip_siglip import CLIP_BLOCK
 
 BROKEN_END = 2  # what CLIP's first configurations say, whose tokenizers end a text by another id
