@@ -33,6 +33,7 @@ from packvit.corpus.runners.embedder import (
     take_waiting,
 )
 from packvit.corpus.runners.order import TRIES
+from packvit.gpu.decoder import begin_engine
 from packvit.gpu.nvjpeg import ask_for_queues
 
 # Calls of an actor at a time: a shard that is embedded, one whose images are decoded meanwhile, and
@@ -73,10 +74,13 @@ class ShardActor:
                 os.chdir(working)  # relative paths start there
             if job.options.decode == "gpu":
                 ask_for_queues()  # processes of this host inherit what the job asked for
-            device = "cuda" if torch.cuda.is_available() else "cpu"
             decoders = job.options.decoders()
             decoders.start(job.options.workers)  # while the model is loaded
-            self.context = make_context(load_alike(job, device), job.options, decoders)
+            device, engine = "cuda" if torch.cuda.is_available() else "cpu", None
+            if device == "cuda" and job.options.decode == "gpu":
+                engine = begin_engine(torch.device(device))  # while the model is loaded
+            encoder = load_alike(job, device)
+            self.context = make_context(encoder, job.options, decoders, engine)
         except Exception as error:  # returned at every call: Ray would wrap it in its own error
             self.failure = portable(error)
         threading.Thread(target=self.embed_all, name="packvit-embed", daemon=True).start()
