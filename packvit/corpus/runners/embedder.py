@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import GridPolicy, LoadOptions
+from packvit.config import GridPolicy
 from packvit.corpus import DecoderError, EmbedderError, StoreError, UsageError, WriteError
 from packvit.corpus.encode.filling import Part
 from packvit.corpus.folder.layout import Staged, stage
@@ -25,6 +25,7 @@ from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Effort
 from packvit.corpus.settings import EmbedOptions, ModelChoice
 from packvit.encoder import Encoder
+from packvit.model.options import LoadOptions
 
 Sent = TypeVar("Sent")  # a shard, or what stands for one
 # Errors whose message is for the user.
