@@ -9,7 +9,6 @@ import click
 from packvit.cli.command import Command
 from packvit.cli.models import explaining, full_name
 from packvit.cli.options import COUNT, device_option, json_option, model_option, template_option
-from packvit.corpus import UsageError
 
 if TYPE_CHECKING:
     from packvit.retrieval.evaluation import Accuracy
@@ -57,30 +56,25 @@ def evaluate(
         from packvit.retrieval.evaluation import evaluate_knn, evaluate_zeroshot
         from packvit.retrieval.zeroshot import TEMPLATES
 
-        try:
-            if protocol == "knn":
-                found = evaluate_knn(
-                    folder,
-                    train=train,
-                    label=label,
-                    labels=labels,
-                    neighbours=neighbours,
-                    temperature=temperature,
-                    device=device,
-                )
-            else:
-                found = evaluate_zeroshot(
-                    folder,
-                    label=label,
-                    labels=labels,
-                    templates=templates or TEMPLATES,
-                    model=model and full_name(model),
-                    device=device,
-                )
-        except UsageError as error:
-            raise click.UsageError(str(error)) from error
-        except ImportError as error:
-            raise click.ClickException(str(error)) from error
+        if protocol == "knn":
+            found = evaluate_knn(
+                folder,
+                train=train,
+                label=label,
+                labels=labels,
+                neighbours=neighbours,
+                temperature=temperature,
+                device=device,
+            )
+        else:
+            found = evaluate_zeroshot(
+                folder,
+                label=label,
+                labels=labels,
+                templates=templates or TEMPLATES,
+                model=model and full_name(model),
+                device=device,
+            )
     if as_json:
         click.echo(json.dumps({"protocol": protocol} | asdict(found)))
     else:
