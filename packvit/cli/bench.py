@@ -8,13 +8,7 @@ from typing import Any
 
 import click
 
-from packvit.bench import (
-    MODELS,
-    NATIVE,
-    NATIVE_WORKLOAD,
-    WORKLOADS,
-    BenchOptions,
-)
+from packvit.bench import MODELS, NATIVE, NATIVE_WORKLOAD, WORKLOADS, BenchOptions
 from packvit.bench.table import as_markdown
 from packvit.cli.command import Command
 from packvit.cli.models import explaining
@@ -30,8 +24,8 @@ ALL = "all"
     "models",
     multiple=True,
     help=f"{', '.join(MODELS)} (random weights), tiny, a checkpoint's name on the hub, or its "
-    "folder; aimv2-large unless told. With --workload native, which of its batches: "
-    f"{', '.join(NATIVE)}; all unless told. May be given many times.",
+    "folder; aimv2-large by default. With --workload native, which of its batches: "
+    f"{', '.join(NATIVE)}; all by default. May be repeated.",
 )
 @click.option(
     "--workload",

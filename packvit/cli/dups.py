@@ -20,12 +20,12 @@ SAID = {"first": "", "bytes": "equal bytes", "pixels": "equal pixels"}
     "--threshold",
     type=float,
     default=0.95,
-    help="The least cosine of photographs that are nearly equal; 1 finds copies alone.",
+    help="The least cosine of photographs that are nearly equal; 1 finds only copies.",
 )
 @click.option(
     "--keep",
     type=click.Choice(["largest", "first"]),
-    help="Print the paths of what may go, all but one of each group; nothing is deleted.",
+    help="Print the paths of all but one of each group, which may be deleted; nothing is deleted.",
 )
 @json_option
 @click.option("--out", help="Also draw a contact sheet of the groups: .png, .jpg or .webp.")
@@ -50,8 +50,8 @@ def dups(
 ) -> None:
     """Find groups of photographs in a feature FOLDER that are equal, or nearly.
 
-    Each two photographs of a group are alike: a chain, of which only neighbours are alike, is not
-    one group. The largest stands first, and the others with how they are like it: equal bytes,
+    Every two photographs of a group are alike: a chain, of which only neighbours are alike, is not
+    one group. The largest comes first, and the others with how they are like it: equal bytes,
     equal pixels, or the cosine. Nothing is deleted.
 
     \b

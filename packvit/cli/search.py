@@ -39,7 +39,7 @@ def part(arg: str) -> tuple[str, ...]:
 @click.argument("folder")
 @click.argument("queries", nargs=-1, required=True, metavar="[FOLDER...] QUERY...")
 @click.option("-t", "--top", type=COUNT, default=10, help="How many photographs for each query.")
-@click.option("-f", "--paths", "only_paths", is_flag=True, help="Print paths alone, for pipes.")
+@click.option("-f", "--paths", "only_paths", is_flag=True, help="Print only paths, for pipes.")
 @json_option
 @click.option("--out", help="Also draw a contact sheet: .png, .jpg or .webp.")
 @root_option
