@@ -49,6 +49,7 @@ class Variant:
     name: str
     model: str  # the class in transformers, or timm's name of an architecture
     entries: Json = field(default_factory=dict)  # of its configuration, beside the sizes
+    since: str = ""  # the first version of the library that reads it as we write it, if not all do
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,10 @@ FAMILY = Family(
     reference=Reference(
         variants=(
             Variant("plain", "RadioModel", {"max_img_size": 224, "mlp_ratio": 2.0}),
-            Variant("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
+            Variant(
+                *("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
+                since="5.24",
+            ),
         ),
         processor="CLIPImageProcessorPil",
         processor_options={

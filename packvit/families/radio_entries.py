@@ -22,7 +22,7 @@ ARCHITECTURES = {
     "vit_so400m_v2_patch16_224": (1152, 27, 16, 4320),
 }
 SIDE = 224  # of the images of all of them, in pixels
-STATISTICS = dict(zip(("norm_mean", "norm_std"), map(list, CLIP_STATISTICS), strict=True))
+STATISTICS = {"norm_mean": list(CLIP_STATISTICS[0]), "norm_std": list(CLIP_STATISTICS[1])}
 # All ones in published checkpoints, which leave them out.
 FIRST_SCALE = "radio_model.model.blocks.0.layer_scale1.lambda1"
 UNKNOWN = (  # what would change outputs without a tensor that shows it

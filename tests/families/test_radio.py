@@ -124,6 +124,22 @@ def test_a_processor_that_normalises_is_refused(tmp_path: Path):
         packvit.load(folder)
 
 
+def test_swiglu_is_read_by_transformers_older_names_too(tmp_path: Path):
+    folder, model = saved(tmp_path, use_swiglu_ffn=True)
+    encoder = packvit.load(folder)
+    patches = reference.draw_patches(GRID, encoder.config.patch_dim)
+    before = encoder(patches, GRID)
+    assert (before - reference.run(model, patches, GRID).tokens).abs().max() < 1e-4
+    tensors = load_file(folder / "model.safetensors")
+    for gate in [name for name in tensors if "mlp.gate_proj" in name]:  # none before 5.24
+        both = [tensors.pop(gate), tensors.pop(gate.replace("gate_proj", "up_proj"))]
+        tensors[gate.replace("gate_proj", "weights_in")] = torch.cat(both)
+        down = gate.replace("gate_proj", "down_proj")
+        tensors[down.replace("down_proj", "weights_out")] = tensors.pop(down)
+    rewrite(folder, tensors)
+    assert torch.equal(packvit.load(folder)(patches, GRID), before)
+
+
 @pytest.mark.parametrize("name", ["norm_mean", "norm_std"])
 def test_statistics_in_the_tensors_are_clips_or_refused(tmp_path: Path, name: str):
     """The authors' code reads them from there, whatever config.json says."""
