@@ -6,6 +6,7 @@ the calls of that name to that file by one thread.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import crash_server
 import pytest
 from features import contents
+from forked_workers import forking
 from rotten import write_good
 
 from packvit.corpus.folder.checking import check_folder
@@ -32,7 +34,6 @@ INPUTS, ROWS, PARTS = 9, 4, 3
 SERVER = Path(crash_server.__file__)
 CHANGING = "openat,mkdir,write,pwrite64,fsync,rename,renameat2,ftruncate,unlink,rmdir"
 FAULTS = ("signal=KILL", "error=ENOSPC", "error=EIO")
-TIDYING = 4  # calls of any command that only tidy up, and may fail
 TRACED = re.compile(r"(\d+) +(\w+)\((.*)")
 
 # What a command finds in a folder: the bytes of all files, and the folders there are.
@@ -113,13 +114,18 @@ def bench(
 ) -> Iterator[Bench]:
     if not shutil.which("strace"):
         pytest.fail("Crash points need strace, which is not installed: apt-get install strace.")
-    first = tmp_path_factory.mktemp("first") / "out"
-    with subprocess.Popen(
-        [sys.executable, str(SERVER), str(photos), str(checkpoint), str(first)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
+    first = tmp_path_factory.mktemp("first")
+    command = [sys.executable, str(SERVER), str(photos), str(checkpoint), str(first / "out")]
+    with (
+        forking(first / "workers"),
+        subprocess.Popen(
+            [*command, str(first / "workers")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        ) as process,
+    ):
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         yield Bench(process, photos, checkpoint)
@@ -168,7 +174,7 @@ def meet(
     points = bench.points(arguments, root)
     assert contents(out) == contents(expected)
     assert {call for call, _, _ in points} >= {"openat", "write", "fsync", "rename"}
-    met = 0
+    tidied = []
     for point in points:
         begin()
         call, file, place = point
@@ -181,12 +187,13 @@ def meet(
         check(point)
         if fault == "signal=KILL":
             assert status == -9, (point, said)
-        elif status != 3:  # what is only tidied up need not succeed
+        elif status == 3:
+            tidied.append(point)
+        else:
             assert status == 1, (point, said)
             lines = [line for line in said.splitlines() if line]
             assert lines[-1].startswith("Error: "), (point, said)
             assert "Traceback" not in said, (point, said)
-        met += status != 3
         if (state := look(root)) in repeated:
             continue
         status, said = bench.run(arguments, root.parent / "said")
@@ -195,8 +202,9 @@ def meet(
         assert contents(out) == contents(expected), point
         assert root == out or sorted(path.name for path in root.iterdir()) == ["out"], point
         assert not check_folder(out).faults, point
-    assert len(points) - met <= max(TIDYING, len(points) // 10)
-    print(f"{fault}: {met} of {len(points)} points stopped the command")
+    # The removal of a temporary file, mostly of one that has its name already, need not succeed.
+    assert {(call, file[-4:]) for call, file, _ in tidied} <= {("unlink", ".tmp")}, tidied
+    print(f"{fault}: {len(points) - len(tidied)} of {len(points)} points stopped the command")
 
 
 def check_parts(out: Path, state: str, point: Point) -> None:
