@@ -32,6 +32,7 @@ MODELS = (  # built with random weights, at the published sizes
 WORKLOADS = {
     "mixed": "mixed sizes",
     "tiny-images": "many tiny images",
+    "large": "mixed sizes of 1,024 to 16,384 patches",
     "huge": "one huge image",
     "equal": "equal sizes",
     "small": "a small pack (latency)",

@@ -68,7 +68,7 @@ def fill(tokens: Tensor, rows: int) -> Tensor:
 
 
 def make_invariant(module: nn.Module) -> None:
-    """Let no layer of `module` give a row other bits for the rows beside it: matmuls, MLPs."""
+    """Make every layer of `module` give a row the same bits whatever rows are beside it."""
     for layer in module.modules():
         if hasattr(type(layer), "invariant"):
             setattr(layer, "invariant", True)  # noqa: B010 # which of them have it, their classes say

@@ -13,9 +13,10 @@ from torch import nn
 
 from packvit import hub
 from packvit.checkpoints.layouts import Variant
-from packvit.config import LoadOptions, Table
+from packvit.config import Table
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
+from packvit.model.options import LoadOptions
 from packvit.verification import Comparison, Findings, VerificationError, VerifyOptions, certificate
 from packvit.verification.comparison import compare_outputs
 from packvit.verification.files import (

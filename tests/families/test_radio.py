@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import packvit
 from packvit.checkpoints.errors import CheckpointError
-from packvit.families import radio_args
+from packvit.families import radio_entries
 from packvit.verification import VerifyOptions
 from packvit.verification.verify import verify_checkpoint
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_with_the_authors_configuration_is_read_and_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its tensors have the same names; the size is a small one."""
-    monkeypatch.setitem(radio_args.ARCHITECTURES, "vit_base_patch16_224", (64, 3, 4, 96))
+    monkeypatch.setitem(radio_entries.ARCHITECTURES, "vit_base_patch16_224", (64, 3, 4, 96))
     folder, _ = saved(
         *(tmp_path,),
         **{"num_cls_tokens": 3, "num_registers": 7, "summary_idxs": [0, 1], "patch_size": 16},

@@ -122,11 +122,13 @@ def read_once(path: Folder) -> FeatureFolder:
 
     Raises: ChangedError; UsageError, as `read`.
     """
-    manifest, names, entries = open_finished(path), names_of(path), read_commits(path)
+    open_finished(path)  # or the log is of nothing
+    entries, names = read_commits(path), names_of(path)
     with unchanged(path, entries):
+        manifest = open_finished(path)
         if (shard := shard_of(manifest)) != WHOLE:
             raise UsageError(
-                f"{path} holds shard {shard} of a job alone. Put all of them together with "
+                f"{path} holds shard {shard} of a job. Put all shards together with "
                 "`packvit merge` first."
             )
         rows, outputs = manifest["inputs"], Outputs.of_manifest(manifest)
@@ -192,7 +194,7 @@ class ChangedError(UsageError):
 def open_finished(folder: Folder) -> dict[str, Any]:
     """Return the manifest of the feature folder of a finished job.
 
-    Raises: UsageError if it is none.
+    Raises: UsageError if it is not one.
     """
     restore(folder)
     if not folder.is_dir():

@@ -14,7 +14,7 @@ from rotten import encode, pixels, write_good
 
 import packvit
 from packvit.config import ImageConfig
-from packvit.corpus import UsageError
+from packvit.corpus import UsageError, starting
 from packvit.corpus.decode.prepare import JpegFile, Prepared, Preprocessing
 from packvit.corpus.decode.queue import Decoders
 from packvit.corpus.encode.context import DecodeJpegs, EmbedContext, make_context
@@ -249,10 +249,15 @@ def test_one_pack_is_decoded_while_another_is_encoded_and_pillows_wait_for_none(
 
 
 def test_asking_for_a_gpu_where_there_is_none_is_refused_in_a_sentence(
-    tmp_path: Path, encoder: Encoder, checkpoint: Path, photos: Path
+    tmp_path: Path,
+    encoder: Encoder,
+    checkpoint: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     with pytest.raises(UsageError, match=r"needs a CUDA device, but the encoder is on cpu\. Use"):
         packvit.embed(photos, out=tmp_path / "out", model=encoder, decode="gpu")
+    monkeypatch.delattr(starting, "make_context")  # a parent of processes makes no decoder itself
     with pytest.raises(UsageError, match=r"needs a CUDA device"):
         packvit.embed(
             photos, out=tmp_path / "out", model=checkpoint, device="cpu", decode="gpu", processes=2
