@@ -31,6 +31,8 @@ class Layout:
     write: Callable[[EncoderConfig], dict[str, Any]]  # config.json
     # Tensors kept for `save_pretrained` and used by nothing: our label to the layout's name.
     carried: Mapping[str, str] = field(default_factory=dict)
+    # What some of them hold, since the numbers are the family's and are not read.
+    known: Mapping[str, Sequence[float]] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()  # what names of another tower's or head's tensors begin with
     # Whether an encoder can be written so, where two layouts have a word for every parameter.
     takes: Callable[[EncoderConfig], bool] = lambda config: True
@@ -47,6 +49,7 @@ class Variant:
     name: str
     model: str  # the class in transformers, or timm's name of an architecture
     entries: Json = field(default_factory=dict)  # of its configuration, beside the sizes
+    since: str = ""  # the first version of the library that reads it as we write it, if not all do
 
 
 @dataclass(frozen=True, slots=True)
