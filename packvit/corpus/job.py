@@ -86,7 +86,7 @@ def embed(
 
     If `out` holds a part of the same job, the job resumes after it; if it holds all of it, no image
     is read. `overwrite` removes what packvit wrote there and starts over. `retry_errors` does the
-    rows anew that are errors, of all codes or of those named, and keeps all others. `shard` "3/64"
+    rows again that are errors, of all codes or of those named, and keeps all others. `shard` "3/64"
     does the third of 64 runs of the job's parts; `packvit.merge` puts the 64 folders together.
 
     Rows of the folders `reuse` whose photographs have the same bytes are taken over, if they are ok
