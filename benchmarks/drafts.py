@@ -158,7 +158,7 @@ def mosaic(photos: Sequence[Image.Image]) -> Draw:
         image = Image.new("RGB", (width, height))
         for top in range(0, height, 280):
             for left in range(0, width, 280):
-                photo = photos[rng.integers(len(photos))]
+                photo = photos[int(rng.integers(len(photos)))]
                 x, y = (int(rng.integers(side - 279)) for side in photo.size)
                 image.paste(photo.crop((x, y, x + 280, y + 280)), (left, top))
         return image
@@ -168,14 +168,21 @@ def mosaic(photos: Sequence[Image.Image]) -> Draw:
 
 def drawn(height: int, width: int, rng: np.random.Generator) -> Image.Image:
     """Return thin lines and letters on two colours, and a field of noise."""
-    image = Image.new("RGB", (width, height), tuple(map(int, rng.integers(0, 256, 3))))
+
+    def colour() -> tuple[int, int, int]:
+        red, green, blue = rng.integers(0, 256, 3).tolist()
+        return red, green, blue
+
+    def place() -> tuple[int, int]:
+        return int(rng.integers(width)), int(rng.integers(height))
+
+    image = Image.new("RGB", (width, height), colour())
     pen = ImageDraw.Draw(image)
-    pen.rectangle((0, 0, width // 2, height), fill=tuple(map(int, rng.integers(0, 256, 3))))
+    pen.rectangle((0, 0, width // 2, height), fill=colour())
     for _ in range(200):
-        ends = rng.integers(0, (width, height, width, height))
-        pen.line(list(map(int, ends)), fill=tuple(map(int, rng.integers(0, 256, 3))))
+        pen.line((place(), place()), fill=colour())
     for _ in range(height * width // 20_000):
-        pen.text(tuple(map(int, rng.integers(0, (width, height)))), "packs of patches")
+        pen.text(place(), "packs of patches")
     noise = rng.integers(0, 256, (height // 3, width // 3, 3), np.uint8)
     image.paste(Image.fromarray(noise), (width // 3, height // 3))
     return image
@@ -191,7 +198,7 @@ def time_all(encoder: Encoder, photos: Sequence[Image.Image], rounds: int) -> li
     found = []
     for megapixels, size in SIZES.items():
         file = saved(mosaic(photos)(*size, np.random.default_rng(0)), quality=90)
-        camera = photos[0].resize(size[::-1], Image.Resampling.BICUBIC)
+        camera = photos[0].resize((size[1], size[0]), Image.Resampling.BICUBIC)
         for kind, data in (("mosaic", file), ("enlarged", saved(camera, quality=90))):
             for name, cutting in settings.items():
                 taken: dict[str, list[float]] = {"pil": [], "fast": []}
