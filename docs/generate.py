@@ -14,11 +14,11 @@ import packvit
 from benchmarks import howlarge
 from docs.bulk import bulk_tables
 from docs.sizes import families_table
+from docs.tables import checkpoints_page, families_page, native_table, text_page
 from packvit.bench import NATIVE
-from packvit.bench.table import as_markdown, native_table
+from packvit.bench.table import as_markdown
 from packvit.cli import help_page
 from packvit.images.errors import CODES
-from packvit.verification import machine as support
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -287,13 +287,13 @@ def pages() -> dict[Path, str]:
     figures = fill(figures, "million", million_table())
     return {
         measured: figures,
-        ROOT / "docs" / "checkpoints.md": support.checkpoints_page(),
+        ROOT / "docs" / "checkpoints.md": checkpoints_page(),
         ROOT / "docs" / "cli.md": help_page(),
         ROOT / "docs" / "reference.md": reference_page(),
         readme: front,
-        words: fill(words.read_text(), "towers", support.text_page()),
+        words: fill(words.read_text(), "towers", text_page()),
         search: fill(search.read_text(), "copies", copies_table()),
-        models: fill(models.read_text(), "layouts", support.families_page()),
+        models: fill(models.read_text(), "layouts", families_page()),
         decoding: fill(decoding.read_text(), "feeding", feeding_table()),
         sizing: fill(
             fill(sizing.read_text(), "sizing", sizing_table()), "howlarge", billion_table()

@@ -4,10 +4,7 @@ Two families differ in these values and in the names of their weights, in nothin
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:  # workers that decode read this file, and never torch
-    import torch
+from typing import Literal
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
@@ -303,32 +300,6 @@ class TextConfig(TransformerConfig):
     first_scale: float | None = None  # its logarithm, where the checkpoint may not hold it
     logit_bias: bool = False  # beside the scale: pairs are judged one by one, by a sigmoid
     most_scale: float | None = None  # what the scale of logits is clamped to
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """What a caller chooses when an encoder is loaded; `packvit.load` says what each means.
-
-    Raises: ValueError for a word that is no choice, or for choices that exclude each other.
-    """
-
-    device: "torch.device | str | None" = None
-    dtype: "torch.dtype | str | None" = None
-    attention: str = "auto"
-    patch_order: PatchOrder = "hwc"
-    positions: GridPolicy = "checkpoint"
-    invariant: bool = False
-    compile: bool = False
-    fp8: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("patch_order", self.patch_order, ("hwc", "chw"))
-        check_choice("positions", self.positions, ("checkpoint", "interpolate"))
-        if self.fp8 and self.invariant:
-            raise ValueError(
-                "fp8=True and invariant=True exclude each other: matmuls in fp8 are not batch "
-                "invariant. Leave one of them out."
-            )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

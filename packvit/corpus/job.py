@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from packvit.config import GridPolicy, LoadOptions
+from packvit.config import GridPolicy
 from packvit.corpus import UsageError
 from packvit.corpus.completing import choose_codes
 from packvit.corpus.decode.prepare import Decode
@@ -37,6 +37,7 @@ from packvit.encoder import Encoder
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import Resize
+from packvit.model.options import LoadOptions
 
 MOST_WORKERS = 16  # that one process starts by default
 

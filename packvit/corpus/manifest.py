@@ -55,7 +55,7 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
 
 
 def without_clips(images: ImageConfig) -> dict[str, Any]:
-    """Return how images are prepared; a job has no clips, so how theirs are decides nothing."""
+    """Return how images are prepared, without the size of frames: a job has no clips."""
     return {name: value for name, value in asdict(images).items() if name != "frame_sizing"}
 
 
@@ -90,6 +90,6 @@ def draft(
 
 
 def rows_before(recorded: Mapping[str, Any]) -> int | None:
-    """Return the rows of a part of the job that a manifest records, or None if it says none."""
+    """Return the rows per part that a manifest records, or None."""
     rows = recorded.get("rows_per_part")
     return rows if type(rows) is int and rows > 0 else None

@@ -39,7 +39,7 @@ NORMS: dict[str, Norm] = {"layer_norm": "layer", "rms_norm": "rms"}
 IMAGE, FRAME = 448, 224  # pixels, as the authors trained on photographs and on videos
 ELSEWHERE = (
     "OneVision-Encoder is verified beside its arithmetic in float64, in our tests, and once beside "
-    "its authors' code (benchmarks/RUNS.md): transformers has no class of it."
+    "its authors' code (benchmarks/RUNS.md): transformers has no class for it."
 )
 
 

@@ -11,7 +11,7 @@ from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import Rule, gated, layers, linear_over_channels, rename, reshape
 from packvit.config import CLIP_STATISTICS, EncoderConfig, ImageConfig
 from packvit.encoder import Encoder
-from packvit.families.radio_entries import read, write
+from packvit.families.radio_entries import STATISTICS, read, write
 
 MODEL = "radio_model.model."
 OURS, BLOCK = "encoder.layers.{i}.", f"{MODEL}blocks.{{i}}."
@@ -39,6 +39,10 @@ GATED = (
     *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "down_proj"}),
     *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "gate_proj up_proj"),
 )
+FUSED = (  # by their names in transformers 5.17
+    *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "weights_in"),
+    *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "weights_out"}),
+)
 CARRIED = {
     "summary_idxs": "radio_model.summary_idxs",
     "norm_mean": "radio_model.input_conditioner.norm_mean",
@@ -55,13 +59,14 @@ def images(config: EncoderConfig) -> ImageConfig:
 def layout(mlp: tuple[Rule, ...]) -> Layout:
     """Return the layout of checkpoints with one kind of MLP; heads for teachers are skipped."""
     marker, skipped = mlp[0].theirs[0].format(i=0), ("radio_model.adaptors",)
-    return Layout("transformers", marker, (*RULES, *mlp), read, write, CARRIED, skipped)
+    rules = (*RULES, *mlp)
+    return Layout("transformers", marker, rules, read, write, CARRIED, STATISTICS, skipped)
 
 
 FAMILY = Family(
     name="C-RADIO",
     model_types=("radio", "RADIOModel"),
-    layouts=(layout(PLAIN), layout(GATED)),
+    layouts=(layout(PLAIN), layout(GATED), layout(FUSED)),
     images=images,
     checkpoints=(
         *(f"nvidia/C-RADIOv3-{size}" for size in ("B", "L", "H")),
@@ -70,7 +75,10 @@ FAMILY = Family(
     reference=Reference(
         variants=(
             Variant("plain", "RadioModel", {"max_img_size": 224, "mlp_ratio": 2.0}),
-            Variant("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
+            Variant(
+                *("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
+                since="5.24",
+            ),
         ),
         processor="CLIPImageProcessorPil",
         processor_options={

@@ -21,7 +21,8 @@ ARCHITECTURES = {
     "vit_so400m_patch16_224": (1152, 27, 16, 4304),
     "vit_so400m_v2_patch16_224": (1152, 27, 16, 4320),
 }
-STATISTICS = dict(zip(("norm_mean", "norm_std"), map(list, CLIP_STATISTICS), strict=True))
+SIDE = 224  # of the images of all of them, in pixels
+STATISTICS = {"norm_mean": list(CLIP_STATISTICS[0]), "norm_std": list(CLIP_STATISTICS[1])}
 # All ones in published checkpoints, which leave them out.
 FIRST_SCALE = "radio_model.model.blocks.0.layer_scale1.lambda1"
 UNKNOWN = (  # what would change outputs without a tensor that shows it
@@ -40,6 +41,9 @@ def entries_of(config: Json) -> dict[str, Any]:
     teachers = entry(args, "teachers", list)
     more = {key: value for key in UNKNOWN if (value := config.get(key)) is not None}
     more |= {key: value for key in ("model_norm", "model_kwargs") if (value := args.get(key))}
+    table = entry(args, "cpe_max_size", int)
+    if table == SIDE:  # which has the table cropped, and never resized
+        more["cpe_max_size"] = table
     if name not in ARCHITECTURES or more or not all(isinstance(each, dict) for each in teachers):
         said = {"model": name, **more}
         raise CheckpointError(
@@ -59,7 +63,7 @@ def entries_of(config: Json) -> dict[str, Any]:
         "num_attention_heads": heads,
         "mlp_ratio": mlp / width,
         "patch_size": patch,
-        "max_img_size": round(entry(args, "cpe_max_size", int) / patch) * patch,
+        "max_img_size": round(table / patch) * patch,
         "num_cls_tokens": tokens,
         "num_registers": registers,
         "summary_idxs": [i for i, each in enumerate(teachers) if each.get("use_summary", True)],

@@ -29,7 +29,7 @@ class Patches:
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """How images become patches: as a checkpoint wants them, and as a caller asked."""
+    """How images become patches: by the checkpoint's preprocessing and the caller's options."""
 
     images: ImageConfig
     order: PatchOrder

@@ -111,7 +111,7 @@ class Vectors:
 def open_vectors(folder: str | os.PathLike[str], column: str = "pooled") -> Vectors:
     """Return a column of vectors of the feature folder of a finished job.
 
-    Raises: UsageError if it is none, or has no such column.
+    Raises: UsageError if it is not one, or has no such column.
     """
     path = find_folder(folder, name="FOLDER")
     manifest, names = open_finished(path), names_of(path)

@@ -16,6 +16,7 @@ from small_checkpoint import write_checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from docs.tables import native_table
 from packvit.bench import (
     MODELS,
     NATIVE,
@@ -34,7 +35,7 @@ from packvit.bench.native import measure_native
 from packvit.bench.ours import OURS, Ours
 from packvit.bench.peers import Peer, grouped, one_by_one, padded, peers
 from packvit.bench.run import measure
-from packvit.bench.table import as_markdown, native_table
+from packvit.bench.table import as_markdown
 from packvit.bench.workloads import Workload, encoder_flops, workload
 from packvit.cli.bench import bench
 from packvit.families import FAMILIES, AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking

@@ -68,8 +68,8 @@ def stage(
 ) -> Staged:
     """Write part `number` under a temporary name, flushed; on failure leave nothing.
 
-    `attempt` makes the name unique if another process may still be writing the same part. A store
-    has no temporary names, but is told whether the part may be one that `replaces` another.
+    `attempt` makes the name unique if another process may still be writing the same part. An object
+    store has no temporary names; there `replaces` says whether the part may replace another.
 
     Raises: WriteError if it cannot be written.
     """
@@ -114,7 +114,7 @@ def enter(folder: Folder, staged: Staged, *, mends: bool = False) -> Commit:
 def replace_part(folder: Path, staged: Staged, before: Sequence[Commit]) -> Commit:
     """Put a staged part in the place of one that the log lists; on failure leave the old one.
 
-    The log comes first: if it names a part that is staged alone, `finish_replacements` renames it.
+    The log comes first: if the part that it names is only staged, `finish_replacements` renames it.
 
     Raises: WriteError if it cannot be written.
     """
@@ -183,7 +183,7 @@ def put(path: Folder, data: bytes) -> None:
 
 
 def write_own(path: Folder, data: bytes) -> None:
-    """Put a file in the place of one of its name, in one step."""
+    """Write a file atomically, in place of any of that name."""
     if isinstance(path, StorePath):
         return path.write(data)
     with writing(path):
@@ -192,9 +192,9 @@ def write_own(path: Folder, data: bytes) -> None:
 
 @contextmanager
 def building(path: Folder, *, beside: Folder | None = None) -> Iterator[Path]:
-    """Yield a temporary path; what is written there takes the place of `path` in one step.
+    """Yield a temporary path, whose file then replaces `path` atomically.
 
-    On a disk it stands in the folder `beside`, or else in that of `path`, which is made if needed.
+    On a disk it is in the folder `beside`, or else in that of `path`, which is made if needed.
     """
     if isinstance(path, StorePath):
         with uploading(path) as local:

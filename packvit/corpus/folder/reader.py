@@ -100,7 +100,7 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
     manifest, names = open_finished(path), names_of(path)
     if (shard := shard_of(manifest)) != WHOLE:
         raise UsageError(
-            f"{path} holds shard {shard} of a job alone. Put all of them together with "
+            f"{path} holds shard {shard} of a job. Put all shards together with "
             "`packvit merge` first."
         )
     rows, outputs = manifest["inputs"], Outputs.of_manifest(manifest)
@@ -129,7 +129,7 @@ def read(folder: str | os.PathLike[str]) -> FeatureFolder:
 def open_finished(folder: Folder) -> dict[str, Any]:
     """Return the manifest of the feature folder of a finished job.
 
-    Raises: UsageError if it is none.
+    Raises: UsageError if it is not one.
     """
     restore(folder)
     if not folder.is_dir():

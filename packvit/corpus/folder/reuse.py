@@ -47,9 +47,9 @@ class Source:
 
 
 def open_source(folder: Folder, described: Mapping[str, Any], *, across_versions: bool) -> Source:
-    """Return a folder whose rows a job of these settings may take over.
+    """Return a folder whose rows a job with these settings may take over.
 
-    Raises: UsageError if it is no feature folder, or of other settings.
+    Raises: UsageError if it is not a feature folder, or has other settings.
     """
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("format") not in FORMATS:
@@ -111,7 +111,7 @@ def describe_reuse(
 
 
 def join_reuse(entries: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Return what a manifest says of rows taken over several times, as an entry or as none."""
+    """Return one entry of the manifest for rows taken over several times, or an empty one."""
     said = [entry for entry in entries if entry]
     if not said:
         return {}

@@ -40,7 +40,7 @@ def old_of(folder: Path) -> Path:
 
 @contextmanager
 def updating(folder: Path) -> Iterator[Path]:
-    """Yield the folder to make anew, or to go on with, and then put it in the place of `folder`.
+    """Yield the new folder, empty or half made, and then put it in the place of `folder`.
 
     Raises: UsageError if another job writes to it, or if it holds files that are not ours;
     WriteError.

@@ -29,7 +29,7 @@ class Taken:
 
 
 class Taker:
-    """Takes rows over; parts are kept for a while, since rows mostly stay in their order."""
+    """Takes rows over; parts stay in memory for a while, since rows mostly keep their order."""
 
     def __init__(self, reuse: Reuse, outputs: Outputs) -> None:
         self.index = open_index(reuse.index)

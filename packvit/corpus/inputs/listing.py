@@ -84,7 +84,7 @@ class Listing:
         return self.passed_over.total()
 
     def pass_over(self, name: bytes) -> None:
-        """Count a file that is not called like a photograph."""
+        """Count a file whose name is not that of a photograph."""
         suffix = spell_bytes(os.path.splitext(name)[1].lower()).decode()
         known = suffix in self.passed_over or len(self.passed_over) < MOST_SUFFIXES
         self.passed_over[suffix if known and len(suffix) <= LONGEST_SUFFIX else ""] += 1

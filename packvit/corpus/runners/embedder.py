@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import GridPolicy, LoadOptions
+from packvit.config import GridPolicy
 from packvit.corpus import DecoderError, EmbedderError, StoreError, UsageError, WriteError
 from packvit.corpus.encode.filling import Part
 from packvit.corpus.folder.layout import Staged, stage
@@ -23,6 +23,7 @@ from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Effort
 from packvit.corpus.settings import EmbedOptions, ModelChoice
 from packvit.encoder import Encoder
+from packvit.model.options import LoadOptions
 
 # Errors whose message is for the user.
 FOR_USERS = (

@@ -1,8 +1,8 @@
 """Run shards in one process for each GPU, or for each share of the CPUs.
 
 The processes are started before anything is known of the job (`launching.py`). They load the
-encoder once it is known, and hear of the job once that is described. Shards go to idle processes.
-A process that dies is replaced, and its shards are sent again. A process ends when its connection
+encoder once it is known, and are sent the job once it is described. Shards go to idle processes. A
+process that dies is replaced, and its shards are sent again. A process ends when its connection
 closes: at the end of the job, or if its parent dies.
 """
 
@@ -92,7 +92,7 @@ class Pool:
         return len(self.embedders)
 
     def keep(self, most: int) -> None:
-        """End processes until there are at most so many, those that are ready last."""
+        """End processes until at most `most` are left, first those that are still loading."""
         while self.count > max(1, most):
             last = min(self.embedders.values(), key=lambda each: (each.ready, -each.slot))
             del self.embedders[last.connection]
@@ -113,7 +113,7 @@ class Pool:
             self.send(embedder, self.loadings[embedder.slot])
 
     def give(self, job: Job) -> None:
-        """Tell the processes of the job."""
+        """Send the job to all processes."""
         self.job = job
         for embedder in self.embedders.values():
             self.send(embedder, job)

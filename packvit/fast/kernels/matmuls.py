@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import (  # pyright: ignore[reportMissingImp
 )
 
 from packvit.fast.kernels.activations import KINDS, activate
+from packvit.model.linear import WORDS
 
 ROWS, COLUMNS = 128, 256  # of a tile of sums
 DEPTH = 128  # bytes of a row that a step along the sum reads
@@ -93,7 +94,8 @@ def launch_linear_act(
     """
     rows, depth = tokens.shape
     width = len(weight)
-    out = tokens.new_empty(rows, width // (1 + gated))
+    wide = -(-width // (1 + gated) // WORDS) * WORDS
+    out = tokens.new_empty(rows, wide)  # a matrix whose columns are in words, zeros behind the last
     tile_depth = DEPTH // tokens.element_size()
     describe = TensorDescriptor.from_tensor
     tiles = triton.cdiv(rows, ROWS) * triton.cdiv(width, COLUMNS)
@@ -133,8 +135,9 @@ def linear_act(tokens: Tensor, weight: Tensor, bias: Tensor | None, activation: 
 def swiglu(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return silu(gate) * up, where gate and up are tokens @ weight.T + bias, in turns.
 
-    Shapes: tokens [T, D], weight [2 M, D], bias [2 M], contiguous, D and M divisible by 8 ->
-    [T, M].
+    Behind them are zeros up to a multiple of 8, which the matrix that reads them wants.
+
+    Shapes: tokens [T, D], weight [2 M, D], bias [2 M], contiguous, D divisible by 8 -> [T, M'].
     """
     return launch_linear_act(tokens, weight, bias, "silu", True, None)
 

@@ -78,7 +78,7 @@ RECORD = {"bytes": 1, "sha256": "0" * 64}
 ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pipe as the manifest": (lambda out: to_pipe(out / MANIFEST), MANIFEST),
     "a link as the manifest": (lambda out: to_link(out / MANIFEST), MANIFEST),
-    "a pipe as the log": (lambda out: to_pipe(out / LOG), "no regular file"),
+    "a pipe as the log": (lambda out: to_pipe(out / LOG), "not a regular file"),
     "a link as the log": (lambda out: to_link(out / LOG), "it is a link"),
     "brackets as the manifest": (nest(MANIFEST), MANIFEST),
     "brackets as the log": (nest(LOG), LOG),
@@ -89,7 +89,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an export outside": (change(exports={"../secret": RECORD}), "../secret"),
     "an export without size": (change(exports={CURRENT.pooled: {}}), CURRENT.pooled),
     "a part that is a link": (lambda out: to_link(out / PART), "it is a link"),
-    "a part that is a pipe": (lambda out: to_pipe(out / PART), "no regular file"),
+    "a part that is a pipe": (lambda out: to_pipe(out / PART), "not a regular file"),
     "data that is a link": (lambda out: to_link(out / "data"), "data is a link"),
     "a part of many digits": (
         lambda out: (out / LOG).write_text(
