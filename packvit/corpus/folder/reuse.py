@@ -136,7 +136,8 @@ class Reusing:
         if not self.sources:
             return None
         names = tuple(str(source.folder.absolute()) for source in self.sources)
-        return Reuse(str(index_path(folder)), names)
+        prints = tuple(str(source.manifest["fingerprint"]) for source in self.sources)
+        return Reuse(str(index_path(folder)), names, prints)
 
 
 def index_path(folder: Folder) -> Path:
