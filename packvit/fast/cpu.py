@@ -18,7 +18,7 @@ from packvit.fast.autograd import wants_grad
 from packvit.model.activations import activate
 from packvit.model.attention import Backend
 from packvit.model.embeddings import CosSin
-from packvit.model.layers import MLP, Block, Blocks, GatedMLP, split_gate_up
+from packvit.model.layers import MLP, Attention, Block, Blocks, GatedMLP, split_gate_up
 from packvit.model.linear import ROWS, KeylessBiasLinear, Linear, fill
 from packvit.model.norms import Tokens
 from packvit.model.rotary import rotate
@@ -98,14 +98,21 @@ def run_block_(
     block: Block, x: Tokens, segments: Segments, rotary: CosSin | None, backend: Backend
 ) -> None:
     """Add to the stream `x` what attention and the MLP add."""
-    attention, mlp = block.attention, block.mlp
-    qkv = linear(block.attention_norm(x), attention.qkv)
-    query, key, value = qkv.unflatten(-1, (3, attention.heads, -1)).unbind(-3)
+    found = attend(block.attention_norm(x), block.attention, segments, rotary, backend)
+    x.add_(block.attention_scale(found))
+    del found
+    hidden = mlp_hidden(block.mlp_norm(x), block.mlp)
+    x.add_(block.mlp_scale(linear(hidden, block.mlp.down)))
+
+
+def attend(
+    h: Tokens, attention: Attention, segments: Segments, rotary: CosSin | None, backend: Backend
+) -> Tokens:
+    """Return what attention returns."""
+    query, key, value = linear(h, attention.qkv).unflatten(-1, (3, attention.heads, -1)).unbind(-3)
     if rotary is not None:
         query, key = (rotate(heads, *rotary).to(value.dtype) for heads in (query, key))
-    found = backend.run(query, key, value, segments, segments).flatten(-2)
-    x.add_(block.attention_scale(linear(found, attention.out)))
-    x.add_(block.mlp_scale(linear(mlp_hidden(block.mlp_norm(x), mlp), mlp.down)))
+    return linear(backend.run(query, key, value, segments, segments).flatten(-2), attention.out)
 
 
 def mlp_hidden(h: Tokens, mlp: MLP | GatedMLP) -> Tensor:
