@@ -115,10 +115,12 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         say("the workers by themselves, and the device's decoder")
         stages = measure_stages(context or EmbedContext(encoder, gpu, decoders), load)
     for kind in asked.formats:
-        say(f"writing {len(load.prepared)} photographs as {kind}, and preparing them")
+        say(f"writing {len(load.prepared)} photographs as {kind}")
         write_photographs(scratch / kind, asked.images, len(load.prepared), kind)
+    for kind in ("jpeg", *asked.formats):
+        say(f"the workers by themselves, Pillow and {kind}")
+        inputs = list(list_inputs([str(load.folder if kind == "jpeg" else scratch / kind)]))
         with options.decoders() as decoders:
-            inputs = list(list_inputs([str(scratch / kind)]))
             stages[kind], _ = measure_workers(EmbedContext(encoder, options, decoders), inputs)
     state = gpu_state()
     say("warming up")
