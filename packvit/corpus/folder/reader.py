@@ -13,7 +13,7 @@ from packvit.corpus import UsageError
 from packvit.corpus.folder.commits import Commit
 from packvit.corpus.folder.layout import encode_manifest, read_commits, read_manifest
 from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
-from packvit.corpus.folder.opening import find_flaw, open_own
+from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, open_own, read_own
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, rows_of, shard_of
 from packvit.corpus.folder.stores import Folder, StorePath, find_folder
@@ -200,22 +200,30 @@ def open_finished(folder: Folder) -> dict[str, Any]:
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() or folder.is_symlink() else "does not exist"
         raise UsageError(f"{folder} {state}. Name a feature folder that `packvit embed` wrote.")
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.get("format") not in FORMATS:
-        raise UsageError(
-            f"{folder} is not a feature folder: it has no {CURRENT.manifest} of packvit. "
-            "Name one that `packvit embed` wrote."
-        )
-    path = folder / names_of(folder).manifest
-    flaw = find_flaw(manifest, names_of(folder)) or find_shard_flaw(manifest)
-    if flaw or path.read_bytes() != encode_manifest(manifest):
-        raise damaged(folder, path.name)
+    manifest = read_whole_manifest(folder, f"{folder} is")
     if not manifest["complete"]:
         written = sum(entry.rows for entry in read_commits(folder))
         raise UsageError(
             f"{folder} is half done: {written:,} of {rows_of(manifest):,} rows are written. Run "
             "the same embed command again to finish it, unless it still runs."
         )
+    return manifest
+
+
+def read_whole_manifest(folder: Folder, subject: str) -> dict[str, Any]:
+    """Return the manifest of a feature folder; `subject` begins the sentence if there is none.
+
+    Raises: UsageError if there is none, or it is damaged.
+    """
+    manifest, names = read_manifest(folder), names_of(folder)
+    if manifest is None or manifest.get("format") not in FORMATS:
+        raise UsageError(
+            f"{subject} not a feature folder: it has no {CURRENT.manifest} of packvit. Name one "
+            "that `packvit embed` wrote."
+        )
+    whole = read_own(folder / names.manifest, MOST_MANIFEST) == encode_manifest(manifest)
+    if not whole or find_flaw(manifest, names) or find_shard_flaw(manifest):
+        raise damaged(folder, names.manifest)
     return manifest
 
 
