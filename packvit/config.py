@@ -249,7 +249,7 @@ class EncoderConfig(TransformerConfig):
     windows: Windows | None = None
     patch_bias: bool = True
     class_token: bool = False  # opens every sequence
-    registers: int = 0  # tokens without meaning of their own, behind the class token
+    registers: int = 0  # learned tokens after the class token, which stand for no patch
     embedding_norm: Literal["patches", "tokens"] | None = None  # before positions, or after all
     final_norm: Literal["tokens", "pooled"] | None = "tokens"  # "pooled": of the class token alone
     pool: Literal["query", "probe", "class"] | None = None  # what makes one vector of a sequence

@@ -165,7 +165,7 @@ class Encoder(nn.Module):
         with current(self.device):
             output = self.run(hidden_states, grid_thw, {*asked, *deep}, patch_positions)
             tokens = merger(output.tokens, output.taps, output.plan.grid) if merger else None
-            vectors = self.pool(output) if pooled else None
+            vectors = pool_sequences(output, self.config, self.norm, self.head) if pooled else None
             shared = self.projection(vectors) if projected and self.projection else None
         return Features(
             tokens=output.tokens,
@@ -215,10 +215,6 @@ class Encoder(nn.Module):
         else:
             x, tapped = self.fast(self, self.trunk, values, plan)
         return trunk_output(x, tapped, plan)
-
-    def pool(self, output: TrunkOutput) -> Tensor | None:
-        """Return the checkpoint's one vector for each sequence, or None if it defines none."""
-        return pool_sequences(output, self.config, self.norm, self.head)
 
     def pack(
         self,

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from packvit.gpu.jpeg import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, Jpeg
+from packvit.gpu.jpeg import Jpeg
+from packvit.images.turns import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED
 
 
 def upright_rgb(planes: Sequence[np.ndarray], jpeg: Jpeg) -> UInt8[np.ndarray, "height width 3"]:

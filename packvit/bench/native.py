@@ -35,7 +35,7 @@ def measure_native(
 
     `seconds` is how long all may take: contenders and rows that time does not suffice for are
     left out, from the end. `ways` are the contenders to be timed beside the baseline, by their
-    titles; all, unless told. `options.model` and `options.workloads` count for nothing.
+    titles; all by default. `options.model` and `options.workloads` are not used.
 
     Raises: BenchError, ImportError for what cannot be measured at all.
     """

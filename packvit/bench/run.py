@@ -73,7 +73,7 @@ def measure(
     """Return the report of all workloads; `say` is called with progress messages.
 
     `seconds` is how long all may take: contenders that time does not suffice for are left out.
-    `ways` are the contenders to be timed beside the baseline, by their titles; all, unless told.
+    `ways` are the contenders to be timed beside the baseline, by their titles; all by default.
 
     Raises: BenchError, CheckpointError, ImportError if nothing can be measured.
     """

@@ -2,26 +2,17 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from packvit.bench import (
-    DTYPES,
-    MODELS,
-    NATIVE,
-    NATIVE_WORKLOAD,
-    WORKLOADS,
-    BenchError,
-    BenchOptions,
-)
+from packvit.bench import MODELS, NATIVE, NATIVE_WORKLOAD, WORKLOADS, BenchOptions
 from packvit.bench.table import as_markdown
 from packvit.cli.command import Command
 from packvit.cli.models import explaining
-from packvit.cli.options import device_option
+from packvit.cli.options import device_option, dtype_option
 
 WRONG = 1
 ALL = "all"
@@ -33,8 +24,8 @@ ALL = "all"
     "models",
     multiple=True,
     help=f"{', '.join(MODELS)} (random weights), tiny, a checkpoint's name on the hub, or its "
-    "folder; aimv2-large unless told. With --workload native, which of its batches: "
-    f"{', '.join(NATIVE)}; all unless told. May be given many times.",
+    "folder; aimv2-large by default. With --workload native, which of its batches: "
+    f"{', '.join(NATIVE)}; all by default. May be repeated.",
 )
 @click.option(
     "--workload",
@@ -59,8 +50,8 @@ ALL = "all"
     "ways",
     multiple=True,
     metavar="TITLE",
-    help="A contender to be timed beside the baseline, as the table calls it; all unless told. May "
-    "be given many times.",
+    help="A contender to be timed beside the baseline, as the table calls it; all by default. May "
+    "be repeated.",
 )
 @click.option(
     "--commit",
@@ -73,11 +64,7 @@ ALL = "all"
     help="Where the report of each model, or native batch, is written as soon as it is done.",
 )
 @click.option("--train", is_flag=True, help="Forward and backward, instead of forward alone.")
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    help="What to compute in; bfloat16 on a GPU, float32 elsewhere.",
-)
+@dtype_option
 @device_option
 @click.option(
     "--rounds",
@@ -188,7 +175,7 @@ def pack_reports(
 
     make_folder(out)
     for model in models:
-        with answered(), explaining(model):
+        with explaining(model):
             report = measure(replace(options, model=model), remark, seconds=seconds, ways=ways)
         if out is not None:
             put(out, f"bench-{Path(model).name}", report)
@@ -207,14 +194,13 @@ def native_reports(
     from packvit.bench.native import measure_native  # torch is imported here
 
     make_folder(out)
-    with answered():
-        for report in measure_native(
-            options, names, remark, seconds=seconds, autotuned=autotuned, ways=ways
-        ):
-            click.echo(as_markdown(report))
-            if out is not None:
-                put(out, report["row"], report)
-            yield report
+    for report in measure_native(
+        options, names, remark, seconds=seconds, autotuned=autotuned, ways=ways
+    ):
+        click.echo(as_markdown(report))
+        if out is not None:
+            put(out, report["row"], report)
+        yield report
 
 
 def make_folder(out: Path | None) -> None:
@@ -233,19 +219,6 @@ def put(out: Path, name: str, report: dict[str, Any]) -> None:
     target = out / f"{name}-{place(report)}.json"
     write(target, json.dumps(report, indent=1))
     remark(f"The report is {target}.")
-
-
-@contextmanager
-def answered() -> Iterator[None]:
-    """Say in a sentence why something cannot be measured."""
-    from packvit.checkpoints.errors import CheckpointError
-
-    try:
-        yield
-    except BenchError as error:
-        raise click.UsageError(str(error)) from error
-    except (CheckpointError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 def remark(words: str) -> None:

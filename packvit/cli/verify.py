@@ -8,7 +8,7 @@ import click
 
 from packvit.cli.command import Command
 from packvit.cli.models import MODEL_HELP, explaining, full_name
-from packvit.cli.options import device_option
+from packvit.cli.options import device_option, revision_option
 from packvit.cli.published import run_published
 from packvit.verification import Comparison, Findings, VerifyOptions
 
@@ -18,7 +18,7 @@ MISSED = 1
 @click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("names", nargs=-1)
 @click.option("--model", help=MODEL_HELP)
-@click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
+@revision_option
 @click.option(
     "--family",
     help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, "
@@ -155,7 +155,6 @@ def search(
 
     Raises: click.UsageError for an unknown family, ClickException for other errors.
     """
-    from packvit.checkpoints.errors import CheckpointError
     from packvit.verification.references import import_reference
     from packvit.verification.verify import family_names, verify_checkpoint, verify_family
 
@@ -188,7 +187,7 @@ def search(
                 click.echo(f"{encoder.family.name} is left out. {error}", err=True)
                 continue
             yield from verify_family(encoder, options, device=device)
-    except (CheckpointError, ImportError, OSError) as error:
+    except OSError as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -10,6 +10,7 @@ from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.inputs.retries import BOUND
 from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
+from packvit.images.drafts import MARGIN
 from packvit.model.device import name_device
 from packvit.packs.planning import PLAN_VERSION
 from packvit.version import version_of
@@ -33,6 +34,8 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
             "max_pixels": options.max_pixels,
             # The pixels are the same except in damaged scans, which the two fill differently.
             "decode": options.decode,
+            # Of "fast", whose pixels are not Pillow's of the whole JPEG.
+            **({"draft_margin": MARGIN} if options.decode == "fast" else {}),
         },
         "device": encoder.device.type,
         "dtype": str(encoder.dtype).removeprefix("torch."),

@@ -129,8 +129,8 @@ def check_options(options: EmbedOptions) -> None:
         raise UsageError(f"image_timeout is {options.image_timeout}, but must be above 0 seconds.")
     if options.dtype_out not in ("float16", "float32"):
         raise UsageError(f'dtype_out is "{options.dtype_out}". Choose float16 or float32.')
-    if options.decode not in ("pil", "gpu"):
-        raise UsageError(f'decode is "{options.decode}". Choose pil or gpu.')
+    if options.decode not in ("pil", "fast", "gpu"):
+        raise UsageError(f'decode is "{options.decode}". Choose pil, fast or gpu.')
 
 
 def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:

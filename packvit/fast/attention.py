@@ -11,10 +11,10 @@ from packvit.model.attention import FA4_HEAD_DIM, Backend, fa4_arguments
 from packvit.model.embeddings import CosSin
 from packvit.packs.segments import Segments
 
-# Up to so many tokens, and for these heads, our kernel for sequences of one length takes less time
+# Up to so many tokens, and for such heads, our kernel for sequences of one length takes less time
 # than FlashAttention-4's (benchmarks/LOG.md). It reads no other sequence, so nothing is zeroed.
 SHORT = 320
-SHORT_HEAD_DIMS = (64, 128)
+SHORT_HEAD_DIM = 64
 
 
 def attend(
@@ -64,7 +64,7 @@ def is_short(whole: Tensor, segments: Segments) -> bool:
     depth = whole.shape[-1]
     return (
         segments.max_seqlen <= SHORT
-        and depth in SHORT_HEAD_DIMS
+        and depth == SHORT_HEAD_DIM
         and not segments.causal
         and is_hopper(whole.device)
     )

@@ -20,11 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from packvit.config import ImageConfig, PatchOrder
-from packvit.gpu.jpeg import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, JpegPlan
+from packvit.gpu.jpeg import JpegPlan
 from packvit.gpu.nvjpeg import NO_MEMORY, NvJpeg, NvJpegError, Plane, load_library
 from packvit.gpu.reference import resize
 from packvit.gpu.resampling import rows_first, windows
 from packvit.images.resize import SizePlan
+from packvit.images.turns import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED
 
 PIXELS_AT_ONCE = 128 << 20  # decoded between two launches
 # For each of them, where nothing is enlarged: planes (1.5, or 3 of 4:4:4), RGB and half-resized.

@@ -297,7 +297,7 @@ def resolve(name: str, inputs: AttentionInputs) -> Backend:
 def opaque(backend: Backend) -> Backend:
     """Return the backend as torch.compile must take it: run as it is, and never traced into.
 
-    `sdpa` groups sequences by their lengths in Python, which traced would compile anew for every
+    `sdpa` groups sequences by their lengths in Python, which would be compiled again for every
     pack; the other kernels gain nothing from being traced.
     """
     return backend._replace(run=torch.compiler.disable(backend.run))

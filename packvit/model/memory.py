@@ -36,11 +36,11 @@ class Peak(NamedTuple):
     fixed: int  # whatever the pack
 
     def activations(self, tokens: int) -> int:
-        """Return the bytes for a pack of so many rows."""
+        """Return the bytes for a pack of `tokens` rows."""
         return self.fixed + tokens * self.per_token
 
     def most_tokens(self, free: int) -> int:
-        """Return the rows of the largest pack whose activations fit in so many bytes."""
+        """Return the rows of the largest pack whose activations fit in `free` bytes."""
         return max(0, (free - self.fixed) // self.per_token)
 
 

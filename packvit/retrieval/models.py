@@ -44,6 +44,11 @@ def check_entries(manifest: dict[str, Any], folder: Folder) -> None:
     Raises: UsageError.
     """
     asked = manifest.get("preprocessing")
+    if absent := [name for name in ("revision", "weights_sha256") if name not in manifest]:
+        raise UsageError(
+            f"{folder / names_of(folder).manifest} has no {absent[0]}, so the weights that wrote "
+            "the features are not known. Embed the photographs again."
+        )
     if not (
         isinstance(manifest.get("model"), str)
         and isinstance(manifest.get("revision"), str | None)
@@ -115,6 +120,7 @@ def load_words(vectors: Vectors, model: str | None, device: str | None) -> TextE
     Raises: UsageError if its weights are others; CheckpointError.
     """
     manifest = vectors.manifest
+    check_entries(manifest, vectors.folder)
     where = choose_device(device)
     tower = load_text(model or manifest["model"], device=where, revision=manifest["revision"])
     assert tower.checkpoint

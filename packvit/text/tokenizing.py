@@ -215,7 +215,7 @@ RULES: dict[str, Callable[[Any, Any, Json], None]] = {  # by transformers' class
     "GemmaTokenizer": as_gemma,
     "Siglip2Tokenizer": as_siglip2,
 }
-LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")  # what they fill up on, unless told otherwise
+LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")  # the side they pad, unless settings say otherwise
 
 
 def read_pieces(

@@ -202,7 +202,7 @@ def readable_as_is(encoder: Encoder) -> bool:
 
 
 def tower_alone(encoder: Encoder) -> Encoder:
-    """Return an encoder without what transformers has in no class of its tower.
+    """Return an encoder without the parts that transformers' class of its tower lacks.
 
     That is a projection to the space shared with text, or a merger beside the language model.
     """

@@ -35,7 +35,7 @@ def assert_near(found: Tensor, plain: Tensor, exact: Tensor) -> None:
     assert error <= 1.2 * other + 1e-3 * exact.float().norm()
 
 
-def test_a_cpu_and_fp32_run_the_plain_model():
+def test_training_and_16_bits_run_the_plain_model_on_a_cpu():
     encoder = AIMv2Packing.from_transformers(reference.build("aimv2", is_native=True))
     assert not can_run(encoder.encoder, torch.zeros(3, encoder.config.width))
     assert not can_run(encoder.encoder, torch.zeros(3, encoder.config.width).bfloat16())

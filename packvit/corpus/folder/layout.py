@@ -232,7 +232,8 @@ def claim(folder: Folder) -> Iterator[Folder]:
     """Create `folder` if needed, lock it against other jobs, and yield where to write.
 
     On a disk the system releases the lock however the process ends. The lock file stays: if it were
-    removed, one job could lock the old file while another locks the new one.
+    removed, one job could lock the old file while another locks the new one. An update puts another
+    folder, with another file, in this one's place: the lock of what was there before is no lock.
 
     Raises: UsageError if another job holds it; WriteError if it cannot be made.
     """
@@ -241,12 +242,17 @@ def claim(folder: Folder) -> Iterator[Folder]:
             yield claimed
         return
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(PermissionError):  # of one that may be written to and not read
+                sync(folder.parent)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
             with writing(folder / LOCK):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
+                    raise BlockingIOError(errno.EAGAIN, "the folder was replaced just now")
         except WriteError as error:
             if not isinstance(error.__cause__, BlockingIOError):
                 raise

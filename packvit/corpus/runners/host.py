@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import torch
@@ -28,7 +28,14 @@ from packvit.corpus.folder.layout import Commit
 from packvit.corpus.folder.names import part_name
 from packvit.corpus.folder.ownership import remove_left_over
 from packvit.corpus.loading import load_encoder
-from packvit.corpus.runners.embedder import Finished, Job, Stager, check_alike, portable
+from packvit.corpus.runners.embedder import (
+    Finished,
+    Job,
+    Stager,
+    check_alike,
+    portable,
+    take_waiting,
+)
 from packvit.corpus.runners.launching import Started, end, start
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
 from packvit.corpus.settings import EmbedOptions, ModelChoice
@@ -284,18 +291,6 @@ def embed_all(
         coming = take_waiting(shards.get(), shards)
         for part in embed_shards(context, coming, lambda rows: None, stager.effort):
             writer.submit(send, part)
-
-
-def take_waiting(first: Shard, shards: SimpleQueue[Any]) -> Iterator[Shard]:
-    """Yield a shard and those that are queued behind it, without waiting for more.
-
-    Waiting could deadlock: a shard's last packs stay in flight until another shard follows or the
-    iterator ends, and the parent may need that shard before it sends another.
-    """
-    yield first
-    with suppress(Empty):
-        while True:
-            yield shards.get_nowait()
 
 
 def receive(connection: Connection, messages: SimpleQueue[Any]) -> None:

@@ -8,7 +8,7 @@ import triton  # pyright: ignore[reportMissingImports] # comes with torch for CU
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-QUERIES, KEYS = 64, 32  # of a tile
+QUERIES, KEYS = 64, 64  # of a tile
 LEAST = 16  # of a tile, which tensor cores take
 LOG2_E = 1.4426950408889634
 
@@ -122,16 +122,7 @@ def last_tile(length: int, tile: int) -> int:
     return max(LEAST, triton.next_power_of_2(rest)) if rest else 0
 
 
-def attend_short(
-    qkv: Tensor,
-    length: int,
-    *,
-    queries: int = QUERIES,
-    keys: int = KEYS,
-    warps: int = 4,
-    stages: int = 3,
-    registers: int | None = None,
-) -> Tensor:
+def attend_short(qkv: Tensor, length: int) -> Tensor:
     """Return what every head found, where all sequences have `length` tokens.
 
     Tokens that are not finite reach their own sequence alone, since no other is read.
@@ -140,7 +131,8 @@ def attend_short(
     """
     rows, _, heads, depth = qkv.shape
     out = qkv.new_empty(rows, heads, depth)
-    launch = attend_kernel[(triton.cdiv(length, queries), heads, rows // length)]  # pyright: ignore[reportIndexIssue]
+    grid = (triton.cdiv(length, QUERIES), heads, rows // length)
+    launch = attend_kernel[grid]  # pyright: ignore[reportIndexIssue]
     launch(
         qkv,
         out,
@@ -150,12 +142,11 @@ def attend_short(
         depth**-0.5 * LOG2_E,
         heads,
         depth,
-        queries,
-        last_tile(length, queries) or queries,
-        keys,
-        last_tile(length, keys),
-        num_warps=warps,
-        num_stages=stages,
-        maxnreg=registers,
+        QUERIES,
+        last_tile(length, QUERIES) or QUERIES,
+        KEYS,
+        last_tile(length, KEYS),
+        num_warps=4,
+        num_stages=3,
     )
     return out

@@ -15,7 +15,7 @@ from rotten import encode, pixels, write_good
 import packvit
 from packvit.config import ImageConfig
 from packvit.corpus import UsageError, starting
-from packvit.corpus.decode.prepare import JpegFile, Prepared, Preprocessing
+from packvit.corpus.decode.prepare import Decode, JpegFile, Prepared, Preprocessing
 from packvit.corpus.decode.queue import Decoders
 from packvit.corpus.encode.context import DecodeJpegs, EmbedContext, make_context
 from packvit.corpus.encode.filling import Part, PreparedPack, Shard
@@ -269,12 +269,29 @@ def test_asking_for_a_gpu_where_there_is_none_is_refused_in_a_sentence(
 
 def test_jobs_that_decode_otherwise_are_told_apart(encoder: Encoder):
     """Damaged scans differ, so that a folder of both kinds would be neither job's."""
-    by_pil, by_gpu = (
+    by_pil, by_gpu, by_drafts = (
         describe_job(encoder, "", EmbedOptions(resize="native", max_patches=64, decode=decode))
-        for decode in ("pil", "gpu")
+        for decode in ("pil", "gpu", "fast")
     )
     assert list(differences(by_pil, by_gpu)) == ['preprocessing.decode: "pil" -> "gpu"']
-    assert fingerprint(by_pil) != fingerprint(by_gpu)
+    assert 'preprocessing.decode: "pil" -> "fast"' in differences(by_pil, by_drafts)
+    assert len({fingerprint(each) for each in (by_pil, by_gpu, by_drafts)}) == 3
+
+
+def test_a_job_of_drafts_neither_resumes_nor_takes_over_exact_rows_nor_they_its(
+    tmp_path: Path, encoder: Encoder
+):
+    photos = tmp_path / "photos"
+    write_good(photos, 3)
+    ways: tuple[Decode, ...] = ("pil", "fast")
+    for way in ways:
+        packvit.embed(photos, out=tmp_path / way, model=encoder, decode=way)
+    for old, new in (ways, ways[::-1]):
+        said, reuse = f'preprocessing.decode: "{old}" -> "{new}"', [tmp_path / old]
+        with pytest.raises(UsageError, match=said):
+            packvit.embed(photos, out=tmp_path / old, model=encoder, decode=new)
+        with pytest.raises(UsageError, match=said):
+            packvit.embed(photos, out=tmp_path / "c", model=encoder, decode=new, reuse=reuse)
 
 
 @pytest.mark.parametrize(("own", "found"), [(None, "32"), ("8", "8")])

@@ -174,6 +174,20 @@ def test_a_search_in_a_folder_that_does_not_say_how_to_embed_answers_in_a_senten
     assert f"{MANIFEST} is missing or damaged" in shown.stderr
 
 
+@pytest.mark.parametrize("name", ["revision", "weights_sha256"])
+def test_a_search_in_a_folder_that_does_not_say_whose_features_it_has_answers_in_a_sentence(
+    tmp_path: Path, whole: Path, photos: Path, name: str
+):
+    """S6"""
+    out = shutil.copytree(whole, tmp_path / "out")
+    manifest = read_manifest(out) or {}
+    del manifest[name]
+    write_manifest(out, manifest)
+    shown = CliRunner().invoke(main, ["search", str(out), str(next(photos.iterdir()))])
+    assert shown.exit_code == 2
+    assert f"{MANIFEST} has no {name}, so the weights that wrote the features are" in shown.stderr
+
+
 def test_vectors_of_another_width_than_the_manifest_says_are_damage(tmp_path: Path, whole: Path):
     """S6"""
     out = shutil.copytree(whole, tmp_path / "out")
