@@ -24,31 +24,47 @@ NATIVE_COLUMNS = (
 
 def native_table(reports: Sequence[dict[str, Any]]) -> str:
     """Return one line for each batch at native size: the strongest peer, and our best beside it."""
-    return "\n".join(aligned([NATIVE_COLUMNS, *map(native_row, reports)])) + "\n"
+    rows = (
+        speed_row(f"{report['row']}, {work['images']} images", report, work)
+        for report in reports
+        for work in report["workloads"]
+    )
+    return "\n".join(aligned([NATIVE_COLUMNS, *rows])) + "\n"
 
 
-def native_row(report: dict[str, Any]) -> tuple[str, ...]:
-    """Return a batch's cells; what was not measured stays empty."""
-    (work,) = report["workloads"]
+def mixed_table(reports: Sequence[dict[str, Any]]) -> str:
+    """Return one line for each model on mixed sizes: the strongest peer, and our best beside it."""
+    rows = (
+        speed_row(report["model"], report, work)
+        for report in reports
+        for work in report["workloads"]
+        if work["name"] == "mixed"
+    )
+    return "\n".join(aligned([("model", *NATIVE_COLUMNS[1:]), *rows])) + "\n"
+
+
+def speed_row(label: str, report: dict[str, Any], work: dict[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a run; what was not measured stays empty."""
     best, results = work["headline"], work["results"]
-    peer, ours = results[best["peer"]], results.get(best.get("ours"))
-    eights = [one["images_per_second"] for title, one in results.items() if "fp8" in title]
+    ours = results.get(best.get("ours"))
+    rates = {title: 1e3 * work["images"] / one["median_ms"] for title, one in results.items()}
+    eights = [rate for title, rate in rates.items() if "fp8" in title]
     mine: tuple[str, ...] = ("", "", "", "")
     if ours:
         mine = (
             best["ours"].removeprefix("packvit, "),
-            f"{ours['images_per_second']:,.0f}",
+            f"{rates[best['ours']]:,.0f}",
             spread(best["times_faster"]),
             f"{ours['fraction_of_ceiling']:.2f}",
         )
     return (
-        f"{report['row']}, {work['images']} images",
+        label,
         best["peer"],
-        f"{peer['images_per_second']:,.0f}",
+        f"{rates[best['peer']]:,.0f}",
         *mine,
         f"{max(eights):,.0f}" if eights else "",
-        f"{max(eights) / ours['images_per_second']:.2f}" if eights and ours else "",
-        f"{report['gpus']}, {report['commit']}, {report['date']}",
+        f"{max(eights) / rates[best['ours']]:.2f}" if eights and ours else "",
+        ", ".join(filter(None, (report["gpus"], report.get("commit"), report["date"]))),
     )
 
 

@@ -98,9 +98,10 @@ def verify(
         raise click.UsageError("--published writes into its own folder. Leave out --certificate.")
     if revision is not None and model is None:
         raise click.UsageError("--revision needs --model; random weights have no revision.")
-    from packvit.verification import certificate as certificates  # torch is imported here
+    from packvit.retrieval.nearest import choose_device  # torch is imported here
+    from packvit.verification import certificate as certificates
 
-    check_device(device)
+    choose_device(device)  # refused before anything is loaded
     findings = []
     options = VerifyOptions(quick=quick, seed=seed, timm=reference == "timm")
     if published is not None:
@@ -132,16 +133,6 @@ def folder_of(model: str | None) -> Path | None:
     from packvit.checkpoints.folders import EMBEDDED
 
     return Path(model) if model and model not in EMBEDDED and Path(model).is_dir() else None
-
-
-def check_device(device: str | None) -> None:
-    """Raise a click.UsageError for a device that is not here."""
-    from packvit.model.device import find_device
-
-    try:
-        find_device(device)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
 
 
 def search(

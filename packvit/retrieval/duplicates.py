@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from packvit.corpus import UsageError, WriteError
+from packvit.corpus import UsageError, no_room_for
 from packvit.corpus.folder.stores import Folder
 from packvit.corpus.inputs.roots import place, recorded_root
 from packvit.images.errors import ImageError
@@ -137,10 +137,7 @@ def unit_vectors(vectors: Vectors, leaders: np.ndarray) -> Iterator[tuple[np.nda
             unit = np.memmap(file, np.float32, "r", shape=shape) if len(rows) else np.empty(shape)
             yield np.asarray(unit, np.float32), rows
     except OSError as error:
-        raise WriteError(
-            f"The vectors could not be written to a temporary file: {error.strerror}. Make room "
-            "there, or set TMPDIR to a folder that has some."
-        ) from error
+        raise no_room_for("The vectors could not be written", error.strerror) from error
 
 
 def merge_equal(groups: Sequence[Sequence[int]], leaders: np.ndarray) -> list[list[int]]:
