@@ -2,7 +2,7 @@
 
 torch gives fp32 matmuls to MKL, which runs its kernels for AVX2 on AMD's CPUs: 105 GFLOP/s on a
 core of Zen 5, where oneDNN does 225 (benchmarks/LOG.md). oneDNN adds a sum's products up in longer
-runs, so its error is some 1.5 times MKL's, and half of what `verification/rule.py` allows.
+runs, so its error is some 1.5 times MKL's: within what `verification/rule.py` allows.
 """
 
 from collections.abc import Callable, Collection

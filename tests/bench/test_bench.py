@@ -38,6 +38,7 @@ from packvit.bench.run import measure
 from packvit.bench.table import as_markdown
 from packvit.bench.workloads import Workload, encoder_flops, workload
 from packvit.cli.bench import bench
+from packvit.config import Windows
 from packvit.families import FAMILIES, AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
 from packvit.verification.references import write_random
 
@@ -87,6 +88,18 @@ def test_the_models_and_workloads_of_the_records_are_there():
     tiny = workload("tiny-images", small=False)
     assert len(tiny.lengths) == 2048
     assert {4, 16} <= set(tiny.lengths) <= set(range(4, 17))
+
+
+@pytest.mark.parametrize(("layers", "full"), [(2, ()), (9, (7,))])
+def test_the_first_layers_of_qwen2_5_vl_keep_their_windows(
+    monkeypatch: pytest.MonkeyPatch, layers: int, full: tuple[int, ...]
+):
+    """On a CPU the first two are measured unless asked otherwise, and none of them is full."""
+    encoder, architecture, _ = models.SIZES["qwen2.5-vl-vit"]
+    small = {"hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 48}
+    monkeypatch.setitem(models.SIZES, "qwen2.5-vl-vit", (encoder, architecture, small))
+    config = models.build("qwen2.5-vl-vit", layers, torch.device("cpu"), torch.float32).config
+    assert (config.layers, config.windows) == (layers, Windows(8, full))
 
 
 @pytest.mark.parametrize(

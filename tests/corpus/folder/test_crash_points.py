@@ -48,6 +48,14 @@ class Point(NamedTuple):
     place: int  # among the calls of this name to this file by one thread
 
 
+class Call(NamedTuple):
+    """A call of an undisturbed command below the folder that is watched."""
+
+    point: Point
+    to: str  # the second name of a rename
+    succeeds: bool
+
+
 class Bench:
     """A server that runs jobs under strace."""
 
@@ -76,14 +84,14 @@ class Bench:
         assert status, "the server died"
         return int(status), errors.read_text()
 
-    def points(self, arguments: list[str], root: Path) -> list[Point]:
-        """Return all points below `root` of a command that nothing disturbs."""
+    def trace(self, arguments: list[str], root: Path) -> list[Call]:
+        """Return all calls below `root` of a command that nothing disturbs."""
         log = root.parent / "trace"
         traced = ["-o", str(log), "-y", "-s", "0", "-e", f"trace={CHANGING}"]
         status, said = self.run(arguments, root.parent / "said", *traced)
         assert status == 3, said  # many inputs are no images
         counts: Counter[tuple[str, str, str]] = Counter()
-        found: dict[Point, None] = {}
+        found: list[Call] = []
         for line in log.read_text().splitlines():
             parsed = TRACED.match(line)
             if not parsed or "resumed>" in line:
@@ -94,8 +102,13 @@ class Bench:
             paths = re.findall(re.escape(str(root)) + r'(?:/([^">]+))?(?=[">])', rest)
             if paths:
                 counts[thread, call, paths[0]] += 1
-                found[Point(call, paths[0], counts[thread, call, paths[0]])] = None
-        return list(found)
+                point = Point(call, paths[0], counts[thread, call, paths[0]])
+                found.append(Call(point, paths[-1], "= -1" not in line))
+        return found
+
+    def points(self, arguments: list[str], root: Path) -> list[Point]:
+        """Return all points below `root` of a command that nothing disturbs."""
+        return list(dict.fromkeys(call.point for call in self.trace(arguments, root)))
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +289,62 @@ def test_an_update_that_meets_a_fault_at_any_call_leaves_the_old_folder_or_the_n
     arguments = bench.job(out, "--update", "--invariant")
     try:
         meet(bench, arguments, out, expected, begin, fault, check, root=disk)
+    finally:
+        bench.exchanges = True
+
+
+def check_flushes(calls: list[Call]) -> None:
+    """Check that a power cut loses nothing that a later call builds on.
+
+    Contents are flushed before they take a name; parts and their names before the log, all of a new
+    folder before it takes the old one's place, and that before anything of the old is removed.
+    """
+    contents, names, swapped = set[str](), set[str](), False  # what a power cut may lose
+    for (call, file, _), to, succeeds in calls:
+        below = {name for name in names if os.path.dirname(name) == file}
+        if not succeeds:
+            continue
+        if call in ("openat", "mkdir"):
+            names.add(file)
+        elif call in ("write", "pwrite64", "ftruncate"):
+            contents.add(file)
+            log = file.removesuffix("_commits.jsonl")
+            if file != log:
+                assert not [name for name in names if name.startswith(f"{log}data")], names
+        elif call == "fsync":
+            contents.discard(file)
+            names -= below
+            swapped &= file != ""
+        elif call in ("rename", "renameat2"):
+            inside = {name for name in contents | names if name.startswith(f"{file}/")}
+            assert not inside - {f"{file}/.lock"}, (file, inside)
+            assert file not in contents
+            names = (names - {file}) | {to}
+            swapped |= "/" not in file  # and not a file in a folder
+        elif call in ("unlink", "rmdir"):
+            assert not swapped, file
+            contents.discard(file)
+            names.discard(file)
+    kept = {name for name in contents | names if os.path.basename(name) != ".lock"}
+    assert not kept
+
+
+@pytest.mark.parametrize("way", ["exchange", "two renames"])
+def test_a_power_cut_loses_no_part_that_is_logged_and_no_folder_that_is_updated(
+    tmp_path: Path, bench: Bench, photos: Path, way: str
+):
+    disk, earlier = tmp_path / "disk", tmp_path / "earlier"
+    shutil.copytree(photos, earlier, symlinks=True)
+    (earlier / "good-0001.png").unlink()
+    disk.mkdir()
+    out, bench.exchanges = disk / "out", way == "exchange"
+    before = bench.job(out, "--invariant")
+    before[1] = str(earlier)
+    calls = bench.trace(before, disk)
+    assert sum(call.point.file == "out/_commits.jsonl" for call in calls) >= PARTS
+    check_flushes(calls)
+    try:
+        check_flushes(bench.trace(bench.job(out, "--update", "--invariant"), disk))
     finally:
         bench.exchanges = True
 
