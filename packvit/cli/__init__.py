@@ -54,6 +54,8 @@ class Commands(click.Group):
         def terminate(number: int, frame: FrameType | None) -> None:
             raise Terminated
 
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's & leaves it
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # after `__main__.stop`
         before = signal.signal(signal.SIGTERM, terminate)
         try:
             return super().invoke(ctx)

@@ -5,6 +5,7 @@ marks them by an underscore, by `name=value`, by backquotes, or by starting a se
 """
 
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -19,6 +20,7 @@ ASSIGNED = re.compile(r"`?\b([a-z_]+)=(?:\"([^\"`]*)\"|(True|False)|([\w.-]+))`?
 QUOTED = re.compile(r"`([a-z_]+)`")
 SUBJECT = re.compile(r"(?:^|(?<=\. ))([a-z_]+)(?= (?:is|asks|cannot|names)\b)")
 IDENTIFIER = re.compile(r"(?<![\w./\"'=-])([a-z]+(?:_[a-z]+)+)(?![\w/=\"'-]|\.\w)")
+BYTE = re.compile("[\udc80-\udcff]")  # one that is not UTF-8, as Python keeps it in a path
 # Errors of the library whose message is for the user: one sentence, and exit code 1.
 FAILURES = (
     *(CheckpointError, DecoderError, EmbedderError, ImportError, StoreError, VerificationError),
@@ -102,6 +104,24 @@ def in_options(message: str, command: click.Command) -> str:
     return said
 
 
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait while torch is imported, which loses what they raise."""
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in heeded:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in heeded.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
 def printable(name: str) -> str:
-    """Return a file's name with control characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    """Return a file's name with control characters, and bytes that are not UTF-8, escaped."""
+    readable = BYTE.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", name)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in readable)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from packvit.cli import DONE_WITH_ERRORS, exit_code
-from packvit.cli.command import Command
+from packvit.cli.command import Command, signals_wait
 from packvit.cli.models import MODEL_HELP, explaining, full_name
 from packvit.cli.options import (
     COUNT,
@@ -282,8 +282,8 @@ def embed(
     ):
         if model is None:
             meter.notices.append(EMBEDDED)  # once the job begins: an error comes first
-        # torch is imported here, where Ctrl-C is handled.
-        from packvit.corpus.job import embed as run
+        with signals_wait():  # torch is imported here
+            from packvit.corpus.job import embed as run
 
         summary = run(
             photos,

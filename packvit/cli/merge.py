@@ -67,8 +67,8 @@ def merge(
         click.echo(json.dumps(asdict(merged)))
     else:
         shards = f"{merged.shards:,} shard{'' if merged.shards == 1 else 's'}"
+        parts = f"{merged.parts:,} part{'' if merged.parts == 1 else 's'}"
         click.echo(
-            f"{merged.folder}: {shards}, {merged.parts:,} parts with {merged.rows:,} rows, {bad:,} "
-            "of them errors"
+            f"{merged.folder}: {shards}, {parts} with {merged.rows:,} rows, {bad:,} of them errors"
         )
     context.exit(DONE_WITH_ERRORS if bad else 0)

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from packvit.cli import DONE_WITH_ERRORS
-from packvit.cli.command import Command, printable
+from packvit.cli.command import Command, printable, signals_wait
 from packvit.cli.models import MODEL_HELP, explaining, full_name
 from packvit.cli.options import (
     COUNT,
@@ -88,8 +88,8 @@ def pca(
     with show_progress() as meter, explaining(model):
         if model is None and neighbours is None:
             meter.notices.append('No --model was given, so the small "tiny" model runs.')
-        # torch is imported here, where Ctrl-C is handled.
-        from packvit.pictures.draw import draw
+        with signals_wait():  # torch is imported here
+            from packvit.pictures.draw import draw
 
         drawn = draw(
             photos,

@@ -1,6 +1,7 @@
 """The `packvit` command as a process of its own, which ends as soon as it is done."""
 
 import atexit
+import errno
 import os
 import sys
 
@@ -12,9 +13,21 @@ def run() -> None:
     try:
         main(prog_name="packvit")
     except SystemExit as ended:
-        if "torch" in sys.modules and isinstance(ended.code, int):
+        if isinstance(ended.code, int):  # Python itself may end a stopped one by SIGINT
             end_now(ended.code)
         raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        sys.stderr.write(NO_SPACE)
+        end_now(1)
+        os._exit(1)  # as what is printed cannot be flushed
+
+
+NO_SPACE = (
+    "Error: What this prints could not be written: no space is left on the device. Free some, then "
+    "run the same command again.\n"
+)
 
 
 def end_now(code: int) -> None:

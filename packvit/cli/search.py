@@ -5,7 +5,7 @@ import os
 
 import click
 
-from packvit.cli.command import Command, printable
+from packvit.cli.command import Command, printable, signals_wait
 from packvit.cli.models import explaining, full_name
 from packvit.cli.options import (
     COUNT,
@@ -86,10 +86,10 @@ def search(
     if not asked:
         raise click.UsageError("No query was given. Give words, or the path of a photograph.")
     with explaining(model):
-        # torch is imported here, where Ctrl-C is handled.
-        from packvit.pictures.contact import check_picture, write_hits
-        from packvit.retrieval.queries import BrokenQuery
-        from packvit.retrieval.search import find
+        with signals_wait():  # torch is imported here
+            from packvit.pictures.contact import check_picture, write_hits
+            from packvit.retrieval.queries import BrokenQuery
+            from packvit.retrieval.search import find
 
         try:
             if out:

@@ -102,6 +102,7 @@ def test_errors_are_told_by_code_with_an_example(tmp_path: Path, checkpoint: Pat
     assert "missing  1, for example" in result.stdout
     assert r"gone\x1b[31m.jpg" in result.stdout
     assert printable("\x1b[31m é") == r"\x1b[31m é"
+    assert printable(os.fsdecode(b"\xff\xfe.jpg")) == r"\xff\xfe.jpg"  # as its id is written
 
 
 def test_every_option_reaches_the_job(tmp_path: Path, photos: Path, checkpoint: Path):

@@ -1,8 +1,10 @@
 """The command as a process: what it imports for a job, and how it ends."""
 
 import json
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,54 @@ def test_a_decode_worker_loads_neither_torch_nor_pyarrow(tmp_path: Path):
     assert any(name.startswith("_multiarray_umath") for name in loaded)  # numpy, for comparison
     for library in ("libtorch", "libarrow", "libtriton"):
         assert not any(name.startswith(library) for name in loaded)
+
+
+@pytest.mark.parametrize(
+    ("module", "swallow"),
+    [
+        ("click", "()"),  # before there is a command
+        ("packvit.cli.embed", "()"),
+        ("packvit.corpus.job", "BaseException"),  # as parts of torch do while they are imported
+    ],
+)
+def test_ctrl_c_during_any_import_ends_a_command_with_130_and_one_sentence(
+    tmp_path: Path, module: str, swallow: str
+):
+    # Once it is raised in code given as a string, Python ends by SIGINT, however it is handled.
+    code = (
+        "import os, signal, sys\n"
+        "from contextlib import suppress\n"
+        "class Finder:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path, target=None):\n"
+        f"        if name == {module!r}:\n"
+        f"            with suppress({swallow}): exec('signal.raise_signal(signal.SIGINT)')\n"
+        "from packvit.__main__ import run\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "run()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "embed", str(tmp_path), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        # These tests may themselves run in a shell's background, which ignores SIGINT for them.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Stopped")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_under_what_is_printed_is_one_sentence():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "packvit", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "no space is left on the device" in done.stderr

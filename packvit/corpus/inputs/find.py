@@ -70,8 +70,8 @@ def list_inputs(
                 raise no_photographs(finder.named.empty)
             raise UsageError(
                 "No photographs were found in "
-                f"{', '.join(map(spell, [*paths, *lists])) or 'nothing'}; {listing.ignored} other "
-                f"files were passed over ({by_suffix(listing.passed_over)}). "
+                f"{', '.join(map(spell, [*paths, *lists])) or 'nothing'}; "
+                f"files passed over: {by_suffix(listing.passed_over)}. "
                 "Photographs in a folder end in "
                 f"{b' '.join(SUFFIXES).decode()}; name a file itself to take it whatever its "
                 "suffix."

@@ -123,6 +123,11 @@ def unmarked(path: str, file: Any) -> Iterator[bytes]:
             raise UsageError(f"The list {spell(path)} is UTF-16. Save it as UTF-8.")
         if find_opener(line):
             raise UsageError(f"The list {spell(path)} is compressed. Decompress it.")
+        if b"\0" in line:
+            raise UsageError(
+                f"The list {spell(path)} holds a NUL byte, as no path does. Give a path on each "
+                "line, in UTF-8: `find` does so without -print0."
+            )
         yield line.removeprefix(codecs.BOM_UTF8)
 
 

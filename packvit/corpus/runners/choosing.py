@@ -27,12 +27,13 @@ def choose_runner(
 
     `context` is None where other processes embed.
 
-    Raises: ImportError if Ray is not installed.
+    Raises: ImportError if Ray is not installed, UsageError if nothing listens at its address.
     """
     if ray is not None:
-        from packvit.corpus.runners.cluster import check_ray, run_ray
+        from packvit.corpus.runners.cluster import check_listens, check_ray, run_ray
 
         check_ray()
+        check_listens(ray)  # before anything is written
         return partial(run_ray, job, ray, processes)
     if pool is not None:
         return partial(run_processes, pool)

@@ -71,8 +71,6 @@ def connect(address: str) -> None:
     """
     import ray
 
-    if address not in ("auto", "local"):
-        check_listens(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # packvit sends no usage statistics
     heeded = signal.getsignal(signal.SIGTERM)
     try:
@@ -96,6 +94,8 @@ def check_listens(address: str) -> None:
 
     Raises: UsageError.
     """
+    if address in ("auto", "local"):
+        return
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -82,6 +82,12 @@ def test_lists_as_windows_and_pandas_write_them(photos: list[str]):
             list_inputs([], [name])
 
 
+def test_what_find_prints_with_print0_is_no_list(photos: list[str]):
+    Path("a.txt").write_text("".join(f"{path}\0" for path in photos))
+    with pytest.raises(UsageError, match=r"a\.txt holds a NUL byte, as no path does.*-print0"):
+        list_inputs([], ["a.txt"])
+
+
 def test_lists_and_paths_go_together(photos: list[str]):
     Path("a.txt").write_text(photos[0] + "\n")
     Path("b").write_text(photos[1])

@@ -538,3 +538,4 @@ def test_where_there_is_no_cluster_it_is_said(tmp_path: Path, photos: Path, chec
     _, said = job.communicate(timeout=2 * DEADLINE)
     assert job.returncode == 2, said
     assert 'There is no Ray cluster at "127.0.0.1:1"' in said
+    assert not (tmp_path / "out").exists()
