@@ -385,7 +385,7 @@ class Encoder(nn.Module):
         """
         if options.fp8:
             assert self.fast is not None
-            self.fast.to_fp8(self, self.encoder)
+            self.fast.to_int8(self, self.encoder)
         if options.invariant:
             make_invariant(self)
         if options.compile:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from packvit.config import Activation
 from packvit.fast import steps
-from packvit.fast.fp8 import QuantizedRows
+from packvit.fast.int8 import QuantizedRows, QuantizedTiles
 from packvit.model.activations import ACTIVATIONS
 from packvit.model.layers import split_gate_up
 from packvit.model.norms import RMSNorm
@@ -31,6 +31,17 @@ def norms(width: int, device: str, dtype: torch.dtype) -> list[RMSNorm | nn.Laye
 
 def stands_for(rows: QuantizedRows) -> Tensor:
     return rows.values.double() * rows.scale.double()
+
+
+def tiles_stand_for(tiles: QuantizedTiles) -> Tensor:
+    spread = tiles.scales.double().repeat_interleave(128, 0)[: tiles.values.shape[1]]
+    return tiles.values.double() * spread.T
+
+
+def rounding(found: Tensor, exact: Tensor) -> float:
+    """Return the error of bfloat16 numbers as a multiple of what rounding `exact` costs."""
+    error, least = ((x.double() - exact).norm() for x in (found, exact.bfloat16()))
+    return (error / least).item()
 
 
 def made_of(hidden: Tensor, activation: Activation, gated: bool) -> Tensor:

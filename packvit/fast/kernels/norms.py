@@ -6,7 +6,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from packvit.fast.kernels import warps_of
-from packvit.fast.kernels.fp8 import new_scales, store_fp8, store_output_scale
+from packvit.fast.kernels.int8 import int8_scale, larger, to_int8
 
 PROGRAMS = 1056  # of a backward: 8 on each of an H100's SMs
 
@@ -21,16 +21,12 @@ def add_norm_kernel(
     summed,
     out,
     scales,
-    bound,
-    output_scale,
     width,
     eps,
     adds: tl.constexpr,
     scaled: tl.constexpr,
     centred: tl.constexpr,
-    fp8: tl.constexpr,
-    bounded: tl.constexpr,
-    squared: tl.constexpr,
+    int8: tl.constexpr,
     block: tl.constexpr,
 ):
     """One row: summed = stream + delta * factor, out = norm(summed): RMS, or layer norm."""
@@ -52,10 +48,10 @@ def add_norm_kernel(
     result *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if centred:
         result += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    if fp8:
-        store_fp8(out, scales, row, column, inside, width, result)
-        if bounded:
-            store_output_scale(output_scale, row, column, inside, width, bound, squared, result)
+    if int8:
+        scale = int8_scale(tl.reduce(tl.abs(result), 0, larger))
+        tl.store(scales + row, scale)
+        tl.store(out + at, to_int8(result * (1.0 / scale)), mask=inside)
     else:
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
@@ -68,14 +64,11 @@ def launch_add_norm(
     bias: Tensor | None,
     eps: float,
     out: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-    bound: Tensor | None = None,
-    squared: bool = False,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel, and return the sum, which is empty where nothing is added."""
     rows, width = stream.shape
     summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
-    scale, output_scale = scales or (out, out)
     block = triton.next_power_of_2(width)
     launch = add_norm_kernel[(rows,)]  # pyright: ignore[reportIndexIssue]
     launch(
@@ -86,17 +79,13 @@ def launch_add_norm(
         weight if bias is None else bias,
         summed,
         out,
-        scale,
-        out if bound is None else bound,
-        output_scale,
+        out if scales is None else scales,
         width,
         eps,
         adds=delta is not None,
         scaled=factor is not None,
         centred=bias is not None,
-        fp8=scales is not None,
-        bounded=bound is not None,
-        squared=squared,
+        int8=scales is not None,
         block=block,
         num_warps=warps_of(block),
     )
@@ -123,27 +112,22 @@ def add_norm(
     return stream if delta is None else summed, out
 
 
-def add_norm_fp8(
+def add_norm_int8(
     stream: Tensor,
     delta: Tensor | None,
     factor: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    bound: Tensor | None,
-    squared: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `add_norm`, the norm in 8 bits, with its scale and that of what is made of it.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `add_norm`, the norm in int8, with the scale of each row.
 
-    Shapes: as `add_norm`, bound [D + 1] -> the sum; the norm [T, D] float8_e4m3fn, its scale [T, 1]
-    float32, and by `fp8.OutputBound` another [T, 1], or [0, 1] without a bound.
+    Shapes: as `add_norm` -> the sum; the norm [T, D] int8, its scale [T, 1] float32.
     """
-    values = torch.empty_like(stream, dtype=torch.float8_e4m3fn)
-    scales = new_scales(stream, bound)
-    summed = launch_add_norm(
-        stream, delta, factor, weight, bias, eps, values, scales, bound, squared
-    )
-    return stream if delta is None else summed, values, *scales
+    values = torch.empty_like(stream, dtype=torch.int8)
+    scales = stream.new_empty(len(stream), 1, dtype=torch.float32)
+    summed = launch_add_norm(stream, delta, factor, weight, bias, eps, values, scales)
+    return stream if delta is None else summed, values, scales
 
 
 @triton.jit

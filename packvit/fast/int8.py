@@ -1,0 +1,210 @@
+"""Matrices in int8, and tokens rounded to meet them: what `fp8=True` runs. For inference on Hopper.
+
+A norm rounds what it gives by rows, and the first matmul of an MLP what its activation gives by
+tiles of 128 columns: int8's steps are as wide as the largest number of a scale asks for, and an
+activation's numbers are of very different sizes. docs/numerics.md has the figures.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int8
+from torch import Tensor, nn
+
+from packvit.config import Activation
+from packvit.model.capability import HOPPER, capability
+from packvit.model.layers import Blocks, GatedMLP
+from packvit.model.linear import KeylessBiasLinear, Linear
+from packvit.model.norms import Norm
+
+LARGEST = 127.0
+TILE = 128  # columns of a scale; that of `fast/kernels/int8.py`, which needs Triton
+SMALLEST = 1e-6  # of a channel, as a part of the largest: weights and norms may have zeros
+
+
+class QuantizedRows(NamedTuple):
+    """Tokens in int8, each scaled by itself: values * scale is what they stand for."""
+
+    values: Int8[Tensor, "T D"]
+    scale: Float[Tensor, "T 1"]
+
+
+class QuantizedTiles(NamedTuple):
+    """Tokens in int8, with a scale for each 128 columns of each."""
+
+    values: Int8[Tensor, "T M"]
+    scales: Float[Tensor, "tiles T"]
+
+
+def quantize(tokens: Tensor) -> QuantizedRows:
+    """Return every row scaled so that its largest magnitude is 127. Not finite: a scale of NaN.
+
+    For weights, and the reference implementation of what `kernels.norms.add_norm_int8` does.
+    """
+    values = tokens.float()
+    scale = values.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
+    rounded = (values / scale).nan_to_num().round().to(torch.int8)
+    return QuantizedRows(rounded, torch.where(scale.isfinite(), scale, torch.nan))
+
+
+def quantize_tiles(tokens: Tensor) -> QuantizedTiles:
+    """Return every 128 columns of a row scaled so that their largest magnitude is 127.
+
+    The reference implementation of the epilogue of `kernels.matmuls.linear_act_int8`.
+    """
+    rows, width = tokens.shape
+    tiles = F.pad(tokens, (0, -width % TILE)).unflatten(1, (-1, TILE)).flatten(0, 1)
+    values, scale = quantize(tiles)
+    return QuantizedTiles(
+        values.view(rows, -1)[:, :width].contiguous(), scale.view(rows, -1).T.contiguous()
+    )
+
+
+def channels_of(norm: Norm, weight: Tensor) -> Tensor:
+    """Return factors for a norm's channels to be divided by, and the weight's columns multiplied.
+
+    A channel that stands out in the norm would make the steps of its row too wide for the others;
+    one that stands out in the weight, the steps of the weight. Divided like this both are of one
+    size: the root of how large the channel is in what they make.
+
+    Shapes: weight [M, D] -> [D] float32.
+    """
+    size = norm.weight.detach().float().square()
+    if norm.bias is not None:
+        size = size + norm.bias.detach().float().square()
+    size, column = size.sqrt(), weight.float().square().mean(0).sqrt()
+    size, column = (x.clamp(min=SMALLEST * x.max() + 1e-12) for x in (size, column))
+    return (size / column).sqrt()
+
+
+class LinearInt8(nn.Module):
+    """A linear layer in int8 that reads a norm: weights scaled by output, tokens by row.
+
+    The norm's channels are divided by `channels_of` it: those that `norm_weight` and `norm_bias`
+    make are, and whole tokens it divides itself.
+
+    Shapes: weight [M, D], scale [M], channels, norm_weight, norm_bias [D].
+    """
+
+    def __init__(self, linear: nn.Linear, norm: Norm | None) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        channels = None if norm is None else channels_of(norm, weight)
+        values, scale = quantize(weight if channels is None else weight * channels)
+        bias = linear.whole_bias() if isinstance(linear, KeylessBiasLinear) else linear.bias
+        self.register_buffer("weight", values)
+        self.register_buffer("scale", scale.flatten())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("channels", channels)
+        for name in ("weight", "bias"):
+            given = None if norm is None else getattr(norm, name)
+            divided = None if given is None else given.detach().float() / channels
+            self.register_buffer(f"norm_{name}", divided)
+        self.weight: Tensor
+        self.scale: Tensor
+        self.bias: Tensor | None
+        self.channels: Tensor | None
+        self.norm_weight: Tensor
+        self.norm_bias: Tensor | None
+
+    @torch.compiler.disable
+    def forward(self, tokens: Tensor | QuantizedRows) -> Tensor:
+        """Return tokens @ weight.T + bias in bfloat16. Shapes: [T, D] -> [T, M]."""
+        from packvit.fast.kernels.matmuls import linear_int8
+
+        return linear_int8(*self.rows(tokens), self.weight, self.scale, self.bias)
+
+    def act(
+        self, tokens: Tensor | QuantizedRows, activation: Activation, gated: bool
+    ) -> QuantizedTiles:
+        """Return act(self(tokens)), or act(gate) * up of the two in turns, in int8.
+
+        Its reference implementation is `quantize_tiles` of that.
+        """
+        from packvit.fast.kernels.matmuls import linear_act_int8
+
+        rows = self.rows(tokens)
+        made = linear_act_int8(*rows, self.weight, self.scale, self.bias, activation, gated)
+        return QuantizedTiles(*made)
+
+    def rows(self, tokens: Tensor | QuantizedRows) -> QuantizedRows:
+        """Return tokens in int8."""
+        if isinstance(tokens, QuantizedRows):
+            return tokens
+        return quantize(tokens if self.channels is None else tokens / self.channels)
+
+
+class TiledLinearInt8(LinearInt8):
+    """An MLP's second matrix in int8, which reads tokens with a scale for each 128 columns."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear, None)
+
+    @torch.compiler.disable
+    def forward(self, tokens: Tensor | QuantizedTiles) -> Tensor:
+        """Return tokens @ weight.T + bias in bfloat16. Shapes: [T, M] -> [T, D]."""
+        shape = (len(tokens[0] if isinstance(tokens, QuantizedTiles) else tokens), len(self.weight))
+        stream = self.scale.new_zeros(shape, dtype=torch.bfloat16)
+        return self.add_(stream, tokens, None)
+
+    def add_(
+        self, stream: Tensor, tokens: Tensor | QuantizedTiles, factor: Tensor | None
+    ) -> Tensor:
+        """Return stream + factor * self(tokens), written where `stream` is, and rounded once."""
+        from packvit.fast.kernels.int8 import add_tiles_
+
+        tiles = tokens if isinstance(tokens, QuantizedTiles) else quantize_tiles(tokens)
+        return add_tiles_(stream, *tiles, self.weight, self.scale, self.bias, factor)
+
+
+def to_int8(blocks: Blocks) -> None:
+    """Put the blocks' matrices in int8, for good, but for attention's output projection.
+
+    That is small, and more exact in 16; where it has no bias its matmul then adds to the stream,
+    which costs less than 8 bits save.
+
+    Raises: ValueError where int8 cannot run.
+    """
+    weight = next(blocks.parameters())
+    if reason := int8_obstacle(blocks, weight.device, weight.dtype):
+        raise ValueError(f"fp8=True cannot run: fp8 {reason}. Leave it out.")
+    for block in blocks.blocks():
+        attention, mlp = block.attention, block.mlp
+        attention.qkv = read_norm(attention.qkv, block.attention_norm)
+        if isinstance(mlp, GatedMLP):
+            mlp.gate_up = read_norm(mlp.gate_up, block.mlp_norm)
+        else:
+            mlp.up = read_norm(mlp.up, block.mlp_norm)
+        assert isinstance(mlp.down, Linear)
+        mlp.down = TiledLinearInt8(mlp.down)
+
+
+def read_norm(linear: nn.Module, norm: Norm) -> LinearInt8:
+    """Return a matrix in int8 that reads what `norm` gives."""
+    assert isinstance(linear, Linear)
+    return LinearInt8(linear, norm)
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Return whether a CUDA device is of compute capability 9.0, which our matmuls were made on."""
+    return capability(device) == HOPPER
+
+
+def int8_obstacle(module: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the matrices of `module` cannot be in int8, or None; completes "fp8 ..."."""
+    if device.type != "cuda":
+        return f"needs a CUDA device and the encoder is on {device}"
+    if capability(device) not in (None, HOPPER):
+        return f"was made for compute capability 9.0 and {device} is of another"
+    if dtype != torch.bfloat16:
+        return f"computes beside bfloat16 and the encoder is in {dtype}"
+    for layer in module.modules():
+        if isinstance(layer, Linear) and (layer.in_features % 16 or layer.out_features % 16):
+            return (
+                "needs matrices whose sides are divisible by 16 and this encoder has one of "
+                f"{layer.out_features} x {layer.in_features}"
+            )
+    return None
