@@ -56,6 +56,7 @@ SCHEMES = {
     "balanced, out too": Scheme("int8", hidden=128, share=0.5, out=True),
     "balanced, hidden e4m3": Scheme("int8", share=0.5, hidden_kind="e4m3"),
     "balanced, hidden by 256": Scheme("int8", hidden=256, share=0.5),
+    "balanced, 3/4 to the weights": Scheme("int8", hidden=128, share=0.75),
     "balanced, all to the weights": Scheme("int8", hidden=128, share=1.0),
     "by 128": Scheme("int8", 128, 128),
     "both by 128": Scheme("int8", 128, 128, 128),

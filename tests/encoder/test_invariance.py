@@ -22,11 +22,13 @@ Grid = list[tuple[int, int, int]]
 SIDES = (5, 5)  # what fixed tables are made for; packs of any grid hold it too
 
 
-def invariant(kind: str, device: str, dtype: torch.dtype, attention: str, **changes) -> Encoder:
+def invariant(
+    kind: str, device: str, dtype: torch.dtype, attention: str, *, fp8: bool = False, **changes
+) -> Encoder:
     model = reference.build(kind, **changes).to(device, dtype)
     [family] = [f for f in FAMILIES if model.config.model_type in f.family.model_types]
     return family.from_transformers(
-        model, attention=attention, positions="interpolate", invariant=True
+        model, attention=attention, positions="interpolate", invariant=True, fp8=fp8
     )
 
 
@@ -112,6 +114,13 @@ def test_200_packs_change_no_bit_of_an_image_on_a_gpu(dtype, attention, neighbou
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("neighbours", ["plain", "nan", "inf", "large"])
+def test_packs_change_no_bit_of_an_image_in_int8(neighbours: str):
+    encoder = invariant("aimv2", "cuda", torch.bfloat16, "torch", fp8=True, **LARGE)
+    assert haystacks(encoder, 20, 40, 3, neighbours) == []
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_every_family_keeps_the_bits_on_a_gpu(kind: str):
     assert haystacks(invariant(kind, "cuda", torch.bfloat16, "torch"), 10, 30, 1, "plain") == []
@@ -138,11 +147,6 @@ def test_rows_in_fixed_numbers_compute_the_same_layer(tokens: int):
     plain = layer(x)
     fixed = affine(x, layer.weight, layer.bias, True)
     torch.testing.assert_close(fixed, plain, atol=1e-14, rtol=0)
-
-
-def test_fp8_makes_no_such_promise():
-    with pytest.raises(ValueError, match="exclude each other"):
-        FAMILIES[0].from_transformers(reference.build("aimv2"), fp8=True, invariant=True)
 
 
 @pytest.fixture
