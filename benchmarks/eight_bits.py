@@ -40,6 +40,7 @@ class Scheme(NamedTuple):
     hidden: int = 0  # of what an MLP's second matrix reads
     weights: int = 0
     share: float | None = None  # of a channel's size that goes to the weights that read it
+    apart: int = 0  # of a norm's channels, which are multiplied in bfloat16
     out: bool = False  # attention's output projection is in 8 bits too
     hidden_kind: str | None = None  # where another one than `kind`
 
@@ -56,6 +57,9 @@ SCHEMES = {
     "balanced, out too": Scheme("int8", hidden=128, share=0.5, out=True),
     "balanced, hidden e4m3": Scheme("int8", share=0.5, hidden_kind="e4m3"),
     "balanced, hidden by 256": Scheme("int8", hidden=256, share=0.5),
+    "balanced, 16 apart": Scheme("int8", hidden=128, share=0.5, apart=16),
+    "balanced rows, 16 apart": Scheme("int8", share=0.5, apart=16),
+    "balanced, hidden e4m3, 16 apart": Scheme("int8", share=0.5, apart=16, hidden_kind="e4m3"),
     "balanced, 3/4 to the weights": Scheme("int8", hidden=128, share=0.75),
     "balanced, all to the weights": Scheme("int8", hidden=128, share=1.0),
     "by 128": Scheme("int8", 128, 128),
@@ -83,11 +87,15 @@ class Emulated(nn.Module):
         columns: int,
         weights: int,
         channels: Tensor | None = None,
+        apart: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.kind, self.columns, self.channels = kind, columns, channels
+        self.kind, self.columns, self.channels, self.apart = kind, columns, channels, apart
         weight = linear.weight.detach()
         weight = weight if channels is None else weight * channels
+        if apart is not None:
+            self.wide = weight[:, apart].bfloat16().float()
+            weight = weight.index_fill(1, apart, 0)
         self.bias, self.weight = linear.bias, self.round(weight, weights)
 
     def round(self, x: Tensor, columns: int) -> Tensor:
@@ -96,12 +104,18 @@ class Emulated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product, in bfloat16."""
-        x = x if self.channels is None else x / self.channels
-        return F.linear(self.round(x, self.columns), self.weight, self.bias).bfloat16().float()
+        x, more = x if self.channels is None else x / self.channels, 0
+        if self.apart is not None:
+            more = F.linear(x[:, self.apart].bfloat16().float(), self.wide)
+            x = x.index_fill(1, self.apart, 0)
+        out = F.linear(self.round(x, self.columns), self.weight, self.bias) + more
+        return out.bfloat16().float()
 
 
-def channels_of(norm: Norm, linear: nn.Linear, share: float) -> Tensor:
-    """Return what divides a norm's channels, and multiplies the columns of what reads them."""
+def channels_of(norm: Norm, linear: nn.Linear, share: float) -> tuple[Tensor, Tensor]:
+    """Return what divides a norm's channels, and multiplies the columns of what reads them; and how
+    large the products of each channel are.
+    """
     size = norm.weight.detach().float().square()
     if norm.bias is not None:
         size = size + norm.bias.detach().float().square()
@@ -109,7 +123,7 @@ def channels_of(norm: Norm, linear: nn.Linear, share: float) -> Tensor:
     column = linear.weight.detach().float().square().mean(0).sqrt()
     least = 1e-6
     size, column = (x.clamp_min(least * x.max().item() + 1e-12) for x in (size, column))
-    return size**share / column ** (1 - share)
+    return size**share / column ** (1 - share), size * column
 
 
 def parts(encoder: Encoder) -> Iterator[tuple[str, nn.Module, str, nn.Linear, Norm | None]]:
@@ -133,14 +147,15 @@ def emulate(
 ) -> None:
     """Have the matrices of all blocks as a scheme has them."""
     for reads, owner, name, linear, norm in matrices:
-        kind, columns, channels = scheme.kind, scheme.tokens, None
+        kind, columns, channels, apart = scheme.kind, scheme.tokens, None, None
         if reads == "heads" and not scheme.out:
             kind = None
         if reads == "hidden":
             kind, columns = scheme.hidden_kind or kind, scheme.hidden
         if norm is not None and scheme.share is not None:
-            channels = channels_of(norm, linear, scheme.share)
-        setattr(owner, name, Emulated(linear, kind, columns, scheme.weights, channels))
+            channels, size = channels_of(norm, linear, scheme.share)
+            apart = size.topk(scheme.apart).indices if scheme.apart else None
+        setattr(owner, name, Emulated(linear, kind, columns, scheme.weights, channels, apart))
 
 
 def crops() -> list[Image.Image]:

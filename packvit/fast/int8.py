@@ -21,14 +21,16 @@ from packvit.model.norms import Norm
 
 LARGEST = 127.0
 TILE = 128  # columns of a scale; that of `fast/kernels/int8.py`, which needs Triton
+APART = 16  # channels of a norm that are multiplied in bfloat16; that of `kernels/matmuls.py`
 SMALLEST = 1e-6  # of a channel, as a part of the largest: weights and norms may have zeros
 
 
 class QuantizedRows(NamedTuple):
-    """Tokens in int8, each scaled by itself: values * scale is what they stand for."""
+    """Tokens in int8, each scaled by itself: values * scale, with zeros for the channels apart."""
 
     values: Int8[Tensor, "T D"]
     scale: Float[Tensor, "T 1"]
+    apart: Float[Tensor, "T apart"]  # bfloat16
 
 
 class QuantizedTiles(NamedTuple):
@@ -38,15 +40,18 @@ class QuantizedTiles(NamedTuple):
     scales: Float[Tensor, "tiles T"]
 
 
-def quantize(tokens: Tensor) -> QuantizedRows:
-    """Return every row scaled so that its largest magnitude is 127. Not finite: a scale of NaN.
+def quantize(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return every row scaled so that its largest magnitude is 127, and the scale.
 
-    For weights, and the reference implementation of what `kernels.norms.add_norm_int8` does.
+    That is NaN where a number is not finite. For weights, and the reference implementation of what
+    `kernels.norms.add_norm_int8` does.
+
+    Shapes: [T, D] -> int8 [T, D], float32 [T, 1].
     """
     values = tokens.float()
     scale = values.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
     rounded = (values / scale).nan_to_num().round().to(torch.int8)
-    return QuantizedRows(rounded, torch.where(scale.isfinite(), scale, torch.nan))
+    return rounded, torch.where(scale.isfinite(), scale, torch.nan)
 
 
 def quantize_tiles(tokens: Tensor) -> QuantizedTiles:
@@ -62,50 +67,61 @@ def quantize_tiles(tokens: Tensor) -> QuantizedTiles:
     )
 
 
-def channels_of(norm: Norm, weight: Tensor) -> Tensor:
-    """Return factors for a norm's channels to be divided by, and the weight's columns multiplied.
+def channels_of(norm: Norm, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what to divide a norm's channels by, and which are the largest once that is done.
 
     A channel that stands out in the norm would make the steps of its row too wide for the others;
-    one that stands out in the weight, the steps of the weight. Divided like this both are of one
-    size: the root of how large the channel is in what they make.
+    one that stands out in the weight, the steps of the weight. The norm's channels are divided, and
+    the columns of the weight multiplied, so that both are of one size: the root of how large the
+    channel is in what they make.
 
-    Shapes: weight [M, D] -> [D] float32.
+    Shapes: weight [M, D] -> float32 [D], int64 [16].
     """
     size = norm.weight.detach().float().square()
     if norm.bias is not None:
         size = size + norm.bias.detach().float().square()
     size, column = size.sqrt(), weight.float().square().mean(0).sqrt()
     size, column = (x.clamp(min=SMALLEST * x.max() + 1e-12) for x in (size, column))
-    return (size / column).sqrt()
+    return (size / column).sqrt(), (size * column).topk(APART).indices
 
 
 class LinearInt8(nn.Module):
     """A linear layer in int8 that reads a norm: weights scaled by output, tokens by row.
 
-    The norm's channels are divided by `channels_of` it: those that `norm_weight` and `norm_bias`
-    make are, and whole tokens it divides itself.
+    The norm's channels are divided by `channels`: those that `norm_weight` and `norm_bias` make
+    are, and whole tokens it divides itself. The channels `apart` are multiplied in bfloat16;
+    `slots` says which of them a channel is, or -1.
 
-    Shapes: weight [M, D], scale [M], channels, norm_weight, norm_bias [D].
+    Shapes: weight [M, D], scale [M], apart_weight [M, 16], channels, slots, norm_weight,
+    norm_bias [D], apart [16].
     """
 
-    def __init__(self, linear: nn.Linear, norm: Norm | None) -> None:
+    def __init__(self, linear: nn.Linear, norm: Norm) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        channels = None if norm is None else channels_of(norm, weight)
-        values, scale = quantize(weight if channels is None else weight * channels)
+        channels, apart = channels_of(norm, weight)
+        weight = weight * channels
+        values, scale = quantize(weight.index_fill(1, apart, 0))
+        slots = torch.full_like(channels, -1, dtype=torch.int8)
+        slots[apart] = torch.arange(APART, dtype=torch.int8, device=slots.device)
         bias = linear.whole_bias() if isinstance(linear, KeylessBiasLinear) else linear.bias
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale.flatten())
+        self.register_buffer("apart_weight", weight[:, apart].bfloat16().contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("channels", channels)
-        for name in ("weight", "bias"):
-            given = None if norm is None else getattr(norm, name)
-            divided = None if given is None else given.detach().float() / channels
-            self.register_buffer(f"norm_{name}", divided)
+        self.register_buffer("apart", apart)
+        self.register_buffer("slots", slots)
+        self.register_buffer("norm_weight", norm.weight.detach().float() / channels)
+        shift = None if norm.bias is None else norm.bias.detach().float() / channels
+        self.register_buffer("norm_bias", shift)
         self.weight: Tensor
         self.scale: Tensor
+        self.apart_weight: Tensor
         self.bias: Tensor | None
-        self.channels: Tensor | None
+        self.channels: Tensor
+        self.apart: Tensor
+        self.slots: Tensor
         self.norm_weight: Tensor
         self.norm_bias: Tensor | None
 
@@ -114,7 +130,7 @@ class LinearInt8(nn.Module):
         """Return tokens @ weight.T + bias in bfloat16. Shapes: [T, D] -> [T, M]."""
         from packvit.fast.kernels.matmuls import linear_int8
 
-        return linear_int8(*self.rows(tokens), self.weight, self.scale, self.bias)
+        return linear_int8(*self.rows(tokens), *self.matrices)
 
     def act(
         self, tokens: Tensor | QuantizedRows, activation: Activation, gated: bool
@@ -125,29 +141,45 @@ class LinearInt8(nn.Module):
         """
         from packvit.fast.kernels.matmuls import linear_act_int8
 
-        rows = self.rows(tokens)
-        made = linear_act_int8(*rows, self.weight, self.scale, self.bias, activation, gated)
+        made = linear_act_int8(*self.rows(tokens), *self.matrices, activation, gated)
         return QuantizedTiles(*made)
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What kernels take of it."""
+        return self.weight, self.scale, self.apart_weight, self.bias
 
     def rows(self, tokens: Tensor | QuantizedRows) -> QuantizedRows:
         """Return tokens in int8."""
         if isinstance(tokens, QuantizedRows):
             return tokens
-        return quantize(tokens if self.channels is None else tokens / self.channels)
+        tokens = tokens / self.channels
+        apart = tokens[:, self.apart].bfloat16()
+        return QuantizedRows(*quantize(tokens.index_fill(1, self.apart, 0)), apart)
 
 
-class TiledLinearInt8(LinearInt8):
-    """An MLP's second matrix in int8, which reads tokens with a scale for each 128 columns."""
+class TiledLinearInt8(nn.Module):
+    """An MLP's second matrix in int8, which reads tokens with a scale for each 128 columns.
+
+    Shapes: weight [D, M], scale, bias [D].
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear, None)
+        super().__init__()
+        values, scale = quantize(linear.weight.detach())
+        self.register_buffer("weight", values)
+        self.register_buffer("scale", scale.flatten())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.weight: Tensor
+        self.scale: Tensor
+        self.bias: Tensor | None
 
     @torch.compiler.disable
     def forward(self, tokens: Tensor | QuantizedTiles) -> Tensor:
         """Return tokens @ weight.T + bias in bfloat16. Shapes: [T, M] -> [T, D]."""
-        shape = (len(tokens[0] if isinstance(tokens, QuantizedTiles) else tokens), len(self.weight))
-        stream = self.scale.new_zeros(shape, dtype=torch.bfloat16)
-        return self.add_(stream, tokens, None)
+        values = tokens.values if isinstance(tokens, QuantizedTiles) else tokens
+        zeros = self.scale.new_zeros(len(values), len(self.weight), dtype=torch.bfloat16)
+        return self.add_(zeros, tokens, None)
 
     def add_(
         self, stream: Tensor, tokens: Tensor | QuantizedTiles, factor: Tensor | None

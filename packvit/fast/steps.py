@@ -46,7 +46,14 @@ def add_norm(
 
     if isinstance(reader, LinearInt8):
         summed, *rows = kernels.add_norm_int8(
-            x, tokens, factor, reader.norm_weight, reader.norm_bias, norm.eps
+            x,
+            tokens,
+            factor,
+            reader.norm_weight,
+            reader.norm_bias,
+            norm.eps,
+            reader.slots,
+            len(reader.apart),
         )
         return summed, QuantizedRows(*rows)
     return kernels.add_norm(x, tokens, factor, norm.weight, norm.bias, norm.eps)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from packvit.config import Activation
 from packvit.fast import steps
-from packvit.fast.int8 import QuantizedRows, QuantizedTiles
+from packvit.fast.int8 import LinearInt8, QuantizedRows, QuantizedTiles
 from packvit.model.activations import ACTIVATIONS
 from packvit.model.layers import split_gate_up
 from packvit.model.norms import RMSNorm
@@ -29,8 +29,13 @@ def norms(width: int, device: str, dtype: torch.dtype) -> list[RMSNorm | nn.Laye
     return [norm.to(device, dtype) for norm in made]
 
 
-def stands_for(rows: QuantizedRows) -> Tensor:
-    return rows.values.double() * rows.scale.double()
+def stands_for(values: Tensor, scale: Tensor) -> Tensor:
+    return values.double() * scale.double()
+
+
+def rows_stand_for(rows: QuantizedRows, reader: LinearInt8) -> Tensor:
+    """Return what a reader's tokens are, divided by its channels as they are."""
+    return stands_for(*rows[:2]).index_copy(1, reader.apart, rows.apart.double())
 
 
 def tiles_stand_for(tiles: QuantizedTiles) -> Tensor:

@@ -16,6 +16,7 @@ from packvit.fast.kernels.activations import KINDS, activate
 from packvit.fast.kernels.int8 import TILE, int8_scale, larger, to_int8
 
 ROWS, COLUMNS = 128, 256  # of a tile of sums
+APART = 16  # columns in bfloat16 beside int8: the depth of one instruction
 DEPTH = 128  # bytes of a row that a step along the sum reads
 
 
@@ -27,6 +28,8 @@ def linear_act_kernel(
     out,
     scale,
     weight_scale,
+    apart,
+    apart_weight,
     out_scale,
     rows,
     width,
@@ -39,12 +42,14 @@ def linear_act_kernel(
     tile_columns: tl.constexpr,
     tile_depth: tl.constexpr,
     group: tl.constexpr,
+    apart_columns: tl.constexpr,
     scaled_columns: tl.constexpr,
 ):
     """Tiles of act(sums), or of act(gate) * up in turns; sums are tokens @ weight.T, `width` wide.
 
     A group of `group` rows of tiles shares what it reads of the weight, in L2. Where `int8`, sums
-    are scaled; and where `out` is of int8 too, each `scaled_columns` of a row get a scale.
+    are scaled, and those of a few columns `apart`, which are bfloat16, added; and where `out` is of
+    int8 too, each `scaled_columns` of a row get a scale.
     """
     tall, wide = tl.cdiv(rows, tile_rows), tl.cdiv(width, tile_columns)
     out_columns: tl.constexpr = tile_columns // (1 + gated)
@@ -65,6 +70,12 @@ def linear_act_kernel(
         if int8:
             result *= tl.load(weight_scale + at, mask=at < width, other=0.0)[None]
             result *= tl.load(scale + line, mask=line < rows, other=0.0)[:, None]
+            few = tl.arange(0, apart_columns)[None]
+            here = apart + line[:, None] * apart_columns + few
+            x = tl.load(here, mask=(line < rows)[:, None], other=0.0)
+            here = apart_weight + at[:, None] * apart_columns + few
+            w = tl.load(here, mask=(at < width)[:, None], other=0.0)
+            result = tl.dot(x, w.T, result)
         if biased:
             result += tl.load(bias + at, mask=at < width, other=0.0).to(tl.float32)[None]
         if gated:
@@ -93,9 +104,11 @@ def launch_linear_act(
     activation: str | None,
     gated: bool,
     out: Tensor,
-    scales: tuple[Tensor, Tensor, Tensor] | None = None,
+    int8: tuple[Tensor, ...] | None = None,
 ) -> None:
-    """Launch the kernel, in int8 where there are `scales`: of tokens, of weight, of `out`.
+    """Launch the kernel, in int8 where that is given.
+
+    `int8` are the scales of tokens and weight, what of both is apart, and the scales of `out`.
 
     Source: Triton's tutorial of a persistent matmul, for the order of tiles.
     """
@@ -111,22 +124,22 @@ def launch_linear_act(
         describe(weight, [COLUMNS, tile_depth]),
         weight if bias is None else bias,
         describe(out, [ROWS, COLUMNS // (1 + gated)]),
-        *(scales or (weight,) * 3),
+        *(int8 or (weight,) * 5),
         rows,
         width,
         depth,
         kind=-1 if activation is None else KINDS[activation],
         gated=gated,
         biased=bias is not None,
-        int8=scales is not None,
+        int8=int8 is not None,
         tile_rows=ROWS,
         tile_columns=COLUMNS,
         tile_depth=tile_depth,
         group=8,
+        apart_columns=APART,
         scaled_columns=TILE,
         num_warps=8,
-        # wider results take the room of a stage
-        num_stages=4 if gated or out.element_size() == 1 else 3,
+        num_stages=4 if gated else 3,  # wider results take the room of a stage
     )
 
 
@@ -152,23 +165,34 @@ def swiglu(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_int8(
-    tokens: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    tokens: Tensor,
+    scale: Tensor,
+    apart: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    apart_weight: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
-    """Return (tokens * scale) @ (weight * weight_scale).T + bias, in bfloat16.
+    """Return tokens @ weight.T + apart @ apart_weight.T + bias, rounded once, in bfloat16.
 
-    Shapes: tokens int8 [T, D], scale [T, 1], weight int8 [M, D], weight_scale, bias [M],
-    contiguous, D and M divisible by 16 -> [T, M].
+    tokens and weight are int8 times their scales, the columns apart bfloat16.
+
+    Shapes: tokens [T, D], scale [T, 1], apart [T, 16], weight [M, D], weight_scale, bias [M],
+    apart_weight [M, 16], contiguous, D and M divisible by 16 -> [T, M].
     """
-    out = scale.new_empty(len(tokens), len(weight), dtype=torch.bfloat16)
-    launch_linear_act(tokens, weight, bias, None, False, out, (scale, weight_scale, scale))
+    out = apart.new_empty(len(tokens), len(weight))
+    int8 = (scale, weight_scale, apart, apart_weight, scale)
+    launch_linear_act(tokens, weight, bias, None, False, out, int8)
     return out
 
 
 def linear_act_int8(
     tokens: Tensor,
     scale: Tensor,
+    apart: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
+    apart_weight: Tensor,
     bias: Tensor | None,
     activation: str,
     gated: bool,
@@ -182,6 +206,6 @@ def linear_act_int8(
     rows, width = len(tokens), len(weight) // (1 + gated)
     out = tokens.new_empty(rows, width)
     out_scale = scale.new_empty(triton.cdiv(width, TILE), rows)
-    scales = (scale, weight_scale, out_scale)
-    launch_linear_act(tokens, weight, bias, activation, gated, out, scales)
+    int8 = (scale, weight_scale, apart, apart_weight, out_scale)
+    launch_linear_act(tokens, weight, bias, activation, gated, out, int8)
     return out, out_scale

@@ -21,15 +21,20 @@ def add_norm_kernel(
     summed,
     out,
     scales,
+    slots,
+    apart,
     width,
     eps,
     adds: tl.constexpr,
     scaled: tl.constexpr,
     centred: tl.constexpr,
-    int8: tl.constexpr,
+    apart_columns: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One row: summed = stream + delta * factor, out = norm(summed): RMS, or layer norm."""
+    """One row: summed = stream + delta * factor, out = norm(summed): RMS, or layer norm.
+
+    In int8 where there are columns apart: a column's slot says where it goes, or -1 that it stays.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < width
@@ -48,7 +53,11 @@ def add_norm_kernel(
     result *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if centred:
         result += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    if int8:
+    if apart_columns:
+        slot = tl.load(slots + column, mask=inside, other=-1).to(tl.int32)
+        there = apart + row * apart_columns + slot
+        tl.store(there, result.to(apart.dtype.element_ty), mask=slot >= 0)
+        result = tl.where(slot >= 0, 0.0, result)
         scale = int8_scale(tl.reduce(tl.abs(result), 0, larger))
         tl.store(scales + row, scale)
         tl.store(out + at, to_int8(result * (1.0 / scale)), mask=inside)
@@ -64,9 +73,12 @@ def launch_add_norm(
     bias: Tensor | None,
     eps: float,
     out: Tensor,
-    scales: Tensor | None = None,
+    int8: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Launch the kernel, and return the sum, which is empty where nothing is added."""
+    """Launch the kernel, and return the sum, which is empty where nothing is added.
+
+    `int8` are the scales, the slots, and the columns apart of `out`, if that is in int8.
+    """
     rows, width = stream.shape
     summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
     block = triton.next_power_of_2(width)
@@ -79,13 +91,13 @@ def launch_add_norm(
         weight if bias is None else bias,
         summed,
         out,
-        out if scales is None else scales,
+        *(int8 or (out,) * 3),
         width,
         eps,
         adds=delta is not None,
         scaled=factor is not None,
         centred=bias is not None,
-        int8=scales is not None,
+        apart_columns=int8[2].shape[1] if int8 else 0,
         block=block,
         num_warps=warps_of(block),
     )
@@ -119,15 +131,22 @@ def add_norm_int8(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `add_norm`, the norm in int8, with the scale of each row.
+    slots: Tensor,
+    apart_columns: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `add_norm`, the norm in int8, with the scale of each row, and some columns apart.
 
-    Shapes: as `add_norm` -> the sum; the norm [T, D] int8, its scale [T, 1] float32.
+    Those are zeros in int8: `slots` says which of the columns apart a column is, or -1.
+
+    Shapes: as `add_norm`, slots [D] int8 -> the sum; the norm [T, D] int8, its scale [T, 1]
+    float32, [T, apart_columns] bfloat16.
     """
     values = torch.empty_like(stream, dtype=torch.int8)
     scales = stream.new_empty(len(stream), 1, dtype=torch.float32)
-    summed = launch_add_norm(stream, delta, factor, weight, bias, eps, values, scales)
-    return stream if delta is None else summed, values, scales
+    apart = stream.new_empty(len(stream), apart_columns, dtype=torch.bfloat16)
+    int8 = (scales, slots, apart)
+    summed = launch_add_norm(stream, delta, factor, weight, bias, eps, values, int8)
+    return stream if delta is None else summed, values, scales, apart
 
 
 @triton.jit
