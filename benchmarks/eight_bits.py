@@ -26,6 +26,7 @@ from packvit.bench.measuring import where
 from packvit.bench.models import SIZES, random_model
 from packvit.bench.workloads import mixed_sizes
 from packvit.encoder import Encoder
+from packvit.fast.int8 import OUTLIER
 from packvit.model.layers import Block, GatedMLP
 from packvit.model.norms import Norm
 
@@ -154,7 +155,8 @@ def emulate(
             kind, columns = scheme.hidden_kind or kind, scheme.hidden
         if norm is not None and scheme.share is not None:
             channels, size = channels_of(norm, linear, scheme.share)
-            apart = size.topk(scheme.apart).indices if scheme.apart else None
+            if scheme.apart and size.max() > OUTLIER * size.median():
+                apart = size.topk(scheme.apart).indices
         setattr(owner, name, Emulated(linear, kind, columns, scheme.weights, channels, apart))
 
 

@@ -21,7 +21,8 @@ from packvit.model.norms import Norm
 
 LARGEST = 127.0
 TILE = 128  # columns of a scale; that of `fast/kernels/int8.py`, which needs Triton
-APART = 16  # channels of a norm that are multiplied in bfloat16; that of `kernels/matmuls.py`
+APART = 16  # channels that are multiplied in bfloat16: the depth of one instruction
+OUTLIER = 3.0  # times the median channel: where one is larger, channels are apart
 SMALLEST = 1e-6  # of a channel, as a part of the largest: weights and norms may have zeros
 
 
@@ -68,32 +69,34 @@ def quantize_tiles(tokens: Tensor) -> QuantizedTiles:
 
 
 def channels_of(norm: Norm, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what to divide a norm's channels by, and which are the largest once that is done.
+    """Return what to divide a norm's channels by, and which are apart: the largest 16, or none.
 
     A channel that stands out in the norm would make the steps of its row too wide for the others;
     one that stands out in the weight, the steps of the weight. The norm's channels are divided, and
     the columns of the weight multiplied, so that both are of one size: the root of how large the
-    channel is in what they make.
+    channel is in what they make. Where one still stands out, the largest go apart.
 
-    Shapes: weight [M, D] -> float32 [D], int64 [16].
+    Shapes: weight [M, D] -> float32 [D], int64 [16 or 0].
     """
     size = norm.weight.detach().float().square()
     if norm.bias is not None:
         size = size + norm.bias.detach().float().square()
     size, column = size.sqrt(), weight.float().square().mean(0).sqrt()
     size, column = (x.clamp(min=SMALLEST * x.max() + 1e-12) for x in (size, column))
-    return (size / column).sqrt(), (size * column).topk(APART).indices
+    made = size * column
+    stands_out = made.max() > OUTLIER * made.median()
+    return (size / column).sqrt(), made.topk(APART if stands_out else 0).indices
 
 
 class LinearInt8(nn.Module):
     """A linear layer in int8 that reads a norm: weights scaled by output, tokens by row.
 
     The norm's channels are divided by `channels`: those that `norm_weight` and `norm_bias` make
-    are, and whole tokens it divides itself. The channels `apart` are multiplied in bfloat16;
-    `slots` says which of them a channel is, or -1.
+    are, and whole tokens it divides itself. The channels `apart`, if any, are multiplied in
+    bfloat16; `slots` says which of them a channel is, or -1.
 
-    Shapes: weight [M, D], scale [M], apart_weight [M, 16], channels, slots, norm_weight,
-    norm_bias [D], apart [16].
+    Shapes: weight [M, D], scale [M], apart_weight [M, 16 or 0], channels, slots, norm_weight,
+    norm_bias [D], apart [16 or 0].
     """
 
     def __init__(self, linear: nn.Linear, norm: Norm) -> None:
@@ -103,7 +106,7 @@ class LinearInt8(nn.Module):
         weight = weight * channels
         values, scale = quantize(weight.index_fill(1, apart, 0))
         slots = torch.full_like(channels, -1, dtype=torch.int8)
-        slots[apart] = torch.arange(APART, dtype=torch.int8, device=slots.device)
+        slots[apart] = torch.arange(len(apart), dtype=torch.int8, device=slots.device)
         bias = linear.whole_bias() if isinstance(linear, KeylessBiasLinear) else linear.bias
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale.flatten())

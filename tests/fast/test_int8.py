@@ -253,17 +253,27 @@ def exactly(rows: QuantizedRows, linear: LinearInt8) -> Tensor:
     return F.linear(rows_stand_for(rows, linear), weight, bias)
 
 
-def plain_norm(width: int) -> RMSNorm:
-    return RMSNorm(width, 1e-6).to("cuda", torch.bfloat16)
+def plain_norm(width: int, outlier: float = 1.0) -> RMSNorm:
+    norm = RMSNorm(width, 1e-6).to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        norm.weight[3] *= outlier  # which goes apart then
+    return norm
+
+
+outliers = pytest.mark.parametrize("outlier", [1.0, 100.0])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("features", [16, 2816])
-def test_a_matmul_in_int8_is_that_of_its_rounded_operands(bias: bool, features: int):
+@outliers
+def test_a_matmul_in_int8_is_that_of_its_rounded_operands(
+    bias: bool, features: int, outlier: float
+):
     torch.manual_seed(0)
     linear = Linear(1040, features, bias=bias, device="cuda", dtype=torch.bfloat16)
-    eight = LinearInt8(linear, plain_norm(1040))
+    eight = LinearInt8(linear, plain_norm(1040, outlier))
+    assert len(eight.apart) == (16 if outlier > 1 else 0)
     rows = eight.rows(torch.randn(333, 1040, device="cuda"))
     with torch.inference_mode():
         assert rounding(eight(rows), exactly(rows, eight)) <= 1.01  # sums are exact
@@ -273,11 +283,12 @@ def test_a_matmul_in_int8_is_that_of_its_rounded_operands(bias: bool, features: 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@outliers
 def test_an_activation_is_rounded_to_int8_in_the_matmul(
-    gated: bool, bias: bool, activation: Activation
+    gated: bool, bias: bool, activation: Activation, outlier: float
 ):
     first, _, x = drawn_mlp(gated, bias, "cuda")
-    eight = LinearInt8(first.bfloat16(), plain_norm(192))
+    eight = LinearInt8(first.bfloat16(), plain_norm(192, outlier))
     rows = eight.rows(x)
     exact = made_of(exactly(rows, eight), activation, gated)
     with torch.inference_mode():

@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import (  # pyright: ignore[reportMissingImp
 )
 
 TILE = 128  # columns of a scale, and the depth of a step along the sum
-ROWS, COLUMNS = 128, 128  # of a tile of sums
+ROWS, COLUMNS = 128, 256  # of a tile of sums
 
 
 @triton.jit
@@ -34,6 +34,31 @@ def to_int8(x):
 
 
 @triton.jit
+def add_tile_(
+    sums,
+    stream,
+    bias,
+    factor,
+    weight_scale,
+    row,
+    column,
+    width,
+    biased: tl.constexpr,
+    factored: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """stream += factor * (sums * weight_scale + bias), for one tile."""
+    at = column + tl.arange(0, columns)
+    sums *= tl.load(weight_scale + at, mask=at < width, other=0.0)[None]
+    if biased:
+        sums += tl.load(bias + at, mask=at < width, other=0.0).to(tl.float32)[None]
+    if factored:
+        sums *= tl.load(factor + at, mask=at < width, other=0.0).to(tl.float32)[None]
+    sums += stream.load([row, column]).to(tl.float32)
+    stream.store([row, column], sums.to(stream.dtype))
+
+
+@triton.jit
 def tiles_kernel(
     tokens,
     weight,
@@ -48,46 +73,38 @@ def tiles_kernel(
     biased: tl.constexpr,
     factored: tl.constexpr,
     tile_rows: tl.constexpr,
-    tile_columns: tl.constexpr,
+    half: tl.constexpr,
     tile_depth: tl.constexpr,
     group: tl.constexpr,
 ):
     """Tiles of stream += factor * (tokens @ weight.T + bias), `width` wide.
 
-    Each step's sums are exact, and scaled as they are added up in fp32. They begin at the integer
-    whose bits are the number 1.5 * 2**23, so that they need no conversion: they stay below 2**22.
+    A step's sums are exact, and scaled as they are added up in fp32. Each step is two products,
+    half the columns each: the first one's sums are scaled while the second one runs.
     """
-    tall, wide = tl.cdiv(rows, tile_rows), tl.cdiv(width, tile_columns)
-    half: tl.constexpr = tile_columns // 2
-    for tile in tl.range(tl.program_id(0), tall * wide, tl.num_programs(0)):
+    tall, wide = tl.cdiv(rows, tile_rows), tl.cdiv(width, 2 * half)
+    for tile in tl.range(tl.program_id(0), tall * wide, tl.num_programs(0), flatten=True):
         first = tile // (group * wide) * group
         high = tl.minimum(tall - first, group)
         within = tile % (group * wide)
         row = (first + within % high) * tile_rows
-        column = within // high * tile_columns
+        column = within // high * 2 * half
         line = row + tl.arange(0, tile_rows)
-        sums = tl.zeros((tile_rows, tile_columns), tl.float32)
+        left = tl.zeros((tile_rows, half), tl.float32)
+        right = tl.zeros((tile_rows, half), tl.float32)
         at_scale = scales + line
         for place in range(0, depth, tile_depth):
             x = tokens.load([row, place])
-            w = weight.load([column, place])
             scale = tl.load(at_scale, mask=line < rows, other=0.0)
             at_scale += rows
-            start = tl.full((tile_rows, tile_columns), 0x4B400000, tl.int32)
-            part = tl.dot(x, w.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
-            sums += (part - 12582912.0) * scale[:, None]
-        at = column + tl.arange(0, tile_columns)
-        sums *= tl.load(weight_scale + at, mask=at < width, other=0.0)[None]
-        if biased:
-            sums += tl.load(bias + at, mask=at < width, other=0.0).to(tl.float32)[None]
-        if factored:
-            sums *= tl.load(factor + at, mask=at < width, other=0.0).to(tl.float32)[None]
-        # In halves, which take half the shared memory, so that two programs fit.
-        left, right = tl.split(tl.permute(tl.reshape(sums, (tile_rows, 2, half)), (0, 2, 1)))
-        left += stream.load([row, column]).to(tl.float32)
-        stream.store([row, column], left.to(stream.dtype))
-        right += stream.load([row, column + half]).to(tl.float32)
-        stream.store([row, column + half], right.to(stream.dtype))
+            w, other_w = weight.load([column, place]), weight.load([column + half, place])
+            part = tl.dot(x, w.T, out_dtype=tl.int32)
+            other = tl.dot(x, other_w.T, out_dtype=tl.int32)
+            left += part.to(tl.float32) * scale[:, None]
+            right += other.to(tl.float32) * scale[:, None]
+        given = (stream, bias, factor, weight_scale, row)
+        add_tile_(left, *given, column, width, biased, factored, half)
+        add_tile_(right, *given, column + half, width, biased, factored, half)
 
 
 def add_tiles_(
@@ -111,10 +128,10 @@ def add_tiles_(
     describe = TensorDescriptor.from_tensor
     tiles = triton.cdiv(rows, ROWS) * triton.cdiv(width, COLUMNS)
     count = torch.cuda.get_device_properties(tokens.device).multi_processor_count
-    launch = tiles_kernel[(min(tiles, 2 * count),)]  # pyright: ignore[reportIndexIssue]
+    launch = tiles_kernel[(min(tiles, count),)]  # pyright: ignore[reportIndexIssue]
     launch(
         describe(tokens, [ROWS, TILE]),
-        describe(weight, [COLUMNS, TILE]),
+        describe(weight, [COLUMNS // 2, TILE]),
         weight if bias is None else bias,
         weight if factor is None else factor,
         describe(stream, [ROWS, COLUMNS // 2]),
@@ -126,11 +143,10 @@ def add_tiles_(
         biased=bias is not None,
         factored=factor is not None,
         tile_rows=ROWS,
-        tile_columns=COLUMNS,
+        half=COLUMNS // 2,
         tile_depth=TILE,
         group=8,
         num_warps=8,
         num_stages=3,
-        maxnreg=128,  # so that two programs fit
     )
     return stream

@@ -16,7 +16,6 @@ from packvit.fast.kernels.activations import KINDS, activate
 from packvit.fast.kernels.int8 import TILE, int8_scale, larger, to_int8
 
 ROWS, COLUMNS = 128, 256  # of a tile of sums
-APART = 16  # columns in bfloat16 beside int8: the depth of one instruction
 DEPTH = 128  # bytes of a row that a step along the sum reads
 
 
@@ -48,8 +47,8 @@ def linear_act_kernel(
     """Tiles of act(sums), or of act(gate) * up in turns; sums are tokens @ weight.T, `width` wide.
 
     A group of `group` rows of tiles shares what it reads of the weight, in L2. Where `int8`, sums
-    are scaled, and those of a few columns `apart`, which are bfloat16, added; and where `out` is of
-    int8 too, each `scaled_columns` of a row get a scale.
+    are scaled, and those of columns `apart`, which are bfloat16, added, if there are any; and where
+    `out` is of int8 too, each `scaled_columns` of a row get a scale.
     """
     tall, wide = tl.cdiv(rows, tile_rows), tl.cdiv(width, tile_columns)
     out_columns: tl.constexpr = tile_columns // (1 + gated)
@@ -70,6 +69,7 @@ def linear_act_kernel(
         if int8:
             result *= tl.load(weight_scale + at, mask=at < width, other=0.0)[None]
             result *= tl.load(scale + line, mask=line < rows, other=0.0)[:, None]
+        if apart_columns:
             few = tl.arange(0, apart_columns)[None]
             here = apart + line[:, None] * apart_columns + few
             x = tl.load(here, mask=(line < rows)[:, None], other=0.0)
@@ -136,7 +136,7 @@ def launch_linear_act(
         tile_columns=COLUMNS,
         tile_depth=tile_depth,
         group=8,
-        apart_columns=APART,
+        apart_columns=int8[2].shape[1] if int8 else 0,
         scaled_columns=TILE,
         num_warps=8,
         num_stages=4 if gated else 3,  # wider results take the room of a stage
@@ -177,8 +177,8 @@ def linear_int8(
 
     tokens and weight are int8 times their scales, the columns apart bfloat16.
 
-    Shapes: tokens [T, D], scale [T, 1], apart [T, 16], weight [M, D], weight_scale, bias [M],
-    apart_weight [M, 16], contiguous, D and M divisible by 16 -> [T, M].
+    Shapes: tokens [T, D], scale [T, 1], apart [T, 16 or 0], weight [M, D], weight_scale, bias [M],
+    apart_weight [M, 16 or 0], contiguous, D and M divisible by 16 -> [T, M].
     """
     out = apart.new_empty(len(tokens), len(weight))
     int8 = (scale, weight_scale, apart, apart_weight, scale)

@@ -28,12 +28,13 @@ def add_norm_kernel(
     adds: tl.constexpr,
     scaled: tl.constexpr,
     centred: tl.constexpr,
+    int8: tl.constexpr,
     apart_columns: tl.constexpr,
     block: tl.constexpr,
 ):
     """One row: summed = stream + delta * factor, out = norm(summed): RMS, or layer norm.
 
-    In int8 where there are columns apart: a column's slot says where it goes, or -1 that it stays.
+    If columns are apart, a column's slot says which of them it is, or -1.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
@@ -58,6 +59,7 @@ def add_norm_kernel(
         there = apart + row * apart_columns + slot
         tl.store(there, result.to(apart.dtype.element_ty), mask=slot >= 0)
         result = tl.where(slot >= 0, 0.0, result)
+    if int8:
         scale = int8_scale(tl.reduce(tl.abs(result), 0, larger))
         tl.store(scales + row, scale)
         tl.store(out + at, to_int8(result * (1.0 / scale)), mask=inside)
@@ -97,6 +99,7 @@ def launch_add_norm(
         adds=delta is not None,
         scaled=factor is not None,
         centred=bias is not None,
+        int8=int8 is not None,
         apart_columns=int8[2].shape[1] if int8 else 0,
         block=block,
         num_warps=warps_of(block),
