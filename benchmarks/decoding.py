@@ -81,17 +81,18 @@ def main() -> None:
     print()
 
 
-def large(photo: Image.Image, number: int) -> bytes:
+def large(photo: Image.Image, number: int, kind: str = "JPEG") -> bytes:
     """Return a photograph at PIXELS, of a size and a content that no other image has."""
     scale = (PIXELS / (photo.width * photo.height)) ** 0.5
     width, height = round(photo.width * scale) - number % 7, round(photo.height * scale)
-    return saved(photo.resize((width, height), Image.Resampling.LANCZOS), quality=90)
+    image = photo.resize((width, height), Image.Resampling.LANCZOS)
+    return saved(image, kind, quality=90)  # which PNG ignores
 
 
-def saved(image: Image.Image, **options: Any) -> bytes:
-    """Return the bytes of a JPEG."""
+def saved(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    """Return the bytes of a file, by default a JPEG."""
     file = io.BytesIO()
-    image.save(file, "JPEG", **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 

@@ -12,9 +12,11 @@ A job is timed as `packvit embed` says it (from the first input to the last part
 the model), by its steady state (from when a fifth of the rows is settled to nine tenths), and
 whole, with the digest of the weights that a job with a loaded encoder takes. Contenders take turns
 in rounds, Pillow in the first alone. What the workers, and the device's decoder, do by themselves
-is measured too, since the slowest of them bounds a job.
+is measured too, since the slowest of them bounds a job. `--formats png webp` adds jobs from the
+same photographs in other formats (WebP of quality 90), and what the workers make of them.
 
     python -m benchmarks.feeding > benchmarks/results/feeding-h100.json
+    python -m benchmarks.feeding --formats png webp --rounds 1
     python -m benchmarks.feeding --model tiny --device cpu --images 64    # whether it runs
 """
 
@@ -60,6 +62,7 @@ PIXELS = configs.ImageConfig(14, *configs.HALF_STATISTICS, "bicubic", None)
 STEADY = (0.2, 0.9)  # of the rows
 OWN = 240  # packs that the encoder's own speed is taken over; a job is longer than what starts it
 KINDS: tuple[Decode, ...] = ("gpu", "pil")
+FORMATS = ("png", "webp")  # beside JPEG
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def main() -> None:
     parser.add_argument("--distinct", type=int, default=512)
     parser.add_argument("--max-patches", type=int, default=650)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=[], help="Beside JPEG.")
     parser.add_argument("--workers", type=int, default=fair_workers(None))
     asked = parser.parse_args()
     with TemporaryDirectory() as scratch:
@@ -110,6 +114,14 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         kinds = KINDS[1:] if context is None else KINDS
         say("the workers by themselves, and the device's decoder")
         stages = measure_stages(context or EmbedContext(encoder, gpu, decoders), load)
+    for kind in asked.formats:
+        say(f"writing {len(load.prepared)} photographs as {kind}")
+        write_photographs(scratch / kind, asked.images, len(load.prepared), kind)
+    for kind in ("jpeg", *asked.formats):
+        say(f"the workers by themselves, Pillow and {kind}")
+        inputs = list(list_inputs([str(load.folder if kind == "jpeg" else scratch / kind)]))
+        with options.decoders() as decoders:
+            stages[kind], _ = measure_workers(EmbedContext(encoder, options, decoders), inputs)
     state = gpu_state()
     say("warming up")
     alone(encoder, options, load, load.prepared, 3)
@@ -133,6 +145,10 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for kind in kinds[: None if turn == 0 else -1]:
             contenders[f"job, {kind}"] = lambda kind=kind: job(
                 encoder, options, load.folder, scratch / "out", kind
+            )
+        for kind in asked.formats if turn == 0 else ():
+            contenders[f"job, {kind}"] = lambda kind=kind: job(
+                encoder, options, scratch / kind, scratch / "out", "pil"
             )
         for name, run in contenders.items():
             taken.setdefault(name, []).append(run())
@@ -220,29 +236,38 @@ def make_load(
     return Load(folder, inputs, prepared, packs)
 
 
-def write_photographs(folder: Path, images: int, distinct: int) -> None:
-    """Write photographs as JPEGs into a new folder, the distinct ones again and again."""
+def write_photographs(folder: Path, images: int, distinct: int, kind: str = "jpeg") -> None:
+    """Write photographs into a new folder, the distinct ones again and again."""
     folder.mkdir()
     photos = [Image.open(path).convert("RGB") for path in photographs()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda n: large(photos[n % len(photos)], n), range(distinct))
+        made = pool.map(lambda n: large(photos[n % len(photos)], n, kind), range(distinct))
         for number, data in enumerate(made):
-            (folder / f"{number:06}.jpg").write_bytes(data)
+            (folder / f"{number:06}.{kind}").write_bytes(data)
     for number in range(distinct, images):
-        os.link(folder / f"{number % distinct:06}.jpg", folder / f"{number:06}.jpg")
+        os.link(folder / f"{number % distinct:06}.{kind}", folder / f"{number:06}.{kind}")
+
+
+def measure_workers(
+    context: EmbedContext, inputs: Sequence[Input]
+) -> tuple[dict[str, Any], Sequence[Prepared]]:
+    """Return what the workers do by themselves with some inputs, and those prepared."""
+    inputs = inputs[:2000]
+    list(context.decoders.prepare_all(inputs[:100], context.preprocessing, 1 << 24))
+    start, cpu = time.perf_counter(), time.process_time()
+    prepared = list(context.decoders.prepare_all(inputs, context.preprocessing, 1 << 30))
+    taken, cpu = time.perf_counter() - start, time.process_time() - cpu
+    rates = {
+        "workers_images_per_second": len(inputs) / taken,
+        "main_process_cpu_microseconds_an_image": cpu / len(inputs) * 1e6,
+    }
+    return rates, prepared
 
 
 def measure_stages(context: EmbedContext, load: Load) -> dict[str, Any]:
     """Return what the workers do by themselves, up to planned JPEGs, and the device's decoder."""
-    inputs, few = load.inputs[:2000], [list(pack) for pack in load.packs[:40]]
-    list(context.decoders.prepare_all(load.inputs[:100], context.preprocessing, 1 << 24))
-    start, cpu = time.perf_counter(), time.process_time()
-    jpegs = list(context.decoders.prepare_all(inputs, context.preprocessing, 1 << 30))
-    taken, cpu = time.perf_counter() - start, time.process_time() - cpu
-    stages = {
-        "workers_images_per_second": len(inputs) / taken,
-        "main_process_cpu_microseconds_an_image": cpu / len(inputs) * 1e6,
-    }
+    stages, jpegs = measure_workers(context, load.inputs)
+    few = [list(pack) for pack in load.packs[:40]]
     if context.decode_jpegs is None:
         return stages
     files = [image.jpeg for image in jpegs[: len(load.prepared)]]

@@ -24,7 +24,7 @@ python3 -m packvit bench --workload all --json "$out/bench-aimv2-large-workloads
 python3 -m benchmarks.decoding > "$out/decoding-gpu.json"
 python3 -m benchmarks.feeding > "$out/feeding-gpu.json"
 for what in small large; do
-    python3 -m benchmarks.bulk "$what" --few 64 --many 2112 > "$out/bulk-$what-gpu.json"
+    python3 -m benchmarks.bulk "$what" --few 64 --many 1088 > "$out/bulk-$what-gpu.json"
 done
 python3 -m packvit info --json > "$out/info-gpu.json"
 python3 -m demo.photographs | xargs python3 -m packvit embed --out /tmp/demo-features --json \

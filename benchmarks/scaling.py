@@ -96,15 +96,25 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 def run(words: dict[str, Any]) -> dict[str, Any]:
     """Return what a job did, in a process of its own."""
     began = time.time()
-    done = subprocess.run(
+    return finish(start(words)) | {"whole_seconds": time.time() - began}
+
+
+def start(words: dict[str, Any]) -> subprocess.Popen[str]:
+    """Start a job in a process of its own; `words` are the arguments of `embed`."""
+    return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.scaling", "--in-process", json.dumps(words)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout) | {"whole_seconds": time.time() - began}
+
+
+def finish(job: subprocess.Popen[str]) -> dict[str, Any]:
+    """Return what a job did, once it has ended."""
+    said, remarks = job.communicate()
+    if job.returncode:
+        raise SystemExit(remarks)
+    return json.loads(said)
 
 
 def compare(jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -136,6 +146,7 @@ def embed(
     """Run a job in this process, and print what it did."""
     import packvit
     from packvit.corpus.folder.layout import read_commits
+    from packvit.corpus.folder.stores import find_folder
     from packvit.corpus.progress import Progress
 
     told: list[tuple[float, int]] = []
@@ -158,7 +169,7 @@ def embed(
         "steady_images_per_second": (last[1] - first[1]) / max(last[0] - first[0], 1e-9),
         "images_per_second": done.images_per_second,
         "errors": done.errors,
-        "parts": [entry.sha256 for entry in read_commits(Path(out))],
+        "parts": [entry.sha256 for entry in read_commits(find_folder(out))],
     }
     print(json.dumps(report))
 

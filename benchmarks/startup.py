@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--max-patches", type=int, default=650)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--decode", nargs="+", choices=["gpu", "pil"], default=["gpu", "pil"])
     parser.add_argument("--in-process", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.in_process:
@@ -81,7 +82,7 @@ def time_jobs(asked: argparse.Namespace) -> dict[str, Any]:
         photos, model = Path(scratch) / "photos", Path(scratch) / "model"
         write_photographs(photos, asked.images, min(64, asked.images))
         build(asked.model, device).save_pretrained(model)
-        kinds = ("gpu", "pil") if device.type == "cuda" else ("pil",)
+        kinds = asked.decode if device.type == "cuda" else ["pil"]
         for number in range(asked.rounds + 1):
             for kind in kinds:
                 name = f"{'warm' if number else 'cold'}, {kind}"

@@ -14,11 +14,11 @@ import packvit
 from benchmarks import howlarge
 from docs.bulk import bulk_tables
 from docs.sizes import families_table
-from packvit.bench import NATIVE
-from packvit.bench.table import as_markdown, native_table
+from docs.tables import checkpoints_page, families_page, mixed_table, native_table, text_page
+from packvit.bench import MODELS, NATIVE
+from packvit.bench.table import as_markdown
 from packvit.cli import help_page
 from packvit.images.errors import CODES
-from packvit.verification import machine as support
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -101,6 +101,11 @@ def native_page() -> str:
     rows = (newest(f"native/{name}") for name in NATIVE)
     reports = [report for report in rows if report]
     return native_table(reports) if reports else "No run is recorded yet.\n"
+
+
+def mixed_page() -> str:
+    """Return one line for the newest run of each model on mixed sizes that is recorded."""
+    return mixed_table([report for model in MODELS if (report := newest(f"bench-{model}"))])
 
 
 def speed_sentence() -> str:
@@ -281,19 +286,20 @@ def pages() -> dict[Path, str]:
     front = fill(front, "speed", speed_sentence())
     figures = measured.read_text()
     figures = fill(figures, "native", native_page())
+    figures = fill(figures, "mixed", mixed_page())
     figures = fill(figures, "bulk", bulk_tables())
     for name in RECORDED:
         figures = fill(figures, name, recorded(name))
     figures = fill(figures, "million", million_table())
     return {
         measured: figures,
-        ROOT / "docs" / "checkpoints.md": support.checkpoints_page(),
+        ROOT / "docs" / "checkpoints.md": checkpoints_page(),
         ROOT / "docs" / "cli.md": help_page(),
         ROOT / "docs" / "reference.md": reference_page(),
         readme: front,
-        words: fill(words.read_text(), "towers", support.text_page()),
+        words: fill(words.read_text(), "towers", text_page()),
         search: fill(search.read_text(), "copies", copies_table()),
-        models: fill(models.read_text(), "layouts", support.families_page()),
+        models: fill(models.read_text(), "layouts", families_page()),
         decoding: fill(decoding.read_text(), "feeding", feeding_table()),
         sizing: fill(
             fill(sizing.read_text(), "sizing", sizing_table()), "howlarge", billion_table()

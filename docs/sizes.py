@@ -6,9 +6,12 @@ smallest and the largest checkpoint of each family. Nothing is downloaded: sizes
 
 from typing import Any, NamedTuple
 
+import torch
+
 from packvit.config import EncoderConfig
+from packvit.encoder import Encoder
 from packvit.families import FAMILIES
-from packvit.model.memory import parameter_count, peak_bytes
+from packvit.model.memory import peak
 
 TOKENS = 16_384  # the default token budget of `packvit embed`
 BF16 = 2  # bytes
@@ -123,6 +126,13 @@ def vector_of(config: EncoderConfig) -> str:
     return {"probe": "attention pooling", "class": "class token"}.get(config.pool or "", mean)
 
 
+def parameter_count(encoder: type[Encoder], config: EncoderConfig) -> int:
+    """Return the number of parameters of an encoder, of which none is made."""
+    with torch.device("meta"):
+        parameters = encoder(config, encoder.family.images(config)).parameters()
+    return sum(one.numel() for one in parameters)
+
+
 def families_table() -> str:
     """Return a row for each family: what it is, how large, and what a pack takes on a GPU.
 
@@ -136,14 +146,17 @@ def families_table() -> str:
     for encoder in FAMILIES:
         family = encoder.family
         configs = [configuration(family.name, size) for size in SIZES[family.name]]
-        counts = list(dict.fromkeys(count(parameter_count(config)) for config in configs))
+        numbers = [parameter_count(encoder, config) for config in configs]
+        counts = list(dict.fromkeys(map(count, numbers)))
         if configs[0].merger:
             towers.append(f"{family.name} ({' to '.join(counts)})")
             continue
         if configs[0].segments == "clip":
             videos.append(f"{family.name} ({' to '.join(counts)})")
             continue
-        memory = [f"{peak_bytes(config, TOKENS, BF16) / 2**30:.1f}" for config in configs]
+        activations = [peak(config, BF16).activations(TOKENS) for config in configs]
+        sizes = [BF16 * n + more for n, more in zip(numbers, activations, strict=True)]
+        memory = [f"{size / 2**30:.1f}" for size in sizes]
         labels = [size.label for size in SIZES[family.name]]
         published = f"{len(family.checkpoints)}, {labels[0]} to {labels[1]}"
         vector = vector_of(configs[0])

@@ -4,10 +4,7 @@ Two families differ in these values and in the names of their weights, in nothin
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:  # workers that decode read this file, and never torch
-    import torch
+from typing import Literal
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
@@ -252,7 +249,7 @@ class EncoderConfig(TransformerConfig):
     windows: Windows | None = None
     patch_bias: bool = True
     class_token: bool = False  # opens every sequence
-    registers: int = 0  # tokens without meaning of their own, behind the class token
+    registers: int = 0  # learned tokens after the class token, which stand for no patch
     embedding_norm: Literal["patches", "tokens"] | None = None  # before positions, or after all
     final_norm: Literal["tokens", "pooled"] | None = "tokens"  # "pooled": of the class token alone
     pool: Literal["query", "probe", "class"] | None = None  # what makes one vector of a sequence
@@ -303,27 +300,6 @@ class TextConfig(TransformerConfig):
     first_scale: float | None = None  # its logarithm, where the checkpoint may not hold it
     logit_bias: bool = False  # beside the scale: pairs are judged one by one, by a sigmoid
     most_scale: float | None = None  # what the scale of logits is clamped to
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """What a caller chooses when an encoder is loaded; `packvit.load` says what each means.
-
-    Raises: ValueError for a word that is no choice.
-    """
-
-    device: "torch.device | str | None" = None
-    dtype: "torch.dtype | str | None" = None
-    attention: str = "auto"
-    patch_order: PatchOrder = "hwc"
-    positions: GridPolicy = "checkpoint"
-    invariant: bool = False
-    compile: bool = False
-    fp8: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("patch_order", self.patch_order, ("hwc", "chw"))
-        check_choice("positions", self.positions, ("checkpoint", "interpolate"))
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,13 +1,11 @@
 """The encoder: one forward for all images of a pack.
 
-This is the public API: it checks what comes in and speaks to the user; what it calls trusts its
-arguments. Segments and places are worked out here, once, on the host.
+The public API: it checks its arguments, which what it calls then trusts.
 """
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar, Unpack
 from warnings import warn
 
 import numpy as np
@@ -20,14 +18,7 @@ from packvit.checkpoints.description import describe
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.in_memory import read_model
 from packvit.checkpoints.layouts import Family, LayoutName, check_family, image_tower
-from packvit.config import (
-    EncoderConfig,
-    GridPolicy,
-    ImageConfig,
-    LoadOptions,
-    PatchOrder,
-    check_choice,
-)
+from packvit.config import EncoderConfig, GridPolicy, ImageConfig, PatchOrder
 from packvit.fast.forward import FastForward
 from packvit.images.decode import Source
 from packvit.images.patches import Cutting
@@ -37,36 +28,17 @@ from packvit.model.building import build
 from packvit.model.device import current
 from packvit.model.embeddings import PatchEmbeddings, to_values
 from packvit.model.layers import Blocks
-from packvit.model.linear import Linear, make_invariant
+from packvit.model.linear import make_invariant
 from packvit.model.merging import Mergers
 from packvit.model.norms import norm
-from packvit.model.pooling import pool_sequences, pooling_head
-from packvit.model.trunk import (
-    Trunk,
-    TrunkOutput,
-    plan_forward,
-    run_trunk,
-    trunk_output,
-)
-from packvit.packs.checks import (
-    check_config,
-    check_merged,
-    check_patches,
-    check_projected,
-    check_video,
-    count_from_front,
-    read_positions,
-)
+from packvit.model.options import LoadKeywords, LoadOptions
+from packvit.model.pooling import pool_sequences, pooling_head, projection_layer
+from packvit.model.trunk import Trunk, TrunkOutput, plan_forward, run_trunk, trunk_output
+from packvit.packs import checks
 from packvit.packs.clips import Clip
-from packvit.packs.embedding import embed_images
+from packvit.packs.embedding import OnError, embed_images
 from packvit.packs.features import Features, Pack, as_pack, make_pack
-from packvit.packs.grid import (
-    GridLike,
-    read_grid,
-    segment_images,
-    sequence_lengths,
-    to_device,
-)
+from packvit.packs.grid import GridLike, read_grid, segment_images, sequence_lengths, to_device
 from packvit.packs.places import places_in_clips
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
@@ -90,7 +62,7 @@ class Encoder(nn.Module):
         positions: GridPolicy = "checkpoint",
     ) -> None:
         super().__init__()
-        check_config(config, type(self).__name__)
+        checks.check_config(config, type(self).__name__)
         self.config = config
         self.images = images
         self.patch_order: PatchOrder = patch_order
@@ -107,9 +79,7 @@ class Encoder(nn.Module):
         self.norm = norm(config) if config.final_norm else nn.Identity()
         self.head = pooling_head(config)
         self.merger = Mergers(config, config.merger) if config.merger else None
-        shared = config.projection
-        bias = config.projection_bias
-        self.projection = Linear(config.width, shared, bias=bias) if shared else None
+        self.projection = projection_layer(config)
         self.fast: FastForward | None = FastForward()  # None: `model/trunk.py` as it is
 
     @property
@@ -147,9 +117,8 @@ class Encoder(nn.Module):
         """Return the tokens of every patch of the pack: the reference's `last_hidden_state`.
 
         Patches stand image after image, in raster order, each flattened in the order (row, column,
-        channel), or as `patch_order` said. uint8 patches are raw pixels, normalised here in fp32;
-        floating point ones are already normalised and are cast to the encoder's dtype. Every frame
-        is a sequence of its own.
+        channel), or by `patch_order`. uint8 patches are raw pixels, normalised here in fp32;
+        floating point ones are already normalised, and are cast to the encoder's dtype.
 
         Shapes: hidden_states [T, P], grid_thw [N, 3] integers (frames, rows, columns), best kept
         on the host -> [T, D] in the encoder's dtype, T being the sum of frames * rows * columns.
@@ -170,16 +139,15 @@ class Encoder(nn.Module):
         projection: bool | None = None,
         patch_positions: GridLike | None = None,
     ) -> Features:
-        """Return everything the encoder says about a pack, or about what `forward` takes.
+        """Return the tokens of a pack, and what else is asked for; takes what `forward` takes too.
 
-        `taps` names layers, negative ones from the end, whose patch tokens are wanted as they
+        `taps` names layers (negative ones from the end) whose patch tokens are wanted as they
         leave the block, before any final norm. `projected` asks for the pooled vectors in the
         space shared with text; `projection` is its old name. `merged` asks for what a language
-        model is given: a token for each square of patches, and for each square of its deepstack's
-        layers. `pooled` False leaves out the pooling head. Nothing unasked is kept.
+        model is given: a token for each square of patches, and those of its deepstack's layers.
 
         `patch_positions` says where patches stand, best on the host: of a whole clip, or of K
-        patches chosen from one, which are one row of them in grid_thw, (1, 1, K).
+        patches chosen from one, which are one row of grid_thw, (1, 1, K).
 
         Shapes: patch_positions [T, 3] integers (time, row, column).
         Raises: as `forward`; ValueError for a layer, a projection or a merger that the checkpoint
@@ -187,20 +155,17 @@ class Encoder(nn.Module):
         """
         hidden_states, grid_thw = as_pack(hidden_states, grid_thw)
         if projection is not None:
-            said = "encode(projection=...) was renamed: write projected=... instead."
-            warn(said, DeprecationWarning, stacklevel=2)
+            warn("encode(projection=...) was renamed: write projected=...", DeprecationWarning, 2)
             projected = projection
-        if projected:
-            check_projected(self.config, self.family.name, pooled)
-        if merged:
-            check_merged(self.config, self.family.name)
-        asked = [count_from_front(layer, self.config.layers) for layer in taps]
+        asked = checks.check_outputs(
+            self.config, self.family.name, taps, pooled=pooled, projected=projected, merged=merged
+        )
         merger = self.merger if merged else None
         deep = merger.layers if merger else ()
         with current(self.device):
             output = self.run(hidden_states, grid_thw, {*asked, *deep}, patch_positions)
             tokens = merger(output.tokens, output.taps, output.plan.grid) if merger else None
-            vectors = self.pool(output) if pooled else None
+            vectors = pool_sequences(output, self.config, self.norm, self.head) if pooled else None
             shared = self.projection(vectors) if projected and self.projection else None
         return Features(
             tokens=output.tokens,
@@ -226,7 +191,7 @@ class Encoder(nn.Module):
         Shapes: grid_thw [N, 3] -> [T, 3] int64 on the host: (time, row, column).
         Raises: ValueError if the grid is malformed, or the checkpoint knows no times.
         """
-        frames = check_video(self.config, self.family.name).frames
+        frames = checks.check_video(self.config, self.family.name).frames
         return places_in_clips(read_grid(grid_thw, patches=None), frames)
 
     def run(
@@ -237,13 +202,12 @@ class Encoder(nn.Module):
         patch_positions: GridLike | None = None,
     ) -> TrunkOutput:
         """Check what came in, and run it through the trunk."""
-        check_patches(hidden_states, self.config, self.device)
-        grid = read_grid(grid_thw, patches=len(hidden_states))
+        grid, given = checks.read_inputs(
+            hidden_states, grid_thw, patch_positions, self.config, self.family.name, self.device
+        )
         backend = resolve(self.backend, self.attention_inputs)
         if self.compiled:
             backend = opaque(backend)
-        name, patches = self.family.name, len(hidden_states)
-        given = read_positions(patch_positions, self.config, name, patches, self.device)
         plan = plan_forward(self.config, grid, backend, taps, self.device, given)
         values = self.to_values(hidden_states)
         if self.fast is None or self.compiled:  # what is compiled is fused by the compiler
@@ -251,10 +215,6 @@ class Encoder(nn.Module):
         else:
             x, tapped = self.fast(self, self.trunk, values, plan)
         return trunk_output(x, tapped, plan)
-
-    def pool(self, output: TrunkOutput) -> Tensor | None:
-        """Return the checkpoint's one vector for each sequence, or None if it defines none."""
-        return pool_sequences(output, self.config, self.norm, self.head)
 
     def pack(
         self,
@@ -265,9 +225,7 @@ class Encoder(nn.Module):
     ) -> Pack:
         """Make one pack of paths, bytes of files, PIL images or uint8 arrays [height, width, 3].
 
-        A clip is a list of those, or one array [frames, height, width, 3]: each frame is prepared
-        as an image is.
-
+        A clip is a list of those, or one array [frames, height, width, 3].
         `resize` "checkpoint" does as the checkpoint's own preprocessing; "native" keeps the aspect
         ratio, rounds each side to the nearest patch, never enlarges beyond that, and shrinks to
         `max_patches` (1024 by default). None: "checkpoint" where that defines a size.
@@ -285,22 +243,22 @@ class Encoder(nn.Module):
         projected: bool = False,
         resize: Resize | None = None,
         max_patches: int | None = None,
-        errors: Literal["raise", "nan"] = "raise",
+        errors: OnError = "raise",
     ) -> np.ndarray:
-        """Return one vector for each image: pooled, or the mean of its tokens without a head.
+        """Return one vector for each image, in inference mode.
 
-        Where the checkpoint has a merger, that is the mean of the merged tokens.
-
-        Takes images as `pack` does, of any number, and makes packs of at most `token_budget`
-        patches. `projected` gives vectors in the space shared with text. Runs in inference mode.
+        It is the pooled one, or without a pooling head the mean of the tokens (of the merged ones,
+        where the checkpoint has a merger). `projected` asks for those in the space shared with
+        text. Takes any number of images, as `pack` does, in packs of at most `token_budget`
+        patches. With `errors` "nan", an image that cannot be used is a row of NaN; a function is
+        called with its index and the ImageError besides.
 
         Shapes: N images -> float32 [N, D].
-        Raises: ImageError with the index of the first image that cannot be used, which is a row of
-        NaN instead where `errors` is "nan"; ValueError for an image larger than a pack.
+        Raises: ImageError with the index of the first image that cannot be used; ValueError for an
+        image larger than a pack.
         """
-        check_choice("errors", errors, ("raise", "nan"))
         if projected:
-            check_projected(self.config, self.family.name)
+            checks.check_projected(self.config, self.family.name)
         merged = bool(self.merger) and not projected
         with torch.inference_mode():
             return embed_images(
@@ -310,7 +268,7 @@ class Encoder(nn.Module):
                 self.device,
                 width=(projected and self.config.projection) or self.config.vector_width,
                 token_budget=token_budget,
-                on_error=None if errors == "raise" else lambda index, error: None,
+                errors=errors,
             )
 
     def to_values(self, hidden_states: Tensor) -> Tensor:
@@ -323,7 +281,7 @@ class Encoder(nn.Module):
         name_or_folder: str | os.PathLike[str],
         *,
         revision: str | None = None,
-        **options: Any,
+        **options: Unpack[LoadKeywords],
     ) -> AnyEncoder:
         """Load a checkpoint of this family by its name on the hub, or from a folder.
 
@@ -333,12 +291,14 @@ class Encoder(nn.Module):
         """
         chosen = LoadOptions(**options)
         check_family(cls)
-        tower = image_tower([cls.family])
-        checkpoint = checkpoints.read(name_or_folder, revision=revision, part=tower)
+        part = image_tower([cls.family])
+        checkpoint = checkpoints.read(name_or_folder, revision=revision, part=part)
         return cls.from_checkpoint(checkpoint, chosen)
 
     @classmethod
-    def from_transformers(cls: type[AnyEncoder], model: nn.Module, **options: Any) -> AnyEncoder:
+    def from_transformers(
+        cls: type[AnyEncoder], model: nn.Module, **options: Unpack[LoadKeywords]
+    ) -> AnyEncoder:
         """Copy the weights of a transformers model in memory.
 
         `options` are those of `packvit.load`; device and dtype are by default the model's own.
@@ -361,15 +321,7 @@ class Encoder(nn.Module):
         that cannot be taken here.
         """
         described = describe(cls.family, checkpoint)
-        make = partial(
-            cls,
-            described.config,
-            described.images,
-            attention=options.attention,
-            patch_order=options.patch_order,
-            positions=options.positions,
-        )
-        encoder, found = build(make, checkpoint, described.layout, options)
+        encoder, found = build(cls, described, checkpoint, options)
         encoder.carried, encoder.skipped = found.carried, found.skipped
         encoder.origin = saving.Origin(checkpoint.config, described.config)
         # A model in memory is copied, and must not be kept alive by its copy.

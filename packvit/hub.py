@@ -13,9 +13,10 @@ from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.files import Checkpoint
 from packvit.checkpoints.folders import WEIGHTS, listing
 from packvit.checkpoints.layouts import LayoutName, image_tower, named_type
-from packvit.config import GridPolicy, LoadOptions, PatchOrder
+from packvit.config import GridPolicy, PatchOrder
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
+from packvit.model.options import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)

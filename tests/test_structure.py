@@ -262,3 +262,13 @@ def test_encoder_opens_no_file_and_imports_nothing_that_imports_it():
     assert run.returncode == 0, run.stderr
     source = (ROOT / "packvit" / "encoder.py").read_text()
     assert not re.search(r"\bopen\(|read_text|write_text|read_bytes|write_bytes", source)
+
+
+def test_a_family_stays_one_short_file():
+    """And so do the files that hold what two of them share, or what config.json says."""
+    lines = {
+        path.name: len(path.read_text().splitlines())
+        for path in (ROOT / "packvit" / "families").glob("*.py")
+    }
+    assert len(lines) > len(FAMILIES)
+    assert {name: count for name, count in lines.items() if count > 150} == {}

@@ -9,6 +9,8 @@ and `table.py` prints the report. `native.py` does so for batches of one size, b
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from packvit.corpus import UsageError
+
 MODELS = (  # built with random weights, at the published sizes
     "aimv2-large",
     "siglip2-so400m",
@@ -32,6 +34,7 @@ MODELS = (  # built with random weights, at the published sizes
 WORKLOADS = {
     "mixed": "mixed sizes",
     "tiny-images": "many tiny images",
+    "large": "mixed sizes of 1,024 to 16,384 patches",
     "huge": "one huge image",
     "equal": "equal sizes",
     "small": "a small pack (latency)",
@@ -75,7 +78,7 @@ NATIVE: Mapping[str, NativeBatch] = {
 }
 
 
-class BenchError(Exception):
+class BenchError(UsageError):
     """The benchmark cannot run as asked."""
 
 

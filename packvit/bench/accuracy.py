@@ -16,10 +16,10 @@ from packvit import hub
 from packvit.bench import SEED
 from packvit.bench.models import Model
 from packvit.bench.workloads import mixed_sizes
-from packvit.config import LoadOptions
 from packvit.encoder import Encoder
 from packvit.images.patches import cut_patches
 from packvit.model.layers import Block, first_linear
+from packvit.model.options import LoadOptions
 from packvit.packs.grid import Grid
 
 IMAGES = 8

@@ -153,7 +153,7 @@ def commit() -> str:
 
 @contextmanager
 def at_most(allowed: float | None) -> Iterator[None]:
-    """Stop what takes longer than so many seconds, between two lines of Python.
+    """Stop what takes longer than `allowed` seconds, between two lines of Python.
 
     Raises: TimeoutError.
     """

@@ -149,8 +149,7 @@ def random_model(name: str, layers: int | None, device: torch.device, dtype: tor
             made = timm_reference.create(architecture, **entries)
     else:
         kind = model_class(architecture)
-        word = "depth" if hasattr(kind.config_class(), "depth") else "num_hidden_layers"
-        entries = entries | ({} if layers is None else {word: layers})
+        entries = entries | ({} if layers is None else first_layers(kind.config_class(), layers))
         with quiet(), device:  # a GPU draws some hundred million numbers in no time
             made = kind(kind.config_class(**entries))
     reference = randomise(made, seed=0)
@@ -160,6 +159,14 @@ def random_model(name: str, layers: int | None, device: torch.device, dtype: tor
     reference = reference.to(dtype)
     config = encoder.from_transformers(reference).config
     return Model(name, "random", encoder, config, take_normalized(reference))
+
+
+def first_layers(config: Any, layers: int) -> dict[str, Any]:
+    """Return the entries of a configuration of transformers that keep its first layers alone."""
+    word = "depth" if hasattr(config, "depth") else "num_hidden_layers"
+    full = getattr(config, "fullatt_block_indexes", None)  # of Qwen2.5-VL: without windows
+    kept = {"fullatt_block_indexes": [layer for layer in full if layer < layers]} if full else {}
+    return {word: layers} | kept
 
 
 def checkpoint_model(name: str, device: torch.device, dtype: torch.dtype) -> Model:

@@ -15,9 +15,8 @@ from packvit.bench import NATIVE, SEED, BenchError, BenchOptions, NativeBatch, m
 from packvit.bench.contenders import Subject, cut
 from packvit.bench.measuring import gpu_state
 from packvit.bench.native_peers import AUTOTUNED, NATIVE_BASELINE, NATIVE_PEERS
-from packvit.bench.ours import OURS, Ours
-from packvit.bench.peers import Peer
-from packvit.bench.run import Say, choose, describe_run, measure_workload
+from packvit.bench.ours import OURS
+from packvit.bench.run import Say, choose, choose_ways, describe_run, measure_workload
 from packvit.bench.workloads import Workload
 
 FEW = 2  # images, where there is no GPU
@@ -36,7 +35,7 @@ def measure_native(
 
     `seconds` is how long all may take: contenders and rows that time does not suffice for are
     left out, from the end. `ways` are the contenders to be timed beside the baseline, by their
-    titles; all, unless told. `options.model` and `options.workloads` count for nothing.
+    titles; all by default. `options.model` and `options.workloads` are not used.
 
     Raises: BenchError, ImportError for what cannot be measured at all.
     """
@@ -72,15 +71,6 @@ def measure_native(
             "workloads": [work],
             "gpu_state_after": gpu_state(),
         }
-
-
-def choose_ways(candidates: Sequence[Peer | Ours], ways: Collection[str]) -> Sequence[Peer | Ours]:
-    """Return the baseline and those that are named, or all. Raises: BenchError for another name."""
-    titles = [candidate.title for candidate in candidates]
-    if unknown := [way for way in ways if way not in titles]:
-        raise BenchError(f'No contender is called "{unknown[0]}". Choose of: {"; ".join(titles)}.')
-    baseline, *others = candidates
-    return [baseline, *(one for one in others if not ways or one.title in ways)]
 
 
 def batch(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from packvit.bench.contenders import Call, Contender, Subject, Unavailable, cut
-from packvit.bench.peers import Mode, Peer, compile_it, reference_options
+from packvit.bench.peers import LONGEST, Mode, Peer, compile_it, reference_options
 from packvit.config import EncoderConfig, Table
 from packvit.verification.references import tower
 from packvit.verification.timm_models import timm_weights
@@ -121,7 +121,6 @@ def prepared(
     return run if mode is None else compile_it(subject, run, mode)
 
 
-LONGEST = 120.0  # seconds that torch may search for the quickest kernels
 NATIVE_BASELINE = "transformers"
 NATIVE_PEERS = (
     Peer(NATIVE_BASELINE, lambda subject: transformers_batch(subject, None)),

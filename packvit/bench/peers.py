@@ -21,6 +21,7 @@ from packvit.verification.running import inputs, last_state
 from packvit.verification.towers import is_tower, last_order
 
 Mode = Literal["default", "max-autotune"]  # of torch.compile
+LONGEST = 120.0  # seconds that compiling may take
 MULTIPLE = 8  # of padded lengths, so that masks are aligned and need no copy
 
 
@@ -75,6 +76,13 @@ def packed(subject: Subject) -> Contender:
         raise Unavailable(f"{type(tower(subject.model.reference)).__name__} takes no packs")
     members = list(range(len(subject.images)))
     return Contender([batch(subject, members)], subject.model.reference)
+
+
+def packed_compiled(subject: Subject) -> Contender:
+    """The same, compiled for the pack's own sizes."""
+    (call,) = packed(subject).calls
+    run = compile_it(subject, call.run)
+    return Contender([call._replace(run=run)], subject.model.reference)
 
 
 def one_by_one(subject: Subject) -> Contender:
@@ -277,6 +285,7 @@ def peers(library: str) -> tuple[Peer, ...]:
         Peer(f"{library}, one by one", one_by_one),
         Peer(f"{library}, grouped by equal grid", grouped),
         Peer(f"{library}, packed", packed),
+        Peer(f"{library}, packed, compiled", packed_compiled, LONGEST),
         Peer(f"{library}, padded", padded),
         Peer(f"{library}, padded, compiled", padded_compiled),
         Peer("timm NaFlexVit, padded", timm),

@@ -1,6 +1,6 @@
 """Run all available contenders on all chosen workloads, and return the report."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any, NamedTuple
@@ -63,8 +63,17 @@ class Entrant(NamedTuple):
     first: float  # seconds of a call after warm-up
 
 
-def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
+def measure(
+    options: BenchOptions,
+    say: Say,
+    *,
+    seconds: float | None = None,
+    ways: Collection[str] = (),
+) -> dict[str, Any]:
     """Return the report of all workloads; `say` is called with progress messages.
+
+    `seconds` is how long all may take: contenders that time does not suffice for are left out.
+    `ways` are the contenders to be timed beside the baseline, by their titles; all by default.
 
     Raises: BenchError, CheckpointError, ImportError if nothing can be measured.
     """
@@ -77,7 +86,9 @@ def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
         layers = 2
     compiled = on_gpu if options.compiled is None else options.compiled
     model = models.build(options.model, layers, device, dtype)
+    until = None if seconds is None else monotonic() + seconds
     beside = peers(model.encoder.family.reference.library)
+    candidates = choose_ways((*beside, *OURS), ways)
     report = describe_run(options, model, device, dtype)
     report |= {"baseline": beside[0].title, "workloads": []}
     for name in options.workloads:
@@ -97,10 +108,10 @@ def measure(options: BenchOptions, say: Say) -> dict[str, Any]:
         subject = Subject(model, work, patches.to(device, dtype), compiled, options.train)
         say(f"{work.title}: {len(work.grid)} images, {len(patches):,} patches")
         with torch.set_grad_enabled(options.train), torch.inference_mode(not options.train):
-            report["workloads"].append(measure_workload(subject, (*beside, *OURS), options, say))
+            report["workloads"].append(measure_workload(subject, candidates, options, say, until))
     report["gpu_state_after"] = gpu_state()
     report["fp8_accuracy"] = []
-    if on_gpu and dtype == torch.bfloat16 and not options.train:
+    if on_gpu and dtype == torch.bfloat16 and not options.train and not ways:
         say("accuracy of fp8")
         with suppress(ValueError):  # the reason is listed with its contenders
             report["fp8_accuracy"] = fp8_accuracy(model, device)
@@ -151,6 +162,15 @@ def choose(options: BenchOptions) -> tuple[torch.device, torch.dtype]:
     if chosen not in DTYPES:
         raise BenchError(f'dtype is "{chosen}". Choose one of: {", ".join(DTYPES)}.')
     return device, getattr(torch, chosen)
+
+
+def choose_ways(candidates: Sequence[Peer | Ours], ways: Collection[str]) -> Sequence[Peer | Ours]:
+    """Return the baseline and those that are named, or all. Raises: BenchError for another name."""
+    titles = [candidate.title for candidate in candidates]
+    if unknown := [way for way in ways if way not in titles]:
+        raise BenchError(f'No contender is called "{unknown[0]}". Choose of: {"; ".join(titles)}.')
+    baseline, *others = candidates
+    return [baseline, *(one for one in others if not ways or one.title in ways)]
 
 
 def measure_workload(

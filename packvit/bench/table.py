@@ -101,50 +101,6 @@ def row(title: str, entry: dict[str, Any], baseline: str) -> tuple[str, ...]:
     )
 
 
-NATIVE_COLUMNS = (
-    "batch",
-    "strongest peer",
-    "its images/s",
-    "packvit",
-    "images/s",
-    "times the peer (quartiles)",
-    "share of the matmul rate",
-    "fp8, images/s",
-    "fp8 over bf16",
-    "measured",
-)
-
-
-def native_table(reports: Sequence[dict[str, Any]]) -> str:
-    """Return one line for each batch at native size: the strongest peer, and our best beside it."""
-    return "\n".join(aligned([NATIVE_COLUMNS, *map(native_row, reports)])) + "\n"
-
-
-def native_row(report: dict[str, Any]) -> tuple[str, ...]:
-    """Return a batch's cells; what was not measured stays empty."""
-    (work,) = report["workloads"]
-    best, results = work["headline"], work["results"]
-    peer, ours = results[best["peer"]], results.get(best.get("ours"))
-    eights = [one["images_per_second"] for title, one in results.items() if "fp8" in title]
-    mine: tuple[str, ...] = ("", "", "", "")
-    if ours:
-        mine = (
-            best["ours"].removeprefix("packvit, "),
-            f"{ours['images_per_second']:,.0f}",
-            spread(best["times_faster"]),
-            f"{ours['fraction_of_ceiling']:.2f}",
-        )
-    return (
-        f"{report['row']}, {work['images']} images",
-        best["peer"],
-        f"{peer['images_per_second']:,.0f}",
-        *mine,
-        f"{max(eights):,.0f}" if eights else "",
-        f"{max(eights) / ours['images_per_second']:.2f}" if eights and ours else "",
-        f"{report['gpus']}, {report['commit']}, {report['date']}",
-    )
-
-
 def spread(quartiles: Sequence[float]) -> str:
     """Return a median with its quartiles."""
     low, middle, high = quartiles

@@ -42,6 +42,7 @@ def workload(name: str, *, small: bool) -> Workload:
     full = {
         "mixed": lambda: mixed_sizes(52, 240, 1008),  # 33,739 patches
         "tiny-images": lambda: mixed_sizes(2048, 4, 16),
+        "large": lambda: mixed_sizes(8, 1024, 16_384),
         "huge": lambda: ((1, 128, 128),),
         "equal": lambda: ((1, 16, 16),) * 64,
         "small": lambda: ((1, 16, 16),) * 8,
@@ -49,6 +50,7 @@ def workload(name: str, *, small: bool) -> Workload:
     reduced = {
         "mixed": lambda: mixed_sizes(12, 16, 144),
         "tiny-images": lambda: mixed_sizes(64, 4, 16),
+        "large": lambda: mixed_sizes(3, 256, 1024),
         "huge": lambda: ((1, 24, 32),),
         "equal": lambda: ((1, 16, 8),) * 8,
         "small": lambda: ((1, 8, 8),) * 4,

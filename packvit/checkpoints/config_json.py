@@ -113,11 +113,22 @@ def axial_base(config: Json) -> float:
 
     Raises: CheckpointError for positions of another kind.
     """
-    rope = entry({"rope_parameters": {}, **config}, "rope_parameters", dict)
+    rope = entry({"rope_parameters": config.get("rope_parameters") or {}}, "rope_parameters", dict)
     kind = rope.get("rope_type", "axial")
     if kind not in ("axial", "default"):
         raise CheckpointError(f'config.json says "rope_type": "{kind}"; packvit knows "axial".')
-    return entry(rope, "rope_theta", float, 10000.0)
+    return base(rope, 10000.0)
+
+
+def base(config: Json, default: float) -> float:
+    """Return the base of rotary positions' frequencies.
+
+    Raises: CheckpointError for 0, which would give no numbers.
+    """
+    theta = entry(config, "rope_theta", float, default)
+    if theta == 0:
+        raise CheckpointError('config.json says "rope_theta": 0.0, but it must be above 0.')
+    return theta
 
 
 def square(config: Json, name: str, default: int | None = None) -> int:

@@ -52,10 +52,10 @@ class Checkpoint:
         return self.tensors[name].shape
 
     def sha256(self) -> str:
-        """Return one digest of the weights, computed anew at each call.
+        """Return one digest of the weights, computed at each call.
 
-        It is the digest of what `sha256sum` prints for the files, in order and without folders,
-        so anyone can compute it. In memory it is that of the file which `write` would write.
+        It is the digest of what `sha256sum` prints for the files, in order and without folders, so
+        anyone can compute it. In memory it is that of the file which `write` would write.
         """
         digests = {file.name: file_digest(file) for file in self.files}
         if not digests:

@@ -1,7 +1,8 @@
 """What a family of encoders is: the layouts its checkpoints come in, and how to tell them.
 
 A family is a frozen value; its file in `families/` fills one in. Nothing here guesses: a layout is
-told by a tensor that only it has, and what no layout explains is an error that names it.
+recognised by a tensor that only it has, and a tensor that no layout explains is an error that names
+it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,8 @@ class Layout:
     write: Callable[[EncoderConfig], dict[str, Any]]  # config.json
     # Tensors kept for `save_pretrained` and used by nothing: our label to the layout's name.
     carried: Mapping[str, str] = field(default_factory=dict)
+    # What some of them hold, since the numbers are the family's and are not read.
+    known: Mapping[str, Sequence[float]] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()  # what names of another tower's or head's tensors begin with
     # Whether an encoder can be written so, where two layouts have a word for every parameter.
     takes: Callable[[EncoderConfig], bool] = lambda config: True
@@ -46,11 +49,12 @@ class Variant:
     name: str
     model: str  # the class in transformers, or timm's name of an architecture
     entries: Json = field(default_factory=dict)  # of its configuration, beside the sizes
+    since: str = ""  # the first version of the library that reads it as we write it, if not all do
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What transformers, or timm, calls a family's models: for `packvit verify`, and no more."""
+    """What transformers, or timm, calls a family's models; only `packvit verify` uses it."""
 
     variants: tuple[Variant, ...]
     processor: str  # the class in transformers that prepares images
@@ -87,7 +91,7 @@ class Family:
 
         A prefix is what a wrapper (`module.`, `_orig_mod.`) or a larger model (`vision_tower.`,
         `dinov2.`) writes before every name. A classifier's matrix is skipped where config.json says
-        that it is one's.
+        that there is one.
 
         Raises: CheckpointError if no layout's is, or more than one.
         """
@@ -170,7 +174,7 @@ def outer_prefixes(prefix: str) -> list[str]:
 
 
 def classifies(config: Json) -> bool:
-    """Return whether config.json is that of a transformers model that names one of many classes."""
+    """Return whether config.json is that of an image classifier of transformers."""
     named = config.get("architectures")
     return isinstance(named, list) and any(
         isinstance(name, str) and name.endswith("ForImageClassification") for name in named
@@ -199,7 +203,7 @@ def beside_text(
 
 
 def check_family(encoder: type) -> None:
-    """Refuse to load by the class that all families share.
+    """Refuse to load with the class that all families share.
 
     Raises: TypeError.
     """

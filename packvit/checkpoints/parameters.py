@@ -33,7 +33,10 @@ def take(
     layout: Layout,
     place: Callable[[Tensor], Tensor] | None,
 ) -> Read:
-    """Sort a checkpoint's tensors by what is done with them; `place` is as in `load`."""
+    """Sort a checkpoint's tensors by what is done with them; `place` is as in `load`.
+
+    Raises: CheckpointError as `load`, and for carried numbers that are not the family's.
+    """
     tensors, carried = checkpoint.tensors, layout.carried
 
     state = load(
@@ -45,11 +48,28 @@ def take(
     )
     read = {name for ours in parameters for name in find(ours, layout.rules)[1]}
     unread = {label: name for label, name in carried.items() if name in tensors.keys() - read}
+    for label in layout.known.keys() & unread.keys():
+        check_known(unread[label], tensors[unread[label]], layout.known[label])
     return Read(
         state,
         {label: tensors[name].clone() for label, name in unread.items()},
         tuple(name for name in sorted(tensors) if layout.skips(name)),
     )
+
+
+def check_known(name: str, tensor: Tensor, known: Sequence[float]) -> None:
+    """Refuse a carried tensor of other numbers than `known`, rounded to bfloat16 or not.
+
+    Raises: CheckpointError.
+    """
+    if tensor.is_meta:
+        return
+    held = tensor.flatten().tolist()
+    if len(held) != len(known) or any(
+        not abs(number - right) <= 2**-8 * abs(right)
+        for number, right in zip(held, known, strict=True)
+    ):
+        raise CheckpointError(f"{name} holds {held}; packvit knows {list(known)}.")
 
 
 class ReadParameter(NamedTuple):

@@ -165,10 +165,10 @@ def reshape(ours: str, theirs: str, *leading: int) -> Rule:
 
 
 def bind(rules: Sequence[Rule], heads: int) -> tuple[Rule, ...]:
-    """Return the rules for an encoder of so many heads.
+    """Return the rules for an encoder with `heads` heads.
 
-    Ours turn rows k and k + K/2 of a head of K together. If a checkpoint rotates neighbouring rows
-    together, the rows of queries and keys are reordered.
+    Our rotary positions turn rows k and k + K/2 of a head of K together. If a checkpoint turns
+    neighbouring rows together, the rows of queries and keys are reordered.
     """
 
     def bound(rule: Rule) -> Rule:
@@ -216,7 +216,7 @@ def prefixed(rules: Sequence[Rule], prefix: str) -> tuple[Rule, ...]:
 
 
 def permute_patches(weight: Tensor, order: PatchOrder, *, back: bool = False) -> Tensor:
-    """Return an embedding weight for patches flattened in `order`, or one of those for ours.
+    """Return an embedding weight for patches flattened in `order`; with `back`, the inverse.
 
     Shapes: [D, P], P ordered (row, column, channel) <-> [D, P], P in `order`.
     """

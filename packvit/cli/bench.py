@@ -2,26 +2,17 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from packvit.bench import (
-    DTYPES,
-    MODELS,
-    NATIVE,
-    NATIVE_WORKLOAD,
-    WORKLOADS,
-    BenchError,
-    BenchOptions,
-)
+from packvit.bench import MODELS, NATIVE, NATIVE_WORKLOAD, WORKLOADS, BenchOptions
 from packvit.bench.table import as_markdown
 from packvit.cli.command import Command
 from packvit.cli.models import explaining
-from packvit.cli.options import device_option
+from packvit.cli.options import device_option, dtype_option
 
 WRONG = 1
 ALL = "all"
@@ -33,8 +24,8 @@ ALL = "all"
     "models",
     multiple=True,
     help=f"{', '.join(MODELS)} (random weights), tiny, a checkpoint's name on the hub, or its "
-    "folder; aimv2-large unless told. With --workload native, which of its batches, and it may be "
-    f"given many times: {', '.join(NATIVE)}; all unless told.",
+    "folder; aimv2-large by default. With --workload native, which of its batches: "
+    f"{', '.join(NATIVE)}; all by default. May be repeated.",
 )
 @click.option(
     "--workload",
@@ -45,8 +36,8 @@ ALL = "all"
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
-    help="With --workload native, how long all may take: what time does not suffice for is left "
-    "out, from the end.",
+    help="How long a model may take, with --workload native all: what time does not suffice for is "
+    "left out, from the end.",
 )
 @click.option(
     "--autotuned/--no-autotuned",
@@ -59,8 +50,8 @@ ALL = "all"
     "ways",
     multiple=True,
     metavar="TITLE",
-    help="With --workload native, a contender to be timed beside transformers, as the table calls "
-    "it; all unless told. May be given many times.",
+    help="A contender to be timed beside the baseline, as the table calls it; all by default. May "
+    "be repeated.",
 )
 @click.option(
     "--commit",
@@ -70,14 +61,10 @@ ALL = "all"
     "--out",
     metavar="FOLDER",
     type=click.Path(path_type=Path, file_okay=False),
-    help="With --workload native, where each batch's report is written as soon as it is done.",
+    help="Where the report of each model, or native batch, is written as soon as it is done.",
 )
 @click.option("--train", is_flag=True, help="Forward and backward, instead of forward alone.")
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    help="What to compute in; bfloat16 on a GPU, float32 elsewhere.",
-)
+@dtype_option
 @device_option
 @click.option(
     "--rounds",
@@ -161,29 +148,38 @@ def bench(
         for report in native_reports(options, names, seconds, autotuned, ways, out):
             off = ours_wrong(report) or off
         context.exit(WRONG if off else 0)
-    if out is not None or seconds is not None or ways:
-        wrong = "--out, --seconds and --way are for --workload native. Leave them out."
-        raise click.UsageError(wrong)
-    if len(models) > 1:
-        raise click.UsageError("--model is given more than once, which --workload native takes.")
+    if len(models) > 1 and target is not None:
+        raise click.UsageError("Several models make many reports: name a folder by --out.")
     chosen = tuple(WORKLOADS) if workload == ALL else (workload,)
-    report = whole_report(
-        replace(options, model=models[0] if models else options.model, workloads=chosen)
-    )
-    written = json.dumps(report, indent=1)
-    click.echo(written if str(target) == "-" else as_markdown(report))
-    if target is not None and str(target) != "-":
-        write(target, written)
-        click.echo(f"The report is {target}.", err=True)
-    context.exit(WRONG if ours_wrong(report) else 0)
+    asked = replace(options, workloads=chosen)
+    off = False
+    for report in pack_reports(asked, models or (options.model,), seconds, ways, out):
+        written = json.dumps(report, indent=1)
+        click.echo(written if str(target) == "-" else as_markdown(report))
+        if target is not None and str(target) != "-":
+            write(target, written)
+            remark(f"The report is {target}.")
+        off = ours_wrong(report) or off
+    context.exit(WRONG if off else 0)
 
 
-def whole_report(options: BenchOptions) -> dict[str, Any]:
-    """Measure what is asked for, and answer what the user got wrong."""
+def pack_reports(
+    options: BenchOptions,
+    models: Sequence[str],
+    seconds: float | None,
+    ways: Sequence[str],
+    out: Path | None,
+) -> Iterator[dict[str, Any]]:
+    """Measure one model after the other on packs; write each to `out` as soon as it is done."""
     from packvit.bench.run import measure  # torch is imported here
 
-    with answered(), explaining(options.model):
-        return measure(options, remark)
+    make_folder(out)
+    for model in models:
+        with explaining(model):
+            report = measure(replace(options, model=model), remark, seconds=seconds, ways=ways)
+        if out is not None:
+            put(out, f"bench-{Path(model).name}", report)
+        yield report
 
 
 def native_reports(
@@ -197,35 +193,32 @@ def native_reports(
     """Measure one batch after the other; print and write each as soon as it is done."""
     from packvit.bench.native import measure_native  # torch is imported here
 
-    if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"{out} cannot be a folder: {error.strerror}. Name another by --out."
-            raise click.UsageError(reason) from error
-    with answered():
-        for report in measure_native(
-            options, names, remark, seconds=seconds, autotuned=autotuned, ways=ways
-        ):
-            click.echo(as_markdown(report))
-            if out is not None:
-                target = out / f"{report['row']}-{place(report)}.json"
-                write(target, json.dumps(report, indent=1))
-                remark(f"The report is {target}.")
-            yield report
+    make_folder(out)
+    for report in measure_native(
+        options, names, remark, seconds=seconds, autotuned=autotuned, ways=ways
+    ):
+        click.echo(as_markdown(report))
+        if out is not None:
+            put(out, report["row"], report)
+        yield report
 
 
-@contextmanager
-def answered() -> Iterator[None]:
-    """Say in a sentence why something cannot be measured."""
-    from packvit.checkpoints.errors import CheckpointError
-
+def make_folder(out: Path | None) -> None:
+    """Make the folder of reports. Raises: click.UsageError if it cannot be one."""
+    if out is None:
+        return
     try:
-        yield
-    except BenchError as error:
-        raise click.UsageError(str(error)) from error
-    except (CheckpointError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{out} cannot be a folder: {error.strerror}. Name another by --out."
+        raise click.UsageError(reason) from error
+
+
+def put(out: Path, name: str, report: dict[str, Any]) -> None:
+    """Write a report to a folder, under a name that says the kind of machine."""
+    target = out / f"{name}-{place(report)}.json"
+    write(target, json.dumps(report, indent=1))
+    remark(f"The report is {target}.")
 
 
 def remark(words: str) -> None:

@@ -7,7 +7,7 @@ import click
 
 from packvit.cli.command import Command
 from packvit.cli.options import json_option
-from packvit.corpus import UsageError, WriteError
+from packvit.corpus import WriteError
 
 
 @click.command(cls=Command)
@@ -32,10 +32,8 @@ def check(context: click.Context, folder: str, as_json: bool) -> None:
 
     try:
         found = check_folder(find_folder(folder, name="FOLDER"))
-    except UsageError as error:
-        raise click.UsageError(str(error)) from error
-    except (ImportError, WriteError) as error:
-        raise click.ClickException(str(error)) from error
+    except WriteError:
+        raise
     except OSError as error:
         raise click.ClickException(f"{error.filename} cannot be read: {error.strerror}.") from error
     if as_json:

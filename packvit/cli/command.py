@@ -11,14 +11,19 @@ from typing import IO, Any
 
 import click
 
-from packvit.corpus import StoreError
+from packvit.checkpoints.errors import CheckpointError
+from packvit.corpus import DecoderError, EmbedderError, StoreError, UsageError, WriteError
+from packvit.verification import VerificationError
 
 ASSIGNED = re.compile(r"`?\b([a-z_]+)=(?:\"([^\"`]*)\"|(True|False)|([\w.-]+))`?")
 QUOTED = re.compile(r"`([a-z_]+)`")
 SUBJECT = re.compile(r"(?:^|(?<=\. ))([a-z_]+)(?= (?:is|asks|cannot|names)\b)")
 IDENTIFIER = re.compile(r"(?<![\w./\"'=-])([a-z]+(?:_[a-z]+)+)(?![\w/=\"'-]|\.\w)")
-
-
+# Errors of the library whose message is for the user: one sentence, and exit code 1.
+FAILURES = (
+    *(CheckpointError, DecoderError, EmbedderError, ImportError, StoreError, VerificationError),
+    WriteError,
+)
 HELP = ["-h", "--help"]
 
 
@@ -60,7 +65,7 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
+        """Run the command; the one place that turns the library's errors into the command's."""
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -68,8 +73,10 @@ class Command(click.Command):
             raise Mistake(said, ctx, hint=isinstance(error, click.MissingParameter)) from error
         except click.ClickException as error:
             raise click.ClickException(in_options(error.message, self)) from error
-        except StoreError as error:
-            raise click.ClickException(str(error)) from error
+        except UsageError as error:
+            raise Mistake(in_options(str(error), self), ctx, hint=False) from error
+        except FAILURES as error:
+            raise click.ClickException(in_options(str(error), self)) from error
 
 
 def in_options(message: str, command: click.Command) -> str:

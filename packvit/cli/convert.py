@@ -9,7 +9,7 @@ import click
 
 from packvit.cli.command import Command
 from packvit.cli.models import explaining, full_name
-from packvit.cli.options import json_option
+from packvit.cli.options import json_option, revision_option
 from packvit.corpus.inputs.addresses import check_local
 
 
@@ -22,7 +22,7 @@ from packvit.corpus.inputs.addresses import check_local
     type=click.Choice(["transformers", "original"]),
     help="How the new checkpoint names and shapes its tensors.",
 )
-@click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
+@revision_option
 @json_option
 def convert(
     name: str,
@@ -47,8 +47,6 @@ def convert(
         check_local(folder, name="FOLDER")
         with explaining(name):
             made = hub.convert(full_name(name), folder, layout, revision=revision)
-    except hub.CheckpointError as error:
-        raise click.ClickException(str(error)) from error
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if made.skipped:

@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from packvit.cli.command import Command, printable
-from packvit.cli.options import device_option, json_option, width_option
-from packvit.corpus import UsageError, WriteError
+from packvit.cli.options import device_option, json_option, root_option, width_option
 
 PAUSE = 5.0  # seconds between lines of progress
 SAID = {"first": "", "bytes": "equal bytes", "pixels": "equal pixels"}
@@ -21,16 +20,16 @@ SAID = {"first": "", "bytes": "equal bytes", "pixels": "equal pixels"}
     "--threshold",
     type=float,
     default=0.95,
-    help="The least cosine of photographs that are nearly equal; 1 finds copies alone.",
+    help="The least cosine of photographs that are nearly equal; 1 finds only copies.",
 )
 @click.option(
     "--keep",
     type=click.Choice(["largest", "first"]),
-    help="Print the paths of what may go, all but one of each group; nothing is deleted.",
+    help="Print the paths of all but one of each group, which may be deleted; nothing is deleted.",
 )
 @json_option
 @click.option("--out", help="Also draw a contact sheet of the groups: .png, .jpg or .webp.")
-@click.option("--root", help="Where the photographs are now, if they were moved.")
+@root_option
 @click.option(
     "--pixels/--no-pixels",
     default=True,
@@ -51,8 +50,8 @@ def dups(
 ) -> None:
     """Find groups of photographs in a feature FOLDER that are equal, or nearly.
 
-    Each two photographs of a group are alike: a chain, of which only neighbours are alike, is not
-    one group. The largest stands first, and the others with how they are like it: equal bytes,
+    Every two photographs of a group are alike: a chain, of which only neighbours are alike, is not
+    one group. The largest comes first, and the others with how they are like it: equal bytes,
     equal pixels, or the cosine. Nothing is deleted.
 
     \b
@@ -65,23 +64,18 @@ def dups(
     from packvit.pictures.contact import check_picture, write_groups
     from packvit.retrieval.duplicates import find_duplicates
 
-    try:
-        if out:
-            check_picture(out, ())
-        found = find_duplicates(
-            folder,
-            threshold=threshold,
-            keep=keep or "largest",
-            root=root,
-            pixels=pixels,
-            device=device,
-            tell=Slowly(),
-        )
-        lost = write_groups(found, out, width=width) if out else []
-    except UsageError as error:
-        raise click.UsageError(str(error)) from error
-    except (ImportError, WriteError) as error:
-        raise click.ClickException(str(error)) from error
+    if out:
+        check_picture(out, ())
+    found = find_duplicates(
+        folder,
+        threshold=threshold,
+        keep=keep or "largest",
+        root=root,
+        pixels=pixels,
+        device=device,
+        tell=Slowly(),
+    )
+    lost = write_groups(found, out, width=width) if out else []
     may_go = found.redundant
     if as_json:
         click.echo(json.dumps(found.as_json()))

@@ -13,10 +13,17 @@ import click
 from packvit.cli import DONE_WITH_ERRORS, exit_code
 from packvit.cli.command import Command
 from packvit.cli.models import MODEL_HELP, explaining, full_name
-from packvit.cli.options import COUNT, device_option
+from packvit.cli.options import (
+    COUNT,
+    device_option,
+    dtype_option,
+    max_patches_option,
+    positions_option,
+    resize_option,
+    revision_option,
+)
 from packvit.cli.progress import Meter, show_progress
 from packvit.cli.summary import as_object, as_table
-from packvit.corpus import DecoderError, EmbedderError, UsageError, WriteError
 from packvit.corpus.inputs.lists import PIPED, STDIN
 from packvit.corpus.runners.launching import Launched
 
@@ -83,38 +90,24 @@ def split_names(
     help="The feature folder to create or to resume: a local one, or s3://, gs:// or az://.",
 )
 @click.option("--model", help=MODEL_HELP)
-@click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
+@revision_option
 @device_option
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="What to compute in; bfloat16 on a GPU, float32 elsewhere.",
-)
+@dtype_option
 @click.option(
     "--attention",
     type=click.Choice(["auto", "fa4", "fa3", "fa2", "torch", "sdpa"]),
     default="auto",
     help="The attention backend.",
 )
-@click.option(
-    "--positions",
-    type=click.Choice(["checkpoint", "interpolate"]),
-    default="checkpoint",
-    help="Whether learned positions are resized for grids that they were not made for.",
-)
+@positions_option
 @click.option(
     "--invariant",
     is_flag=True,
     help="Give an image the same bits in any pack, at the price of speed; with it, --reuse and "
     "--update write the bytes of a fresh job.",
 )
-@click.option(
-    "--resize",
-    type=click.Choice(["checkpoint", "native"]),
-    help="As the checkpoint's own preprocessing, or keeping size and aspect ratio; "
-    "checkpoint where it defines a size.",
-)
-@click.option("--max-patches", type=COUNT, help="Shrink images to at most this many patches.")
+@resize_option
+@max_patches_option
 @click.option(
     "--max-pixels", type=COUNT, default=100_000_000, help="Refuse images with more pixels."
 )
@@ -149,10 +142,11 @@ def split_names(
 )
 @click.option(
     "--decode",
-    type=click.Choice(["pil", "gpu"]),
+    type=click.Choice(["pil", "fast", "gpu"]),
     default="pil",
-    help="What decodes JPEGs: Pillow, in the workers, or the GPU, if the pixels equal Pillow's bit "
-    "for bit. Pillow decodes all other images.",
+    help="What decodes JPEGs: Pillow, in the workers; fast: Pillow, those far larger than needed "
+    "at 1/2 to 1/8 of their size, so that features differ a little; the GPU, if the pixels equal "
+    "Pillow's bit for bit. Pillow decodes all other images.",
 )
 @click.option(
     "--workers",
@@ -290,31 +284,19 @@ def embed(
             meter.notices.append(EMBEDDED)  # once the job begins: an error comes first
         # torch is imported here, where Ctrl-C is handled.
         from packvit.corpus.job import embed as run
-        from packvit.verification import VerificationError
 
-        try:
-            summary = run(
-                photos,
-                lists=lists,
-                out=out,
-                model=model and full_name(model),
-                overwrite=overwrite,
-                update=update,
-                retry_errors=retry is not None if retry in (None, ALL) else retry.split(","),
-                progress=meter.tell,
-                processes=started,
-                **options,
-            )
-        except UsageError as error:
-            raise click.UsageError(str(error)) from error
-        except (
-            DecoderError,
-            EmbedderError,
-            ImportError,
-            VerificationError,
-            WriteError,
-        ) as error:
-            raise click.ClickException(str(error)) from error
+        summary = run(
+            photos,
+            lists=lists,
+            out=out,
+            model=model and full_name(model),
+            overwrite=overwrite,
+            update=update,
+            retry_errors=retry is not None if retry in (None, ALL) else retry.split(","),
+            progress=meter.tell,
+            processes=started,
+            **options,
+        )
     click.echo(json.dumps(as_object(summary)) if as_json else as_table(summary))
     context.exit(DONE_WITH_ERRORS if summary.errors else 0)
 
@@ -329,10 +311,7 @@ def launch(
         from packvit.gpu.nvjpeg import ask_for_queues  # imports numpy
 
         ask_for_queues()  # which they inherit
-    try:
-        return Launched(processes)
-    except EmbedderError as error:
-        raise click.ClickException(str(error)) from error
+    return Launched(processes)
 
 
 @contextmanager

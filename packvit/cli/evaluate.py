@@ -9,7 +9,6 @@ import click
 from packvit.cli.command import Command
 from packvit.cli.models import explaining, full_name
 from packvit.cli.options import COUNT, device_option, json_option, model_option, template_option
-from packvit.corpus import UsageError
 
 if TYPE_CHECKING:
     from packvit.retrieval.evaluation import Accuracy
@@ -18,11 +17,15 @@ if TYPE_CHECKING:
 @click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("protocol", type=click.Choice(["knn", "zeroshot"]))
 @click.argument("folder")
-@click.option("--train", help="knn: the feature folder of the neighbours; all other rows if none.")
-@click.option("--label", help="The column of the labels; a row's first folder if none.")
+@click.option(
+    "--train", help="knn: the feature folder of the neighbours; by default all other rows."
+)
+@click.option("--label", help="The column of the labels; by default a row's first folder.")
 @click.option("--labels", help="A Parquet file with the columns id and label, or --label.")
 @click.option("--neighbours", type=COUNT, default=20, help="knn: how many vote.")
-@click.option("--temperature", type=float, default=0.07, help="knn: of the weights of votes.")
+@click.option(
+    "--temperature", type=float, default=0.07, help="knn: the temperature of the votes' weights."
+)
 @template_option("zeroshot: words")
 @json_option
 @model_option("zeroshot: where")
@@ -44,7 +47,7 @@ def evaluate(
 
     knn is DINOv2's protocol: the 20 nearest by cosine vote, weighted by exp(cosine / 0.07).
     zeroshot takes the label whose words are nearest. A photograph's label is the first sub-folder
-    that it lies in. The number that the model's authors print of ImageNet-1k stands beside it.
+    that it lies in. What the model's authors publish for ImageNet-1k is printed beside it.
 
     \b
     Examples:
@@ -57,30 +60,25 @@ def evaluate(
         from packvit.retrieval.evaluation import evaluate_knn, evaluate_zeroshot
         from packvit.retrieval.zeroshot import TEMPLATES
 
-        try:
-            if protocol == "knn":
-                found = evaluate_knn(
-                    folder,
-                    train=train,
-                    label=label,
-                    labels=labels,
-                    neighbours=neighbours,
-                    temperature=temperature,
-                    device=device,
-                )
-            else:
-                found = evaluate_zeroshot(
-                    folder,
-                    label=label,
-                    labels=labels,
-                    templates=templates or TEMPLATES,
-                    model=model and full_name(model),
-                    device=device,
-                )
-        except UsageError as error:
-            raise click.UsageError(str(error)) from error
-        except ImportError as error:
-            raise click.ClickException(str(error)) from error
+        if protocol == "knn":
+            found = evaluate_knn(
+                folder,
+                train=train,
+                label=label,
+                labels=labels,
+                neighbours=neighbours,
+                temperature=temperature,
+                device=device,
+            )
+        else:
+            found = evaluate_zeroshot(
+                folder,
+                label=label,
+                labels=labels,
+                templates=templates or TEMPLATES,
+                model=model and full_name(model),
+                device=device,
+            )
     if as_json:
         click.echo(json.dumps({"protocol": protocol} | asdict(found)))
     else:

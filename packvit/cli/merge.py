@@ -9,7 +9,6 @@ import click
 from packvit.cli import DONE_WITH_ERRORS
 from packvit.cli.command import Command
 from packvit.cli.progress import PAUSE
-from packvit.corpus import UsageError, WriteError
 
 
 @click.command(cls=Command, context_settings={"show_default": True})
@@ -56,18 +55,13 @@ def merge(
             due = time.monotonic() + PAUSE
             click.echo(f"{done:,} of {rows:,} rows are written", err=True)
 
-    try:
-        merged = run(
-            folders,
-            out=out,
-            format="npy" if format_ == "npy" else "parquet",
-            overwrite=overwrite,
-            progress=tell,
-        )
-    except UsageError as error:
-        raise click.UsageError(str(error)) from error
-    except (ImportError, WriteError) as error:
-        raise click.ClickException(str(error)) from error
+    merged = run(
+        folders,
+        out=out,
+        format="npy" if format_ == "npy" else "parquet",
+        overwrite=overwrite,
+        progress=tell,
+    )
     bad = merged.rows - merged.ok
     if as_json:
         click.echo(json.dumps(asdict(merged)))

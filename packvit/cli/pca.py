@@ -7,9 +7,16 @@ import click
 from packvit.cli import DONE_WITH_ERRORS
 from packvit.cli.command import Command, printable
 from packvit.cli.models import MODEL_HELP, explaining, full_name
-from packvit.cli.options import COUNT, device_option, width_option
+from packvit.cli.options import (
+    COUNT,
+    device_option,
+    max_patches_option,
+    positions_option,
+    resize_option,
+    revision_option,
+    width_option,
+)
 from packvit.cli.progress import show_progress
-from packvit.corpus import UsageError, WriteError
 from packvit.images.errors import CODES
 
 
@@ -17,21 +24,11 @@ from packvit.images.errors import CODES
 @click.argument("photos", nargs=-1, required=True)
 @click.option("--out", required=True, help="The picture to write: .png, .jpg or .webp.")
 @click.option("--model", help=MODEL_HELP)
-@click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
+@revision_option
 @device_option
-@click.option(
-    "--positions",
-    type=click.Choice(["checkpoint", "interpolate"]),
-    default="checkpoint",
-    help="Whether learned positions are resized for grids that they were not made for.",
-)
-@click.option(
-    "--resize",
-    type=click.Choice(["checkpoint", "native"]),
-    help="As the checkpoint's own preprocessing, or keeping size and aspect ratio; "
-    "checkpoint where it defines a size.",
-)
-@click.option("--max-patches", type=COUNT, help="Shrink larger images to so many patches.")
+@positions_option
+@resize_option
+@max_patches_option
 @click.option("--layer", type=int, help="Draw the tokens leaving this layer; -1 is the last.")
 @click.option("--per-image", is_flag=True, help="Give every photograph a PCA of its own.")
 @click.option(
@@ -94,31 +91,26 @@ def pca(
         # torch is imported here, where Ctrl-C is handled.
         from packvit.pictures.draw import draw
 
-        try:
-            drawn = draw(
-                photos,
-                out=out,
-                model=model and full_name(model),
-                revision=revision,
-                device=device,
-                positions=positions,
-                resize=resize,
-                max_patches=max_patches,
-                layer=layer,
-                per_image=per_image,
-                background=background,
-                overlay=overlay,
-                similar_to=similar_to,
-                neighbours=neighbours,
-                root=root,
-                count=count,
-                width=width,
-                progress=meter.tell,
-            )
-        except UsageError as error:
-            raise click.UsageError(str(error)) from error
-        except (ImportError, WriteError) as error:
-            raise click.ClickException(str(error)) from error
+        drawn = draw(
+            photos,
+            out=out,
+            model=model and full_name(model),
+            revision=revision,
+            device=device,
+            positions=positions,
+            resize=resize,
+            max_patches=max_patches,
+            layer=layer,
+            per_image=per_image,
+            background=background,
+            overlay=overlay,
+            similar_to=similar_to,
+            neighbours=neighbours,
+            root=root,
+            count=count,
+            width=width,
+            progress=meter.tell,
+        )
     for row in drawn.errors:
         why = CODES[row.status] + (f" ({row.note})" if row.note else "")
         click.echo(f"{printable(row.id)}: {row.status}: {why}", err=True)

@@ -7,8 +7,14 @@ import click
 
 from packvit.cli.command import Command, printable
 from packvit.cli.models import explaining, full_name
-from packvit.cli.options import COUNT, device_option, json_option, model_option, width_option
-from packvit.corpus import UsageError, WriteError
+from packvit.cli.options import (
+    COUNT,
+    device_option,
+    json_option,
+    model_option,
+    root_option,
+    width_option,
+)
 from packvit.corpus.folder.names import CURRENT, FIRST
 from packvit.corpus.folder.requests import STORES
 from packvit.corpus.folder.stores import find_folder
@@ -33,10 +39,10 @@ def part(arg: str) -> tuple[str, ...]:
 @click.argument("folder")
 @click.argument("queries", nargs=-1, required=True, metavar="[FOLDER...] QUERY...")
 @click.option("-t", "--top", type=COUNT, default=10, help="How many photographs for each query.")
-@click.option("-f", "--paths", "only_paths", is_flag=True, help="Print paths alone, for pipes.")
+@click.option("-f", "--paths", "only_paths", is_flag=True, help="Print only paths, for pipes.")
 @json_option
 @click.option("--out", help="Also draw a contact sheet: .png, .jpg or .webp.")
-@click.option("--root", help="Where the photographs are now, if they were moved.")
+@root_option
 @model_option()
 @device_option
 @click.option(
@@ -98,9 +104,7 @@ def search(
                 index=index,
             )
             lost = write_hits(found, out, width=width) if out else []
-        except UsageError as error:
-            raise click.UsageError(str(error)) from error
-        except (BrokenQuery, ImportError, WriteError) as error:
+        except BrokenQuery as error:
             raise click.ClickException(str(error)) from error
     for note in found.notes:
         click.echo(note, err=True)

@@ -8,7 +8,7 @@ import click
 
 from packvit.cli.command import Command
 from packvit.cli.models import MODEL_HELP, explaining, full_name
-from packvit.cli.options import device_option
+from packvit.cli.options import device_option, revision_option
 from packvit.cli.published import run_published
 from packvit.verification import Comparison, Findings, VerifyOptions
 
@@ -18,7 +18,7 @@ MISSED = 1
 @click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("names", nargs=-1)
 @click.option("--model", help=MODEL_HELP)
-@click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
+@revision_option
 @click.option(
     "--family",
     help="Verify small random models of a family instead: aimv2, siglip2, dinov3, dinov2, "
@@ -98,9 +98,10 @@ def verify(
         raise click.UsageError("--published writes into its own folder. Leave out --certificate.")
     if revision is not None and model is None:
         raise click.UsageError("--revision needs --model; random weights have no revision.")
-    from packvit.verification import certificate as certificates  # torch is imported here
+    from packvit.retrieval.nearest import choose_device  # torch is imported here
+    from packvit.verification import certificate as certificates
 
-    check_device(device)
+    choose_device(device)  # refused before anything is loaded
     findings = []
     options = VerifyOptions(quick=quick, seed=seed, timm=reference == "timm")
     if published is not None:
@@ -134,16 +135,6 @@ def folder_of(model: str | None) -> Path | None:
     return Path(model) if model and model not in EMBEDDED and Path(model).is_dir() else None
 
 
-def check_device(device: str | None) -> None:
-    """Raise a click.UsageError for a device that is not here."""
-    from packvit.model.device import find_device
-
-    try:
-        find_device(device)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-
-
 def search(
     model: str | None,
     family: str | None,
@@ -155,7 +146,6 @@ def search(
 
     Raises: click.UsageError for an unknown family, ClickException for other errors.
     """
-    from packvit.checkpoints.errors import CheckpointError
     from packvit.verification.references import import_reference
     from packvit.verification.verify import family_names, verify_checkpoint, verify_family
 
@@ -188,7 +178,7 @@ def search(
                 click.echo(f"{encoder.family.name} is left out. {error}", err=True)
                 continue
             yield from verify_family(encoder, options, device=device)
-    except (CheckpointError, ImportError, OSError) as error:
+    except OSError as error:
         raise click.ClickException(str(error)) from error
 
 

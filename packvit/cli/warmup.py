@@ -7,12 +7,12 @@ import click
 
 from packvit.cli.command import Command
 from packvit.cli.models import explaining, full_name
-from packvit.cli.options import json_option
+from packvit.cli.options import json_option, revision_option
 
 
 @click.command(cls=Command)
 @click.argument("model")
-@click.option("--revision", help="A commit, branch or tag of the checkpoint on the hub.")
+@revision_option
 @click.option("--device", help="The GPU, for example cuda:1.  [default: the first one]")
 @click.option("--fp8", is_flag=True, help="Compile the kernels of fp8 too.")
 @json_option
@@ -33,12 +33,10 @@ def warmup(model: str, revision: str | None, device: str | None, fp8: bool, as_j
 
     try:
         with explaining(model):
-            encoder = hub.load(full_name(model), revision=revision, device=device)
-        warmed = warm_up(encoder)
-        if fp8:
-            warmed = warm_up(hub.load(full_name(model), revision=revision, device=device, fp8=True))
-    except hub.CheckpointError as error:
-        raise click.ClickException(str(error)) from error
+            warmed = warm_up(hub.load(full_name(model), revision=revision, device=device))
+            if fp8:
+                encoder = hub.load(full_name(model), revision=revision, device=device, fp8=True)
+                warmed = warm_up(encoder)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if as_json:

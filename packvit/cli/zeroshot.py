@@ -7,7 +7,6 @@ import click
 from packvit.cli.command import Command, printable
 from packvit.cli.models import explaining, full_name
 from packvit.cli.options import device_option, json_option, model_option, template_option
-from packvit.corpus import UsageError, WriteError
 
 
 @click.command(cls=Command, context_settings={"show_default": True})
@@ -42,19 +41,14 @@ def zeroshot(
         # torch is imported here, where Ctrl-C is handled.
         from packvit.retrieval import zeroshot as scoring
 
-        try:
-            found = scoring.zeroshot(
-                folder,
-                scoring.read_labels(labels),
-                out=out,
-                templates=templates or scoring.TEMPLATES,
-                model=model and full_name(model),
-                device=device,
-            )
-        except UsageError as error:
-            raise click.UsageError(str(error)) from error
-        except (ImportError, WriteError) as error:
-            raise click.ClickException(str(error)) from error
+        found = scoring.zeroshot(
+            folder,
+            scoring.read_labels(labels),
+            out=out,
+            templates=templates or scoring.TEMPLATES,
+            model=model and full_name(model),
+            device=device,
+        )
     if as_json:
         facts = {"out": str(found.out), "rows": found.rows, "errors": found.errors}
         click.echo(json.dumps(facts | {"labels": found.counts}))

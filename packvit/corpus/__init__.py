@@ -11,6 +11,14 @@ class WriteError(OSError):
     """A file could not be written or read; parts committed before it stay whole."""
 
 
+def no_room_for(what: str, error: object) -> WriteError:
+    """Return the error for what could not be written to a temporary file."""
+    return WriteError(
+        f"{what} to a temporary file: {error}. Make room there, or set TMPDIR to a folder that has "
+        "some."
+    )
+
+
 class StoreError(RuntimeError):
     """An object store refuses or fails; the message says which request, and how.
 

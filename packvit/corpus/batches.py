@@ -12,10 +12,8 @@ from packvit.corpus.inputs.sources import Input, read
 from packvit.encoder import Encoder
 from packvit.hub import load
 from packvit.images.errors import ImageError
-from packvit.images.patches import Cutting
 from packvit.images.resize import Resize
 from packvit.packs.checks import check_projected
-from packvit.packs.embedding import embed_images
 
 STATUS = "status"
 
@@ -92,23 +90,15 @@ class Embedder:
         def note(index: int, error: ImageError) -> None:
             codes[good[index]] = error.code
 
-        config = encoder.config
-        width = (self.projected and config.projection) or config.vector_width
-        with torch.inference_mode():
-            found = embed_images(
-                sources,
-                lambda pack: encoder.encode(
-                    pack,
-                    projected=self.projected,
-                    merged=bool(encoder.merger) and not self.projected,
-                ).vectors(),
-                Cutting(encoder.images, encoder.patch_order, self.resize, self.max_patches),
-                encoder.device,
-                width=width,
-                token_budget=self.token_budget,
-                on_error=note,
-            )
-        vectors = np.full((len(codes), width), np.nan, np.float32)
+        found = encoder.embed(
+            sources,
+            token_budget=self.token_budget,
+            projected=self.projected,
+            resize=self.resize,
+            max_patches=self.max_patches,
+            errors=note,
+        )
+        vectors = np.full((len(codes), found.shape[1]), np.nan, np.float32)
         vectors[good] = found
         for place in np.flatnonzero(~np.isfinite(vectors).all(1)):
             vectors[place] = np.nan

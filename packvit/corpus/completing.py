@@ -35,7 +35,7 @@ def run(
 ) -> Summary:
     """Run all shards that the locked folder does not hold, and commit them in order.
 
-    `again` are the rows to be done anew, by the number of their part.
+    `again` are the rows to embed again, by the number of their part.
     """
     names = names_of(folder)
     manifest = found.manifest | {"complete": False, "counts": None}
@@ -118,9 +118,9 @@ def shards(
     kept: Mapping[int, Commit],
     again: Mapping[int, tuple[int, ...]],
 ) -> Iterator[Shard]:
-    """Yield the inputs of parts in order; of parts that are kept, those to do again.
+    """Yield the inputs of the parts in order; of a part that is kept, only the rows to do again.
 
-    A part has `size` inputs, and the last what is left.
+    A part has `size` inputs, the last one what is left.
     """
     for number in parts:
         inputs = listing.between(number * size, (number + 1) * size)
@@ -133,7 +133,7 @@ def shards(
 
 
 def choose_codes(retry: bool | Sequence[str]) -> frozenset[str]:
-    """Return the error codes whose rows are done again.
+    """Return the error codes whose rows are embedded again.
 
     Raises: UsageError for a code that rows do not have.
     """

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from packvit.config import GridPolicy, LoadOptions
+from packvit.config import GridPolicy
 from packvit.corpus import UsageError
 from packvit.corpus.completing import choose_codes
 from packvit.corpus.decode.prepare import Decode
@@ -37,6 +37,7 @@ from packvit.encoder import Encoder
 from packvit.gpu.nvjpeg import ask_for_queues
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import Resize
+from packvit.model.options import LoadOptions
 
 MOST_WORKERS = 16  # that one process starts by default
 
@@ -85,7 +86,7 @@ def embed(
 
     If `out` holds a part of the same job, the job resumes after it; if it holds all of it, no image
     is read. `overwrite` removes what packvit wrote there and starts over. `retry_errors` does the
-    rows anew that are errors, of all codes or of those named, and keeps all others. `shard` "3/64"
+    rows again that are errors, of all codes or of those named, and keeps all others. `shard` "3/64"
     does the third of 64 runs of the job's parts; `packvit.merge` puts the 64 folders together.
 
     Rows of the folders `reuse` whose photographs have the same bytes are taken over, if they are ok
@@ -110,8 +111,11 @@ def embed(
     processes; None is one for each CPU, up to 16. At most `pixels_in_flight` pixels are decoded or
     waiting at a time, and an image that takes longer than `image_timeout` becomes an error.
     `decode` "gpu" decodes JPEGs on the encoder's GPU if the result equals Pillow's bit for bit;
-    the workers decode all other images. If a loaded encoder is on the GPU already, set
-    CUDA_DEVICE_MAX_CONNECTIONS=32 before anything uses CUDA; otherwise it is set here.
+    the workers decode all other images. "fast" has Pillow decode JPEGs that are far larger than
+    they are resized to at a half, a quarter or an eighth of their size: features differ a little,
+    so such a job neither resumes nor takes over rows of the others. If a loaded encoder is on the
+    GPU already, set CUDA_DEVICE_MAX_CONNECTIONS=32 before anything uses CUDA; otherwise it is set
+    here.
 
     `keep` names columns that come with the photographs and become columns of the parts: the keys of
     a .json beside an image of the same name in a tar, a zip or a local folder ("txt" and "cls" for

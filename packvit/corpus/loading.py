@@ -65,9 +65,9 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
 
 
 def outline_encoder(choice: ModelChoice) -> Encoder:
-    """Return an encoder without numbers, which can be asked what it is while others load it.
+    """Return an encoder without numbers, which answers what it is while others load it.
 
-    Raises: as `load_encoder`, but for what is wrong with the numbers.
+    Raises: as `load_encoder`, except for what is wrong with the numbers.
     """
     with explaining():
         checkpoint = without_numbers(open_checkpoint(choice))

@@ -10,6 +10,7 @@ from packvit.corpus.inputs.listing import Listing
 from packvit.corpus.inputs.retries import BOUND
 from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
+from packvit.images.drafts import MARGIN
 from packvit.model.device import name_device
 from packvit.packs.planning import PLAN_VERSION
 from packvit.version import version_of
@@ -33,6 +34,8 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
             "max_pixels": options.max_pixels,
             # The pixels are the same except in damaged scans, which the two fill differently.
             "decode": options.decode,
+            # Of "fast", whose pixels are not Pillow's of the whole JPEG.
+            **({"draft_margin": MARGIN} if options.decode == "fast" else {}),
         },
         "device": encoder.device.type,
         "dtype": str(encoder.dtype).removeprefix("torch."),
@@ -55,7 +58,7 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
 
 
 def without_clips(images: ImageConfig) -> dict[str, Any]:
-    """Return how images are prepared; a job has no clips, so how theirs are decides nothing."""
+    """Return how images are prepared, without the size of frames: a job has no clips."""
     return {name: value for name, value in asdict(images).items() if name != "frame_sizing"}
 
 
@@ -90,6 +93,6 @@ def draft(
 
 
 def rows_before(recorded: Mapping[str, Any]) -> int | None:
-    """Return the rows of a part of the job that a manifest records, or None if it says none."""
+    """Return the rows per part that a manifest records, or None."""
     rows = recorded.get("rows_per_part")
     return rows if type(rows) is int and rows > 0 else None

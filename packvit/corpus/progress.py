@@ -106,7 +106,7 @@ class Summary:
     kept_rows: int = 0  # of `rows`, those that were committed before
     kept_tokens: int = 0
     shares: Shares = Shares()
-    halved: int = 0  # packs that were split for want of memory
+    halved: int = 0  # packs that were split for lack of memory
     passed_over: dict[str, int] = field(default_factory=dict)  # of `ignored`, by suffix
     on_gpu: int | None = None  # images that were decoded there, where that was asked for
     reused: int = 0  # rows that were taken over from other folders

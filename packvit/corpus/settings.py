@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from packvit.config import EncoderConfig, LoadOptions, MostPatches, Table
+from packvit.config import EncoderConfig, MostPatches, Table
 from packvit.corpus import UsageError
 from packvit.corpus.decode.prepare import Decode
 from packvit.corpus.decode.queue import IMAGE_TIMEOUT, PIXELS_IN_FLIGHT, Decoders
@@ -21,6 +21,7 @@ from packvit.gpu.decoder import BYTES_A_PIXEL, PIXELS_AT_ONCE
 from packvit.images.decode import MAX_PIXELS
 from packvit.images.resize import NATIVE_MOST_PATCHES, Resize, resize_plan
 from packvit.model.memory import peak
+from packvit.model.options import LoadOptions
 from packvit.packs.checks import count_from_front
 
 # Rows of a part, a power of two. 64 are about a minute of a large model on a CPU, and with 1,000
@@ -128,8 +129,8 @@ def check_options(options: EmbedOptions) -> None:
         raise UsageError(f"image_timeout is {options.image_timeout}, but must be above 0 seconds.")
     if options.dtype_out not in ("float16", "float32"):
         raise UsageError(f'dtype_out is "{options.dtype_out}". Choose float16 or float32.')
-    if options.decode not in ("pil", "gpu"):
-        raise UsageError(f'decode is "{options.decode}". Choose pil or gpu.')
+    if options.decode not in ("pil", "fast", "gpu"):
+        raise UsageError(f'decode is "{options.decode}". Choose pil, fast or gpu.')
 
 
 def fit_options(encoder: Encoder, options: EmbedOptions) -> EmbedOptions:
@@ -184,12 +185,12 @@ def typical_patches(encoder: Encoder, options: EmbedOptions) -> int:
 
 
 def choose_rows(device: torch.device | None, inputs: int, *, large: bool) -> int:
-    """Return the rows of a part of a job of `inputs` on a kind of device; None is any.
+    """Return the rows per part of a job of `inputs` on a kind of device; None is any.
 
-    What is not committed is lost when a job is killed: on a CPU, whose rows take long, and with
-    `large` rows, of tokens or taps, parts are small. A GPU's parts are larger, so that more packs
-    are full, unless that leaves fewer than `FEWEST_PARTS`. It does not depend on the number of
-    processes, since the output does not.
+    A killed job loses what is not committed, so parts are small on a CPU, whose rows take long, and
+    where rows are `large`: with tokens or taps. On a GPU they are larger, so that more packs are
+    full, unless that leaves fewer than `FEWEST_PARTS`. The number of processes does not matter,
+    since the output must not depend on it.
     """
     small = large or (device is not None and device.type == "cpu")
     rows = FEWEST_ROWS if small else MOST_ROWS

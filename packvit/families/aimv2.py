@@ -19,9 +19,10 @@ from packvit.checkpoints.config_json import (
     write_sizes,
 )
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant, beside_text
-from packvit.checkpoints.rules import convolution, gated, layers, rename, reshape
+from packvit.checkpoints.rules import convolution, layers, rename, reshape
 from packvit.config import EncoderConfig, SinCos, Table
 from packvit.encoder import Encoder
+from packvit.families.aimv2_blocks import APPLE_BLOCKS, TRANSFORMERS_BLOCKS
 from packvit.families.clip_siglip import clip_images
 from packvit.model.embeddings import PatchEmbeddings
 from packvit.model.layers import Attention, Block, Blocks
@@ -32,21 +33,6 @@ SHARED = ("visual_projection.weight", "image_projector.weight")  # of LiT, by la
 TEXT = ("text_model", "text_projection", "logit_scale")  # the other tower, by layout
 TEXT_APPLE = ("text_encoder", "text_projector", "log_logit_scale")
 
-APPLE_BLOCKS = (
-    *layers(
-        "encoder.layers.{i}.",
-        "trunk.blocks.{i}.",
-        {
-            "attention_norm": "norm_1",
-            "attention.qkv": "attn.qkv",
-            "attention.out": "attn.proj",
-            "mlp_norm": "norm_2",
-            "mlp.down": "mlp.fc2",
-        },
-    ),
-    *gated("encoder.layers.{i}.mlp.gate_up", "trunk.blocks.{i}.mlp.", "fc1 fc3"),
-    *layers("", "", {"norm": "trunk.post_trunk_norm"}),
-)
 APPLE = (
     *convolution("embeddings.patches", "preprocessor.patchifier.proj"),
     reshape("embeddings.positions", "preprocessor.pos_embed", 1),
@@ -54,22 +40,6 @@ APPLE = (
     *APPLE_BLOCKS,
     reshape("head.query", "head.cls_token", 1, 1),
     *layers("head.", "head.", {"kv": "k v", "out": "linear"}),
-)
-
-TRANSFORMERS_BLOCKS = (
-    *layers(
-        "encoder.layers.{i}.",
-        "encoder.layers.{i}.",
-        {
-            "attention_norm": "rms_norm1",
-            "attention.qkv": "attention.q_proj attention.k_proj attention.v_proj",
-            "attention.out": "attention.out_proj",
-            "mlp_norm": "rms_norm2",
-            "mlp.down": "ffn.down_proj",
-        },
-    ),
-    *gated("encoder.layers.{i}.mlp.gate_up", "encoder.layers.{i}.ffn.", "gate_proj up_proj"),
-    *layers("", "", {"norm": "rms_norm"}),
 )
 TRANSFORMERS_RULES = (
     *convolution("embeddings.patches", "embeddings.patch_embed"),

@@ -1,5 +1,9 @@
 """What CLIP's and SigLIP's checkpoints share, and AIMv2 and OneVision-Encoder took over."""
 
+from collections.abc import Collection
+from typing import Any
+
+from packvit.checkpoints.config_json import Json, activation, entry, sizes, write_sizes
 from packvit.checkpoints.rules import Rule, layers, rename, reshape
 from packvit.config import CLIP_STATISTICS, EncoderConfig, ImageConfig, ShortestEdge, Table
 
@@ -26,6 +30,31 @@ def probe_head(norm: str) -> tuple[Rule, ...]:
 
 
 PROBE_HEAD = probe_head("layernorm")  # the same in both generations
+
+
+def read_siglip(
+    config: Json, names: Collection[str], patch: int, positions: Table
+) -> EncoderConfig:
+    """Read what SigLIP and SigLIP2 NaFlex share of the vision tower's config.json."""
+    return EncoderConfig(
+        **sizes(config, width=768, layers=12, heads=12, mlp_width=3072),
+        patch=patch,
+        positions=positions,
+        norm="layer",
+        norm_eps=entry(config, "layer_norm_eps", float, 1e-6),
+        activation=activation(config, "gelu_pytorch_tanh"),
+        pool="probe" if any(name.endswith("head.probe") for name in names) else None,
+    )
+
+
+def write_siglip(config: EncoderConfig, model: str, architecture: str) -> dict[str, Any]:
+    """Write what SigLIP and SigLIP2 NaFlex share of config.json."""
+    written = write_sizes(config) | {
+        "model_type": model,
+        "architectures": [architecture],
+        "layer_norm_eps": config.norm_eps,
+    }
+    return written if config.pool else written | {"vision_use_head": False}
 
 
 def clip_images(config: EncoderConfig) -> ImageConfig:

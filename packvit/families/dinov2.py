@@ -12,13 +12,7 @@ from typing import Any
 from packvit.checkpoints.config_json import Json, entry, square
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import Rule, convolution, gated, layers, rename, reshape
-from packvit.config import (
-    IMAGENET_STATISTICS,
-    EncoderConfig,
-    ImageConfig,
-    ShortestEdge,
-    Table,
-)
+from packvit.config import IMAGENET_STATISTICS, EncoderConfig, ImageConfig, ShortestEdge, Table
 from packvit.encoder import Encoder
 from packvit.families.dinov2_blocks import read_blocks, write_blocks
 

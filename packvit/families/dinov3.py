@@ -9,7 +9,15 @@ Source: "DINOv3", arXiv:2508.10104; transformers 5.17, models/dinov3_vit.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints.config_json import Json, activation, entry, sizes, square, write_sizes
+from packvit.checkpoints.config_json import (
+    Json,
+    activation,
+    base,
+    entry,
+    sizes,
+    square,
+    write_sizes,
+)
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import Rule, convolution, fuse, gated, layers, rename, reshape
@@ -66,7 +74,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
         **sizes(config, width=384, layers=12, heads=6, mlp_width=1536),
         patch=square(config, "patch_size", 16),
         positions=None,
-        rotary=Rotary(entry(config, "rope_theta", float, 100.0)),
+        rotary=Rotary(base(config, 100.0)),
         norm="layer",
         norm_eps=entry(config, "layer_norm_eps", float, 1e-5),
         activation=activation(config, "gelu"),

@@ -9,7 +9,15 @@ Source: github.com/EvolvingLMMs-Lab/OneVision-Encoder at c2cd3e0, its folder one
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints.config_json import Json, activation, entry, sizes, square, write_sizes
+from packvit.checkpoints.config_json import (
+    Json,
+    activation,
+    base,
+    entry,
+    sizes,
+    square,
+    write_sizes,
+)
 from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Layout, Reference
 from packvit.checkpoints.rules import convolution, layers, neighbours
@@ -39,7 +47,7 @@ NORMS: dict[str, Norm] = {"layer_norm": "layer", "rms_norm": "rms"}
 IMAGE, FRAME = 448, 224  # pixels, as the authors trained on photographs and on videos
 ELSEWHERE = (
     "OneVision-Encoder is verified beside its arithmetic in float64, in our tests, and once beside "
-    "its authors' code (benchmarks/RUNS.md): transformers has no class of it."
+    "its authors' code (benchmarks/RUNS.md): transformers has no class for it."
 )
 
 
@@ -62,7 +70,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
         patch=square(config, "patch_size", 14),
         positions=None,
         rotary=VideoRotary(
-            entry(config, "rope_theta", float, 10000.0),
+            base(config, 10000.0),
             None if times is None else square(config, "rope_temporal_size", 64),
         ),
         norm=NORMS[norm],

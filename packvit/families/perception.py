@@ -12,7 +12,6 @@ from collections.abc import Collection
 from typing import Any
 
 from packvit.checkpoints.config_json import Json, entry, square
-from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import convolution, fuse, layers, neighbours, rename, reshape
 from packvit.config import (
@@ -25,7 +24,13 @@ from packvit.config import (
     Table,
 )
 from packvit.encoder import Encoder
-from packvit.families.perception_sizes import ARCHITECTURES, COMMON, architecture_of, arguments_of
+from packvit.families.perception_sizes import (
+    ARCHITECTURES,
+    IMAGES,
+    architecture_of,
+    arguments_in,
+    arguments_of,
+)
 
 OURS, BLOCK = "encoder.layers.{i}.", "blocks.{i}."
 LAYERS = {
@@ -52,7 +57,6 @@ RULES = (
         for part in ("weight", "bias")
     ),
 )
-IMAGES = {"interpolation": "bicubic", "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 def read(config: Json, names: Collection[str]) -> EncoderConfig:
@@ -60,22 +64,9 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
 
     Raises: CheckpointError for arguments or preprocessing that no published checkpoint has.
     """
-    name = entry(config, "architecture", str)
-    classes = entry(config, "num_classes", int, 0)
-    again = {"in_chans": 3, "num_classes": classes}  # which timm itself writes among the arguments
-    given = entry({"model_args": {}, **config}, "model_args", dict)
-    given = {key: value for key, value in given.items() if again.get(key, ...) != value}
-    made: dict[str, Any] = ARCHITECTURES[name] | given
-    shown = {**IMAGES, **entry({"pretrained_cfg": {}, **config}, "pretrained_cfg", dict)}
+    made = arguments_in(config)
     patch, width = square(made, "patch_size"), entry(made, "embed_dim", int)
-    pooled = made["global_pool"]
-    side = square(made, "img_size") // patch
-    known = {**shown, **IMAGES} == shown and list(made["ref_feat_shape"]) == [side, side]
-    if not known or made.keys() > ARCHITECTURES[name].keys() or pooled not in ("map", "avg"):
-        raise CheckpointError(
-            f'config.json says "model_args": {given} and "pretrained_cfg": {shown}; packvit knows '
-            f'{", ".join(COMMON)}, "ref_feat_shape" of {side} x {side} patches, and {IMAGES}.'
-        )
+    side, pooled = square(made, "img_size") // patch, made["global_pool"]
     probe = Probe(
         entry(made, "attn_pool_num_heads", int),
         int(width * entry(made, "attn_pool_mlp_ratio", (int, float))),
@@ -99,7 +90,7 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
         final_norm="tokens" if pooled == "map" else None,
         pool="probe" if pooled == "map" else None,
         probe=probe if pooled == "map" else None,
-        projection=classes or None,
+        projection=entry(config, "num_classes", int, 0) or None,
         projection_bias=True,
     )
 

@@ -5,6 +5,8 @@ Source: timm 1.0.31, models/eva.py.
 
 from typing import Any
 
+from packvit.checkpoints.config_json import Json, entry, square
+from packvit.checkpoints.errors import CheckpointError
 from packvit.config import AxialRotary, EncoderConfig, Table
 
 # timm's arguments: those of all architectures, by size, and of some.
@@ -45,8 +47,32 @@ ARCHITECTURES = {
     for kind, size, patch, side, own in KINDS
 }
 
+IMAGES = {"interpolation": "bicubic", "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}
+
 # What pools, and with it what is normed, is no argument but a matter of the name.
 OTHERS = {"map": "vit_pe_core_tiny_patch16_384", "avg": "vit_pe_spatial_tiny_patch16_512"}
+
+
+def arguments_in(config: Json) -> dict[str, Any]:
+    """Return the arguments that a config.json of timm's makes an architecture with.
+
+    Raises: CheckpointError for arguments or preprocessing that no published checkpoint has.
+    """
+    known = ARCHITECTURES[entry(config, "architecture", str)]
+    classes = entry(config, "num_classes", int, 0)
+    again = {"in_chans": 3, "num_classes": classes}  # which timm itself writes among the arguments
+    given = entry({"model_args": {}, **config}, "model_args", dict)
+    given = {key: value for key, value in given.items() if again.get(key, ...) != value}
+    made: dict[str, Any] = known | given
+    shown = {**IMAGES, **entry({"pretrained_cfg": {}, **config}, "pretrained_cfg", dict)}
+    side = square(made, "img_size") // square(made, "patch_size")
+    alike = {**shown, **IMAGES} == shown and made["ref_feat_shape"] == [side, side]
+    if not alike or made.keys() > known.keys() or made["global_pool"] not in ("map", "avg"):
+        raise CheckpointError(
+            f'config.json says "model_args": {given} and "pretrained_cfg": {shown}; packvit knows '
+            f'{", ".join(COMMON)}, "ref_feat_shape" of {side} x {side} patches, and {IMAGES}.'
+        )
+    return made
 
 
 def architecture_of(made: dict[str, Any]) -> str:

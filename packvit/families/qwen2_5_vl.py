@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from packvit.checkpoints.config_json import Json, activation, entry, sizes, square, tower
+from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import gated
 from packvit.config import CLIP_STATISTICS, EncoderConfig, Merger, Windows
@@ -24,10 +25,19 @@ RULES = (
 
 
 def read(config: Json, names: Collection[str]) -> EncoderConfig:
-    """Read config.json of the tower, alone or within the whole model's."""
+    """Read config.json of the tower, alone or within the whole model's.
+
+    Raises: CheckpointError for windows smaller than a square of the merger.
+    """
     inner = tower(config)
     patch, side = square(inner, "patch_size", 14), square(inner, "spatial_merge_size", 2)
-    squares = entry(inner, "window_size", int, 112) // side // patch  # that a window is wide
+    window = entry(inner, "window_size", int, 112)
+    squares = window // side // patch  # that a window is wide
+    if squares == 0:
+        raise CheckpointError(
+            f'config.json says "window_size": {window}, but a window holds at least one square of '
+            f"the merger, {side * patch} pixels."
+        )
     full = qwen_vl.layer_numbers(inner, "fullatt_block_indexes", (7, 15, 23, 31))
     return EncoderConfig(
         **sizes(inner, qwen_vl.WORDS, width=3584, layers=32, heads=16, mlp_width=3420),

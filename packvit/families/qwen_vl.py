@@ -73,13 +73,15 @@ def choices(config: Json) -> dict[str, Any]:
 def layer_numbers(config: Json, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
     """Return the layers that an entry of config.json lists.
 
-    Raises: CheckpointError for what are no layers.
+    Raises: CheckpointError for numbers that are not layers, or the same one twice.
     """
     layers = entry(config, name, (list, tuple), default)
     depth = entry(config, WORDS["layers"], int, 1 + max(default))
-    if not all(type(layer) is int and 0 <= layer < depth for layer in layers):
+    known = all(type(layer) is int and 0 <= layer < depth for layer in layers)
+    if not known or len({*layers}) < len(layers):
         raise CheckpointError(
-            f'config.json says "{name}": {layers}, which are no layers of {depth}.'
+            f'config.json says "{name}": {layers}, but it must name layers below {depth}, each '
+            "once."
         )
     return tuple(layers)
 
@@ -98,6 +100,6 @@ def write_tower(config: EncoderConfig, words: Mapping[str, str] = WORDS) -> dict
 def images(
     config: EncoderConfig, statistics: tuple[Statistics, Statistics], sizing: PixelRange
 ) -> ImageConfig:
-    """Return the preprocessing: as many pixels as there are, within bounds, in whole squares."""
+    """Return the preprocessing: the image's own size, in whole squares and within bounds."""
     assert config.merger is not None
     return ImageConfig(config.patch, *statistics, "bicubic", sizing, config.merger.side)

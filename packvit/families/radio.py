@@ -2,22 +2,16 @@
 
 The table of positions is resized to the square of an image's longer side, of which the top left is
 taken. The model normalises pixels by itself, by CLIP's statistics. config.json is transformers', or
-the authors' own (`radio_args.py`); the tensors' names are the same.
+the authors' own (`radio_entries.py`); the tensors' names are the same.
 
 Source: arXiv:2412.07679; "C-RADIOv4", arXiv:2601.17237; transformers 5.17, models/radio.
 """
 
-from collections.abc import Collection
-from typing import Any
-
-from packvit.checkpoints.config_json import Json, entry
-from packvit.checkpoints.errors import CheckpointError
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant
 from packvit.checkpoints.rules import Rule, gated, layers, linear_over_channels, rename, reshape
-from packvit.config import CLIP_STATISTICS, EncoderConfig, ImageConfig, Summary, Table
+from packvit.config import CLIP_STATISTICS, EncoderConfig, ImageConfig
 from packvit.encoder import Encoder
-from packvit.families.dinov2_blocks import read_blocks, write_blocks
-from packvit.families.radio_args import entries_of
+from packvit.families.radio_entries import STATISTICS, read, write
 
 MODEL = "radio_model.model."
 OURS, BLOCK = "encoder.layers.{i}.", f"{MODEL}blocks.{{i}}."
@@ -45,71 +39,16 @@ GATED = (
     *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "down_proj"}),
     *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "gate_proj up_proj"),
 )
+FUSED = (  # by their names in transformers 5.17
+    *gated(f"{OURS}mlp.gate_up", f"{BLOCK}mlp.", "weights_in"),
+    *layers(f"{OURS}mlp.", f"{BLOCK}mlp.", {"down": "weights_out"}),
+)
 CARRIED = {
     "summary_idxs": "radio_model.summary_idxs",
     "norm_mean": "radio_model.input_conditioner.norm_mean",
     "norm_std": "radio_model.input_conditioner.norm_std",
     "video_embedder": f"{GENERATOR}video_embedder.weight",
 }
-STATISTICS = dict(zip(("norm_mean", "norm_std"), map(list, CLIP_STATISTICS), strict=True))
-
-
-def read(config: Json, names: Collection[str]) -> EncoderConfig:
-    """Read config.json; the names say whether there are scales.
-
-    Raises: CheckpointError for class tokens, statistics or scales that no published model has.
-    """
-    if "args" in config and "hidden_size" not in config:
-        config = entries_of(config)
-    blocks = read_blocks({"patch_size": 16, **config}, width=1280, layers=32, heads=16)
-    side = entry(config, "max_img_size", int, 2048) // blocks["patch"]
-    tokens = entry(config, "num_cls_tokens", int, 3)
-    registers = entry(config, "num_registers", int, 7)
-    chosen = entry({"summary_idxs": [0, 1], **config}, "summary_idxs", (list, tuple))
-    if not chosen or not all(type(x) is int and x in range(tokens) for x in chosen):
-        raise CheckpointError(
-            f'config.json says "summary_idxs": {chosen}, which are none of {tokens} class tokens.'
-        )
-    for name, known in STATISTICS.items():
-        if list(entry({name: known, **config}, name, (list, tuple))) != known:
-            raise CheckpointError(
-                f'config.json says "{name}": {config[name]}; packvit knows CLIP\'s, {known}.'
-            )
-    scaled = BLOCK.format(i=0) + SCALE.format(half=1) in names
-    if not scaled and entry(config, "layerscale_value", float, 1.0) != 1.0:
-        raise CheckpointError(
-            f'config.json says "layerscale_value": {config["layerscale_value"]}, but there are no '
-            "tensors of scales, and without them packvit knows 1."
-        )
-    return EncoderConfig(
-        **blocks,
-        positions=Table(side, side, "square_then_crop", any_grid=True),
-        patch_bias=False,
-        layer_scale=scaled,
-        registers=tokens + registers,
-        final_norm=None,
-        pool="class",
-        summary=Summary(tokens, tuple(chosen)),
-    )
-
-
-def write(config: EncoderConfig) -> dict[str, Any]:
-    """Write config.json as transformers' RadioConfig."""
-    table, summary = config.positions, config.summary
-    assert isinstance(table, Table)
-    assert summary is not None
-    written = write_blocks(config)
-    return {
-        **written,
-        **STATISTICS,
-        "model_type": "radio",
-        "architectures": ["RadioModel"],
-        "max_img_size": table.rows * config.patch,
-        "mlp_ratio": float(written["mlp_ratio"]),
-        "num_cls_tokens": summary.tokens,
-        "num_registers": config.registers - summary.tokens,
-        "summary_idxs": list(summary.chosen),
-    }
 
 
 def images(config: EncoderConfig) -> ImageConfig:
@@ -120,13 +59,14 @@ def images(config: EncoderConfig) -> ImageConfig:
 def layout(mlp: tuple[Rule, ...]) -> Layout:
     """Return the layout of checkpoints with one kind of MLP; heads for teachers are skipped."""
     marker, skipped = mlp[0].theirs[0].format(i=0), ("radio_model.adaptors",)
-    return Layout("transformers", marker, (*RULES, *mlp), read, write, CARRIED, skipped)
+    rules = (*RULES, *mlp)
+    return Layout("transformers", marker, rules, read, write, CARRIED, STATISTICS, skipped)
 
 
 FAMILY = Family(
     name="C-RADIO",
     model_types=("radio", "RADIOModel"),
-    layouts=(layout(PLAIN), layout(GATED)),
+    layouts=(layout(PLAIN), layout(GATED), layout(FUSED)),
     images=images,
     checkpoints=(
         *(f"nvidia/C-RADIOv3-{size}" for size in ("B", "L", "H")),
@@ -135,7 +75,10 @@ FAMILY = Family(
     reference=Reference(
         variants=(
             Variant("plain", "RadioModel", {"max_img_size": 224, "mlp_ratio": 2.0}),
-            Variant("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
+            Variant(
+                *("SwiGLU", "RadioModel", {"max_img_size": 224, "use_swiglu_ffn": True}),
+                since="5.24",
+            ),
         ),
         processor="CLIPImageProcessorPil",
         processor_options={

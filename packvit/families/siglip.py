@@ -7,20 +7,12 @@ models/siglip.
 from collections.abc import Collection
 from typing import Any
 
-from packvit.checkpoints.config_json import (
-    Json,
-    activation,
-    entry,
-    sizes,
-    square,
-    tower,
-    write_sizes,
-)
+from packvit.checkpoints.config_json import Json, square, tower
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant, beside_text
 from packvit.checkpoints.rules import convolution, layers, rename
 from packvit.config import HALF_STATISTICS, EncoderConfig, Exact, ImageConfig, Table
 from packvit.encoder import Encoder
-from packvit.families.clip_siglip import CLIP_BLOCK, PROBE_HEAD
+from packvit.families.clip_siglip import CLIP_BLOCK, PROBE_HEAD, read_siglip, write_siglip
 
 RULES = (
     *convolution("embeddings.patches", "embeddings.patch_embedding"),
@@ -36,28 +28,15 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     config = tower(config)
     patch = square(config, "patch_size", 16)
     side = square(config, "image_size", 224) // patch
-    return EncoderConfig(
-        **sizes(config, width=768, layers=12, heads=12, mlp_width=3072),
-        patch=patch,
-        positions=Table(side, side, resize="bicubic"),
-        norm="layer",
-        norm_eps=entry(config, "layer_norm_eps", float, 1e-6),
-        activation=activation(config, "gelu_pytorch_tanh"),
-        pool="probe" if any(name.endswith("head.probe") for name in names) else None,
-    )
+    return read_siglip(config, names, patch, Table(side, side, resize="bicubic"))
 
 
 def write(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json as transformers' SiglipVisionConfig."""
     table = config.positions
     assert isinstance(table, Table)
-    written = write_sizes(config) | {
-        "model_type": "siglip_vision_model",
-        "architectures": ["SiglipVisionModel"],
-        "image_size": table.rows * config.patch,
-        "layer_norm_eps": config.norm_eps,
-    }
-    return written if config.pool else written | {"vision_use_head": False}
+    written = write_siglip(config, "siglip_vision_model", "SiglipVisionModel")
+    return written | {"image_size": table.rows * config.patch}
 
 
 def images(config: EncoderConfig) -> ImageConfig:

@@ -10,20 +10,12 @@ from collections.abc import Collection
 from math import isqrt
 from typing import Any
 
-from packvit.checkpoints.config_json import (
-    Json,
-    activation,
-    entry,
-    sizes,
-    square,
-    tower,
-    write_sizes,
-)
+from packvit.checkpoints.config_json import Json, entry, square, tower
 from packvit.checkpoints.layouts import Family, Layout, Reference, Variant, beside_text
 from packvit.checkpoints.rules import layers, rename
 from packvit.config import HALF_STATISTICS, EncoderConfig, ImageConfig, MostPatches, Table
 from packvit.encoder import Encoder
-from packvit.families.clip_siglip import CLIP_BLOCK, PROBE_HEAD
+from packvit.families.clip_siglip import CLIP_BLOCK, PROBE_HEAD, read_siglip, write_siglip
 from packvit.model.embeddings import PatchEmbeddings
 from packvit.model.layers import Attention, Block, Blocks
 
@@ -40,28 +32,16 @@ def read(config: Json, names: Collection[str]) -> EncoderConfig:
     """Read config.json of the vision tower, alone or beside a text tower."""
     config = tower(config)
     side = isqrt(entry(config, "num_patches", int, 256))
-    return EncoderConfig(
-        **sizes(config, width=768, layers=12, heads=12, mlp_width=3072),
-        patch=square(config, "patch_size", 16),
-        positions=Table(side, side, resize="bilinear_antialias", any_grid=True),
-        norm="layer",
-        norm_eps=entry(config, "layer_norm_eps", float, 1e-6),
-        activation=activation(config, "gelu_pytorch_tanh"),
-        pool="probe" if any(name.endswith("head.probe") for name in names) else None,
-    )
+    table = Table(side, side, resize="bilinear_antialias", any_grid=True)
+    return read_siglip(config, names, square(config, "patch_size", 16), table)
 
 
 def write(config: EncoderConfig) -> dict[str, Any]:
     """Write config.json as transformers' Siglip2VisionConfig."""
     table = config.positions
     assert isinstance(table, Table)
-    written = write_sizes(config) | {
-        "model_type": "siglip2_vision_model",
-        "architectures": ["Siglip2VisionModel"],
-        "num_patches": table.rows * table.columns,
-        "layer_norm_eps": config.norm_eps,
-    }
-    return written if config.pool else written | {"vision_use_head": False}
+    written = write_siglip(config, "siglip2_vision_model", "Siglip2VisionModel")
+    return written | {"num_patches": table.rows * table.columns}
 
 
 def images(config: EncoderConfig) -> ImageConfig:

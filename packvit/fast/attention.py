@@ -6,9 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packvit.fast.int8 import is_hopper
 from packvit.model.attention import FA4_HEAD_DIM, Backend, fa4_arguments
 from packvit.model.embeddings import CosSin
 from packvit.packs.segments import Segments
+
+# Up to so many tokens, and for such heads, our kernel for sequences of one length takes less time
+# than FlashAttention-4's (benchmarks/LOG.md). It reads no other sequence, so nothing is zeroed.
+SHORT = 320
+SHORT_HEAD_DIM = 64
 
 
 def attend(
@@ -40,6 +46,10 @@ def attend(
     if rotary is not None:
         rotate_queries_and_keys_(whole, *rotary)
     if backend.name == "fa4":
+        if batched and is_short(whole, segments):
+            from packvit.fast.kernels.short_attention import attend_short
+
+            return attend_short(whole, segments.max_seqlen).flatten(-2)
         return run_fa4_(query, key, value, segments, batched).flatten(-2)
     return backend.run(query, key, value, segments, segments).flatten(-2)
 
@@ -47,6 +57,17 @@ def attend(
 def is_batch(lengths: Sequence[int]) -> bool:
     """Return whether a pack is a batch of several sequences of one length."""
     return len(lengths) > 1 and min(lengths) == max(lengths)
+
+
+def is_short(whole: Tensor, segments: Segments) -> bool:
+    """Return whether sequences of one length have the kernel for short ones, on a Hopper GPU."""
+    depth = whole.shape[-1]
+    return (
+        segments.max_seqlen <= SHORT
+        and depth == SHORT_HEAD_DIM
+        and not segments.causal
+        and is_hopper(whole.device)
+    )
 
 
 def rotate_queries_and_keys_(

@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def wants_grad(blocks: nn.Module, x: Tensor) -> bool:
+    """Return whether gradients of what the blocks make of `x` may be asked for."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(parameter.requires_grad for parameter in blocks.parameters())
+    )
 
 
 class AddNorm(torch.autograd.Function):

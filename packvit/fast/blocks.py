@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from packvit.fast import cpu
 from packvit.fast.attention import attend, is_batch
+from packvit.fast.autograd import wants_grad
 from packvit.fast.caches import keep_kernels
 from packvit.fast.hooks import is_hooked
 from packvit.fast.steps import Delta, add_norm, mlp_hidden, project
 from packvit.model.attention import Backend
 from packvit.model.capability import is_too_old
 from packvit.model.embeddings import CosSin
-from packvit.model.layers import Block, Blocks, first_linear
+from packvit.model.layers import MLP, Attention, Block, Blocks, GatedMLP, first_linear
 from packvit.model.linear import Linear
 from packvit.model.norms import RMSNorm, Tokens
 from packvit.packs.segments import Segments, WindowSegments
@@ -30,21 +32,24 @@ RunBlocks = Callable[..., tuple[Tokens, dict[int, Tokens]]]  # what Blocks.forwa
 
 
 def choose_blocks(blocks: Blocks, x: Tokens) -> RunBlocks:
-    """Return what runs the blocks on tokens such as `x`: `run_blocks`, or the blocks themselves."""
+    """Return what runs the blocks on tokens such as `x`: one of ours, or the blocks themselves."""
     if x.is_cuda:
         keep_kernels()  # before the first is imported
-    return partial(run_blocks, blocks) if can_run(blocks, x) else blocks
+    if not can_run(blocks, x):
+        return blocks
+    return partial(run_blocks if x.is_cuda else cpu.run_blocks, blocks)
 
 
 def can_run(blocks: Blocks, x: Tokens) -> bool:
-    """Return whether `run_blocks` applies: on a recent GPU, 16 bits throughout, unwatched.
+    """Return whether a `run_blocks` applies: this one on a recent GPU in 16 bits, or the CPU's.
 
-    Matrices may be anything, since what is no plain `Linear` is called; norms must be ours.
+    Blocks must be unwatched and of one dtype. Matrices may be anything, since what is no plain
+    `Linear` is called; norms must be ours.
     """
-    if not can_hold(x):
-        return False
     # What is compiled is fused by the compiler. A subclass of Tensor cannot be given to a kernel.
-    if type(x) is not Tensor or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    if not (can_hold(x) or cpu.can_multiply(blocks, x)):
         return False
     return not is_hooked(blocks) and all(fits(block, x.dtype) for block in blocks.layers)
 
@@ -60,6 +65,8 @@ def fits(block: nn.Module, dtype: torch.dtype) -> bool:
     if type(block) is not Block or block._compiled_call_impl is not None:
         return False
     if block.mlp.activation == "relu":  # our kernels have none: one text tower is built with it
+        return False
+    if type(block.attention) is not Attention or type(block.mlp) not in (MLP, GatedMLP):
         return False
     for norm in (block.attention_norm, block.mlp_norm):
         if type(norm) not in (RMSNorm, nn.LayerNorm) or norm.weight.dtype != dtype:
@@ -83,9 +90,7 @@ def run_blocks(
 
     In inference matmuls write to the stream, so the caller's is copied first.
     """
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or any(parameter.requires_grad for parameter in blocks.parameters())
-    )
+    needs_grad = wants_grad(blocks, x)
     if not needs_grad:
         x = x.clone(memory_format=torch.contiguous_format)
     # Another kernel for sequences of one length is another rounding, which `invariant` excludes.

@@ -14,7 +14,7 @@ from packvit.fast.int8 import to_int8
 from packvit.model.layers import Blocks
 from packvit.model.memory import peak
 from packvit.model.positions import sine_cosine
-from packvit.model.trunk import ForwardPlan, Trunk, embed, last_norm, run_trunk, window_segments
+from packvit.model.trunk import ForwardPlan, Trunk, embed, last_norm, window_segments
 from packvit.packs.grid import frame_table, to_device
 from packvit.packs.places import PatchPlaces
 from packvit.packs.segments import Segments
@@ -38,7 +38,8 @@ class FastForward(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Return what `run_trunk` returns, to rounding; `owner` is the encoder of the trunk."""
         if not values.is_cuda:
-            return run_trunk(trunk, values, plan)
+            segments = Segments.from_lengths(plan.lengths, device=values.device)
+            return compute(trunk, plan, None, embed(trunk, values, plan), None, segments)
         rows, table, axis = embed_or_wait(trunk, values, plan)
         work = partial(compute, trunk, plan, axis)
         # Graphs fill up one set of segments, and windows would be a second one.

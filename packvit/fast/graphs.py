@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from packvit.fast.attention import is_batch
 from packvit.fast.hooks import is_hooked
-from packvit.model.attention import Backend
+from packvit.model.attention import MOST_SEQUENCES, Backend
 from packvit.model.memory import Peak, free_memory
 from packvit.packs.grid import to_device
 from packvit.packs.segments import Segments, make_cu_seqlens
@@ -241,6 +241,8 @@ class Graphs:
         size, owner = wanted.size, wanted.owner
         if size in self.too_large:
             return False
+        if size.sequences > MOST_SEQUENCES and not size.batched:
+            return False  # they take several launches, and which token is the first of each varies
         if not all(map(is_graphable, owner.modules())):
             self.met[size] -= 1  # as soon as it may be
             return False

@@ -19,7 +19,7 @@ from packvit.fast.int8 import (
 )
 from packvit.model.activations import ACTIVATIONS
 from packvit.model.layers import MLP, GatedMLP, LayerScale, first_linear, split_gate_up
-from packvit.model.linear import FLOOR, Linear, fill
+from packvit.model.linear import FLOOR, WORDS, Linear, fill, in_words
 from packvit.model.norms import Norm, Tokens
 
 
@@ -83,9 +83,10 @@ def add_linear_(x: Tokens, h: Tensor, linear: Linear) -> Tokens:
 
     Rounded once, from the fp32 sums.
     """
+    h, weight = in_words(h), in_words(linear.weight)
     if linear.invariant and len(h) < FLOOR:
-        return torch.addmm(fill(x, FLOOR), fill(h, FLOOR), linear.weight.t())[: len(h)]
-    return x.addmm_(h, linear.weight.t())
+        return torch.addmm(fill(x, FLOOR), fill(h, FLOOR), weight.t())[: len(h)]
+    return x.addmm_(h, weight.t())
 
 
 def mlp_hidden(
@@ -107,7 +108,7 @@ def act(h: Tokens | QuantizedRows, mlp: MLP, needs_grad: bool) -> Tensor:
         if not needs_grad and activation == "gelu_tanh" and up.bias is not None:
             if not up.invariant:
                 return linear_gelu_tanh(h, up)
-        elif not needs_grad and has_epilogue(up):
+        elif not needs_grad and up.out_features % WORDS == 0 and has_epilogue(up):
             from packvit.fast.kernels.matmuls import linear_act
 
             return linear_act(h, up.weight, up.bias, activation)
@@ -124,11 +125,7 @@ def linear_gelu_tanh(h: Tokens, up: Linear) -> Tensor:
 
 def has_epilogue(linear: Linear) -> bool:
     """Return whether our matmul with an activation takes a matrix: on Hopper, where it was made."""
-    return (
-        linear.out_features % 16 == 0
-        and linear.in_features % 8 == 0
-        and is_hopper(linear.weight.device)
-    )
+    return linear.in_features % WORDS == 0 and is_hopper(linear.weight.device)
 
 
 def gated_act(h: Tokens | QuantizedRows, mlp: GatedMLP, needs_grad: bool) -> Tensor:
@@ -139,7 +136,8 @@ def gated_act(h: Tokens | QuantizedRows, mlp: GatedMLP, needs_grad: bool) -> Ten
         return ACTIVATIONS[activation](gate) * up
     if needs_grad:
         return SiluMul.apply(gate_up(h))
-    if type(gate_up) is Linear and isinstance(h, Tensor) and has_epilogue(gate_up):
+    takes_zeros = type(mlp.down) is Linear  # behind what it reads
+    if type(gate_up) is Linear and takes_zeros and isinstance(h, Tensor) and has_epilogue(gate_up):
         from packvit.fast.kernels.matmuls import swiglu
 
         return swiglu(h, gate_up.weight, gate_up.bias)

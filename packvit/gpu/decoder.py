@@ -20,11 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from packvit.config import ImageConfig, PatchOrder
-from packvit.gpu.jpeg import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED, JpegPlan
-from packvit.gpu.nvjpeg import NO_MEMORY, NvJpeg, NvJpegError, Plane
+from packvit.gpu.jpeg import JpegPlan
+from packvit.gpu.nvjpeg import NO_MEMORY, NvJpeg, NvJpegError, Plane, load_library
 from packvit.gpu.reference import resize
 from packvit.gpu.resampling import rows_first, windows
 from packvit.images.resize import SizePlan
+from packvit.images.turns import FLIPPED_COLUMNS, FLIPPED_ROWS, TRANSPOSED
 
 PIXELS_AT_ONCE = 128 << 20  # decoded between two launches
 # For each of them, where nothing is enlarged: planes (1.5, or 3 of 4:4:4), RGB and half-resized.
@@ -105,17 +106,7 @@ class JpegDecoder:
         pixels_at_once: int = PIXELS_AT_ONCE,
         engine: Future[NvJpeg] | None = None,
     ) -> None:
-        if device.type != "cuda":
-            raise RuntimeError(
-                f"Decoding on the GPU needs a CUDA device, but the encoder is on {device}. Use "
-                '`device="cuda"`, or `decode="pil"`.'
-            )
-        if find_spec("triton") is None:
-            raise ImportError(
-                "Triton, which resizes on the GPU, was not found; it comes with torch for CUDA. "
-                "Install: pip install triton"
-            )
-        check_pillow()
+        check_decoder(device)
         self.images: ImageConfig = images
         self.patch_order: PatchOrder = patch_order
         self.device = device
@@ -366,6 +357,25 @@ def _engine(device: torch.device, started: Future[NvJpeg] | None) -> NvJpeg:
             "and only the engine gives Pillow's pixels. A100, H100, H200 and newer data centre "
             'GPUs have one; on others, use `decode="pil"`.'
         ) from error
+
+
+def check_decoder(device: torch.device) -> None:
+    """Check what a decoder needs, short of starting the GPU's engine.
+
+    Raises: as `JpegDecoder`, apart from a device without an engine.
+    """
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"Decoding on the GPU needs a CUDA device, but the encoder is on {device}. Use "
+            '`device="cuda"`, or `decode="pil"`.'
+        )
+    if find_spec("triton") is None:
+        raise ImportError(
+            "Triton, which resizes on the GPU, was not found; it comes with torch for CUDA. "
+            "Install: pip install triton"
+        )
+    check_pillow()
+    load_library()
 
 
 def check_pillow() -> None:

@@ -15,6 +15,7 @@ from packvit.config import ImageConfig, PaddedPatches
 from packvit.images.decode import MAX_PIXELS, open_image, read_turn
 from packvit.images.errors import ImageError
 from packvit.images.resize import Resize, SizePlan, resize_plan
+from packvit.images.turns import TRANSPOSED
 
 Reason = Literal[
     "not a JPEG",
@@ -90,33 +91,6 @@ class JpegPlan:
     def patches(self) -> int:
         """The number of its patches."""
         return self.size.rows * self.size.columns
-
-
-# What reads an upright pixel (y, x) in the stored pixels: swap the axes, then flip up, then left.
-TRANSPOSED = frozenset(
-    {
-        Image.Transpose.TRANSPOSE,
-        Image.Transpose.TRANSVERSE,
-        Image.Transpose.ROTATE_90,
-        Image.Transpose.ROTATE_270,
-    }
-)
-FLIPPED_ROWS = frozenset(
-    {
-        Image.Transpose.FLIP_TOP_BOTTOM,
-        Image.Transpose.ROTATE_180,
-        Image.Transpose.ROTATE_270,
-        Image.Transpose.TRANSVERSE,
-    }
-)
-FLIPPED_COLUMNS = frozenset(
-    {
-        Image.Transpose.FLIP_LEFT_RIGHT,
-        Image.Transpose.ROTATE_180,
-        Image.Transpose.ROTATE_90,
-        Image.Transpose.TRANSVERSE,
-    }
-)
 
 
 def plan_jpeg(

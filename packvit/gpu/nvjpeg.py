@@ -67,7 +67,7 @@ class NvJpeg:
     """
 
     def __init__(self) -> None:
-        self._library = _load()
+        self._library = load_library()
         self._handle, self._state = c_void_p(), c_void_p()
         _call(
             self._library,
@@ -133,7 +133,11 @@ def _call(library: ctypes.CDLL, name: str, *arguments: object) -> None:
         raise NvJpegError(name, status)
 
 
-def _load() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
+    """Return libnvjpeg; no GPU is touched.
+
+    Raises: ImportError with what to install if there is none.
+    """
     for place in places():
         try:
             return ctypes.CDLL(place)

@@ -28,8 +28,20 @@ class Patches:
 
 
 @dataclass(frozen=True, slots=True)
+class Whole:
+    """The upright photograph that an image is a smaller copy of: its size, and where it shows it.
+
+    `box` is (left, top, right, bottom) in the image's pixels, and parts of them.
+    """
+
+    height: int
+    width: int
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Cutting:
-    """How images become patches: as a checkpoint wants them, and as a caller asked."""
+    """How images become patches: by the checkpoint's preprocessing and the caller's options."""
 
     images: ImageConfig
     order: PatchOrder
@@ -41,14 +53,22 @@ class Cutting:
         sizing = self.images.frame_sizing
         return replace(self, images=replace(self.images, sizing=sizing)) if sizing else self
 
-    def cut(self, image: Image.Image) -> Patches:
-        """Return the patches of an RGB image; raises as `to_patches`."""
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that an image is resized to; raises as `resize_plan`."""
+        plan = resize_plan(
+            height, width, self.images, resize=self.resize, max_patches=self.max_patches
+        )
+        return plan.height, plan.width
+
+    def cut(self, image: Image.Image, whole: Whole | None = None) -> Patches:
+        """Return the patches of an RGB image, or of `whole`; raises as `to_patches`."""
         return to_patches(
             image,
             self.images,
             resize=self.resize,
             max_patches=self.max_patches,
             patch_order=self.order,
+            whole=whole,
         )
 
 
@@ -59,18 +79,23 @@ def to_patches(
     resize: Resize | None = None,
     max_patches: int | None = None,
     patch_order: PatchOrder = "hwc",
+    whole: Whole | None = None,
 ) -> Patches:
     """Resize an RGB image as planned by `resize_plan`, with Pillow, and cut it into patches.
+
+    With `whole` the plan is that of the photograph that the image is a smaller copy of.
 
     Raises: ImageError aspect_ratio or out_of_memory; ValueError as `resize_plan`.
     """
     if image.mode != "RGB":
         raise ValueError(f"The image has mode {image.mode}, not RGB. Pass it through load_image.")
-    plan = resize_plan(image.height, image.width, config, resize=resize, max_patches=max_patches)
+    height, width = (whole.height, whole.width) if whole else (image.height, image.width)
+    plan = resize_plan(height, width, config, resize=resize, max_patches=max_patches)
     try:
-        if image.size != (plan.width, plan.height):
+        if (width, height) != (plan.width, plan.height):
             resample = Image.Resampling[config.resample.upper()]
-            image = image.resize((plan.width, plan.height), resample)
+            box = whole.box if whole else None
+            image = image.resize((plan.width, plan.height), resample, box)
         pixels = np.asarray(image)
         if plan.crop is not None:
             top, left, height, width = plan.crop

@@ -6,7 +6,7 @@ run on given tensors (or None if it can), and whether we have run and measured i
 message and its line in `packvit info`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from packvit.packs.segments import Segments
 
 Heads = Float[Tensor, "T H K"]
 Queries = Float[Tensor, "Q H K"]
+Run = Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]
 
 
 class AttentionInputs(NamedTuple):
@@ -43,7 +44,7 @@ class Backend(NamedTuple):
 
     name: str
     title: str
-    run: Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]
+    run: Run
     obstacle: Callable[[AttentionInputs], str | None]  # completes "it cannot run because ..."
     measured: bool  # run and measured by us: "auto" takes no other
     varlen: bool = True  # one launch whatever the lengths, so that a CUDA graph can hold it
@@ -69,6 +70,30 @@ def flash_obstacle(
     if head_dim % 8 or head_dim > largest:
         return f"it needs a head_dim divisible by 8, up to {largest}, and this one is {head_dim}"
     return None
+
+
+# Sequences of one launch of FlashAttention-2, which lays them along the second axis of the grid.
+MOST_SEQUENCES = 65_535
+
+
+def run_in_launches(
+    kernel: Run,
+    query: Queries,
+    key: Heads,
+    value: Heads,
+    queries: Segments,
+    keys: Segments,
+    *,
+    most: int = MOST_SEQUENCES,
+) -> Queries:
+    """Return what `kernel` returns, called for at most `most` sequences at a time."""
+    if len(queries.lengths) <= most:
+        return kernel(query, key, value, queries, keys)
+    asked, held = queries.split(most), keys.split(most)
+    parts = query.split([each.tokens for each in asked])
+    tokens = [each.tokens for each in held]
+    calls = zip(parts, key.split(tokens), value.split(tokens), asked, held, strict=True)
+    return torch.cat([kernel(*call) for call in calls if len(call[0])])
 
 
 def varlen_arguments(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, int, int]:
@@ -149,8 +174,11 @@ def run_fa2(query: Queries, key: Heads, value: Heads, queries: Segments, keys: S
         flash_attn_varlen_func,
     )
 
-    arguments = varlen_arguments(queries, keys)
-    return flash_attn_varlen_func(query, key, value, *arguments, causal=keys.causal)
+    def launch(q: Queries, k: Heads, v: Heads, queries: Segments, keys: Segments) -> Queries:
+        arguments = varlen_arguments(queries, keys)
+        return flash_attn_varlen_func(q, k, v, *arguments, causal=keys.causal)
+
+    return run_in_launches(launch, query, key, value, queries, keys)
 
 
 def fa2_obstacle(inputs: AttentionInputs) -> str | None:
@@ -165,6 +193,8 @@ def run_torch(
 ) -> Queries:
     """All sequences in one kernel, whatever their lengths: torch's FlashAttention-2.
 
+    More than `MOST_SEQUENCES` take several launches.
+
     Since 2.14 torch takes cuDNN by itself, forward and backward, unless a window is asked for. One
     as wide as the longest sequence leaves nothing out, and FlashAttention takes it for none. A
     window that ends at the token itself is what causal means.
@@ -174,9 +204,13 @@ def run_torch(
     from torch.nn.attention.varlen import varlen_attn  # only where a CUDA device wants it
 
     window = (keys.max_seqlen, 0 if keys.causal else keys.max_seqlen)
-    out = varlen_attn(query, key, value, *varlen_arguments(queries, keys), window_size=window)
-    assert isinstance(out, Tensor)  # a tuple comes back only when auxiliary outputs are asked for
-    return out
+
+    def launch(q: Queries, k: Heads, v: Heads, queries: Segments, keys: Segments) -> Queries:
+        out = varlen_attn(q, k, v, *varlen_arguments(queries, keys), window_size=window)
+        assert isinstance(out, Tensor)  # a tuple comes back only with auxiliary outputs
+        return out
+
+    return run_in_launches(launch, query, key, value, queries, keys)
 
 
 def torch_obstacle(inputs: AttentionInputs) -> str | None:
@@ -192,29 +226,40 @@ def run_sdpa(
     Sequences of equal length are a plain batch, so no mask is built and no token is padded: the
     result is that of attending to each sequence alone.
     """
-    members: dict[tuple[int, int], list[int]] = {}
+    members: dict[tuple[int, int, int], list[int]] = {}  # by lengths, and by the launch
     for sequence, lengths in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
-        members.setdefault(lengths, []).append(sequence)
+        members.setdefault((*lengths, sequence // MOST_SEQUENCES), []).append(sequence)
     results: list[Tensor] = [query] * len(queries.lengths)
-    for (asked, held), sequences in members.items():
-        q = batch(query, queries, sequences, asked)
-        k, v = (batch(x, keys, sequences, held) for x in (key, value))
+    parts = query.split(queries.lengths), key.split(keys.lengths), value.split(keys.lengths)
+    for (asked, held, _), sequences in members.items():
+        q = batch(query, parts[0], queries.starts, sequences, asked)
+        k = batch(key, parts[1], keys.starts, sequences, held)
+        v = batch(value, parts[2], keys.starts, sequences, held)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=keys.causal).transpose(1, 2)
         for sequence, result in zip(sequences, out.unbind(0), strict=True):
             results[sequence] = result
     return torch.cat(results)
 
 
-def batch(heads: Heads, segments: Segments, sequences: list[int], length: int) -> Tensor:
+def batch(
+    heads: Heads,
+    parts: Sequence[Tensor],
+    starts: Sequence[int],
+    sequences: Sequence[int],
+    length: int,
+) -> Tensor:
     """Lay sequences of one length side by side: a view of one or of neighbours, else a copy.
+
+    `parts` are all sequences, by one split: the gradient of a slice for each would be as many
+    tensors of T rows.
 
     Shapes: [T, H, K] -> [sequences, H, length, K].
     """
-    starts = [segments.starts[sequence] for sequence in sequences]
-    if sequences[-1] - sequences[0] == len(sequences) - 1:
-        run = heads[starts[0] : starts[0] + length * len(sequences)]
-        return run.unflatten(0, (len(sequences), length)).transpose(1, 2)
-    return torch.stack([heads[start : start + length] for start in starts]).transpose(1, 2)
+    first, count = sequences[0], len(sequences)
+    if sequences[-1] - first == count - 1:
+        run = heads[starts[first] : starts[first] + length * count]
+        return run.unflatten(0, (count, length)).transpose(1, 2)
+    return torch.stack([parts[sequence] for sequence in sequences]).transpose(1, 2)
 
 
 BACKENDS = (  # fastest first: "auto" takes the first measured one without an obstacle
@@ -252,7 +297,7 @@ def resolve(name: str, inputs: AttentionInputs) -> Backend:
 def opaque(backend: Backend) -> Backend:
     """Return the backend as torch.compile must take it: run as it is, and never traced into.
 
-    `sdpa` groups sequences by their lengths in Python, which traced would compile anew for every
+    `sdpa` groups sequences by their lengths in Python, which would be compiled again for every
     pack; the other kernels gain nothing from being traced.
     """
     return backend._replace(run=torch.compiler.disable(backend.run))

@@ -1,4 +1,4 @@
-"""Build a model that a checkpoint describes, and fill in its weights."""
+"""Build an encoder that a checkpoint describes, and fill in its weights."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,21 +6,25 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from packvit.checkpoints.description import Described
 from packvit.checkpoints.files import Checkpoint
-from packvit.checkpoints.layouts import EMBEDDING, Layout
+from packvit.checkpoints.layouts import EMBEDDING
 from packvit.checkpoints.parameters import Read, take
 from packvit.checkpoints.rules import permute_patches
-from packvit.config import LoadOptions
 from packvit.model.device import find_device, find_dtype
 from packvit.model.memory import check_room
+from packvit.model.options import LoadOptions
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def build(
-    make: Callable[[], AnyModule], checkpoint: Checkpoint, layout: Layout, options: LoadOptions
+    kind: Callable[..., AnyModule],
+    described: Described,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
 ) -> tuple[AnyModule, Read]:
-    """Return the model that `make` builds, all its parameters filled in, and what was read.
+    """Return an encoder of the class `kind`, all its parameters filled in, and what was read.
 
     From a checkpoint without numbers (`outlines.py`), parameters have shapes and take no memory.
 
@@ -37,10 +41,16 @@ def build(
 
     with torch.inference_mode(False):  # so that it can be trained, wherever it is loaded
         with torch.device("meta"):
-            model = make()
+            model = kind(
+                described.config,
+                described.images,
+                attention=options.attention,
+                patch_order=options.patch_order,
+                positions=options.positions,
+            )
         numbers = sum(parameter.numel() for parameter in model.parameters())
         check_room(checkpoint.name, numbers * dtype.itemsize, device)
-        found = take(model.state_dict(), checkpoint, layout, place)
+        found = take(model.state_dict(), checkpoint, described.layout, place)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # tensors were cast on the streams of other threads
         embedding = permute_patches(found.state[EMBEDDING], options.patch_order).contiguous()

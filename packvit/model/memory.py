@@ -17,13 +17,12 @@ that the caller holds, one D for each tap, lists on their way to a file in fp32,
 positions resized before, and the workspaces of the libraries.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import AxialRotary, EncoderConfig, Merger, Table, VideoRotary
+from packvit.config import AxialRotary, EncoderConfig, Table, VideoRotary
 from packvit.out_of_memory import free_host_memory
 
 WORKSPACE = 128 * 2**20  # of cuBLAS and cuBLASLt: 32 MiB each on Hopper, and rounding
@@ -31,22 +30,17 @@ RESIZED_ROWS = 2**16  # the most that `positions.ResizedTables` keeps
 
 
 class Peak(NamedTuple):
-    """Bytes at the peak of a forward."""
+    """Bytes at the peak of a forward, on top of the weights."""
 
-    weights: int
     per_token: int  # bytes for each row of the stream
     fixed: int  # whatever the pack
 
-    def bytes(self, tokens: int) -> int:
-        """Return all bytes for a pack of so many rows."""
-        return self.weights + self.activations(tokens)
-
     def activations(self, tokens: int) -> int:
-        """Return the bytes on top of the weights."""
+        """Return the bytes for a pack of `tokens` rows."""
         return self.fixed + tokens * self.per_token
 
     def most_tokens(self, free: int) -> int:
-        """Return the rows of the largest pack whose activations fit in so many bytes."""
+        """Return the rows of the largest pack whose activations fit in `free` bytes."""
         return max(0, (free - self.fixed) // self.per_token)
 
 
@@ -96,51 +90,6 @@ def peak(config: EncoderConfig, dtype_bytes: int, *, taps: int = 0, lists: int =
         fixed += RESIZED_ROWS * width * dtype_bytes
         held += width * dtype_bytes  # the tables of a pack, end to end
     return Peak(
-        parameter_count(config) * dtype_bytes,
         max(embedding, attention, transform) + held,
         fixed,
     )
-
-
-def peak_bytes(
-    config: EncoderConfig, tokens: int, dtype_bytes: int, *, taps: int = 0, lists: int = 0
-) -> int:
-    """Return a bound on the memory of a forward for inference, weights included."""
-    return peak(config, dtype_bytes, taps=taps, lists=lists).bytes(tokens)
-
-
-def parameter_count(config: EncoderConfig) -> int:
-    """Return the number of parameters."""
-    width, table = config.width, config.positions
-    norm = width * (2 if config.norm == "layer" else 1)
-    places = table.rows * table.columns + table.class_row if isinstance(table, Table) else 0
-    patch = config.temporal * config.patch_dim
-    embedding = (patch + config.patch_bias + places + config.prefix) * width
-    embedding += norm if config.embedding_norm else 0
-    block = 2 * norm + 4 * width**2 + mlp_count(config)
-    block += (len(config.qkv_bias) + config.bias + 2 * config.layer_scale) * width
-    head = 0
-    if config.pool == "query":  # kv, out with a bias, and the query itself
-        head = 3 * width**2 + (2 + 2 * bool(config.qkv_bias)) * width
-    elif config.pool == "probe":  # qkv and out with biases, the probe, and an MLP behind a norm
-        mlp = config.probe.mlp_width if config.probe else config.mlp_width
-        own = width if config.probe and config.probe.norm == "rms" else norm
-        head = 4 * width**2 + 5 * width + own + mlp_count(replace(config, mlp_width=mlp))
-    last = norm if config.final_norm else 0
-    merging = merger_count(config.merger, width) if config.merger else 0
-    shared = (config.projection or 0) * (width + config.projection_bias)
-    return embedding + config.layers * block + last + head + merging + shared
-
-
-def merger_count(merger: Merger, width: int) -> int:
-    """Return how many numbers the weights of a merger and of its deepstack are."""
-    square, kinds = width * merger.side**2, 2 if merger.norm == "layer" else 1
-    mlp = (square + 1) * (square + merger.width)
-    deep = len(merger.deepstack) * (kinds * square + mlp)
-    return kinds * width + mlp + deep
-
-
-def mlp_count(config: EncoderConfig) -> int:
-    """Return how many numbers an MLP's weights are."""
-    width, mlp, inputs = config.width, config.mlp_width, 1 + config.gated
-    return (inputs + 1) * width * mlp + config.bias * (inputs * mlp + width)

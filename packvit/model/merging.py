@@ -130,10 +130,10 @@ class Mergers(nn.Module):
         if self.clips:
             grid = tuple((1, rows, columns) for _, rows, columns in grid)
         merging = Merging.of_images(grid, side=self.side, device=tokens.device)
-        deep = zip(self.layers, self.deepstack, strict=True)
+        deep = dict(zip(self.layers, self.deepstack, strict=True))
         return Merged(
             self.last(tokens, merging),
-            {layer: merger(taps[layer], merging) for layer, merger in deep},
+            {layer: deep[layer](taps[layer], merging) for layer in sorted(deep)},
             merging.segments.lengths,
         )
 

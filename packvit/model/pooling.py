@@ -56,7 +56,7 @@ class ProbePool(nn.Module):
     def project(self, tokens: Tokens) -> tuple[Float[Tensor, " D"], Float[Tensor, "T 2*D"]]:
         """Return the probe's query, and keys and values of the tokens side by side."""
         parts, qkv = [len(self.probe), 2 * len(self.probe)], self.qkv
-        if not isinstance(qkv, Linear):  # adapted: what it does is known to itself alone
+        if not isinstance(qkv, Linear):  # an adapter, which must be called as a module
             return qkv(self.probe[None]).split(parts, -1)[0][0], qkv(tokens).split(parts, -1)[1]
         weights, biases = qkv.weight.split(parts), qkv.bias.split(parts)
         query = affine(self.probe, weights[0], biases[0], False)
@@ -83,6 +83,13 @@ def pooling_head(config: EncoderConfig) -> QueryPool | ProbePool | None:
     if config.pool == "query":
         return QueryPool(config)
     return ProbePool(config) if config.pool == "probe" else None
+
+
+def projection_layer(config: EncoderConfig) -> Linear | None:
+    """Return the layer from pooled vectors to the space shared with text, or None without one."""
+    if config.projection is None:
+        return None
+    return Linear(config.width, config.projection, bias=config.projection_bias)
 
 
 def pool_sequences(

@@ -134,7 +134,7 @@ class ResizedTables:
     """A learned table resized to recent grids, so that each is computed once.
 
     Kept are at most `most` patches' rows, the oldest grids going first. A table that is trained, or
-    that is another than it was, is resized anew. What is written through `table.data` in place
+    has been replaced, is resized again. What is written through `table.data` in place
     leaves no trace to see; `forget` is for that.
     """
 

@@ -1,12 +1,13 @@
 """Checks of what a caller gives an encoder."""
 
+from collections.abc import Sequence
 from operator import index
 
 import torch
 from torch import Tensor
 
 from packvit.config import EncoderConfig, VideoRotary
-from packvit.packs.grid import GridLike, as_tensor
+from packvit.packs.grid import Grid, GridLike, as_tensor, read_grid
 
 PLACE_MEANING = "Each row of patch_positions is (time, row, column) of a patch."
 
@@ -21,6 +22,24 @@ def check_config(config: object, encoder: str) -> None:
             f"{encoder} is built from an EncoderConfig, not from {config!r}. To load a checkpoint "
             f"write {encoder}.from_pretrained(name_or_folder), or packvit.load(name_or_folder)."
         )
+
+
+def read_inputs(
+    hidden_states: Tensor,
+    grid_thw: GridLike,
+    patch_positions: GridLike | None,
+    config: EncoderConfig,
+    family: str,
+    device: torch.device,
+) -> tuple[Grid, Tensor | None]:
+    """Check the arguments of a forward; return the grid on the host, and the positions.
+
+    Raises: TypeError; ValueError.
+    """
+    check_patches(hidden_states, config, device)
+    patches = len(hidden_states)
+    grid = read_grid(grid_thw, patches=patches)
+    return grid, read_positions(patch_positions, config, family, patches, device)
 
 
 def check_patches(hidden_states: Tensor, config: EncoderConfig, device: torch.device) -> None:
@@ -98,7 +117,7 @@ def read_positions(
 
 
 def check_video(config: EncoderConfig, family: str) -> VideoRotary:
-    """Return the rotary positions of an encoder that take the time into account.
+    """Return the rotary positions of an encoder whose positions include the time.
 
     Raises: ValueError for any other encoder.
     """
@@ -110,8 +129,33 @@ def check_video(config: EncoderConfig, family: str) -> VideoRotary:
     return config.rotary
 
 
-def check_projected(config: EncoderConfig, family: str, pooled: bool = True) -> None:
-    """Refuse `projected` without a projection in the checkpoint, or without pooled vectors.
+def check_outputs(
+    config: EncoderConfig,
+    family: str,
+    taps: Sequence[object],
+    *,
+    pooled: bool,
+    projected: bool,
+    merged: bool,
+) -> list[int]:
+    """Check which outputs are asked for, and return the tapped layers counted from the front.
+
+    Raises: ValueError for what the checkpoint does not have; TypeError for a tap of another kind.
+    """
+    if projected:
+        check_projected(config, family)
+        if not pooled:
+            raise ValueError("projected=True needs pooled=True. Use `pooled`.")
+    if merged and config.merger is None:
+        raise ValueError(
+            f"merged=True asks for a language model's tokens, but this {family} checkpoint has no "
+            "merger. Leave it out; packvit.merging lays squares together."
+        )
+    return [count_from_front(layer, config.layers) for layer in taps]
+
+
+def check_projected(config: EncoderConfig, family: str) -> None:
+    """Refuse `projected` without a projection in the checkpoint.
 
     Raises: ValueError.
     """
@@ -119,20 +163,6 @@ def check_projected(config: EncoderConfig, family: str, pooled: bool = True) -> 
         raise ValueError(
             f"projected=True asks for a space shared with text, but this {family} checkpoint has "
             "no projection. Use `pooled`."
-        )
-    if not pooled:
-        raise ValueError("projected=True needs pooled=True. Use `pooled`.")
-
-
-def check_merged(config: EncoderConfig, family: str) -> None:
-    """Refuse `merged` without a merger in the checkpoint.
-
-    Raises: ValueError.
-    """
-    if config.merger is None:
-        raise ValueError(
-            f"merged=True asks for a language model's tokens, but this {family} checkpoint has no "
-            "merger. Leave it out; packvit.merging lays squares together."
         )
 
 

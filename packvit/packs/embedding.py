@@ -1,16 +1,21 @@
 """Images in, one vector each out: packs by a token budget, one after another."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from packvit.config import check_choice
 from packvit.images.decode import load_image
 from packvit.images.errors import ImageError
 from packvit.images.patches import Cutting, Patches
 from packvit.packs.features import Pack, check_list, join
 from packvit.packs.planning import plan_packs
+
+# What to do about an image that cannot be used; its row is NaN, unless it is raised.
+OnError = Literal["raise", "nan"] | Callable[[int, ImageError], object]
 
 
 def embed_images(
@@ -21,15 +26,16 @@ def embed_images(
     *,
     width: int,
     token_budget: int,
-    on_error: Callable[[int, ImageError], None] | None,
+    errors: OnError,
 ) -> np.ndarray:
     """Return what `run` makes of each image, one after another.
 
-    An image that cannot be used is NaN, and `on_error` is called with its index.
-
     Shapes: run(pack of n images) -> [n, D = width]; -> float32 [N, D].
-    Raises: ImageError with the index of the first image that cannot be used, without `on_error`.
+    Raises: ImageError with the index of the first image that cannot be used, where `errors` is
+    "raise".
     """
+    if not callable(errors):
+        check_choice("errors", errors, ("raise", "nan"))
     check_list(images)
     waiting: dict[int, Patches] = {}  # by the image's place among those that can be used
     places: list[int] = []
@@ -40,9 +46,10 @@ def embed_images(
                 cut = cutting.cut(load_image(source).image)
             except ImageError as error:
                 error.index = index
-                if on_error is None:
+                if errors == "raise":
                     raise
-                on_error(index, error)
+                if callable(errors):
+                    errors(index, error)
                 continue
             waiting[len(places)] = cut
             places.append(index)

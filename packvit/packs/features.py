@@ -77,10 +77,10 @@ class Features:
         return [part.unflatten(0, sides) for part, sides in zip(parts, self.grid, strict=True)]
 
     def vectors(self) -> Tensor:
-        """Return one vector a sequence in fp32: projected where asked for, or pooled, or a mean.
+        """Return one vector a sequence in fp32: projected if asked for, or pooled, or a mean.
 
-        Shapes: [S, D]; where the checkpoint has no head, the mean of the tokens, or [S, L], that of
-        the merged ones where they were asked for.
+        Shapes: [S, D]. Where the checkpoint has no head, the mean of the tokens, or of the merged
+        ones [S, L] where they were asked for.
         """
         found = self.pooled if self.projected is None else self.projected
         if found is None:

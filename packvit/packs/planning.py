@@ -1,7 +1,4 @@
-"""Grouping images into packs of at most so many tokens.
-
-Plain Python without torch.
-"""
+"""Group images into packs of at most a number of tokens. Plain Python without torch."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator

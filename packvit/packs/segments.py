@@ -42,6 +42,15 @@ class Segments:
         """S host ints: the first token of each sequence."""
         return tuple(accumulate(self.lengths[:-1], initial=0))
 
+    def split(self, most: int) -> "list[Segments]":
+        """Return the segments of runs of at most `most` sequences, in order."""
+        runs = []
+        for first in range(0, len(self.lengths), most):
+            bounds = self.cu_seqlens[first : first + most + 1]
+            lengths = self.lengths[first : first + most]
+            runs.append(Segments(lengths, bounds - bounds[0], self.max_seqlen, self.causal))
+        return runs
+
     @classmethod
     def from_lengths(
         cls,

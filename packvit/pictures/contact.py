@@ -75,7 +75,7 @@ def write_hits(found: Found, out: str, *, width: int = WIDTH) -> list[str]:
 def check_picture(out: str, photographs: Iterable[str]) -> Path:
     """Return the path of a sheet.
 
-    Raises: UsageError if it is no picture's, or would replace a photograph or another file.
+    Raises: UsageError if it is not a picture's, or would replace a photograph or another file.
     """
     return check_out(out, [Input(path, path) for path in photographs if os.path.isfile(path)])
 
@@ -116,7 +116,7 @@ def write_groups(found: Duplicates, out: str, *, width: int = WIDTH) -> list[str
     ]
     title = (
         f"{count(len(shown), 'group')} of {len(found.groups):,} in {found.rows:,} photographs; "
-        "each before what may go"
+        "each before what may be deleted"
     )
     write_picture(draw_sheet(title, panels, width=width), target)
     return thumbnails.lost

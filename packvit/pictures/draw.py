@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from packvit.atomic import write_whole
-from packvit.config import GridPolicy, LoadOptions
+from packvit.config import GridPolicy
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.inputs.addresses import check_local
@@ -23,6 +23,7 @@ from packvit.corpus.loading import load_encoder
 from packvit.corpus.progress import Tally, Tell
 from packvit.corpus.settings import EmbedOptions, ModelChoice
 from packvit.images.resize import Resize
+from packvit.model.options import LoadOptions
 from packvit.pictures.maps import Background, pca_sheet, similarity_sheet
 from packvit.pictures.neighbours import COUNT, neighbour_sheet, options_of
 from packvit.pictures.sheet import WIDTH

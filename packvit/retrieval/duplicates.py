@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from packvit.corpus import UsageError, WriteError
+from packvit.corpus import UsageError, no_room_for
 from packvit.corpus.folder.stores import Folder
 from packvit.corpus.inputs.roots import place, recorded_root
 from packvit.images.errors import ImageError
@@ -52,7 +52,7 @@ class Duplicates:
 
     @property
     def redundant(self) -> list[Member]:
-        """All but the first of each group: what may go."""
+        """All photographs but the first of each group: those that may be deleted."""
         return [member for group in self.groups for member in group[1:]]
 
     def as_json(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def find_duplicates(
     device: str | None = None,
     tell: Tell = lambda done, rows: None,
 ) -> Duplicates:
-    """Return groups of photographs of which each two are alike; nothing is deleted.
+    """Return groups of photographs in which every two are alike; nothing is deleted.
 
     Alike means equal bytes, or a cosine of `pooled` of at least `threshold`: complete linkage, so
     that a chain of photographs does not become one group. `pixels` says to decode the photographs
@@ -103,7 +103,7 @@ def find_duplicates(
 
 
 def find_equal_bytes(digests: pa.ChunkedArray) -> np.ndarray:
-    """Return for each row the first one with the same digest; rows without one are themselves."""
+    """Return for each row the first one with the same digest; a row without a digest is its own."""
     codes = digests.combine_chunks().dictionary_encode().indices
     found = np.arange(len(codes))
     known = codes.is_valid().to_numpy(zero_copy_only=False)
@@ -137,14 +137,11 @@ def unit_vectors(vectors: Vectors, leaders: np.ndarray) -> Iterator[tuple[np.nda
             unit = np.memmap(file, np.float32, "r", shape=shape) if len(rows) else np.empty(shape)
             yield np.asarray(unit, np.float32), rows
     except OSError as error:
-        raise WriteError(
-            f"The vectors could not be written to a temporary file: {error.strerror}. Make room "
-            "there, or set TMPDIR to a folder that has some."
-        ) from error
+        raise no_room_for("The vectors could not be written", error.strerror) from error
 
 
 def merge_equal(groups: Sequence[Sequence[int]], leaders: np.ndarray) -> list[list[int]]:
-    """Return groups of rows and of those that are equal to them, and groups of equal ones alone."""
+    """Add to the groups the rows equal to one of theirs, and groups of rows that are only equal."""
     others: dict[int, list[int]] = {}
     for row in np.flatnonzero(leaders != np.arange(len(leaders))).tolist():
         others.setdefault(int(leaders[row]), []).append(row)
@@ -169,7 +166,7 @@ class Rows:
         kept: np.ndarray,
         leaders: np.ndarray,
     ) -> tuple[Member, ...]:
-        """Return the members of a group, the one to keep first and the others as they come."""
+        """Return the members of a group: first the one to keep, then the others in order."""
         plain = self.table.take(pa.array(rows)).to_pylist()
         sizes = [(each["width"] or 0) * (each["height"] or 0) for each in plain]
         first = sizes.index(max(sizes)) if keep == "largest" else 0

@@ -20,8 +20,16 @@ from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.layout import read_commits
 from packvit.corpus.folder.names import names_of
 from packvit.corpus.folder.parts import Outputs, open_part
-from packvit.corpus.folder.reader import damaged, map_matrix, matrix_of, open_finished, read_whole
-from packvit.corpus.folder.stores import Folder, find_folder
+from packvit.corpus.folder.reader import (
+    ChangedError,
+    damaged,
+    map_matrix,
+    matrix_of,
+    open_finished,
+    read_whole,
+)
+from packvit.corpus.folder.stores import Folder, StorePath, find_folder
+from packvit.corpus.folder.swapping import restore
 
 BLOCK = 4096  # rows: 12 MiB at a width of 768
 AHEAD = 2  # parts that are read while one is used
@@ -38,6 +46,7 @@ class Vectors:
     parts: tuple[str, ...]  # paths below the folder
     starts: tuple[int, ...]  # the first row of each part, and the number of rows
     exported: str | None  # the matrix of the column, if the job wrote it
+    identity: tuple[int, int] | None  # of the folder on its disk: an update puts another there
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -66,26 +75,44 @@ class Vectors:
         """The number of parts."""
         return len(self.parts)
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Refuse what was read from a folder that has taken this one's place.
+
+        Raises: ChangedError, in the place of an error too.
+        """
+        try:
+            yield
+        finally:
+            if identify(self.folder) != self.identity:
+                raise ChangedError.of(self.folder)
+
+    def read(self, number: int, columns: Sequence[str]) -> pa.Table:
+        """Return columns of one part."""
+        with self.unchanged():
+            return read_whole(self.folder, self.parts[number], list(columns))
+
     def read_part(self, number: int) -> np.ndarray:
         """Return the vectors of one part."""
-        table = read_whole(self.folder, self.parts[number], [self.column])
+        table = self.read(number, [self.column])
         return np.asarray(to_matrix(table, self.column), np.float32)
 
     def map_exported(self, name: str) -> np.ndarray:
         """Return the exported matrix, of the dtype that the job wrote."""
         kind = np.dtype(Outputs.of_manifest(self.manifest).vector_dtype)
-        return map_matrix(self.folder, name, (len(self), self.width), kind)
+        with self.unchanged():
+            return map_matrix(self.folder, name, (len(self), self.width), kind)
 
     def ids(self, number: int) -> pa.Array:
         """Return the ids of the rows of one part."""
-        return read_whole(self.folder, self.parts[number], ["id"])["id"].combine_chunks()
+        return self.read(number, ["id"])["id"].combine_chunks()
 
     def take(self, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return these columns of these rows, in their order; only their parts are read."""
         found: dict[int, dict[str, Any]] = {}
         numbers = np.searchsorted(self.starts, rows, side="right") - 1
         for number in np.unique(numbers).tolist():
-            table = read_whole(self.folder, self.parts[number], list(columns))
+            table = self.read(number, columns)
             wanted = [row for row, part in zip(rows, numbers, strict=True) if part == number]
             inner = table.take(pa.array([row - self.starts[number] for row in wanted]))
             found.update(zip(wanted, inner.to_pylist(), strict=True))
@@ -104,16 +131,18 @@ class Vectors:
 
     def table(self, columns: Sequence[str]) -> pa.Table:
         """Return these columns of all rows: names and sizes, which fit in memory."""
-        tables = [read_whole(self.folder, part, list(columns)) for part in self.parts]
+        tables = [self.read(number, columns) for number in range(self.count)]
         return pa.concat_tables(tables).combine_chunks()
 
 
 def open_vectors(folder: str | os.PathLike[str], column: str = "pooled") -> Vectors:
     """Return a column of vectors of the feature folder of a finished job.
 
-    Raises: UsageError if it is none, or has no such column.
+    Raises: UsageError if it is not one, or has no such column.
     """
     path = find_folder(folder, name="FOLDER")
+    restore(path)
+    identity = identify(path)
     manifest, names = open_finished(path), names_of(path)
     entries = read_commits(path)
     if not entries or sum(entry.rows for entry in entries) != manifest["inputs"]:
@@ -129,7 +158,7 @@ def open_vectors(folder: str | os.PathLike[str], column: str = "pooled") -> Vect
             "text, or an earlier version wrote the folder."
         )
     exported = column == "pooled" and names.pooled in manifest["exports"]
-    return Vectors(
+    found = Vectors(
         path,
         manifest,
         column,
@@ -137,7 +166,18 @@ def open_vectors(folder: str | os.PathLike[str], column: str = "pooled") -> Vect
         tuple(entry.part for entry in entries),
         tuple(accumulate((entry.rows for entry in entries), initial=0)),
         names.pooled if exported and (path / names.pooled).exists() else None,
+        identity,
     )
+    with found.unchanged():
+        return found
+
+
+def identify(folder: Folder) -> tuple[int, int] | None:
+    """Return what a folder on a disk keeps when it is renamed; None in a store, or for none."""
+    if isinstance(folder, StorePath) or not folder.exists():
+        return None
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def to_matrix(table: pa.Table, name: str) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""An approximate index beside the parts: usearch's HNSW, its recall measured when it is built.
+"""An approximate index beside the parts: usearch's HNSW, whose recall is measured when it is built.
 
-It belongs to the parts that the log listed when it was built, and is built again for others.
+It records which parts it was built from, and is built again when the log lists others.
 """
 
 import hashlib

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from packvit.config import LoadOptions
 from packvit.corpus import UsageError
 from packvit.corpus.folder.names import names_of
 from packvit.corpus.folder.opening import is_count
@@ -15,12 +14,13 @@ from packvit.corpus.loading import digest_weights, load_encoder
 from packvit.corpus.settings import ModelChoice
 from packvit.encoder import Encoder
 from packvit.images.decode import Source
+from packvit.model.options import LoadOptions
 from packvit.retrieval.folders import Vectors
 from packvit.retrieval.nearest import choose_device
 from packvit.text.encoder import TextEncoder
 from packvit.text.loading import load_text
 
-UNKNOWN = "\ue000"  # of no script: what a tokenizer makes of it, it makes of what it does not know
+UNKNOWN = "\ue000"  # for private use: every tokenizer encodes it as an unknown character
 
 
 def load_model(
@@ -39,11 +39,16 @@ def load_model(
 
 
 def check_entries(manifest: dict[str, Any], folder: Folder) -> None:
-    """Refuse a manifest, which others may have made, that does not say how to embed alike.
+    """Refuse a manifest, which others may have made, that lacks the settings to embed alike.
 
     Raises: UsageError.
     """
     asked = manifest.get("preprocessing")
+    if absent := [name for name in ("revision", "weights_sha256") if name not in manifest]:
+        raise UsageError(
+            f"{folder / names_of(folder).manifest} has no {absent[0]}, so the weights that wrote "
+            "the features are not known. Embed the photographs again."
+        )
     if not (
         isinstance(manifest.get("model"), str)
         and isinstance(manifest.get("revision"), str | None)
@@ -115,6 +120,7 @@ def load_words(vectors: Vectors, model: str | None, device: str | None) -> TextE
     Raises: UsageError if its weights are others; CheckpointError.
     """
     manifest = vectors.manifest
+    check_entries(manifest, vectors.folder)
     where = choose_device(device)
     tower = load_text(model or manifest["model"], device=where, revision=manifest["revision"])
     assert tower.checkpoint
@@ -137,7 +143,7 @@ def embed_words(
 
 
 def read_words(tower: TextEncoder, texts: Sequence[str]) -> None:
-    """Refuse texts of which the tokenizer reads nothing: it knows none of their letters.
+    """Refuse texts in which the tokenizer knows no letter.
 
     Raises: UsageError naming the first.
     """

@@ -13,7 +13,7 @@ QUERIES = 512  # at once: their cosines to a block take 8 MiB
 
 
 def choose_device(device: str | None) -> torch.device:
-    """Return the device that is meant; None is a GPU if there is one.
+    """Return the device of that name; None is a GPU if there is one.
 
     Raises: UsageError for one that is not there.
     """

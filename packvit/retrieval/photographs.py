@@ -28,9 +28,9 @@ def load_photograph(source: Input) -> Image.Image:
 
 
 def find_inputs(paths: Sequence[str], image_column: str = "image") -> dict[str, Input]:
-    """Return the inputs at paths that `roots.place` gave; one that is not there is missing.
+    """Return the inputs at paths that `roots.place` gave; one that does not exist is `missing`.
 
-    Archives are listed anew, each once; `image_column` holds the images of a Parquet file.
+    Archives are listed again, each once; `image_column` holds the images of a Parquet file.
     """
     found: dict[str, Input] = {}
     members: dict[str, dict[str, str]] = {}  # paths by the name in the archive, by archive

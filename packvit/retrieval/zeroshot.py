@@ -1,7 +1,8 @@
 """Labels without training: every photograph's cosine to the words of each label.
 
-A label's vector is the mean of the unit vectors of its templates, as CLIP's authors do it. What the
-scores are is for the model to say: CLIP shares 1 among the labels, SigLIP judges each by itself.
+A label's vector is the mean of the unit vectors of its templates, as CLIP's authors do it. The
+model decides what scores mean: CLIP's sum to 1 over the labels, SigLIP's judge each label by
+itself.
 
 Source: arXiv:2103.00020, section 3.1.4; arXiv:2303.15343, whose authors use the same templates.
 """
@@ -140,7 +141,10 @@ def read_labels(given: str) -> list[str]:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Refuse no labels, and one that is given twice."""
+    """Refuse an empty list of labels, and a label that is given twice.
+
+    Raises: UsageError.
+    """
     if not labels:
         raise UsageError('labels is empty. Give some, such as "a cat,a dog", or a file of them.')
     if len(set(labels)) < len(labels):
@@ -236,7 +240,7 @@ class Writer:
 
 @contextmanager
 def table_writer(path: Path, suffix: str, labels: Sequence[str]) -> Iterator[Writer]:
-    """Yield a writer of the table of labels, which is closed behind."""
+    """Yield a writer of the table of labels, which is closed at the end."""
     writer = Writer(path, suffix, labels)
     try:
         yield writer

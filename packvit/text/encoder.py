@@ -173,7 +173,7 @@ class TextEncoder(nn.Module):
                 f"input_ids is on {input_ids.device}, but the encoder is on {self.device}. Move "
                 "one of them."
             )
-        # On a GPU to look at them would be to wait for it.
+        # On a GPU, looking at them would wait for it.
         if input_ids.device.type == "cpu":
             least, largest = (int(end) for end in torch.aminmax(input_ids))
             if least < 0 or largest >= self.config.vocabulary:
@@ -196,7 +196,7 @@ class TextEncoder(nn.Module):
         """Return the ids of each text, as the reference's tokenizer makes them.
 
         Raises: TypeError for what is no list of strings; ValueError without a tokenizer, or for a
-        text that is no Unicode.
+        text that is not valid Unicode.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError("texts must be a list of strings; a single text is a list of one.")
@@ -268,9 +268,10 @@ class TextEncoder(nn.Module):
         return scaled if self.logit_bias is None else scaled + self.logit_bias
 
     def probabilities(self, images: Vectors, texts: Vectors) -> Float[Tensor, "N M"]:
-        """Return how likely each text is for each image: of each pair alone, or one of all texts.
+        """Return how likely each text is for each image: each pair by itself, or one of all texts.
 
-        SigLIP judges each pair by itself, by a sigmoid; the others share 1 among the texts.
+        SigLIP judges each pair by itself, by a sigmoid; the others' probabilities sum to 1 over the
+        texts.
 
         Shapes: as `logits`.
         """

@@ -28,11 +28,11 @@ def load_text(
 ) -> TextEncoder:
     """Load a text tower, with the checkpoint's own tokenizer.
 
-    Takes the names that `packvit.load` takes, where a text tower stands beside the images', and
-    text towers that were saved alone, whose vectors are the space of images only where they hold
-    its projection, or need none. They have no scale of logits.
-    `device` None is CUDA if there is one; `dtype` None is bfloat16 there and float32 elsewhere.
-    The scale and bias of logits stay in float32.
+    Takes the names that `packvit.load` takes if a text tower stands beside the images', and text
+    towers that were saved alone. The vectors of the latter are in the space of images only if the
+    file holds its projection, or needs none; they have no scale of logits. `device` None is CUDA if
+    there is one; `dtype` None is bfloat16 there and float32 elsewhere. The scale and bias of logits
+    stay in float32.
 
     Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option;
     ImportError with the install line of what its tokenizer needs.

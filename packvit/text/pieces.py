@@ -49,7 +49,7 @@ class PieceTokenizer:
         return [self.filling.fill(self.ids(text)) for text in texts]
 
     def ids(self, text: str) -> list[int]:
-        """Return the ids of a text, at the most as many as there is room for."""
+        """Return the ids of a text, cut to the longest length."""
         parts = re.split(f"({any_of(self.special)})", META + text.replace(META, " "))
         found: list[int] = []
         for place, part in enumerate(parts):

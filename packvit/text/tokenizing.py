@@ -170,7 +170,7 @@ def clip_from_parts(tokenizers: Any, vocabulary: Path, merges: Path, settings: J
 
 
 def as_filed(tokenizers: Any, tokenizer: Any, settings: Json) -> None:
-    """Add a token before or after a text where the settings say so: they go before the file."""
+    """Add a token before or after a text where the settings say so: they override the file."""
     asked = [settings.get(f"add_{end}_token") for end in ("bos", "eos")]
     if asked == [None, None] and tokenizer.post_processor is not None:
         return
@@ -215,7 +215,7 @@ RULES: dict[str, Callable[[Any, Any, Json], None]] = {  # by transformers' class
     "GemmaTokenizer": as_gemma,
     "Siglip2Tokenizer": as_siglip2,
 }
-LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")  # what they fill up on, unless told otherwise
+LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")  # the side they pad, unless settings say otherwise
 
 
 def read_pieces(

@@ -10,7 +10,7 @@ from packvit.checkpoints.layouts import named_type
 from packvit.checkpoints.rules import Rule, layers, prefixed, rename
 from packvit.config import TextConfig
 from packvit.families import clip, siglip, siglip2, tipsv2
-from packvit.families.aimv2 import APPLE_BLOCKS, TRANSFORMERS_BLOCKS
+from packvit.families.aimv2_blocks import APPLE_BLOCKS, TRANSFORMERS_BLOCKS
 from packvit.families.clip_siglip import CLIP_BLOCK
 
 BROKEN_END = 2  # what CLIP's first configurations say, whose tokenizers end a text by another id
@@ -20,7 +20,7 @@ BROKEN_END = 2  # what CLIP's first configurations say, whose tokenizers end a t
 class TextLayout:
     """One way in which checkpoints name a text tower's tensors."""
 
-    marker: str  # a tensor that tells this layout from those behind it
+    marker: str  # a tensor that tells this layout from those after it
     rules: tuple[Rule, ...]
     unread: tuple[str, ...]  # what names of the image tower's tensors begin with, or whole names
 
@@ -58,7 +58,7 @@ class TextTower:
             markers = " or ".join(layout.marker for layout in known)
             raise CheckpointError(
                 f"This {self.name} checkpoint holds {len(found) or 'no'} text towers, told by "
-                f"{markers}; load_text takes one with one. packvit.load reads its image tower."
+                f"{markers}, but load_text takes one. packvit.load reads its image tower."
             )
         [(layout, prefix)] = found
         return replace(
@@ -134,7 +134,7 @@ def read_aimv2(config: Json) -> TextConfig:
 def read_tipsv2(config: Json) -> TextConfig:
     """Read the config.json of TIPSv2, with both towers or the text's alone.
 
-    Raises: CheckpointError also for a mean over more than the tokens.
+    Raises: CheckpointError, also for a mean that is not over the tokens alone.
     """
     text = inner(config)
     if entry(text, "pooling_epsilon", float, 1e-8) > 1e-6:
@@ -156,9 +156,9 @@ def read_tipsv2(config: Json) -> TextConfig:
 
 
 def temperature(ours: str, theirs: str) -> Rule:
-    """A logarithm of a scale, of which the checkpoint keeps the scale's inverse.
+    """The logarithm of a scale, of which the checkpoint keeps the inverse.
 
-    They are inverse to each other but for the last bits of float32.
+    A round trip may change the last bits of float32.
     """
     return Rule(
         ours,
@@ -169,7 +169,7 @@ def temperature(ours: str, theirs: str) -> Rule:
 
 
 def number(ours: str, theirs: str) -> Rule:
-    """A vector of one number, of which the checkpoint keeps the number."""
+    """A vector of one number, which the checkpoint keeps as a scalar."""
     return Rule(ours, (theirs,), lambda t: t[0].reshape(1), lambda t: [t.reshape(())])
 
 

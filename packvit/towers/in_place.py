@@ -22,12 +22,12 @@ class TowerInPlace(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What pixels are cast to before."""
+        """The dtype that models cast pixels to."""
         return self.encoder.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where pixels are sent before."""
+        """The device that models move pixels to."""
         return self.encoder.device
 
     @property

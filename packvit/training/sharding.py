@@ -22,11 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from packvit.atomic import rename_flushed
 from packvit.encoder import Encoder
@@ -85,14 +81,6 @@ def backward(loss: Tensor, tokens: int) -> None:
     their tokens.
     """
     (loss * (count_processes() / tokens)).backward()
-
-
-def add_up(value: Tensor) -> float:
-    """Return the sum of a number over all processes."""
-    total = value.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.item()
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

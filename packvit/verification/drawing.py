@@ -69,7 +69,7 @@ def plan_shapes(encoder: Encoder, options: VerifyOptions, interpolates: bool) ->
 
 
 def in_squares(place: tuple[int, int, int], side: int) -> tuple[int, int, int]:
-    """Return a shape whose sides a merger's divides: so many times as large, but for the largest.
+    """Return a shape whose sides are multiples of a merger's: multiplied, except for the largest.
 
     So 1 x 23 patches become 2 x 46.
     """

@@ -1,4 +1,4 @@
-"""Facts about this machine and the supported models, for `packvit info` and the docs."""
+"""Facts about this machine and the supported models, for `packvit info`."""
 
 import os
 import platform
@@ -90,55 +90,3 @@ def machine() -> dict[str, Any]:
         "gpus": ", ".join(gpus) or "none",
         "cuda": torch.version.cuda or "none",
     } | {name: version_of(name) for name in PACKAGES}
-
-
-def backends_page() -> str:
-    """Return the table of attention backends for the docs; it is the same on every machine."""
-    lines = ["| name | what it calls | run and measured by us |", "|---|---|---|"]
-    lines += [f"| `{b.name}` | {b.title} | {'yes' if b.measured else 'no'} |" for b in BACKENDS]
-    return "\n".join(lines) + "\n"
-
-
-def families_page() -> str:
-    """Return the table of families for README."""
-    lines = ["| family | class | layouts | published checkpoints |", "|---|---|---|---|"]
-    for encoder in FAMILIES:
-        family = encoder.family
-        layouts = ", ".join(dict.fromkeys(layout.name for layout in family.layouts))
-        some = f"{len(family.checkpoints)}, such as `{family.checkpoints[0]}`"
-        lines.append(f"| {family.name} | `{encoder.__name__}` | {layouts} | {some} |")
-    return "\n".join(lines) + "\n"
-
-
-def text_page() -> str:
-    """Return the table of text towers for the docs."""
-    lines = ["| text tower | a text is | images' output in the same space | checkpoints |"]
-    lines.append("|---|---|---|---|")
-    for tower in TEXT_TOWERS:
-        config, first = tower.read({}), tower.checkpoints[0]
-        size = (
-            f"{config.positions} tokens, filled up"
-            if config.padded
-            else f"up to {config.positions} tokens{', causal' if config.causal else ''}"
-        )
-        count = len(tower.checkpoints)
-        some = f"`{first}`" if count == 1 else f"{count}, such as `{first}`"
-        lines.append(f"| {tower.name} | {size} | `{tower.space}` | {some} |")
-    return "\n".join(lines) + "\n"
-
-
-def checkpoints_page() -> str:
-    """Return docs/checkpoints.md: all published checkpoints that are known by name."""
-    page = [
-        "# Checkpoints\n",
-        "Written by `docs/generate.py` from the families' files. No hub was in reach where packvit",
-        "was built, so none of these was loaded from it.\n",
-    ]
-    for encoder in FAMILIES:
-        page.append(f"## {encoder.family.name}: `{encoder.__name__}`\n")
-        if elsewhere := encoder.family.reference.elsewhere:
-            page.append(f"{elsewhere}\n")
-        page += [f"- `{name}`" for name in encoder.family.checkpoints]
-        page.append("")
-    page.append("## Attention backends\n")
-    return "\n".join([*page, backends_page()])

@@ -1,4 +1,4 @@
-"""Doubt the reference: whether its images feel each other, and whether timm says the same."""
+"""Check the reference itself: do its images influence each other, and does timm agree?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -50,7 +50,7 @@ def compare_leak(
 def compare_reference_neighbours(
     encoder: Encoder, reference: ReferenceModel, options: VerifyOptions
 ) -> Comparison:
-    """Check that the reference's own images do not feel each other."""
+    """Check that the reference's own images do not influence each other."""
     table, merger = encoder.config.positions, encoder.config.merger
     rows, columns = (4, 6) if merger is None else (2 * merger.side, 3 * merger.side)
     if isinstance(table, Table) and not table.any_grid:
@@ -125,7 +125,7 @@ def judged(
 
 
 def doubts(rows: Sequence[Comparison]) -> list[str]:
-    """Return what the comparisons that missed say against the references themselves."""
+    """Return what the missed comparisons say against the references themselves."""
     missed = [row.what for row in rows if not row.passed]
     found = [LEAKS] if NEIGHBOURS in missed else []
     return found + ([DIFFER] if any(what.endswith(OF_TIMM) for what in missed) else [])

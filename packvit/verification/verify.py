@@ -13,9 +13,10 @@ from torch import nn
 
 from packvit import hub
 from packvit.checkpoints.layouts import Variant
-from packvit.config import LoadOptions, Table
+from packvit.config import Table
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
+from packvit.model.options import LoadOptions
 from packvit.verification import Comparison, Findings, VerificationError, VerifyOptions, certificate
 from packvit.verification.comparison import compare_outputs
 from packvit.verification.files import (
@@ -28,6 +29,7 @@ from packvit.verification.references import ReferenceModel, import_reference, wr
 from packvit.verification.running import interpolation_error
 from packvit.verification.second import compare_reference_neighbours, compare_with_timm, doubts
 from packvit.verification.timm_models import NoCounterpartError
+from packvit.version import is_newer, version_of
 
 ANTIALIASED = ("bilinear_antialias", "bicubic_antialias")
 TOWER = "the reference is the tower alone, as save_pretrained writes it"
@@ -58,12 +60,15 @@ def verify_checkpoint(
 def verify_family(
     encoder: type[Encoder], options: VerifyOptions, *, device: str | torch.device | None = None
 ) -> Iterator[Findings]:
-    """Yield the findings for each variant of a family, with small random weights.
+    """Yield the findings for each variant that the library reads, with small random weights.
 
     Raises: ImportError without the reference's library.
     """
     import_reference(encoder.family)
+    library = version_of(encoder.family.reference.library)
     for variant in encoder.family.reference.variants:
+        if variant.since and is_newer(variant.since, library):
+            continue
         yield verify_variant(encoder, variant, options, device)
 
 
@@ -197,7 +202,7 @@ def readable_as_is(encoder: Encoder) -> bool:
 
 
 def tower_alone(encoder: Encoder) -> Encoder:
-    """Return an encoder without what transformers has in no class of its tower.
+    """Return an encoder without the parts that transformers' class of its tower lacks.
 
     That is a projection to the space shared with text, or a merger beside the language model.
     """

@@ -16,6 +16,7 @@ from small_checkpoint import write_checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from docs.tables import native_table
 from packvit.bench import (
     MODELS,
     NATIVE,
@@ -34,9 +35,10 @@ from packvit.bench.native import measure_native
 from packvit.bench.ours import OURS, Ours
 from packvit.bench.peers import Peer, grouped, one_by_one, padded, peers
 from packvit.bench.run import measure
-from packvit.bench.table import as_markdown, native_table
+from packvit.bench.table import as_markdown
 from packvit.bench.workloads import Workload, encoder_flops, workload
 from packvit.cli.bench import bench
+from packvit.config import Windows
 from packvit.families import FAMILIES, AIMv2Packing, DINOv3ViTPacking, Siglip2NaflexPacking
 from packvit.verification.references import write_random
 
@@ -86,6 +88,18 @@ def test_the_models_and_workloads_of_the_records_are_there():
     tiny = workload("tiny-images", small=False)
     assert len(tiny.lengths) == 2048
     assert {4, 16} <= set(tiny.lengths) <= set(range(4, 17))
+
+
+@pytest.mark.parametrize(("layers", "full"), [(2, ()), (9, (7,))])
+def test_the_first_layers_of_qwen2_5_vl_keep_their_windows(
+    monkeypatch: pytest.MonkeyPatch, layers: int, full: tuple[int, ...]
+):
+    """On a CPU the first two are measured unless asked otherwise, and none of them is full."""
+    encoder, architecture, _ = models.SIZES["qwen2.5-vl-vit"]
+    small = {"hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 48}
+    monkeypatch.setitem(models.SIZES, "qwen2.5-vl-vit", (encoder, architecture, small))
+    config = models.build("qwen2.5-vl-vit", layers, torch.device("cpu"), torch.float32).config
+    assert (config.layers, config.windows) == (layers, Windows(8, full))
 
 
 @pytest.mark.parametrize(
@@ -352,6 +366,18 @@ def test_the_command_prints_a_table_and_writes_a_report(aimv2: Path, tmp_path: P
     assert "NaFlexVit has not the positions or MLP of this family" in done.stdout
 
 
+def test_several_models_are_written_one_by_one_with_the_contenders_asked_for(tmp_path: Path):
+    models = [word for model in ("dinov2-b14", "qwen3-vit") for word in ("--model", model)]
+    small = ("--workload", "small", "--layers", 1, "--rounds", 2, "--device", "cpu")
+    done = invoke(*models, *small, "--way", "packvit, sdpa", "--out", tmp_path / "rows")
+    assert done.exit_code == 0, done.stderr
+    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
+    assert found.keys() == {"bench-dinov2-b14-cpu.json", "bench-qwen3-vit-cpu.json"}
+    for report in found.values():
+        [work] = report["workloads"]
+        assert list(work["results"]) == [report["baseline"], "packvit, sdpa"]
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
@@ -360,8 +386,8 @@ def test_the_command_prints_a_table_and_writes_a_report(aimv2: Path, tmp_path: P
         (["--model", "tiny", "--layers", "3"], 2, "--layers is for random models only"),
         (["--device", "gpu"], 2, 'device "gpu" cannot be used'),
         (["--json", "nowhere/report.json"], 2, "nowhere is not a folder"),
-        (["--seconds", "9"], 2, "for --workload native"),
-        (["--model", "tiny", "--model", "tiny"], 2, "--model is given more than once"),
+        (["--way", "ours"], 2, 'No contender is called "ours"'),
+        (["--model", "tiny", "--model", "tiny", "--json", "-"], 2, "name a folder by --out"),
         (["--workload", "native", "--model", "tiny"], 2, "No batch is called tiny"),
         (["--workload", "native", "--way", "ours"], 2, 'No contender is called "ours"'),
         (["--workload", "native", "--json", "-"], 2, "name a folder by --out"),

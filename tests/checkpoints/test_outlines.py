@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_checkpoint import write_checkpoint
 
-from packvit import config
 from packvit.checkpoints.errors import CheckpointError
 from packvit.corpus.loading import load_encoder, outline_encoder
 from packvit.corpus.manifest import describe_job
 from packvit.corpus.settings import EmbedOptions, ModelChoice, fit_options
+from packvit.model.options import LoadOptions
 
 
 def test_an_outline_describes_the_job_that_its_encoder_would_do(tmp_path: Path):
     choice = ModelChoice(
         model=write_checkpoint(tmp_path),
-        options=config.LoadOptions(device="cpu", dtype="bfloat16"),
+        options=LoadOptions(device="cpu", dtype="bfloat16"),
     )
     encoder, weights = load_encoder(choice)
     outline = outline_encoder(choice)
@@ -43,7 +43,7 @@ def test_an_outline_refuses_what_its_encoder_refuses(tmp_path: Path):
     weights["another"] = weights.pop(first)
     weights[second] = torch.zeros(7)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    choice = ModelChoice(model=folder, options=config.LoadOptions(device="cpu"))
+    choice = ModelChoice(model=folder, options=LoadOptions(device="cpu"))
     with pytest.raises(CheckpointError) as refused:
         load_encoder(choice)
     for words in (f"missing: {first}", f"misshapen: {second} is [7]", "unexpected: another"):

@@ -112,7 +112,7 @@ def test_datasets_map_gives_the_vectors_of_files_and_of_decoded_images(
         ({"image": [], "status": []}, ValueError, 'a column "status" already'),
         ({"image": "x.png"}, TypeError, "batched=True"),
         ([1], TypeError, "but this is a list"),
-        ({"image": [3]}, TypeError, "An image is a path"),
+        ({"image": [np.zeros((4, 4, 3))]}, TypeError, "An image array must be uint8"),
     ],
 )
 def test_a_batch_that_cannot_be_read_is_refused_in_words(

@@ -9,7 +9,7 @@ import pickle
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -19,8 +19,9 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import packvit
-from packvit.config import LoadOptions, check_choice
+from packvit.config import check_choice
 from packvit.families.aimv2 import AIMv2Packing
+from packvit.model.options import LoadKeywords, LoadOptions
 
 GRID = [(1, 3, 4), (2, 2, 5), (1, 1, 7), (1, 3, 4)]
 
@@ -188,6 +189,9 @@ def test_load_options_are_the_same_wherever_they_are_taken():
         if name not in ("name_or_folder", "revision")
     }
     assert taken == fields
+    types = [get_type_hints(each) for each in (LoadOptions, LoadKeywords, packvit.load)]
+    assert all({name: found[name] for name in fields} == types[0] for found in types)
+    assert types[1] == types[0]
 
 
 def test_loading_never_shares_memory_with_the_source():

@@ -21,6 +21,7 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25MultimodalPro
 
 import packvit
 from packvit.checkpoints import files
+from packvit.checkpoints.errors import CheckpointError
 from packvit.encoder import Encoder
 from packvit.families.kimi_k25 import KimiK25VisionPacking
 from packvit.packs.features import Features
@@ -105,11 +106,33 @@ def publish(kimi: Kimi, folder: Path) -> Path:
         tensors[f"mm_projector.{published}.bias"] = layer.bias.data
     config = {
         "model_type": "kimi_k25",
-        "vision_config": kimi.tower.config.to_dict(),
+        "vision_config": published_words(kimi),
         "text_config": {"hidden_size": 40},
     }
     files.write(folder, config=config, tensors=tensors, preprocessor=None)
     return folder
+
+
+def published_words(kimi: Kimi) -> dict[str, Any]:
+    """Return the entries of the published vision_config, which are not transformers'."""
+    sizes = kimi.tower.config.to_dict()
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {f"vt_{name}": sizes[name] for name in names} | {
+        "init_pos_emb_height": sizes["pos_emb_height"],
+        "init_pos_emb_time": sizes["pos_emb_time"],
+        "init_pos_emb_width": sizes["pos_emb_width"],
+        "merge_kernel_size": [2, 2],
+        "merge_type": "sd2_tpool",
+        "mm_hidden_size": 64,
+        "mm_projector_type": "patchmerger",
+        "model_type": "",
+        "patch_size": 14,
+        "pos_emb_type": "divided_fixed",
+        "projector_hidden_act": "gelu",
+        "projector_ln_eps": 1e-05,
+        "text_hidden_size": 40,
+        "video_attn_type": "spatial_temporal",
+    }
 
 
 ALONE: Grid = [(1, 2, 46), (1, 38, 2), (1, 6, 6), (1, 4, 10)]  # Kimi-VL takes no clips
@@ -247,6 +270,22 @@ def test_a_published_checkpoint_is_written_back_bit_for_bit(tmp_path: Path):
     assert packvit.load(tmp_path / "ours").config == encoder.config
     with pytest.raises(ValueError, match='"original"'):
         encoder.save_pretrained(tmp_path / "other", layout="transformers")
+
+
+def test_published_words_and_transformers_say_the_same():
+    kimi = build()
+    kimi.tower.config.pos_emb_time = 3
+    read = KimiK25VisionPacking.family.layouts[1].read
+    names = ("mm_projector.pre_norm.weight",)
+    whole = {"model_type": "kimi_k25", "text_config": {"hidden_size": 40}}
+    published = whole | {"vision_config": published_words(kimi) | {"projector_ln_eps": 1e-6}}
+    theirs = whole | {"vision_config": kimi.tower.config.to_dict()}
+    config = read(published, names)
+    assert config == read(theirs | {"projection_layer_norm_eps": 1e-6}, names)
+    assert (config.width, config.layers, config.mlp_width) == (64, 3, 96)
+    other = published_words(kimi) | {"merge_type": "sd2"}
+    with pytest.raises(CheckpointError, match=r"'merge_type': 'sd2'.*packvit knows.*sd2_tpool"):
+        read(whole | {"vision_config": other}, names)
 
 
 def test_frames_of_a_clip_see_each_other_and_no_other_image(tmp_path: Path):

@@ -94,9 +94,17 @@ def test_a_model_in_memory_is_taken_over(kind: str):
     pytest.fail(f"no family claims {kind}")
 
 
+def build_with_our_names(kind: str) -> Any:
+    """A model whose tensors this version of transformers names as we write them, or skip."""
+    model = reference.build(kind)
+    if kind == "radio, swiglu" and not any("gate_proj" in name for name in model.state_dict()):
+        pytest.skip("we write the names of a later transformers than this one, which it lacks")
+    return model
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_loads_what_we_write_bit_for_bit(tmp_path: Path, kind: str):
-    model = reference.build(kind)
+    model = build_with_our_names(kind)
     loaded(tmp_path, model).save_pretrained(tmp_path / "ours")
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("model", "ours"))
     assert after.keys() == before.keys()
@@ -221,7 +229,7 @@ def loaded_folder(tmp_path: Path, model: Any) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_carried_unused_survives_a_round_trip(tmp_path: Path, kind: str):
-    model = reference.build(kind)
+    model = build_with_our_names(kind)
     encoder = loaded(tmp_path, model)
     masked = kind.split(",")[0] in ("dinov2", "dinov3", "tipsv2")
     labels = ({"mask_token"} if masked else set()) | (

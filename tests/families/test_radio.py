@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import packvit
 from packvit.checkpoints.errors import CheckpointError
-from packvit.families import radio_args
+from packvit.families import radio_entries
 from packvit.verification import VerifyOptions
 from packvit.verification.verify import verify_checkpoint
 
@@ -124,6 +124,36 @@ def test_a_processor_that_normalises_is_refused(tmp_path: Path):
         packvit.load(folder)
 
 
+def test_swiglu_is_read_by_transformers_older_names_too(tmp_path: Path):
+    folder, model = saved(tmp_path, use_swiglu_ffn=True)
+    encoder = packvit.load(folder)
+    patches = reference.draw_patches(GRID, encoder.config.patch_dim)
+    before = encoder(patches, GRID)
+    assert (before - reference.run(model, patches, GRID).tokens).abs().max() < 1e-4
+    tensors = load_file(folder / "model.safetensors")
+    for gate in [name for name in tensors if "mlp.gate_proj" in name]:  # none before 5.24
+        both = [tensors.pop(gate), tensors.pop(gate.replace("gate_proj", "up_proj"))]
+        tensors[gate.replace("gate_proj", "weights_in")] = torch.cat(both)
+        down = gate.replace("gate_proj", "down_proj")
+        tensors[down.replace("down_proj", "weights_out")] = tensors.pop(down)
+    rewrite(folder, tensors)
+    assert torch.equal(packvit.load(folder)(patches, GRID), before)
+
+
+@pytest.mark.parametrize("name", ["norm_mean", "norm_std"])
+def test_statistics_in_the_tensors_are_clips_or_refused(tmp_path: Path, name: str):
+    """The authors' code reads them from there, whatever config.json says."""
+    folder, _ = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    full = f"radio_model.input_conditioner.{name}"
+    rewrite(folder, tensors | {full: tensors[full].bfloat16()})
+    packvit.load(folder)
+    other = {"norm_mean": [0.485, 0.456, 0.406], "norm_std": [0.229, 0.224, 0.225]}[name]
+    rewrite(folder, tensors | {full: torch.tensor(other).view(3, 1, 1)})
+    with pytest.raises(CheckpointError, match=rf"{name} holds \[0.*packvit knows \[0\.\d"):
+        packvit.load(folder)
+
+
 TEACHERS = [{"name": "a"}, {"name": "b", "use_summary": True}, {"name": "c", "use_summary": False}]
 
 
@@ -164,7 +194,7 @@ def test_a_checkpoint_with_the_authors_configuration_is_read_and_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its tensors have the same names; the size is a small one."""
-    monkeypatch.setitem(radio_args.ARCHITECTURES, "vit_base_patch16_224", (64, 3, 4, 96))
+    monkeypatch.setitem(radio_entries.ARCHITECTURES, "vit_base_patch16_224", (64, 3, 4, 96))
     folder, _ = saved(
         *(tmp_path,),
         **{"num_cls_tokens": 3, "num_registers": 7, "summary_idxs": [0, 1], "patch_size": 16},
@@ -196,6 +226,7 @@ def test_a_checkpoint_with_the_authors_configuration_is_read_and_verified(
         {"model_norm": True},
         {"model_kwargs": {"scaled_ln": True}},
         {"teachers": [{"name": "a"}, {"name": "a"}]},
+        {"cpe_max_size": 224},
     ],
 )
 def test_what_no_published_vit_has_is_refused(changes: dict[str, Any]):

@@ -19,6 +19,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditional
 
 import packvit
 from packvit import hub
+from packvit.checkpoints.errors import CheckpointError
 from packvit.corpus.folder.checking import check_folder
 from packvit.encoder import Encoder
 from packvit.families import FAMILIES
@@ -52,6 +53,44 @@ def test_every_output_equals_the_towers(tmp_path: Path, kind: str):
     encoder = packvit.load(saved(tmp_path, model))
     patches = draw(encoder)
     assert towers.misses(encode(encoder, patches), model, patches, GRID) == []
+
+
+UNUSUAL: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3_vl", {"deepstack_visual_indexes": [2, 0]}),  # mergers stand in the order of the list
+    ("qwen3_vl", {"deepstack_visual_indexes": []}),
+    ("qwen3_vl", {"num_position_embeddings": 1}),
+    ("qwen2_5_vl", {"window_size": 100}),  # of no whole squares
+    ("qwen2_5_vl", {"window_size": 28, "fullatt_block_indexes": []}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), UNUSUAL)
+def test_unusual_configurations_equal_the_tower(tmp_path: Path, kind: str, changes: dict[str, Any]):
+    model = towers.build(kind, **changes)
+    encoder = packvit.load(saved(tmp_path, model))
+    patches = draw(encoder)
+    found = encode(encoder, patches)
+    assert towers.misses(found, model, patches, GRID) == []
+    assert list(found.deepstack) == sorted(changes.get("deepstack_visual_indexes", found.deepstack))
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("qwen3_vl", {"deepstack_visual_indexes": [0, 0]}, "must name layers below 3, each once"),
+    ("qwen3_vl", {"deepstack_visual_indexes": [0, 3]}, "must name layers below 3, each once"),
+    ("qwen3_vl", {"rope_parameters": {"rope_theta": 0}}, "rope_theta.*must be above 0"),
+    ("qwen2_5_vl", {"window_size": 27}, '"window_size": 27, but a window holds.*28 pixels'),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), WRONG)
+def test_configurations_that_no_tower_can_have_are_refused(
+    tmp_path: Path, kind: str, changes: dict[str, Any], message: str
+):
+    folder = saved(tmp_path, towers.build(kind))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match=message):
+        packvit.load(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)

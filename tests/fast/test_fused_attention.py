@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from packvit.model.rotary import rotate
 
@@ -70,3 +71,42 @@ def test_rotary_positions_in_place_are_nearer_to_exact_than_the_plain_model(
     q, k = (rotate(x, cosine.double(), sine.double()) for x in (q, k))
     [exact] = torch.autograd.grad((torch.stack([q, k, v], 1) * pull.double()).sum(), given)
     torch.testing.assert_close(found.double(), exact, atol=0.05, rtol=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("depth", [64, 128])
+def test_short_attention_is_as_near_to_exact_as_torch(dtype: torch.dtype, depth: int):
+    from packvit.fast.kernels.short_attention import attend_short
+
+    torch.manual_seed(depth)
+    for length in (1, 5, 16, 31, 33, 64, 65, 80, 197, 256, 257, 261, 320):
+        qkv = torch.randn(7 * length, 3, 3, depth, device="cuda").to(dtype)
+        qkv[:, 0] *= 3  # so that some shares are near to 1
+        given = qkv.clone()
+        found = attend_short(qkv, length)
+        assert torch.equal(qkv, given)
+        exact, usual = (attended(x, length) for x in (qkv.double(), qkv))
+        error, other = ((x.double() - exact).norm() for x in (found, usual))
+        assert error <= 1.2 * other, length
+
+
+def attended(qkv: Tensor, length: int) -> Tensor:
+    """Attention by torch. Shapes: [T, 3, H, K] -> [T, H, K]."""
+    q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_short_attention_keeps_what_is_not_finite_in_its_sequence(bad: float):
+    from packvit.fast.kernels.short_attention import attend_short
+
+    qkv = torch.randn(5 * 70, 3, 2, 64, device="cuda").bfloat16()
+    before = attend_short(qkv, 70)
+    qkv[2 * 70 + 69] = bad
+    after = attend_short(qkv, 70)
+    own = slice(2 * 70, 3 * 70)
+    assert not after[own].isfinite().any()
+    after[own] = before[own]
+    assert torch.equal(after, before)

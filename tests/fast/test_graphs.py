@@ -254,7 +254,7 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         run = lambda rows, table, segments: (self.linear(rows[0]), {})  # noqa: E731
-        nothing = Peak(0, 0, 0)
+        nothing = Peak(0, 0)
         out, _ = self.graphs(run, [x], None, (len(x),), BACKENDS[-1], owner=self, peak=nothing)
         return out
 

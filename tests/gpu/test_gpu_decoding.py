@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jpeg_planes import upright_rgb
 from PIL import Image
 
 from demo.photographs import photographs
@@ -17,7 +18,7 @@ from packvit.config import Exact, Filter, ImageConfig, PatchOrder, ShortestEdge
 from packvit.gpu.decoder import JpegDecoder, check_pillow, groups, lay_out, planes_to_patches
 from packvit.gpu.jpeg import SAMPLINGS, Jpeg, JpegPlan, Refusal, Sampling, plan_jpeg, read_jpeg
 from packvit.gpu.nvjpeg import NvJpeg, places
-from packvit.gpu.reference import resize, upright_rgb
+from packvit.gpu.reference import resize
 from packvit.gpu.resampling import FILTERS
 from packvit.images.decode import decode
 from packvit.images.patches import cut_patches, to_patches

@@ -18,6 +18,7 @@ from packvit.model.attention import (
     AttentionInputs,
     attend,
     resolve,
+    run_in_launches,
     run_sdpa,
     run_torch,
     varlen_arguments,
@@ -104,6 +105,59 @@ def test_one_query_a_sequence_attends_to_its_own_tokens(lengths: list[int]):
     for row, (q, k, v) in zip(found, parts, strict=True):
         weights = (torch.einsum("hk,thk->ht", q, k) / 4).softmax(-1)
         torch.testing.assert_close(row, torch.einsum("ht,thk->hk", weights, v), atol=1e-12, rtol=0)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    most=st.integers(1, 5),
+    causal=st.booleans(),
+)
+def test_several_launches_find_what_one_would(lengths: list[int], most: int, causal: bool):
+    """Forward and backward, whether each token asks or, where not causal, one a sequence."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, sum(lengths), 2, 16, generator=generator, dtype=torch.float64)
+    keys = Segments.from_lengths(tuple(lengths), causal=causal)
+    queries = keys if causal else Segments.from_lengths((1,) * len(lengths))
+    launched: list[tuple[int, ...]] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, asked: Segments, held: Segments) -> Tensor:
+        assert asked.cu_seqlens.diff().tolist() == list(asked.lengths)
+        assert held.cu_seqlens.tolist() == [0, *held.starts[1:], len(k)]
+        assert held.cu_seqlens.dtype == torch.int32
+        launched.append(held.lengths)
+        return run_sdpa(q, k, v, asked, held)
+
+    def run(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        query, key, value = (each.clone().requires_grad_() for each in drawn)
+        out = attention(query[: queries.tokens], key, value)
+        return out, *torch.autograd.grad(out.square().sum(), (query, key, value))
+
+    found = run(lambda q, k, v: run_in_launches(kernel, q, k, v, queries, keys, most=most))
+    expected = run(lambda q, k, v: run_sdpa(q, k, v, queries, keys))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert max(map(len, launched)) <= most
+    assert [length for each in launched for length in each] == lengths
+
+
+@on_gpu
+@pytest.mark.parametrize("backend", ["torch", "sdpa", pytest.param("fa4", marks=with_fa4)])
+@pytest.mark.parametrize("kinds", [(1, 2, 3), (2,)], ids=["mixed", "equal"])
+def test_70_000_sequences_are_attended_to_forward_and_backward(backend: str, kinds: tuple[int]):
+    """More than a kernel's grid takes in its second axis; float64 tells what is right."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.tensor(kinds)[torch.randint(len(kinds), (70_000,), generator=generator)]
+    lengths = tuple(chosen.tolist())
+    drawn = torch.randn(4, sum(lengths), 2, 64, generator=generator).bfloat16()
+
+    def run(drawn: Tensor, name: str) -> list[Tensor]:
+        query, key, value, weight = (each.clone().requires_grad_() for each in drawn)
+        segments = Segments.from_lengths(lengths, device=drawn.device)
+        out = attend(query, key, value, segments, backend=name)
+        return [out.detach(), *torch.autograd.grad((out * weight).sum(), (query, key, value))]
+
+    for found, exact in zip(run(drawn.cuda(), backend), run(drawn.double(), "sdpa"), strict=True):
+        for ours, wanted in zip(found.double().cpu().chunk(16), exact.chunk(16), strict=True):
+            assert (ours - wanted).norm() <= 1.2e-2 * wanted.norm()
 
 
 def test_a_backend_that_cannot_run_says_why_and_auto_steps_past_it():

@@ -105,6 +105,19 @@ def test_what_the_log_does_not_vouch_for_is_not_read(
         nearest(query, open_vectors(copy), 3)
 
 
+def test_rows_of_a_folder_that_took_the_place_of_the_one_searched_are_refused(
+    tmp_path: Path, features: Path
+):
+    out, new = (shutil.copytree(features, tmp_path / name) for name in ("out", "new"))
+    vectors = open_vectors(out)
+    query = np.ones((1, vectors.width), np.float32)
+    assert len(nearest(query, vectors, 3)[0]) == 3
+    out.rename(tmp_path / "old")
+    new.rename(out)
+    with pytest.raises(UsageError, match="out changed while it was read"):
+        nearest(query, vectors, 3)
+
+
 def test_a_folder_of_errors_alone_has_no_neighbours(tmp_path: Path, encoder: Encoder, photos: Path):
     packvit.embed(photos / "bad.jpg", out=tmp_path / "out", model=encoder)
     with pytest.raises(UsageError, match="holds no row with features: all are errors"):

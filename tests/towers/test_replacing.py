@@ -42,6 +42,7 @@ from transformers import (
 
 import packvit
 from packvit.towers.in_place import BatchTower, TowerInPlace
+from packvit.towers.replacing import KINDS
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -322,15 +323,48 @@ def test_adapters_train_on_our_tower_and_come_back_with_it():
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
 
 
-def test_a_tower_that_is_frozen_in_part_is_refused():
+def flags(module: nn.Module) -> dict[str, bool]:
+    return {name: weight.requires_grad for name, weight in module.named_parameters()}
+
+
+def test_each_weight_keeps_its_own_requires_grad_there_and_back(model_and_asked: Any):
+    model, _ = model_and_asked
+    [tower] = [m for m in model.modules() if type(m).__name__ in KINDS]
+    frozen = tuple(name for name, _ in tower.named_parameters() if ".0." in name)
+    for name, weight in tower.named_parameters():
+        weight.requires_grad_(name not in frozen)
+    before = flags(model)
+    assert {True, False} <= set(flags(tower).values())
+    encoder = packvit.replace_tower(model)
+    assert not any(
+        weight.requires_grad for weight in encoder.encoder.get_submodule("layers.0").parameters()
+    )
+    assert all(
+        weight.requires_grad for weight in encoder.encoder.get_submodule("layers.1").parameters()
+    )
+    assert encoder.embeddings.patches.weight.requires_grad
+    packvit.restore_tower(model)
+    assert flags(model) == before
+
+
+def test_a_frozen_tower_of_which_a_part_was_trained_comes_back_as_it_was_trained():
     model, _ = qwen3()
     model.model.visual.requires_grad_(False)
-    model.model.visual.merger.requires_grad_(True)
-    with pytest.raises(ValueError, match="frozen in part"):
-        packvit.replace_tower(model)
-    model.model.visual.merger.requires_grad_(False)
     encoder = packvit.replace_tower(model)
-    assert not any(weight.requires_grad for weight in encoder.parameters())
+    assert not any(flags(encoder).values())
+    encoder.encoder.get_submodule("layers.2").requires_grad_(True)
+    tower = packvit.restore_tower(model)
+    trained = {name for name, trained in flags(tower).items() if trained}
+    assert trained == {name for name in flags(tower) if name.startswith("blocks.2.")}
+
+
+def test_a_weight_of_ours_that_would_be_frozen_in_part_is_refused():
+    model, _ = llava("clip")
+    model.requires_grad_(False)
+    [query] = [m for n, m in model.named_modules() if n.endswith("layers.1.self_attn.q_proj")][:1]
+    query.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"frozen in part.*: encoder\.layers\.1\.attention\.qkv"):
+        packvit.replace_tower(model)
 
 
 @pytest.mark.parametrize("kind", [Qwen3_5MoeVisionModel, Qwen4ExpVisionModel])

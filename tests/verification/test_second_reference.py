@@ -74,10 +74,11 @@ def test_a_reference_whose_images_feel_each_other_is_named():
     assert second.doubts([found]) == [second.LEAKS]
 
 
-@pytest.mark.parametrize(
-    "name", ["aimv2 fixed", "siglip2 NaFlex", "dinov3 plain", "qwen3_vl plain"]
-)
-def test_a_reference_that_keeps_images_apart_passes(tmp_path: Path, name: str):
+ONE_EACH = {name.split()[0]: name for name in reversed(VARIANTS)}
+
+
+@pytest.mark.parametrize("name", ONE_EACH.values())
+def test_no_reference_of_ours_leaks(tmp_path: Path, name: str):
     encoder, reference = written(name, tmp_path)
     found = second.compare_reference_neighbours(encoder, reference, FAST)
     assert found.passed

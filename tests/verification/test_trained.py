@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 import packvit
+from benchmarks import drafts
 from demo import trained as backbone
 from demo.onnx_graph import read_graph
 from demo.photographs import photographs
 from packvit.bench.accuracy import plant
 from packvit.cli import main
-from packvit.config import LoadOptions
 from packvit.encoder import Encoder
+from packvit.model.options import LoadOptions
 from packvit.packs.grid import Grid
 from packvit.verification import VerifyOptions
 from packvit.verification.comparison import Round, ask, ask_reference, judge_pack
@@ -107,6 +109,17 @@ def test_packvit_transformers_and_onnxruntime_agree_on_photographs(
             print(judged)
     mixed = [torch.cat([x[:1], x[1:].roll(1, 0)]) for x in ours]  # a wrong order would show
     assert not judge(mixed, runtime, truth, dtype=torch.float32, blocks=BLOCKS)[0].passed
+
+
+def test_drafts_of_photographs_keep_the_cosine_that_the_docs_say(folder: Path):
+    encoder = packvit.load(folder, device="cpu", dtype=torch.float32)
+    photos = [Image.open(path).convert("RGB") for path in photographs()]
+    files = [drafts.saved(drafts.turned(photos, number), quality=90) for number in range(16)]
+    shrunk = partial(drafts.small, encoder, 2, drafts.MARGIN)
+    found = drafts.compare(encoder, files, shrunk, 2, drafts.MARGIN)
+    assert 0.999 < found["cosine"]["least"] < 1
+    smaller = drafts.compare(encoder, files, partial(drafts.small, encoder, 2, 1.0), 2, 1.0)
+    assert smaller["cosine"]["least"] < found["cosine"]["least"]
 
 
 def test_ten_grids_equal_transformers(folder: Path, reference: ReferenceModel):

@@ -17,10 +17,12 @@ from packvit.corpus.inputs.sources import Input, read
 from packvit.corpus.inputs.unpacking import Spent
 from packvit.gpu.jpeg import JpegPlan, plan_jpeg
 from packvit.images.decode import decode_opened, open_image
+from packvit.images.drafts import draft
 from packvit.images.errors import ImageError, Stage
 from packvit.images.patches import Cutting
 
-Decode = Literal["pil", "gpu"]  # what decodes JPEGs; Pillow decodes all other images
+# What decodes JPEGs: Pillow; Pillow, large ones as drafts; the GPU. Pillow decodes all others.
+Decode = Literal["pil", "fast", "gpu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,13 @@ def prepare(
         opened = open_image(data, max_pixels=preprocessing.max_pixels)
         del data  # `opened` holds the bytes, until they are decoded
         admit(opened.pixels)
+        whole = draft(opened, preprocessing) if preprocessing.decode == "fast" else None
         photo = decode_opened(opened)
         del opened  # frees its pixels if `photo` has rotated or converted ones
-        row = replace(row, note=photo.note, width=photo.width, height=photo.height)
+        shown = whole or photo
+        row = replace(row, note=photo.note, width=shown.width, height=shown.height)
         stage = "resize"
-        cut = preprocessing.cut(photo.image)
+        cut = preprocessing.cut(photo.image, whole)
     except ImageError as error:
         return Prepared(replace(row, status=error.code, stage=error.stage, note=error.note))
     except MemoryError:

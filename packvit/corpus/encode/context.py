@@ -11,7 +11,7 @@ from packvit.corpus.decode.prepare import Preprocessing
 from packvit.corpus.decode.queue import Decoders
 from packvit.corpus.settings import EmbedOptions
 from packvit.encoder import Encoder
-from packvit.gpu.decoder import Decoded, JpegDecoder
+from packvit.gpu.decoder import Decoded, JpegDecoder, check_decoder
 from packvit.gpu.jpeg import JpegPlan
 from packvit.gpu.nvjpeg import NvJpeg
 
@@ -46,13 +46,25 @@ def make_context(
 
     Raises: UsageError naming what is missing if the device should decode JPEGs and cannot.
     """
-    if options.decode == "pil":
+    if options.decode != "gpu":
         return EmbedContext(encoder, options, decoders)
     try:
         decoder = JpegDecoder(encoder.images, encoder.patch_order, encoder.device, engine=engine)
     except (ImportError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     return EmbedContext(encoder, options, decoders, decoder.decode)
+
+
+def check_decoding(encoder: Encoder, options: EmbedOptions) -> None:
+    """Check that other processes can decode as asked, as far as can be told without a decoder.
+
+    Raises: UsageError, as `make_context`.
+    """
+    if options.decode == "gpu":
+        try:
+            check_decoder(encoder.device)
+        except (ImportError, RuntimeError) as error:
+            raise UsageError(str(error)) from error
 
 
 def make_preprocessing(encoder: Encoder, options: EmbedOptions) -> Preprocessing:

@@ -19,10 +19,11 @@ REUSED = "reused"  # the status of a row until it is taken over; it is never wri
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """Which rows may be taken over: the index, and the folders that it counts."""
+    """Which rows may be taken over: the index, the folders that it counts, their fingerprints."""
 
     index: str
     folders: tuple[str, ...]
+    fingerprints: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,8 +68,8 @@ def stage(
 ) -> Staged:
     """Write part `number` under a temporary name, flushed; on failure leave nothing.
 
-    `attempt` makes the name unique if another process may still be writing the same part. A store
-    has no temporary names, but is told whether the part may be one that `replaces` another.
+    `attempt` makes the name unique if another process may still be writing the same part. An object
+    store has no temporary names; there `replaces` says whether the part may replace another.
 
     Raises: WriteError if it cannot be written.
     """
@@ -114,7 +114,7 @@ def enter(folder: Folder, staged: Staged, *, mends: bool = False) -> Commit:
 def replace_part(folder: Path, staged: Staged, before: Sequence[Commit]) -> Commit:
     """Put a staged part in the place of one that the log lists; on failure leave the old one.
 
-    The log comes first: if it names a part that is staged alone, `finish_replacements` renames it.
+    The log comes first: if the part that it names is only staged, `finish_replacements` renames it.
 
     Raises: WriteError if it cannot be written.
     """
@@ -183,7 +183,7 @@ def put(path: Folder, data: bytes) -> None:
 
 
 def write_own(path: Folder, data: bytes) -> None:
-    """Put a file in the place of one of its name, in one step."""
+    """Write a file atomically, in place of any of that name."""
     if isinstance(path, StorePath):
         return path.write(data)
     with writing(path):
@@ -192,9 +192,9 @@ def write_own(path: Folder, data: bytes) -> None:
 
 @contextmanager
 def building(path: Folder, *, beside: Folder | None = None) -> Iterator[Path]:
-    """Yield a temporary path; what is written there takes the place of `path` in one step.
+    """Yield a temporary path, whose file then replaces `path` atomically.
 
-    On a disk it stands in the folder `beside`, or else in that of `path`, which is made if needed.
+    On a disk it is in the folder `beside`, or else in that of `path`, which is made if needed.
     """
     if isinstance(path, StorePath):
         with uploading(path) as local:
@@ -232,7 +232,8 @@ def claim(folder: Folder) -> Iterator[Folder]:
     """Create `folder` if needed, lock it against other jobs, and yield where to write.
 
     On a disk the system releases the lock however the process ends. The lock file stays: if it were
-    removed, one job could lock the old file while another locks the new one.
+    removed, one job could lock the old file while another locks the new one. An update puts another
+    folder, with another file, in this one's place: the lock of what was there before is no lock.
 
     Raises: UsageError if another job holds it; WriteError if it cannot be made.
     """
@@ -241,12 +242,17 @@ def claim(folder: Folder) -> Iterator[Folder]:
             yield claimed
         return
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(PermissionError):  # of one that may be written to and not read
+                sync(folder.parent)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
             with writing(folder / LOCK):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
+                    raise BlockingIOError(errno.EAGAIN, "the folder was replaced just now")
         except WriteError as error:
             if not isinstance(error.__cause__, BlockingIOError):
                 raise

@@ -1,4 +1,4 @@
-"""Open the files of a feature folder that others may have made: no pipe, no link, no endless JSON.
+"""Open the files of a feature folder, which others may have made: no pipes, links or endless JSON.
 
 No torch.
 """
@@ -41,12 +41,12 @@ def open_own(path: Folder) -> BufferedReader:
         os.close(descriptor)
         if stat.S_ISDIR(mode):
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
 
 def read_own(path: Folder, most: int) -> bytes:
-    """Return the bytes of a regular file, of which there may be `most`.
+    """Return the bytes of a regular file of at most `most` bytes.
 
     Raises: OSError, as `open_own`, or if there are more.
     """
@@ -83,12 +83,12 @@ def is_shallow(value: object) -> bool:
 
 
 def find_flaw(manifest: Mapping[str, Any], names: Names) -> str | None:
-    """Return which entry of a manifest cannot be one of ours, as the end of a sentence, or None."""
+    """Return what is wrong with the entries of a manifest, as the end of a sentence, or None."""
     config, lists = manifest.get("config"), manifest.get("lists")
     if not is_count(manifest.get("inputs")):
-        return f"has inputs {shorten(manifest.get('inputs'))}, which is no number of inputs."
+        return f"has inputs {shorten(manifest.get('inputs'))}, which is not a number of inputs."
     if not is_count(manifest.get("rows_per_part"), least=1):
-        return "has a rows_per_part that is no number of rows."
+        return "has a rows_per_part that is not a number of rows."
     width = config.get("width") if isinstance(config, dict) else None
     if not is_count(width, least=1, most=MOST_WIDTH):
         return "has no config with the width of features."
@@ -96,7 +96,7 @@ def find_flaw(manifest: Mapping[str, Any], names: Names) -> str | None:
     if manifest.get("text_space") == "projected" and not is_count(shared, least=1, most=MOST_WIDTH):
         return "has no config with the width of projected features."
     if not isinstance(lists, list) or not all(isinstance(name, str) for name in lists):
-        return "has lists that are no list of names."
+        return "has lists that are not a list of names."
     if manifest.get("dtype_out") not in ("float16", "float32"):
         return "has a dtype_out that is neither float16 nor float32."
     if manifest.get("vector_dtype", "float32") not in ("float16", "float32"):
@@ -112,7 +112,7 @@ def find_reuse_flaw(manifest: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a manifest's record of rows taken over, or None."""
     devices = manifest.get("device_names", [])
     if not isinstance(devices, list) or not all(isinstance(name, str) for name in devices):
-        return "has device_names that are no list of names."
+        return "has device_names that are not a list of names."
     if "mtimes" in manifest and not is_record(manifest["mtimes"]):
         return "has mtimes without a size and a sha256."
     entry = manifest.get("reused", {"fingerprints": [], "across_versions": 0, "trust_mtime": 0})
@@ -121,7 +121,7 @@ def find_reuse_flaw(manifest: Mapping[str, Any]) -> str | None:
         return "has reused that is not a record of ours."
     prints = entry["fingerprints"]
     if not isinstance(prints, list) or not all(isinstance(each, str) for each in prints):
-        return "has fingerprints that are no list of texts."
+        return "has fingerprints that are not a list of texts."
     return None
 
 
@@ -135,7 +135,7 @@ def is_record(value: object) -> bool:
 def find_export_flaw(exports: object, names: Names) -> str | None:
     """Return what is wrong with a manifest's record of exports, or None."""
     if not isinstance(exports, dict):
-        return "has exports that are no object."
+        return "has exports that are not an object."
     for name, record in exports.items():
         if name not in (names.pooled, names.ids):
             return f"has exports {shorten(name)}, which is not a name of ours."

@@ -53,7 +53,7 @@ def is_manifest(name: str) -> bool:
 
 
 def files_in(folder: Folder, below: str) -> list[str]:
-    """Return the paths of the files in `folder / below`, none if that is a link or no folder."""
+    """Return the paths of the files in `folder / below`, none if that is a link or not a folder."""
     if isinstance(folder, StorePath):
         return [below + path.name for path in (folder / below if below else folder).iterdir()]
     if below and ((folder / below).is_symlink() or not (folder / below).is_dir()):

@@ -224,7 +224,7 @@ def check_keep(names: Sequence[str]) -> tuple[str, ...]:
         raise UsageError(f'keep is "{names}", but must be a list of names of columns.')
     for place, name in enumerate(names):
         if not name or "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise UsageError(f"keep names {json.dumps(name)}, which no column is called.")
+            raise UsageError(f"keep names {json.dumps(name)}, which is no name of a column.")
         if OURS.fullmatch(name):
             raise UsageError(
                 f'keep names "{name}", which is a column of every feature folder. Give it another '
@@ -246,9 +246,9 @@ def find_keep_flaw(manifest: Mapping[str, Any]) -> str | None:
     keep = manifest.get("keep", [])
     pairs = isinstance(keep, list) and all(isinstance(p, list) and len(p) == 2 for p in keep)
     if not pairs or not all(isinstance(name, str) and kind in KINDS for name, kind in keep):
-        return "has keep that is no list of names and types."
+        return "has keep that is not a list of names and types."
     try:
         check_keep([name for name, _ in keep])
     except UsageError:
-        return "has keep with names that no column to keep may have."
+        return "has keep with a name that a kept column cannot have."
     return None

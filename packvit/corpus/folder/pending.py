@@ -139,7 +139,7 @@ def describe(gone: Gone | None) -> str | None:
 
 
 def named(names: tuple[str, ...], count: int) -> str:
-    """Return the first of so many names."""
+    """Return the first few names, for a message."""
     shown = ", ".join(json.dumps(name, ensure_ascii=False) for name in names[:MOST_NAMED])
     more = count - min(count, MOST_NAMED)
     return shown + (f" and {more:,} more" if more else "")

@@ -1,7 +1,8 @@
 """`packvit.read`: a finished feature folder as ids, a matrix and a table. No torch."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,13 +10,16 @@ import numpy as np
 import pyarrow as pa
 
 from packvit.corpus import UsageError
+from packvit.corpus.folder.commits import Commit
 from packvit.corpus.folder.layout import encode_manifest, read_commits, read_manifest
 from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
-from packvit.corpus.folder.opening import find_flaw, open_own
+from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, open_own, read_own
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.sharding import WHOLE, find_shard_flaw, rows_of, shard_of
 from packvit.corpus.folder.stores import Folder, StorePath, find_folder
 from packvit.corpus.folder.swapping import restore
+
+TRIES = 3  # to read a folder that is replaced meanwhile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,13 +35,18 @@ class FeatureFolder:
     ids: tuple[str, ...]
     statuses: tuple[str, ...]  # ok, or an error code
     matrix: np.ndarray
-    parts: tuple[str, ...]  # paths below the folder
+    commits: tuple[Commit, ...]  # of the parts, as the log lists them
     text_space: str | None = None  # the column that texts compare with: pooled or projected
     keep: tuple[str, ...] = ()  # the columns that come with the photographs
     only_good: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The paths of the parts below the folder."""
+        return tuple(entry.part for entry in self.commits)
 
     @property
     def table(self) -> pa.Table:
@@ -68,10 +77,12 @@ class FeatureFolder:
     def read_columns(self, names: Sequence[str] | None) -> pa.Table:
         """Return columns of the rows, beside their status; all of them for None.
 
-        Raises: UsageError if a part is missing or damaged.
+        Raises: UsageError if a part is missing or damaged, or the folder changed since it was read.
         """
         columns = None if names is None else ["status", *names]
-        table = pa.concat_tables(read_whole(self.folder, part, columns) for part in self.parts)
+        with unchanged(self.folder, self.commits):
+            tables = [read_whole(self.folder, part, columns) for part in self.parts]
+        table = pa.concat_tables(tables)
         if not self.only_good:
             return table
         return table.filter(pa.array([status == "ok" for status in table["status"].to_pylist()]))
@@ -91,66 +102,128 @@ class FeatureFolder:
 def read(folder: str | os.PathLike[str]) -> FeatureFolder:
     """Return the rows of a feature folder that a finished job wrote, on a disk or in a store.
 
-    The checksum of every page that is read is verified; `packvit check` verifies all there is.
+    The checksum of every page that is read is verified; `packvit check` verifies all there is. A
+    folder that an update puts in its place meanwhile is read instead.
 
     Raises: UsageError if it is not a feature folder, if its job is not finished, or if a file is
     missing or damaged.
     """
     path = find_folder(folder, name="folder")
-    manifest, names = open_finished(path), names_of(path)
-    if (shard := shard_of(manifest)) != WHOLE:
-        raise UsageError(
-            f"{path} holds shard {shard} of a job alone. Put all of them together with "
-            "`packvit merge` first."
-        )
-    rows, outputs = manifest["inputs"], Outputs.of_manifest(manifest)
-    shape, kind = (rows, outputs.vector_width), np.dtype(outputs.vector_dtype)
-    parts = tuple(entry.part for entry in read_commits(path))
-    if sum(entry.rows for entry in read_commits(path)) != rows:
-        raise damaged(path, names.commits)
-    exported = names.pooled in manifest["exports"] and (path / names.pooled).exists()
-    columns = ["id", "status"] if exported else ["id", "status", "pooled"]
-    ids: list[str] = []
-    statuses: list[str] = []
-    matrix = map_matrix(path, names.pooled, shape, kind) if exported else np.empty(shape, kind)
-    for part in parts:
-        table = read_whole(path, part, columns)
-        if not exported:
-            found, place = matrix_of(table, "pooled"), slice(len(ids), len(ids) + len(table))
-            if found.shape != matrix[place].shape:
-                raise damaged(path, part)
-            matrix[place] = found
-        ids += table["id"].to_pylist()
-        statuses += table["status"].to_pylist()
+    for _ in range(TRIES - 1):
+        with suppress(ChangedError):
+            return read_once(path)
+    return read_once(path)
+
+
+def read_once(path: Folder) -> FeatureFolder:
+    """Return the rows of a feature folder, which no other must replace meanwhile.
+
+    Memory is taken for the rows that are there, however many the manifest says.
+
+    Raises: ChangedError; UsageError, as `read`.
+    """
+    open_finished(path)  # or the log is of nothing
+    entries, names = read_commits(path), names_of(path)
+    with unchanged(path, entries):
+        manifest = open_finished(path)
+        if (shard := shard_of(manifest)) != WHOLE:
+            raise UsageError(
+                f"{path} holds shard {shard} of a job. Put all shards together with "
+                "`packvit merge` first."
+            )
+        rows, outputs = manifest["inputs"], Outputs.of_manifest(manifest)
+        shape, kind = (rows, outputs.vector_width), np.dtype(outputs.vector_dtype)
+        if sum(entry.rows for entry in entries) != rows:
+            raise damaged(path, names.commits)
+        exported = names.pooled in manifest["exports"] and (path / names.pooled).exists()
+        mapped = map_matrix(path, names.pooled, shape, kind) if exported else None
+        ids: list[str] = []
+        statuses: list[str] = []
+        blocks: list[np.ndarray] = []
+        for entry in entries:
+            table = read_whole(path, entry.part, ["id", "status"] + ["pooled"] * (not exported))
+            if len(table) != entry.rows:
+                raise damaged(path, entry.part)
+            if not exported:
+                if table.schema.field("pooled").type != outputs.schema.field("pooled").type:
+                    raise damaged(path, entry.part)
+                blocks.append(matrix_of(table, "pooled"))
+            ids += table["id"].to_pylist()
+            statuses += table["status"].to_pylist()
+        matrix = join(blocks, outputs.vector_width, kind) if mapped is None else mapped
     space, keep = manifest.get("text_space"), tuple(name for name, _ in manifest.get("keep", ()))
-    return FeatureFolder(path, tuple(ids), tuple(statuses), matrix, parts, space, keep)
+    return FeatureFolder(path, tuple(ids), tuple(statuses), matrix, entries, space, keep)
+
+
+def join(blocks: list[np.ndarray], width: int, kind: np.dtype[Any]) -> np.ndarray:
+    """Return blocks [rows, D] as one; each is freed once it is copied, so that none is left."""
+    matrix, start = np.empty((sum(map(len, blocks)), width), kind), 0
+    blocks.reverse()
+    while blocks:
+        block = blocks.pop()
+        matrix[start : start + len(block)] = block
+        start += len(block)
+    return matrix
+
+
+@contextmanager
+def unchanged(folder: Folder, entries: Sequence[Commit]) -> Iterator[None]:
+    """Refuse what was read if the log is not, or no longer, the one of `entries`.
+
+    Raises: ChangedError, in the place of an error too, since it was of another folder then.
+    """
+    try:
+        yield
+    except UsageError as error:
+        if read_commits(folder) != entries:
+            raise ChangedError.of(folder) from error
+        raise
+    if read_commits(folder) != entries:
+        raise ChangedError.of(folder)
+
+
+class ChangedError(UsageError):
+    """A folder was replaced or changed while it was read."""
+
+    @classmethod
+    def of(cls, folder: Folder) -> "ChangedError":
+        """Return the error for a folder."""
+        return cls(f"{folder} changed while it was read: a job writes to it. Read it again.")
 
 
 def open_finished(folder: Folder) -> dict[str, Any]:
     """Return the manifest of the feature folder of a finished job.
 
-    Raises: UsageError if it is none.
+    Raises: UsageError if it is not one.
     """
     restore(folder)
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() or folder.is_symlink() else "does not exist"
         raise UsageError(f"{folder} {state}. Name a feature folder that `packvit embed` wrote.")
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.get("format") not in FORMATS:
-        raise UsageError(
-            f"{folder} is not a feature folder: it has no {CURRENT.manifest} of packvit. "
-            "Name one that `packvit embed` wrote."
-        )
-    path = folder / names_of(folder).manifest
-    flaw = find_flaw(manifest, names_of(folder)) or find_shard_flaw(manifest)
-    if flaw or path.read_bytes() != encode_manifest(manifest):
-        raise damaged(folder, path.name)
+    manifest = read_whole_manifest(folder, f"{folder} is")
     if not manifest["complete"]:
         written = sum(entry.rows for entry in read_commits(folder))
         raise UsageError(
             f"{folder} is half done: {written:,} of {rows_of(manifest):,} rows are written. Run "
             "the same embed command again to finish it, unless it still runs."
         )
+    return manifest
+
+
+def read_whole_manifest(folder: Folder, subject: str) -> dict[str, Any]:
+    """Return the manifest of a feature folder; `subject` begins the sentence if there is none.
+
+    Raises: UsageError if there is none, or it is damaged.
+    """
+    manifest, names = read_manifest(folder), names_of(folder)
+    if manifest is None or manifest.get("format") not in FORMATS:
+        raise UsageError(
+            f"{subject} not a feature folder: it has no {CURRENT.manifest} of packvit. Name one "
+            "that `packvit embed` wrote."
+        )
+    whole = read_own(folder / names.manifest, MOST_MANIFEST) == encode_manifest(manifest)
+    if not whole or find_flaw(manifest, names) or find_shard_flaw(manifest):
+        raise damaged(folder, names.manifest)
     return manifest
 
 

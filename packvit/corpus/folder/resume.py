@@ -27,13 +27,7 @@ from packvit.corpus.folder.layout import (
     write_commits,
     writing,
 )
-from packvit.corpus.folder.names import (
-    DATA,
-    EXPORTS,
-    TEMPORARY,
-    names_of,
-    part_number,
-)
+from packvit.corpus.folder.names import DATA, EXPORTS, TEMPORARY, names_of, part_number
 from packvit.corpus.folder.objects import find_change, settle
 from packvit.corpus.folder.opening import (
     MOST_MANIFEST,

@@ -22,19 +22,18 @@ import pyarrow.parquet as pq
 from packvit.atomic import temporary_name
 from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder.known import Place, Reuse, Trusted, stat_input, write_index
-from packvit.corpus.folder.layout import encode_manifest, put, read_commits, read_manifest, writing
-from packvit.corpus.folder.names import CURRENT, FORMATS, KNOWN, MTIMES, names_of, part_number
-from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, open_own, read_own
+from packvit.corpus.folder.layout import put, read_commits, writing
+from packvit.corpus.folder.names import KNOWN, MTIMES, part_number
+from packvit.corpus.folder.opening import open_own
 from packvit.corpus.folder.parts import read_part
-from packvit.corpus.folder.reader import damaged
+from packvit.corpus.folder.reader import damaged, read_whole_manifest
 from packvit.corpus.folder.resume import differences, find_damage
-from packvit.corpus.folder.sharding import find_shard_flaw
 from packvit.corpus.folder.stores import Folder, StorePath
 from packvit.corpus.inputs.listing import Listing
 
 # Settings that a row does not depend on, under `invariant`; without it, nothing is promised.
 BESIDE_ROWS = ("revision", "token_budget", "plan_version", "rows_per_part", "versions", "keep")
-NOT_IN_NUMBERS = ("pyarrow",)  # of the versions: parts are written anew
+NOT_IN_NUMBERS = ("pyarrow",)  # of the versions: parts are written again
 FRESH = 2 * 10**9  # nanoseconds: a file changed this recently may change again unnoticed
 
 
@@ -47,20 +46,11 @@ class Source:
 
 
 def open_source(folder: Folder, described: Mapping[str, Any], *, across_versions: bool) -> Source:
-    """Return a folder whose rows a job of these settings may take over.
+    """Return a folder whose rows a job with these settings may take over.
 
-    Raises: UsageError if it is no feature folder, or of other settings.
+    Raises: UsageError if it is not a feature folder, or has other settings.
     """
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.get("format") not in FORMATS:
-        raise UsageError(
-            f"reuse names {folder}, which is not a feature folder: it has no {CURRENT.manifest} "
-            "of packvit. Name one that `packvit embed` wrote."
-        )
-    names = names_of(folder)
-    whole = read_own(folder / names.manifest, MOST_MANIFEST) == encode_manifest(manifest)
-    if not whole or find_flaw(manifest, names) or find_shard_flaw(manifest):
-        raise damaged(folder, names.manifest)
+    manifest = read_whole_manifest(folder, f"reuse names {folder}, which is")
     wanted = json.loads(json.dumps(described))
     lines = differences(settings(manifest, wanted), settings(wanted, wanted))
     if lines:
@@ -111,7 +101,7 @@ def describe_reuse(
 
 
 def join_reuse(entries: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Return what a manifest says of rows taken over several times, as an entry or as none."""
+    """Return one entry of the manifest for rows taken over several times, or an empty one."""
     said = [entry for entry in entries if entry]
     if not said:
         return {}
@@ -136,7 +126,8 @@ class Reusing:
         if not self.sources:
             return None
         names = tuple(str(source.folder.absolute()) for source in self.sources)
-        return Reuse(str(index_path(folder)), names)
+        prints = tuple(str(source.manifest["fingerprint"]) for source in self.sources)
+        return Reuse(str(index_path(folder)), names, prints)
 
 
 def index_path(folder: Folder) -> Path:

@@ -25,12 +25,12 @@ class JobShard:
         return f"{self.number}/{self.count}"
 
     def parts(self, parts: int) -> range:
-        """Return the numbers of this shard's parts, of a job of so many."""
+        """Return the numbers of this shard's parts, of a job of `parts` parts."""
         return range((self.number - 1) * parts // self.count, self.number * parts // self.count)
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What the manifest says besides the job: nothing of a whole one."""
+        """What the manifest says besides the job: nothing if this is the whole."""
         return {} if self.count == 1 else {"shard": {"number": self.number, "count": self.count}}
 
 
@@ -40,7 +40,7 @@ WHOLE = JobShard()
 def parse_shard(text: str) -> JobShard:
     """Return the shard written K/N.
 
-    Raises: UsageError if it is none.
+    Raises: UsageError if it is not one.
     """
     found = WRITTEN.fullmatch(text)
     if not found or int(found[1]) > int(found[2]):
@@ -57,7 +57,7 @@ def find_shard_flaw(manifest: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a manifest's shard, as the end of a sentence, or None."""
     entry = manifest.get("shard", {"number": 1, "count": 2})
     if not isinstance(entry, dict) or entry.keys() != {"number", "count"}:
-        return "has a shard that is no object of a number and a count."
+        return "has a shard that is not an object with a number and a count."
     number, count = entry["number"], entry["count"]
     if not (is_count(count, least=2) and is_count(number, least=1, most=count)):
         return "has a shard that does not exist."

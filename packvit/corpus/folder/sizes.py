@@ -13,14 +13,14 @@ WORTH_SAYING = 100_000_000  # bytes
 
 
 def row_bytes(outputs: Outputs, patches: int) -> int:
-    """Return about how many bytes a row takes whose image has so many patches."""
+    """Return about how many bytes the row of an image of `patches` patches takes."""
     vectors = sum(outputs.vectors.values()) * np.dtype(outputs.vector_dtype).itemsize
     lists = len(outputs.lists) * outputs.width * np.dtype(outputs.dtype_out).itemsize
     return PLAIN + vectors + patches * lists
 
 
 def describe_size(folder: Folder, rows: int, each: int) -> tuple[str, ...]:
-    """Return a note on what so many rows take, unless it is little and there is room."""
+    """Return a note on the space that `rows` rows take, unless it is little and there is room."""
     if isinstance(folder, StorePath):
         return ()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())

@@ -23,7 +23,7 @@ from packvit.corpus.folder.ownership import find_foreign, own_files
 from packvit.corpus.folder.stores import Folder, StorePath
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, fcntl.h and fs.h
-# Why a folder of ours is not removed: it is not there, it is none, or it holds what is not ours.
+# Why a folder is not removed: it is missing, it is not a folder, or it holds files of others.
 FOREIGN = (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY)
 CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -40,7 +40,7 @@ def old_of(folder: Path) -> Path:
 
 @contextmanager
 def updating(folder: Path) -> Iterator[Path]:
-    """Yield the folder to make anew, or to go on with, and then put it in the place of `folder`.
+    """Yield the new folder, empty or half made, and then put it in the place of `folder`.
 
     Raises: UsageError if another job writes to it, or if it holds files that are not ours;
     WriteError.

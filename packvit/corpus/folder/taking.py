@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from packvit.corpus import WriteError
 from packvit.corpus.folder.known import Reuse, find_place, open_index
-from packvit.corpus.folder.layout import reading
+from packvit.corpus.folder.layout import read_manifest, reading
 from packvit.corpus.folder.parts import Outputs, read_part
 from packvit.corpus.folder.rows import Row
 from packvit.corpus.folder.stores import find_folder
@@ -29,11 +29,12 @@ class Taken:
 
 
 class Taker:
-    """Takes rows over; parts are kept for a while, since rows mostly stay in their order."""
+    """Takes rows over; parts stay in memory for a while, since rows mostly keep their order."""
 
     def __init__(self, reuse: Reuse, outputs: Outputs) -> None:
         self.index = open_index(reuse.index)
         self.folders = [find_folder(folder) for folder in reuse.folders]
+        self.fingerprints = reuse.fingerprints
         self.outputs = outputs
         self.load = lru_cache(maxsize=PARTS_KEPT)(self.read)
 
@@ -65,6 +66,10 @@ class Taker:
                 table = read_part(path)
         except (FileNotFoundError, pa.ArrowException) as error:
             raise WriteError(f"{path} is missing or damaged: no row can be taken over.") from error
+        # Another model's part may have the same rows. Its job writes its manifest before its parts.
+        manifest = read_manifest(self.folders[folder]) or {}
+        if manifest.get("fingerprint") != self.fingerprints[folder]:
+            raise WriteError(f"{self.folders[folder]} was embedded anew during the job.")
         plain = table.select([field.name for field in fields(Row)])
         vectors = {
             name: fill_nulls(table[name].combine_chunks(), width)

@@ -21,8 +21,8 @@ USER = re.compile(
 NO_USER = ("az", "hf", "file")  # an @ there is part of a name; what has a colon is a password
 PARAMETERS = re.compile(r"([?#]|(?<=[^&?#]);(?=[\w-]+=))([^?#]*?)(?=::|[?#]|$)", re.DOTALL)
 PART = re.compile(r"(&(?:amp;)?|;)")
-# Parameters that let whoever has them in, and those of S3, Google, Azure, CloudFront and others
-# that a signature brings and that change with it. Names are compared in lower case.
+# Parameters that give access to whoever has them, and those that a signature of S3, Google, Azure,
+# CloudFront and others brings, and that change with it. Names are compared in lower case.
 SECRET = re.compile(
     r".*(signature|token|secret|passw|passphrase|credential|apikey|access[-_]?key|auth[-_]?key|jwt).*"
     r"|.*[-_]?authorization|bearer|pass|md5|.*session[-_]?id"
@@ -113,7 +113,7 @@ def spell_parameters(found: re.Match[str]) -> str:
 
 
 def is_secret(name: str, part: str) -> bool:
-    """Return whether a parameter of this name, written as `part`, lets whoever has it in."""
+    """Return whether a parameter of this name, written as `part`, gives access by itself."""
     value = unquote(part).partition("=")[2].strip()
     return bool(SECRET.fullmatch(name) or (len(value) >= LONG and SHORT.fullmatch(name)))
 

@@ -121,7 +121,7 @@ class Cells:
         raise AssertionError("the row is among those that are kept")
 
     def let_go(self) -> None:
-        """Free what is unpacked; the next read starts afresh."""
+        """Free what is unpacked; the next read starts again."""
         self.group = -1
         self.kept.clear()
         self.batches = iter(())

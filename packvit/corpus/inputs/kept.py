@@ -34,7 +34,7 @@ class Keeping:
         return bool(self.names)
 
     def meet(self, columns: Iterable[str]) -> None:
-        """Note the columns of a source."""
+        """Note which columns a source has."""
         for name in columns if self.names else ():
             if name in self.names or len(self.met) < MOST_AVAILABLE + len(self.names):
                 self.met[name] = None

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from packvit.corpus import UsageError, WriteError
+from packvit.corpus import UsageError, no_room_for
 from packvit.corpus.inputs.addresses import spell_bytes
 from packvit.corpus.inputs.kept import Kind, encode_row, first_values, join_kinds, kind_of
 from packvit.corpus.inputs.sources import Cell, Input, Member
@@ -84,7 +84,7 @@ class Listing:
         return self.passed_over.total()
 
     def pass_over(self, name: bytes) -> None:
-        """Count a file that is not called like a photograph."""
+        """Count a file whose name is not that of a photograph."""
         suffix = spell_bytes(os.path.splitext(name)[1].lower()).decode()
         known = suffix in self.passed_over or len(self.passed_over) < MOST_SUFFIXES
         self.passed_over[suffix if known and len(suffix) <= LONGEST_SUFFIX else ""] += 1
@@ -333,7 +333,4 @@ def spooling() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise WriteError(
-            f"The list of inputs could not be written to a temporary file: {error}. Make room "
-            "there, or set TMPDIR to a folder that has some."
-        ) from error
+        raise no_room_for("The list of inputs could not be written", error) from error

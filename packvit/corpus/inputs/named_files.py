@@ -3,13 +3,7 @@
 import os
 
 from packvit.corpus import UsageError
-from packvit.corpus.inputs.addresses import (
-    bare,
-    check_protocols,
-    is_url,
-    protocols,
-    spell_bytes,
-)
+from packvit.corpus.inputs.addresses import bare, check_protocols, is_url, protocols, spell_bytes
 from packvit.corpus.inputs.archives import list_parquet
 from packvit.corpus.inputs.beside import read_beside
 from packvit.corpus.inputs.kept import Keeping

@@ -53,5 +53,5 @@ def place(root: str, name: str) -> str:
 
 
 def written(name: str) -> bytes:
-    """Return the bytes that `readable` made text of."""
+    """Return the bytes from which `readable` made a text."""
     return ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), os.fsencode(name))

@@ -47,10 +47,10 @@ def read(
     spent: Spent = lambda seconds: None,
     alone: bool = False,
 ) -> bytes:
-    """Return the bytes of an input; a server that is busy is asked again, after a `pause`.
+    """Return the bytes of an input; a busy server is asked again after a `pause`.
 
-    `spent` hears of the seconds in which an archive is unpacked. `alone` says that this process
-    does nothing else: its memory is limited meanwhile.
+    `spent` is called with the seconds in which an archive is unpacked. `alone` says that this
+    process does nothing else, so that its memory can be limited meanwhile.
 
     Raises: ImageError missing, not_a_file, unreadable, truncated or out_of_memory.
     """

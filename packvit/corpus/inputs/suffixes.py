@@ -21,12 +21,12 @@ def is_photograph(name: bytes) -> bool:
 
 
 def is_packed(path: str) -> bool:
-    """Return whether a path or URL is called like a compressed tar."""
+    """Return whether a path or URL has the suffix of a compressed tar."""
     return bare(path).lower().endswith(PACKED)
 
 
 def is_archive(path: str) -> bool:
-    """Return whether a path or URL is called like an archive."""
+    """Return whether a path or URL has the suffix of an archive."""
     return suffix_of(path) in ARCHIVES
 
 

@@ -19,7 +19,7 @@ from threading import Lock
 from time import perf_counter
 from typing import Any
 
-from packvit.corpus import WriteError
+from packvit.corpus import WriteError, no_room_for
 from packvit.corpus.inputs import limits
 from packvit.corpus.inputs.addresses import is_url
 from packvit.corpus.inputs.reader import (
@@ -195,10 +195,8 @@ def spooling() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(
-            f"A compressed archive could not be unpacked to a temporary file: {error.strerror}. "
-            "Make room there, or set TMPDIR to a folder that has some."
-        ) from error
+        what = "A compressed archive could not be unpacked"
+        raise no_room_for(what, error.strerror) from error
 
 
 # By process, since a fork would share the offset of the archive, and by the version of the file.

@@ -17,9 +17,15 @@ from packvit.corpus.runners.order import Runner
 
 
 def choose_runner(
-    context: EmbedContext, job: Job, pool: Pool | None, processes: int | None, ray: str | None
+    context: EmbedContext | None,
+    job: Job,
+    pool: Pool | None,
+    processes: int | None,
+    ray: str | None,
 ) -> Runner:
     """Return the runner of a job: on the Ray cluster `ray` if given, else on this host.
+
+    `context` is None where other processes embed.
 
     Raises: ImportError if Ray is not installed.
     """
@@ -28,7 +34,10 @@ def choose_runner(
 
         check_ray()
         return partial(run_ray, job, ray, processes)
-    return partial(run_here, context) if pool is None else partial(run_processes, pool)
+    if pool is not None:
+        return partial(run_processes, pool)
+    assert context is not None
+    return partial(run_here, context)
 
 
 def choose_devices(device: torch.device, processes: int) -> list[str]:

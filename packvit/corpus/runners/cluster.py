@@ -1,7 +1,11 @@
 """Run shards on a Ray cluster: Ray Data schedules them on actors, one per GPU, and retries.
 
-The job's folder, its photographs and a model's folder must be on a file system that all nodes share
-under the same paths. Shards are spooled next to the parts, so that Ray only moves their numbers.
+The job's folder, unless it is in an object store, its photographs and a model's folder must be on a
+file system that all nodes share under the same paths. Shards are spooled next to the parts, so that
+Ray only moves their numbers.
+
+Actors that die, with their node or alone, are replaced as soon as there is room for them, and their
+shards are sent again. Ray's autoscaler is asked for nodes for all actors that a job asks for.
 """
 
 import logging
@@ -11,21 +15,15 @@ import signal
 import socket
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
 
-from packvit.atomic import temporary_name
 from packvit.corpus import EmbedderError, UsageError
-from packvit.corpus.encode.context import EmbedContext, make_context
-from packvit.corpus.encode.shard import embed_shards
 from packvit.corpus.folder.layout import Commit, building
-from packvit.corpus.folder.names import SPOOL, part_name
 from packvit.corpus.folder.ownership import remove_left_over
-from packvit.corpus.folder.stores import Folder, find_folder
-from packvit.corpus.runners.embedder import Finished, Job, Stager, load_alike, portable
-from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
-from packvit.gpu.nvjpeg import ask_for_queues
+from packvit.corpus.folder.stores import find_folder
+from packvit.corpus.runners.actor import IN_HAND, ShardActor, spool_path
+from packvit.corpus.runners.embedder import Finished, Job
+from packvit.corpus.runners.order import Sequencer, Work, enter_all
 
 # Ray schedules and tracks blocks. Up to this many shards each is one block; beyond, blocks hold
 # several shards, and a lost actor repeats all shards of its block.
@@ -124,8 +122,10 @@ def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
     numbers, places = spool(work)
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    actors = min(actors or gpus or cpus, len(numbers))
-    workers = min(job.options.workers, max(1, cpus // actors))  # Ray does not count these
+    devices = gpus or cpus
+    actors = min(actors or devices, len(numbers))
+    # Ray does not count these. Actors that nodes are still to come for have their nodes' CPUs.
+    workers = min(job.options.workers, max(1, cpus // min(actors, devices)))
     job = replace(
         job,
         folder=str(find_folder(job.folder).absolute()),
@@ -140,7 +140,8 @@ def run_shards(job: Job, actors: int | None, work: Work) -> Iterator[Finished]:
     outcomes = ray.data.from_items(places, override_num_blocks=min(len(places), MOST_BLOCKS)).map(
         ShardActor,  # pyright: ignore[reportArgumentType]  its type allows only functions
         fn_constructor_args=(job, os.getcwd()),
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=IN_HAND),
+        max_concurrency=IN_HAND,
         num_gpus=1 if gpus else 0,
         num_cpus=0 if gpus else 1,
     )
@@ -174,86 +175,3 @@ def spool(work: Work) -> tuple[list[int], list[dict[str, int]]]:
             places.append({"start": file.tell() - size, "bytes": size})
             numbers.append(shard.number)
     return numbers, places
-
-
-def spool_path(folder: Folder) -> Folder:
-    """Return the path of the file of spooled shards."""
-    return folder / temporary_name(SPOOL)
-
-
-class ShardActor:
-    """Embeds one shard after another, on one GPU if the cluster has any.
-
-    Ray sends a shard when the one before is staged, so no image is decoded ahead across shards.
-    """
-
-    def __init__(self, job: Job, working: str) -> None:
-        import torch
-
-        self.job = job
-        self.stager = Stager(job)
-        self.context: EmbedContext | None = None
-        self.failure: Exception | None = None
-        try:
-            with shared(working):
-                os.chdir(working)  # relative paths start there
-            if job.options.decode == "gpu":
-                ask_for_queues()  # processes of this host inherit what the job asked for
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            decoders = job.options.decoders()
-            decoders.start(job.options.workers)  # while the model is loaded
-            self.context = make_context(load_alike(job, device), job.options, decoders)
-        except Exception as error:  # returned at the first call: Ray would wrap it in its own error
-            self.failure = portable(error)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the result of a shard, pickled: Finished, or the exception."""
-        return {"outcome": pickle.dumps(self.embed(row["start"], row["bytes"]))}
-
-    def embed(self, start: int, size: int) -> Finished | Exception:
-        """Embed one shard and stage its part."""
-        if self.context is None:
-            assert self.failure
-            return self.failure
-        try:
-            with shared(self.job.folder):
-                with spool_path(find_folder(self.job.folder)).open("rb") as file:
-                    file.seek(start)
-                    shard = pickle.loads(file.read(size))
-                attempt = begin_attempt(find_folder(self.job.folder), shard.number)
-            (part,) = embed_shards(self.context, [shard], lambda rows: None, self.stager.effort)
-            return self.stager.stage(part, attempt=attempt)
-        except Exception as error:
-            return portable(error)
-
-
-@contextmanager
-def shared(folder: str) -> Iterator[None]:
-    """Turn an OSError about a folder that all nodes must share into a message for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise EmbedderError(
-            f"{folder} cannot be used on {socket.gethostname()}: {error.strerror}. All nodes of "
-            "the cluster need the job's folder, its photographs and the working folder under the "
-            "same paths: put them on a file system that they share."
-        ) from error
-
-
-def begin_attempt(folder: Folder, number: int) -> str:
-    """Create the temporary file of an attempt at a part, and return the attempt's name.
-
-    The files of attempts that died remain, which limits their number: Ray itself retries without
-    end. An actor that Ray gave up may still be writing, so no two attempts share a file.
-
-    Raises: EmbedderError if `TRIES` attempts were made; OSError.
-    """
-    for attempt in range(TRIES):
-        name = f"{attempt:08x}"
-        with suppress(FileExistsError):
-            (folder / temporary_name(part_name(number), name)).touch(exist_ok=False)
-            return name
-    raise EmbedderError(
-        f"The actors that embedded {part_name(number)} died {TRIES} times. If memory ran out, ask "
-        "for a smaller token_budget; then the same command resumes after what is written."
-    )

@@ -6,12 +6,14 @@ This is the code that host processes and Ray actors share. Each has its own deco
 import socket
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from packvit.checkpoints.errors import CheckpointError
-from packvit.config import GridPolicy, LoadOptions
+from packvit.config import GridPolicy
 from packvit.corpus import DecoderError, EmbedderError, StoreError, UsageError, WriteError
 from packvit.corpus.encode.filling import Part
 from packvit.corpus.folder.layout import Staged, stage
@@ -23,7 +25,9 @@ from packvit.corpus.manifest import describe_job
 from packvit.corpus.progress import Effort
 from packvit.corpus.settings import EmbedOptions, ModelChoice
 from packvit.encoder import Encoder
+from packvit.model.options import LoadOptions
 
+Sent = TypeVar("Sent")  # a shard, or what stands for one
 # Errors whose message is for the user.
 FOR_USERS = (
     *(UsageError, WriteError, StoreError, EmbedderError, DecoderError),
@@ -117,3 +121,15 @@ def portable(error: Exception) -> Exception:
         if isinstance(error, kind):
             return kind(str(error))
     return RuntimeError("In an embedder:\n" + "".join(traceback.format_exception(error)))
+
+
+def take_waiting(first: Sent, queue: SimpleQueue[Sent]) -> Iterator[Sent]:
+    """Yield a shard, as it was sent, and those that are queued behind it, without waiting for more.
+
+    Waiting could deadlock: a shard's last packs stay in flight until another shard follows or the
+    iterator ends, and the parent may need that shard before it sends another.
+    """
+    yield first
+    with suppress(Empty):
+        while True:
+            yield queue.get_nowait()

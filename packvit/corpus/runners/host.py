@@ -1,8 +1,8 @@
 """Run shards in one process for each GPU, or for each share of the CPUs.
 
 The processes are started before anything is known of the job (`launching.py`). They load the
-encoder once it is known, and hear of the job once that is described. Shards go to idle processes.
-A process that dies is replaced, and its shards are sent again. A process ends when its connection
+encoder once it is known, and are sent the job once it is described. Shards go to idle processes. A
+process that dies is replaced, and its shards are sent again. A process ends when its connection
 closes: at the end of the job, or if its parent dies.
 """
 
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import torch
@@ -28,7 +28,14 @@ from packvit.corpus.folder.layout import Commit
 from packvit.corpus.folder.names import part_name
 from packvit.corpus.folder.ownership import remove_left_over
 from packvit.corpus.loading import load_encoder
-from packvit.corpus.runners.embedder import Finished, Job, Stager, check_alike, portable
+from packvit.corpus.runners.embedder import (
+    Finished,
+    Job,
+    Stager,
+    check_alike,
+    portable,
+    take_waiting,
+)
 from packvit.corpus.runners.launching import Started, end, start
 from packvit.corpus.runners.order import TRIES, Sequencer, Work, enter_all
 from packvit.corpus.settings import EmbedOptions, ModelChoice
@@ -92,7 +99,7 @@ class Pool:
         return len(self.embedders)
 
     def keep(self, most: int) -> None:
-        """End processes until there are at most so many, those that are ready last."""
+        """End processes until at most `most` are left, first those that are still loading."""
         while self.count > max(1, most):
             last = min(self.embedders.values(), key=lambda each: (each.ready, -each.slot))
             del self.embedders[last.connection]
@@ -113,7 +120,7 @@ class Pool:
             self.send(embedder, self.loadings[embedder.slot])
 
     def give(self, job: Job) -> None:
-        """Tell the processes of the job."""
+        """Send the job to all processes."""
         self.job = job
         for embedder in self.embedders.values():
             self.send(embedder, job)
@@ -284,18 +291,6 @@ def embed_all(
         coming = take_waiting(shards.get(), shards)
         for part in embed_shards(context, coming, lambda rows: None, stager.effort):
             writer.submit(send, part)
-
-
-def take_waiting(first: Shard, shards: SimpleQueue[Any]) -> Iterator[Shard]:
-    """Yield a shard and those that are queued behind it, without waiting for more.
-
-    Waiting could deadlock: a shard's last packs stay in flight until another shard follows or the
-    iterator ends, and the parent may need that shard before it sends another.
-    """
-    yield first
-    with suppress(Empty):
-        while True:
-            yield shards.get_nowait()
 
 
 def receive(connection: Connection, messages: SimpleQueue[Any]) -> None:

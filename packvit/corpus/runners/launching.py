@@ -1,4 +1,4 @@
-"""Start the processes that embed on this host before there is anything to tell them. No torch.
+"""Start the processes that embed on this host before the job is known. No torch.
 
 They import it meanwhile, as their parent does.
 """

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import (  # pyright: ignore[reportMissingImp
 
 from packvit.fast.kernels.activations import KINDS, activate
 from packvit.fast.kernels.int8 import TILE, int8_scale, larger, to_int8
+from packvit.model.linear import WORDS
 
 ROWS, COLUMNS = 128, 256  # of a tile of sums
 DEPTH = 128  # bytes of a row that a step along the sum reads
@@ -143,12 +144,17 @@ def launch_linear_act(
     )
 
 
+def new_words(tokens: Tensor, width: int) -> Tensor:
+    """Return room for rows so wide, and for zeros behind them up to whole words."""
+    return tokens.new_empty(len(tokens), -(-width // WORDS) * WORDS)
+
+
 def linear_act(tokens: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Return act(tokens @ weight.T + bias), rounded once.
 
     Shapes: tokens [T, D], weight [M, D], bias [M], contiguous, D and M divisible by 8 -> [T, M].
     """
-    out = tokens.new_empty(len(tokens), len(weight))
+    out = new_words(tokens, len(weight))
     launch_linear_act(tokens, weight, bias, activation, False, out)
     return out
 
@@ -156,10 +162,11 @@ def linear_act(tokens: Tensor, weight: Tensor, bias: Tensor | None, activation: 
 def swiglu(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return silu(gate) * up, where gate and up are tokens @ weight.T + bias, in turns.
 
-    Shapes: tokens [T, D], weight [2 M, D], bias [2 M], contiguous, D and M divisible by 8 ->
-    [T, M].
+    Behind them are zeros up to a multiple of 8, which the matrix that reads them wants.
+
+    Shapes: tokens [T, D], weight [2 M, D], bias [2 M], contiguous, D divisible by 8 -> [T, M'].
     """
-    out = tokens.new_empty(len(tokens), len(weight) // 2)
+    out = new_words(tokens, len(weight) // 2)
     launch_linear_act(tokens, weight, bias, "silu", True, out)
     return out
 

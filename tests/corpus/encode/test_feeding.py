@@ -14,8 +14,8 @@ from rotten import encode, pixels, write_good
 
 import packvit
 from packvit.config import ImageConfig
-from packvit.corpus import UsageError
-from packvit.corpus.decode.prepare import JpegFile, Prepared, Preprocessing
+from packvit.corpus import UsageError, starting
+from packvit.corpus.decode.prepare import Decode, JpegFile, Prepared, Preprocessing
 from packvit.corpus.decode.queue import Decoders
 from packvit.corpus.encode.context import DecodeJpegs, EmbedContext, make_context
 from packvit.corpus.encode.filling import Part, PreparedPack, Shard
@@ -249,10 +249,15 @@ def test_one_pack_is_decoded_while_another_is_encoded_and_pillows_wait_for_none(
 
 
 def test_asking_for_a_gpu_where_there_is_none_is_refused_in_a_sentence(
-    tmp_path: Path, encoder: Encoder, checkpoint: Path, photos: Path
+    tmp_path: Path,
+    encoder: Encoder,
+    checkpoint: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     with pytest.raises(UsageError, match=r"needs a CUDA device, but the encoder is on cpu\. Use"):
         packvit.embed(photos, out=tmp_path / "out", model=encoder, decode="gpu")
+    monkeypatch.delattr(starting, "make_context")  # a parent of processes makes no decoder itself
     with pytest.raises(UsageError, match=r"needs a CUDA device"):
         packvit.embed(
             photos, out=tmp_path / "out", model=checkpoint, device="cpu", decode="gpu", processes=2
@@ -264,12 +269,29 @@ def test_asking_for_a_gpu_where_there_is_none_is_refused_in_a_sentence(
 
 def test_jobs_that_decode_otherwise_are_told_apart(encoder: Encoder):
     """Damaged scans differ, so that a folder of both kinds would be neither job's."""
-    by_pil, by_gpu = (
+    by_pil, by_gpu, by_drafts = (
         describe_job(encoder, "", EmbedOptions(resize="native", max_patches=64, decode=decode))
-        for decode in ("pil", "gpu")
+        for decode in ("pil", "gpu", "fast")
     )
     assert list(differences(by_pil, by_gpu)) == ['preprocessing.decode: "pil" -> "gpu"']
-    assert fingerprint(by_pil) != fingerprint(by_gpu)
+    assert 'preprocessing.decode: "pil" -> "fast"' in differences(by_pil, by_drafts)
+    assert len({fingerprint(each) for each in (by_pil, by_gpu, by_drafts)}) == 3
+
+
+def test_a_job_of_drafts_neither_resumes_nor_takes_over_exact_rows_nor_they_its(
+    tmp_path: Path, encoder: Encoder
+):
+    photos = tmp_path / "photos"
+    write_good(photos, 3)
+    ways: tuple[Decode, ...] = ("pil", "fast")
+    for way in ways:
+        packvit.embed(photos, out=tmp_path / way, model=encoder, decode=way)
+    for old, new in (ways, ways[::-1]):
+        said, reuse = f'preprocessing.decode: "{old}" -> "{new}"', [tmp_path / old]
+        with pytest.raises(UsageError, match=said):
+            packvit.embed(photos, out=tmp_path / old, model=encoder, decode=new)
+        with pytest.raises(UsageError, match=said):
+            packvit.embed(photos, out=tmp_path / "c", model=encoder, decode=new, reuse=reuse)
 
 
 @pytest.mark.parametrize(("own", "found"), [(None, "32"), ("8", "8")])

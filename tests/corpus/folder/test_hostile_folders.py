@@ -78,7 +78,7 @@ RECORD = {"bytes": 1, "sha256": "0" * 64}
 ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pipe as the manifest": (lambda out: to_pipe(out / MANIFEST), MANIFEST),
     "a link as the manifest": (lambda out: to_link(out / MANIFEST), MANIFEST),
-    "a pipe as the log": (lambda out: to_pipe(out / LOG), "no regular file"),
+    "a pipe as the log": (lambda out: to_pipe(out / LOG), "not a regular file"),
     "a link as the log": (lambda out: to_link(out / LOG), "it is a link"),
     "brackets as the manifest": (nest(MANIFEST), MANIFEST),
     "brackets as the log": (nest(LOG), LOG),
@@ -89,7 +89,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an export outside": (change(exports={"../secret": RECORD}), "../secret"),
     "an export without size": (change(exports={CURRENT.pooled: {}}), CURRENT.pooled),
     "a part that is a link": (lambda out: to_link(out / PART), "it is a link"),
-    "a part that is a pipe": (lambda out: to_pipe(out / PART), "no regular file"),
+    "a part that is a pipe": (lambda out: to_pipe(out / PART), "not a regular file"),
     "data that is a link": (lambda out: to_link(out / "data"), "data is a link"),
     "a part of many digits": (
         lambda out: (out / LOG).write_text(
@@ -172,6 +172,20 @@ def test_a_search_in_a_folder_that_does_not_say_how_to_embed_answers_in_a_senten
     shown = CliRunner().invoke(main, ["search", str(out), str(next(photos.iterdir()))])
     assert shown.exit_code == 2
     assert f"{MANIFEST} is missing or damaged" in shown.stderr
+
+
+@pytest.mark.parametrize("name", ["revision", "weights_sha256"])
+def test_a_search_in_a_folder_that_does_not_say_whose_features_it_has_answers_in_a_sentence(
+    tmp_path: Path, whole: Path, photos: Path, name: str
+):
+    """S6"""
+    out = shutil.copytree(whole, tmp_path / "out")
+    manifest = read_manifest(out) or {}
+    del manifest[name]
+    write_manifest(out, manifest)
+    shown = CliRunner().invoke(main, ["search", str(out), str(next(photos.iterdir()))])
+    assert shown.exit_code == 2
+    assert f"{MANIFEST} has no {name}, so the weights that wrote the features are" in shown.stderr
 
 
 def test_vectors_of_another_width_than_the_manifest_says_are_damage(tmp_path: Path, whole: Path):

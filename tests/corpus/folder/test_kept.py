@@ -303,7 +303,7 @@ def test_a_name_that_is_ours_or_nowhere_is_one_sentence_and_exit_code_2(tmp_path
         ("caption,width", 'keep names "width", which is a column of every feature folder.'),
         ("tap_3", 'keep names "tap_3", which is a column of every feature folder.'),
         ("caption,caption", 'keep names "caption" twice.'),
-        ("caption,", 'keep names "", which no column is called.'),
+        ("caption,", 'keep names "", which is no name of a column.'),
         ("label", "What comes with them: caption, b, json."),
     ):
         argv = [str(path), "--keep", names, "--out", str(tmp_path / "out")]
@@ -385,8 +385,8 @@ def test_a_check_finds_kept_columns_that_the_manifest_does_not_describe(
     manifest = {n: v for n, v in json.loads(path.read_text()).items() if n != "manifest_sha256"}
     for change, said in (
         ({"keep": [["label", "string"]]}, "does not have the columns"),
-        ({"keep": [["label", "date"]]}, "has keep that is no list of names and types"),
-        ({"keep": [["id", "string"]]}, "has keep with names that no column"),
+        ({"keep": [["label", "date"]]}, "has keep that is not a list of names and types"),
+        ({"keep": [["id", "string"]]}, "has keep with a name that a kept column cannot"),
         ({"kept_sha256": "0" * 64}, "was written for other kept columns"),
     ):
         other = manifest | change

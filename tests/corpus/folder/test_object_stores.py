@@ -132,7 +132,7 @@ def test_shards_in_a_store_merge_to_the_bytes_of_one_job_and_reuse_takes_over_th
     merged = packvit.merge([f"{url}/2", f"{url}/1"], out=tmp_path / "merged")
     assert (merged.shards, merged.rows) == (2, INPUTS + 1)
     assert contents(tmp_path / "merged") == contents(tmp_path / "fresh")
-    with pytest.raises(UsageError, match="holds shard 1/2 of a job alone"):
+    with pytest.raises(UsageError, match="holds shard 1/2 of a job"):
         packvit.read(f"{url}/1")
     again = job(photos, f"{url}/all", invariant, reuse=[f"{url}/1", f"{url}/2"])
     assert again.reused == INPUTS

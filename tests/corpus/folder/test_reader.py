@@ -3,7 +3,9 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,8 +15,14 @@ from rotten import write_good
 
 import packvit
 from packvit.corpus import UsageError
+from packvit.corpus.folder import reader
 from packvit.corpus.folder.checking import check_folder
-from packvit.corpus.folder.layout import read_manifest, write_commits, write_manifest
+from packvit.corpus.folder.layout import (
+    read_commits,
+    read_manifest,
+    write_commits,
+    write_manifest,
+)
 from packvit.corpus.job import embed
 from packvit.encoder import Encoder
 
@@ -118,6 +126,19 @@ def cut_matrix(out: Path) -> None:
     os.truncate(out / "_exports/pooled.npy", 200)
 
 
+def claim_rows(out: Path) -> None:
+    """Have the manifest and the log tell of more rows than memory holds."""
+    rows, last = 10**15, read_commits(out)[-1]
+    write_commits(out, [*read_commits(out)[:-1], replace(last, rows=rows - 21 + last.rows)])
+    write_manifest(out, (read_manifest(out) or {}) | {"inputs": rows, "exports": {}})
+
+
+def claim_width(out: Path) -> None:
+    manifest = read_manifest(out) or {}
+    config = manifest["config"] | {"width": 1 << 20}
+    write_manifest(out, manifest | {"config": config, "exports": {}})
+
+
 def flip_ids(out: Path) -> None:
     data = bytearray((out / "data/part-00001.parquet").read_bytes())
     data[60] ^= 1
@@ -140,6 +161,8 @@ def flip_ids(out: Path) -> None:
             "part-00002.parquet is missing or",
         ),
         (flip_ids, "data/part-00001.parquet is missing or damaged. `packvit check"),
+        (claim_rows, "data/part-00002.parquet is missing or damaged. `packvit check"),
+        (claim_width, "data/part-00000.parquet is missing or damaged. `packvit check"),
         (cut_matrix, "_exports/pooled.npy is missing or damaged. `packvit check"),
     ],
 )
@@ -151,3 +174,44 @@ def test_what_cannot_be_read_is_said_in_a_sentence(
         packvit.read(out)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def other(tmp_path: Path, finished: Path, photos: Path, encoder: Encoder) -> Path:
+    """A folder of the same rows, of which some have other vectors."""
+    changed = shutil.copytree(photos, tmp_path / "changed")
+    for name in ("000.jpg", "012.jpg"):  # of two parts
+        shutil.copy(photos / "001.jpg", changed / name)
+    embed(changed, out=tmp_path / "other", model=encoder, taps=(0,), rows_per_part=8)
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("form", [same, without_matrix])
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_as_the_new_one(
+    out: Path, other: Path, form: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+):
+    form(out)
+    wanted, read = packvit.read(other), reader.read_whole
+
+    def swapping(folder: Path, part: str, columns: list[str] | None = None) -> Any:
+        table = read(folder, part, columns)
+        if other.exists():  # once a part of the old folder is read
+            shutil.rmtree(out)
+            other.rename(out)
+        return table
+
+    monkeypatch.setattr(reader, "read_whole", swapping)
+    found = packvit.read(out)
+    assert (found.ids, found.statuses) == (wanted.ids, wanted.statuses)
+    assert np.array_equal(found.matrix, wanted.matrix, equal_nan=True)
+
+
+def test_rows_of_a_folder_that_was_replaced_since_are_not_given_for_those_that_were_read(
+    out: Path, other: Path
+):
+    found = packvit.read(out)
+    shutil.rmtree(out)
+    other.rename(out)
+    with pytest.raises(UsageError) as refused:
+        _ = found.table
+    assert "out changed while it was read: a job writes to it. Read it again." in str(refused.value)

@@ -10,7 +10,8 @@ from features import contents, to_first_format
 from rotten import encode, pixels, write_good
 
 import packvit
-from packvit.corpus import UsageError
+from packvit.corpus import UsageError, WriteError
+from packvit.corpus.folder import taking
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.layout import read_commits, read_manifest, write_commits, write_manifest
 from packvit.corpus.job import embed
@@ -160,6 +161,25 @@ def test_without_invariance_the_manifest_says_what_was_reused_and_the_rows_are_t
     assert all(taken)
     job(changed, tmp_path / "third", encoder, reuse=[tmp_path / "out"], token_budget=2048)
     assert (read_manifest(tmp_path / "third") or {})["reused"]
+
+
+def test_a_folder_that_is_embedded_otherwise_during_the_job_gives_it_no_rows(
+    tmp_path: Path, photos: Path, before: Path, invariant: Encoder, monkeypatch: pytest.MonkeyPatch
+):
+    source, other = shutil.copytree(before, tmp_path / "source"), tmp_path / "other"
+    job(photos, other, invariant, max_patches=16)  # its parts have the same rows
+    read = taking.read_part
+
+    def late(path: Path) -> Any:
+        if other.exists():
+            shutil.rmtree(source)
+            other.rename(source)
+        return read(path)
+
+    monkeypatch.setattr(taking, "read_part", late)
+    with pytest.raises(WriteError, match=r"source was embedded anew during the job\."):
+        job(photos, tmp_path / "out", invariant, reuse=[source])
+    assert not read_commits(tmp_path / "out")
 
 
 def test_rows_with_errors_are_embedded_again(

@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from features import contents
+from forked_workers import forking, install
 from object_store import BUCKET, Server, place, stored
 from rotten import encode, pixels, write_good
 
@@ -28,6 +30,14 @@ from packvit.encoder import Encoder
 pytestmark = pytest.mark.soak
 
 INPUTS, ROWS = 9, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    address = tmp_path_factory.mktemp("workers") / "socket"
+    with pytest.MonkeyPatch.context() as patch, forking(address):
+        install(address, patch)
+        yield
 
 
 @pytest.fixture
@@ -58,6 +68,12 @@ def put(folder: StorePath, objects: dict[str, bytes]) -> None:
 
 def raw(folder: StorePath) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in folder.sizes()}
+
+
+def look(folder: StorePath) -> frozenset[tuple[str, bytes]]:
+    """Return all objects, of a lease the name alone: jobs give themselves others each time."""
+    objects = raw(folder).items()
+    return frozenset((name, b"" if name.startswith("_lease/") else data) for name, data in objects)
 
 
 def check(folder: StorePath, request: int, lost: str | None = None) -> None:
@@ -98,7 +114,7 @@ def test_a_job_that_dies_at_any_request_goes_on_to_the_same_bytes(
     job(photos, str(folder), encoder, **options)
     count = len(server.requests) - start
     assert stored(str(folder)) == expected
-    died = 0
+    died, repeated = 0, set()
     for number in range(count):
         put(folder, begun)
         with server.dying(number, late=late):
@@ -107,9 +123,12 @@ def test_a_job_that_dies_at_any_request_goes_on_to_the_same_bytes(
             except StoreError:
                 died += 1
         check(folder, number, lost)
+        if (held := look(folder)) in repeated:
+            continue  # what the second job does depends on nothing else
+        repeated.add(held)
         job(photos, str(folder), encoder, **options)
         assert stored(str(folder)) == expected, number
-    assert not check_folder(folder).faults
+        assert not check_folder(folder).faults, number
     # What only gives the lease back, or finds nothing, need not succeed.
     assert died >= 0.85 * count
     print(f"{state}: {died} of {count} requests stopped the job")

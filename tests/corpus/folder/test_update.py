@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from rotten import encode, pixels, write_good
 
 import packvit
 from packvit.corpus import UsageError, WriteError
-from packvit.corpus.folder import swapping
+from packvit.corpus.folder import layout, swapping
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.layout import read_manifest, write_manifest
 from packvit.corpus.folder.swapping import MARK, new_of, old_of
@@ -234,6 +235,26 @@ def test_updates_that_would_lose_something_are_refused_and_change_nothing(
     write_manifest(out, manifest | {"versions": versions})
     with pytest.raises(UsageError, match="were written by other versions"):
         job(photos, out, invariant, update=True)
+
+
+def test_the_lock_of_a_folder_that_was_replaced_meanwhile_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, new, lock = tmp_path / "out", tmp_path / "new", fcntl.flock
+    with layout.claim(out), layout.claim(new):
+        pass
+
+    def late(descriptor: int, how: int) -> None:  # an update comes before it
+        assert swapping.exchange(new, out)
+        shutil.rmtree(new)
+        lock(descriptor, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout.fcntl, "flock", late)
+        with pytest.raises(UsageError, match="Another job is writing to"), layout.claim(out):
+            pass
+    with layout.claim(out), pytest.raises(UsageError, match="Another job is"), layout.claim(out):
+        pass
 
 
 def test_unchanged_files_are_not_read_where_their_times_are_trusted(

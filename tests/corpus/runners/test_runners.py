@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from features import contents
+from object_store import BUCKET, serving
 from rotten import write_good
 from safetensors.torch import load_file, save_file
 from small_checkpoint import write_checkpoint
@@ -27,16 +28,20 @@ import packvit
 from packvit.checkpoints.errors import CheckpointError
 from packvit.corpus import EmbedderError, UsageError
 from packvit.corpus.encode.filling import Shard
-from packvit.corpus.folder.layout import read_commits
+from packvit.corpus.folder.layout import enter, read_commits
+from packvit.corpus.folder.ownership import left_over
+from packvit.corpus.folder.stores import find_folder
+from packvit.corpus.inputs.find import list_inputs
 from packvit.corpus.job import embed
 from packvit.corpus.manifest import describe_job
-from packvit.corpus.progress import Progress, Shares
-from packvit.corpus.runners.cluster import ShardActor, connect
-from packvit.corpus.runners.embedder import Job, load_alike
+from packvit.corpus.progress import Effort, Progress, Shares
+from packvit.corpus.runners.actor import ShardActor
+from packvit.corpus.runners.cluster import connect, spool
+from packvit.corpus.runners.embedder import Finished, Job, load_alike
 from packvit.corpus.runners.host import Loading, Pool
 from packvit.corpus.runners.launching import Launched, Started, start
-from packvit.corpus.runners.order import Sequencer
-from packvit.corpus.settings import EmbedOptions, ModelChoice, choose_rows
+from packvit.corpus.runners.order import Sequencer, Work
+from packvit.corpus.settings import EmbedOptions, ModelChoice, choose_rows, fit_options
 from packvit.encoder import Encoder
 
 INPUTS, PARTS = 640, 10  # 64 inputs a part, since tokens are written
@@ -467,11 +472,40 @@ def test_an_actor_whose_node_does_not_share_the_folders_says_so(
     for working in (tmp_path / "nowhere", tmp_path):
         monkeypatch.chdir(tmp_path)  # where it was is restored
         actor = ShardActor(job, str(working))
-        found = actor.embed(0, 1)
-        assert isinstance(found, EmbedderError)
-        assert "No such file or directory. All nodes of the cluster need" in str(found)
+        for call in [actor.submit(0, 1), actor.submit(1, 1)]:
+            found = call.result(DEADLINE)
+            assert isinstance(found, EmbedderError)
+            assert "No such file or directory. All nodes of the cluster need" in str(found)
         if actor.context:
             actor.context.decoders.workers.end()
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["on a disk", "in a store"])
+def test_an_actor_stages_the_parts_of_all_its_calls_and_leaves_no_attempt(
+    tmp_path: Path, photos: Path, checkpoint: Path, undisturbed: dict[str, bytes], store: bool
+):
+    encoder = packvit.load(checkpoint, device="cpu")
+    assert encoder.checkpoint
+    options = fit_options(encoder, EmbedOptions(workers=1, tokens=True))
+    described = describe_job(encoder, encoder.checkpoint.sha256(), options)
+    inputs = list(list_inputs([str(photos)]))
+    shards = [Shard(number, tuple(inputs[number * 64 :][:64])) for number in range(3)]
+    with serving() if store else nullcontext():
+        out = find_folder(f"s3://{BUCKET}/out" if store else str(tmp_path))
+        work = Work(shards, len(shards), out, -1, lambda rows: None, Effort())
+        _, places = spool(work)
+        job = Job(str(out), options, described, "checkpoint", str(checkpoint))
+        actor = ShardActor(job, str(tmp_path))
+        calls = [actor.submit(each["start"], each["bytes"]) for each in places]
+        for number, call in enumerate(calls):
+            finished = call.result(DEADLINE)
+            assert isinstance(finished, Finished), finished
+            name = enter(out, finished.staged).part
+            assert (finished.number, name) == (number, f"data/part-{number:05d}.parquet")
+            assert (out / name).read_bytes() == undisturbed[name]
+        assert [each for each in left_over(out) if "part" in each] == []
+        assert actor.context
+        actor.context.decoders.workers.end()
 
 
 @pytest.mark.soak
