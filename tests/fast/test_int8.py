@@ -184,7 +184,8 @@ def test_mlps_in_int8_may_be_wrapped(gated: bool, wrapped: str):
         assert isinstance(hidden, QuantizedTiles) == (wrapped == "none")
         stream, delta = project(torch.zeros_like(x), hidden, last, nn.Identity(), False)
         found = stream if delta is None else delta.tokens
-        torch.testing.assert_close(mlp(x).float(), found.float(), atol=0.03, rtol=0.03)
+        called = mlp(x)
+    assert (called.float() - exact).norm() <= 0.03 * exact.norm()
     assert (found.float() - exact).norm() <= 0.03 * exact.norm()
 
 
