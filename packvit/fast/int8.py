@@ -128,8 +128,10 @@ class LinearInt8(nn.Module):
         self.norm_weight: Tensor
         self.norm_bias: Tensor | None
 
-    @torch.compiler.disable
-    def forward(self, tokens: Tensor | QuantizedRows) -> Tensor:
+    @torch.compiler.disable  # which has no type
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, tokens: Tensor | QuantizedRows
+    ) -> Tensor:
         """Return tokens @ weight.T + bias in bfloat16. Shapes: [T, D] -> [T, M]."""
         from packvit.fast.kernels.matmuls import linear_int8
 
@@ -177,8 +179,10 @@ class TiledLinearInt8(nn.Module):
         self.scale: Tensor
         self.bias: Tensor | None
 
-    @torch.compiler.disable
-    def forward(self, tokens: Tensor | QuantizedTiles) -> Tensor:
+    @torch.compiler.disable  # which has no type
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, tokens: Tensor | QuantizedTiles
+    ) -> Tensor:
         """Return tokens @ weight.T + bias in bfloat16. Shapes: [T, M] -> [T, D]."""
         values = tokens.values if isinstance(tokens, QuantizedTiles) else tokens
         zeros = self.scale.new_zeros(len(values), len(self.weight), dtype=torch.bfloat16)

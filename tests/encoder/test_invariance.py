@@ -6,6 +6,7 @@ same, the first time. The inverse test shows that this harness sees a kernel tha
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import reference
@@ -85,7 +86,7 @@ def test_200_packs_change_no_bit_of_an_image(neighbours: str):
     assert haystacks(encoder, packs, 8, 2, neighbours) == []
 
 
-LARGE = {  # AIMv2-large's widths, at which libraries choose between many kernels
+LARGE: dict[str, Any] = {  # AIMv2-large's widths, at which libraries choose between many kernels
     "hidden_size": 1024,
     "intermediate_size": 2816,
     "num_attention_heads": 8,
@@ -199,7 +200,7 @@ def test_n6_the_needle_has_its_bits_on_any_number_of_threads_and_any_width(
     threads: int, dtype: torch.dtype, kind: str
 ):
     for width in WIDTHS:
-        changes = {"intermediate_size": width, "num_hidden_layers": 1}
+        changes: dict[str, Any] = {"intermediate_size": width, "num_hidden_layers": 1}
         encoder = invariant(kind, "cpu", dtype, "sdpa", **changes)
         assert haystacks(encoder, 2, 9, width, "plain") == [], width
 
