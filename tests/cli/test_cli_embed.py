@@ -159,7 +159,7 @@ def test_a_mistake_is_answered_in_a_sentence_and_exit_code_2(
             (photos, *out, *model, "--device", "cpu", "--decode", "gpu"),
             "Use --device cuda, or --decode pil.",
         ),
-        ((photos, *out, *model, "--decode", "cpu"), "'cpu' is not one of 'pil', 'gpu'"),
+        ((photos, *out, *model, "--decode", "cpu"), "'cpu' is not one of 'pil', 'fast', 'gpu'"),
         ((photos, photos, *out, *model), "Name each path once"),
         ((checkpoint, *out, *model), "No photographs were found"),
         ((tmp_path / "foto", *out, *model), f'"{tmp_path}/foto" is not there. Check the spelling'),
