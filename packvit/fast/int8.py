@@ -5,8 +5,9 @@ tiles of 128 columns: int8's steps are as wide as the largest number of a scale 
 activation's numbers are of very different sizes. docs/numerics.md has the figures.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ LARGEST = 127.0
 TILE = 128  # columns of a scale; that of `fast/kernels/int8.py`, which needs Triton
 APART = 16  # channels that are multiplied in bfloat16: the depth of one instruction
 OUTLIER = 3.0  # times the median channel: where one is larger, channels are apart
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 SMALLEST = 1e-6  # of a channel, as a part of the largest: weights and norms may have zeros
 
 
@@ -88,7 +90,18 @@ def channels_of(norm: Norm, weight: Tensor) -> tuple[Tensor, Tensor]:
     return (size / column).sqrt(), made.topk(APART if stands_out else 0).indices
 
 
-class LinearInt8(nn.Module):
+AnyMatrix = TypeVar("AnyMatrix", bound="MatrixInt8")
+
+
+class MatrixInt8(nn.Module):
+    """A matrix in int8, which `to` moves and never casts: its scales stay float32."""
+
+    def _apply(self: AnyMatrix, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnyMatrix:
+        # Integers, which no cast of a module changes.
+        return super()._apply(lambda x: fn(x.view(BITS[x.itemsize])).view(x.dtype), recurse)
+
+
+class LinearInt8(MatrixInt8):
     """A linear layer in int8 that reads a norm: weights scaled by output, tokens by row.
 
     The norm's channels are divided by `channels`: those that `norm_weight` and `norm_bias` make
@@ -163,7 +176,7 @@ class LinearInt8(nn.Module):
         return QuantizedRows(*quantize(tokens.index_fill(1, self.apart, 0)), apart)
 
 
-class TiledLinearInt8(nn.Module):
+class TiledLinearInt8(MatrixInt8):
     """An MLP's second matrix in int8, which reads tokens with a scale for each 128 columns.
 
     Shapes: weight [D, M], scale, bias [D].

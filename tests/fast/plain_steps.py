@@ -13,6 +13,8 @@ from packvit.model.activations import ACTIVATIONS
 from packvit.model.layers import split_gate_up
 from packvit.model.norms import RMSNorm
 
+EPILOGUES = [name for name in ACTIVATIONS if name != "relu"]  # our kernels have no ReLU
+
 add_norm: Any = steps.add_norm  # whose second result is as its reader wants it
 
 

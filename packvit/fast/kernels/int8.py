@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import (  # pyright: ignore[reportMissingImp
 )
 
 TILE = 128  # columns of a scale, and the depth of a step along the sum
-ROWS, COLUMNS = 128, 256  # of a tile of sums
+ROWS, COLUMNS = 128, 128  # of a tile of sums
 
 
 @triton.jit
@@ -80,10 +80,11 @@ def tiles_kernel(
     """Tiles of stream += factor * (tokens @ weight.T + bias), `width` wide.
 
     A step's sums are exact, and scaled as they are added up in fp32. Each step is two products,
-    half the columns each: the first one's sums are scaled while the second one runs.
+    half the columns each: the first one's sums are scaled while the second one runs. Two programs
+    share an SM, so that one computes where the other waits for its product.
     """
     tall, wide = tl.cdiv(rows, tile_rows), tl.cdiv(width, 2 * half)
-    for tile in tl.range(tl.program_id(0), tall * wide, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tall * wide, tl.num_programs(0)):
         first = tile // (group * wide) * group
         high = tl.minimum(tall - first, group)
         within = tile % (group * wide)
@@ -97,9 +98,10 @@ def tiles_kernel(
             x = tokens.load([row, place])
             scale = tl.load(at_scale, mask=line < rows, other=0.0)
             at_scale += rows
-            w, other_w = weight.load([column, place]), weight.load([column + half, place])
+            w = weight.load([column, place])
             part = tl.dot(x, w.T, out_dtype=tl.int32)
-            other = tl.dot(x, other_w.T, out_dtype=tl.int32)
+            w = weight.load([column + half, place])
+            other = tl.dot(x, w.T, out_dtype=tl.int32)
             left += part.to(tl.float32) * scale[:, None]
             right += other.to(tl.float32) * scale[:, None]
         given = (stream, bias, factor, weight_scale, row)
@@ -128,7 +130,7 @@ def add_tiles_(
     describe = TensorDescriptor.from_tensor
     tiles = triton.cdiv(rows, ROWS) * triton.cdiv(width, COLUMNS)
     count = torch.cuda.get_device_properties(tokens.device).multi_processor_count
-    launch = tiles_kernel[(min(tiles, count),)]  # pyright: ignore[reportIndexIssue]
+    launch = tiles_kernel[(min(tiles, 2 * count),)]  # pyright: ignore[reportIndexIssue]
     launch(
         describe(tokens, [ROWS, TILE]),
         describe(weight, [COLUMNS // 2, TILE]),
@@ -148,5 +150,6 @@ def add_tiles_(
         group=8,
         num_warps=8,
         num_stages=3,
+        maxnreg=128,  # half an SM's, for 256 threads
     )
     return stream
