@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from packvit.encoder import Encoder
 from packvit.model import positions
 from packvit.model import rotary as rotations
 from packvit.model.merging import Merging
+from packvit.model.pooling import pool_sequences
+from packvit.model.trunk import TrunkOutput
 from packvit.packs.places import PatchPlaces
 
 Mutate = Callable[[Encoder, pytest.MonkeyPatch], None]
@@ -48,7 +51,8 @@ def swap_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
             quarter = cosine.shape[1] // 4
             return turn(heads, cosine.roll(quarter, 1), sine.roll(quarter, 1))
 
-        patch.setattr("packvit.model.layers.rotate", rotate)
+        for user in ("packvit.model.layers", "packvit.fast.cpu"):
+            patch.setattr(f"{user}.rotate", rotate)
 
 
 def turn_table(encoder: Encoder, change: Callable[[Tensor], Tensor]) -> None:
@@ -133,8 +137,10 @@ def turn_antialiasing_over(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
 
 
 def pool_the_first_register(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:
-    pool = encoder.pool
-    patch.setattr(encoder, "pool", lambda ran: pool(ran._replace(prefix=ran.prefix.roll(-1, 1))))
+    def pool(output: TrunkOutput, *rest: Any) -> Tensor | None:
+        return pool_sequences(output._replace(prefix=output.prefix.roll(-1, 1)), *rest)
+
+    patch.setattr("packvit.encoder.pool_sequences", pool)
 
 
 def swap_rotary_axes(encoder: Encoder, patch: pytest.MonkeyPatch) -> None:

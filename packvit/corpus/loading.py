@@ -53,15 +53,18 @@ def load_encoder(choice: ModelChoice) -> tuple[Encoder, str]:
     Raises: UsageError for wrong arguments; CheckpointError if the checkpoint itself is wrong.
     """
     with explaining():
+        imports = None
         if find_device(choice.options.device).type == "cuda":
             from packvit.fast.imports import import_ahead  # kernels, which a GPU alone has
 
-            import_ahead()
+            imports = import_ahead()
         checkpoint = open_checkpoint(choice)
         with ThreadPoolExecutor(1, "packvit-digest") as other:
             digest = other.submit(checkpoint.sha256)
             encoder = hub.family_of(checkpoint).from_checkpoint(checkpoint, choice.options)
-            return encoder, digest.result()
+        if imports is not None:
+            imports.join()
+        return encoder, digest.result()
 
 
 def outline_encoder(choice: ModelChoice) -> Encoder:

@@ -13,7 +13,7 @@ from packvit.packs.segments import Segments
 
 # Up to so many tokens, and for such heads, our kernel for sequences of one length takes less time
 # than FlashAttention-4's (benchmarks/LOG.md). It reads no other sequence, so nothing is zeroed.
-SHORT = 320
+SHORT = 600
 SHORT_HEAD_DIM = 64
 
 

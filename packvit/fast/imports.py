@@ -3,9 +3,10 @@
 import os
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
-from threading import Thread
+from threading import RLock, Thread
 
 from packvit.fast.caches import keep_kernels
 from packvit.version import version_of
@@ -18,10 +19,13 @@ SPARE = ("0.6.5",)
 PATCHED = "CUTE_DSL_PTXAS_PATH"  # where this is set, quack's __init__ changes how they are compiled
 
 
+@cache
 def import_ahead() -> Thread:
-    """Import what the first forward on a GPU needs in a thread, and return the thread.
+    """Import what the first forward on a GPU needs in a thread, one a process, and return it.
 
-    These imports take 1 s, in which the caller reads weights, which needs little of Python. What
+    These imports take 1 s, in which the caller reads weights, which needs little of Python. Join
+    the thread before the first forward: flash-attn-4's modules import each other in circles, and
+    where two threads import such ones, Python gives one of them a module that is half made. What
     cannot be imported is left to the backend that takes it: `packvit info` says why it cannot run.
     """
 
@@ -60,9 +64,12 @@ def import_sparing(name: str, package: str, *, first: tuple[str, ...]) -> None:
         return
     loader, module = spec.loader, module_from_spec(spec)
 
+    completing = RLock()
+
     def complete(attribute: str) -> object:
-        module.__dict__.pop("__getattr__", None)
-        loader.exec_module(module)
+        with completing:
+            if module.__dict__.pop("__getattr__", None):
+                loader.exec_module(module)
         return getattr(module, attribute)
 
     sys.modules[package] = module

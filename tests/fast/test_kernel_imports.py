@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from packvit.fast.imports import import_sparing
+from packvit.fast import imports
+from packvit.fast.imports import import_ahead, import_sparing
 
 PACKAGE = {
     "operators/__init__.py": "from operators.patches import PATCHED\n"
@@ -57,6 +58,18 @@ def test_a_package_that_is_imported_already_is_taken_as_it_is() -> None:
     import_sparing("attention_kernels", "operators", first=("operators.patches",))
     assert sys.modules["operators"] is operators
     assert callable(operators.softmax)
+
+
+def test_one_thread_a_process_imports_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that import modules with circles among them would give each other half of one."""
+    calls: list[None] = []
+    monkeypatch.setattr(imports, "import_kernels", lambda: calls.append(None))
+    import_ahead.cache_clear()
+    threads = {import_ahead() for _ in range(3)}
+    for thread in threads:
+        thread.join()
+    import_ahead.cache_clear()
+    assert len(calls) == len(threads) == 1
 
 
 @pytest.mark.skipif(
