@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packvit.fast.fp8 import is_hopper
+from packvit.fast.int8 import is_hopper
 from packvit.model.attention import FA4_HEAD_DIM, MOST_SEQUENCES, Backend, fa4_arguments
 from packvit.model.embeddings import CosSin
 from packvit.packs.segments import Segments
