@@ -4,7 +4,7 @@ The public API: it checks its arguments, which what it calls then trusts.
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar, Literal, TypeVar, Unpack
 from warnings import warn
 
@@ -337,13 +337,25 @@ class Encoder(nn.Module):
         """
         if options.fp8:
             assert self.fast is not None
-            self.fast.to_fp8(self, self.encoder)
+            self.fast.to_int8(self, self.encoder)
         if options.invariant:
             make_invariant(self)
         if options.compile:
             for block in self.encoder.blocks():
                 block.compile(dynamic=True)  # one after another, so that all share one compilation
         self.fp8, self.invariant, self.compiled = options.fp8, options.invariant, options.compile
+
+    def _apply(
+        self: AnyEncoder, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> AnyEncoder:
+        """Move or cast the encoder. Raises: ValueError for a cast of what is in 8 bits."""
+        probe = torch.empty(0, dtype=self.dtype, device=self.device) if self.fp8 else None
+        if probe is not None and (asked := fn(probe).dtype) != self.dtype:
+            raise ValueError(
+                f"This encoder was loaded with fp8=True, which computes beside {self.dtype}, and "
+                f"was to be cast to {asked}. Load it without fp8 for that."
+            )
+        return super()._apply(fn, recurse)
 
     def save_pretrained(
         self,

@@ -52,7 +52,7 @@ def load(
 
     `invariant` gives an image the same bits alone and in any pack, on one machine and set of
     versions. `compile` runs the blocks through torch.compile, once for packs of all sizes. `fp8`
-    runs their matmuls in 8 bits, for inference on Hopper; what that costs in accuracy is in
+    runs their matmuls in 8 bits (int8), for inference on Hopper; what that costs in accuracy is in
     docs/numerics.md.
 
     Raises: CheckpointError saying what is wrong with the checkpoint; ValueError for an option.

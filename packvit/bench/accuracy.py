@@ -48,8 +48,9 @@ def fp8_accuracy(model: Model, device: torch.device) -> list[dict[str, Any]]:
 
 
 def said(cosines: Tensor) -> dict[str, float]:
-    """Return the mean and the least cosine."""
-    return {"mean": cosines.mean().item(), "least": cosines.min().item()}
+    """Return the mean, the first percentile and the least cosine."""
+    p1 = cosines.quantile(0.01).item()
+    return {"mean": cosines.mean().item(), "p1": p1, "least": cosines.min().item()}
 
 
 def kinds(model: Model, device: torch.device) -> Iterator[tuple[str, Encoder]]:

@@ -41,7 +41,7 @@ def describe_job(encoder: Encoder, weights: str, options: EmbedOptions) -> dict[
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "attention": encoder.attention,
         "invariant": encoder.invariant,
-        "fp8": encoder.fp8,
+        "fp8": "int8" if encoder.fp8 else False,
         "compiled": encoder.compiled,
         "token_budget": options.token_budget,
         "plan_version": PLAN_VERSION,

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packvit.fast.fp8 import is_hopper
-from packvit.model.attention import FA4_HEAD_DIM, Backend, fa4_arguments
+from packvit.fast.int8 import is_hopper
+from packvit.model.attention import FA4_HEAD_DIM, MOST_SEQUENCES, Backend, fa4_arguments
 from packvit.model.embeddings import CosSin
 from packvit.packs.segments import Segments
 
@@ -55,8 +55,11 @@ def attend(
 
 
 def is_batch(lengths: Sequence[int]) -> bool:
-    """Return whether a pack is a batch of several sequences of one length."""
-    return len(lengths) > 1 and min(lengths) == max(lengths)
+    """Return whether a pack is a batch of several sequences of one length, for one launch.
+
+    Its kernels lay sequences along the third axis of the grid, which CUDA limits as the second.
+    """
+    return 1 < len(lengths) <= MOST_SEQUENCES and min(lengths) == max(lengths)
 
 
 def is_short(whole: Tensor, segments: Segments) -> bool:

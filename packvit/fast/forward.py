@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from packvit.config import SinCos
 from packvit.fast.blocks import choose_blocks
-from packvit.fast.fp8 import to_fp8
 from packvit.fast.graphs import Graphs
+from packvit.fast.int8 import to_int8
 from packvit.model.layers import Blocks
 from packvit.model.memory import peak
 from packvit.model.positions import sine_cosine
@@ -23,7 +23,7 @@ AnyFast = TypeVar("AnyFast", bound="FastForward")
 
 
 class FastForward(nn.Module):
-    """What makes an encoder faster: fused blocks, CUDA graphs, matrices in 8 bits.
+    """What makes an encoder faster: fused blocks, CUDA graphs, matrices in int8.
 
     It is a module without weights, so that torch tells it when its encoder is moved, cast, loaded
     or trained, which is when graphs must be forgotten: they read weights where they were.
@@ -60,12 +60,12 @@ class FastForward(nn.Module):
         frames = None if table is None else to_device(table, values.device)
         return work(rows, frames, Segments.from_lengths(plan.lengths, device=values.device))
 
-    def to_fp8(self, owner: nn.Module, blocks: Blocks) -> None:
-        """Put the matrices of an encoder's blocks in 8 bits, for good and for inference alone.
+    def to_int8(self, owner: nn.Module, blocks: Blocks) -> None:
+        """Put the matrices of an encoder's blocks in int8, for good and for inference alone.
 
-        Raises: ValueError where 8 bits cannot run.
+        Raises: ValueError where int8 cannot run.
         """
-        to_fp8(blocks)
+        to_int8(blocks)
         owner.requires_grad_(False)
 
     def forget(self) -> None:

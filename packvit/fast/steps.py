@@ -1,7 +1,7 @@
 """What a block does, in fewer passes over memory: norms with their residual, halves of an MLP.
 
 Each step runs for inference or for training (`needs_grad`), in 16 bits on CUDA. A matrix that is
-not a plain `Linear` (LoRA's, one in 8 bits) is called as the module it is.
+not a plain `Linear` (LoRA's) is called as the module it is.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from packvit.fast.autograd import AddNorm, LinearAct, SiluMul
-from packvit.fast.fp8 import LinearFp8, QuantizedRows, is_hopper, linear_act_fp8
+from packvit.fast.int8 import (
+    LinearInt8,
+    QuantizedRows,
+    QuantizedTiles,
+    TiledLinearInt8,
+    is_hopper,
+)
 from packvit.model.activations import ACTIVATIONS
 from packvit.model.layers import MLP, GatedMLP, LayerScale, first_linear, split_gate_up
 from packvit.model.linear import FLOOR, WORDS, Linear, fill, in_words
@@ -27,9 +33,9 @@ class Delta(NamedTuple):
 def add_norm(
     x: Tokens, delta: Delta | None, norm: Norm, reader: nn.Module, needs_grad: bool
 ) -> tuple[Tokens, Tokens | QuantizedRows]:
-    """Return x + delta and its norm, in one kernel; in 8 bits where `reader` is a matrix in 8 bits.
+    """Return x + delta and its norm, in one kernel; in int8 where `reader` is a matrix in int8.
 
-    Its reference implementation is norm(x + delta).
+    Its reference implementation is norm(x + delta), or `reader.rows` of that.
     """
     tokens, factor = delta or (None, None)
     if needs_grad:
@@ -38,22 +44,34 @@ def add_norm(
         return x if tokens is None else summed, normed
     from packvit.fast.kernels import norms as kernels
 
-    given = (x, tokens, factor, norm.weight, norm.bias, norm.eps)
-    if isinstance(reader, LinearFp8):
-        summed, *rows = kernels.add_norm_fp8(*given, *reader.bound_arguments)
+    if isinstance(reader, LinearInt8):
+        summed, *rows = kernels.add_norm_int8(
+            x,
+            tokens,
+            factor,
+            reader.norm_weight,
+            reader.norm_bias,
+            norm.eps,
+            reader.slots,
+            len(reader.apart),
+        )
         return summed, QuantizedRows(*rows)
-    return kernels.add_norm(*given)
+    return kernels.add_norm(x, tokens, factor, norm.weight, norm.bias, norm.eps)
 
 
 def project(
-    x: Tokens, h: Tensor | QuantizedRows, linear: nn.Module, scale: nn.Module, needs_grad: bool
+    x: Tokens, h: Tensor | QuantizedTiles, linear: nn.Module, scale: nn.Module, needs_grad: bool
 ) -> tuple[Tokens, Delta | None]:
     """Return (x, delta): x, and scale(linear(h)), which the next norm adds.
 
-    In inference a matmul without a bias adds to `x` itself, in place, and leaves nothing.
+    In inference a matmul in int8, or without a bias, adds to `x` itself, in place, and leaves
+    nothing.
     """
+    if isinstance(h, QuantizedTiles):
+        assert isinstance(linear, TiledLinearInt8)
+        return linear.add_(x, h, scale.scale if isinstance(scale, LayerScale) else None), None
     adds = type(linear) is Linear and linear.bias is None and isinstance(scale, nn.Identity)
-    if adds and not needs_grad and isinstance(h, Tensor) and isinstance(linear, Linear):
+    if adds and not needs_grad and isinstance(linear, Linear):
         return add_linear_(x, h, linear), None
     if needs_grad or not isinstance(scale, LayerScale):
         return x, Delta(scale(linear(h)), None)
@@ -73,11 +91,11 @@ def add_linear_(x: Tokens, h: Tensor, linear: Linear) -> Tokens:
 
 def mlp_hidden(
     h: Tokens | QuantizedRows, mlp: MLP | GatedMLP, needs_grad: bool
-) -> Tensor | QuantizedRows:
+) -> Tensor | QuantizedTiles:
     """Return what `mlp.down` reads. Shapes: [T, D] -> [T, M]."""
-    if isinstance(mlp.down, LinearFp8):
-        gated = isinstance(mlp, GatedMLP)
-        return linear_act_fp8(h, first_linear(mlp), mlp.activation, gated, mlp.down)
+    first, int8 = first_linear(mlp), isinstance(mlp.down, TiledLinearInt8)
+    if int8 and isinstance(first, LinearInt8) and not needs_grad:
+        return first.act(h, mlp.activation, isinstance(mlp, GatedMLP))
     return gated_act(h, mlp, needs_grad) if isinstance(mlp, GatedMLP) else act(h, mlp, needs_grad)
 
 

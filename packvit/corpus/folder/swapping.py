@@ -46,8 +46,10 @@ def updating(folder: Path) -> Iterator[Path]:
     WriteError.
     """
     if is_finished(new_of(folder)):  # a kill came before it was swapped in
-        with claim(folder), claim(new_of(folder)):
-            put_in_place(folder)
+        with claim(folder):
+            if is_finished(new_of(folder)):  # still: another command may have swapped it in
+                with claim(new_of(folder)):
+                    put_in_place(folder)
     with claim(folder):
         clean(folder)
         if foreign := find_foreign(folder):

@@ -6,7 +6,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from packvit.fast.kernels import warps_of
-from packvit.fast.kernels.fp8 import new_scales, store_fp8, store_output_scale
+from packvit.fast.kernels.int8 import int8_scale, larger, to_int8
 
 PROGRAMS = 1056  # of a backward: 8 on each of an H100's SMs
 
@@ -21,19 +21,21 @@ def add_norm_kernel(
     summed,
     out,
     scales,
-    bound,
-    output_scale,
+    slots,
+    apart,
     width,
     eps,
     adds: tl.constexpr,
     scaled: tl.constexpr,
     centred: tl.constexpr,
-    fp8: tl.constexpr,
-    bounded: tl.constexpr,
-    squared: tl.constexpr,
+    int8: tl.constexpr,
+    apart_columns: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One row: summed = stream + delta * factor, out = norm(summed): RMS, or layer norm."""
+    """One row: summed = stream + delta * factor, out = norm(summed): RMS, or layer norm.
+
+    If columns are apart, a column's slot says which of them it is, or -1.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < width
@@ -52,10 +54,15 @@ def add_norm_kernel(
     result *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if centred:
         result += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    if fp8:
-        store_fp8(out, scales, row, column, inside, width, result)
-        if bounded:
-            store_output_scale(output_scale, row, column, inside, width, bound, squared, result)
+    if apart_columns:
+        slot = tl.load(slots + column, mask=inside, other=-1).to(tl.int32)
+        there = apart + row * apart_columns + slot
+        tl.store(there, result.to(apart.dtype.element_ty), mask=slot >= 0)
+        result = tl.where(slot >= 0, 0.0, result)
+    if int8:
+        scale = int8_scale(tl.reduce(tl.abs(result), 0, larger))
+        tl.store(scales + row, scale)
+        tl.store(out + at, to_int8(result * (1.0 / scale)), mask=inside)
     else:
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
@@ -68,14 +75,14 @@ def launch_add_norm(
     bias: Tensor | None,
     eps: float,
     out: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-    bound: Tensor | None = None,
-    squared: bool = False,
+    int8: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Launch the kernel, and return the sum, which is empty where nothing is added."""
+    """Launch the kernel, and return the sum, which is empty where nothing is added.
+
+    `int8` are the scales, the slots, and the columns apart of `out`, if that is in int8.
+    """
     rows, width = stream.shape
     summed = torch.empty_like(stream) if delta is not None else stream.new_empty(0)
-    scale, output_scale = scales or (out, out)
     block = triton.next_power_of_2(width)
     launch = add_norm_kernel[(rows,)]  # pyright: ignore[reportIndexIssue]
     launch(
@@ -86,17 +93,14 @@ def launch_add_norm(
         weight if bias is None else bias,
         summed,
         out,
-        scale,
-        out if bound is None else bound,
-        output_scale,
+        *(int8 or (out,) * 3),
         width,
         eps,
         adds=delta is not None,
         scaled=factor is not None,
         centred=bias is not None,
-        fp8=scales is not None,
-        bounded=bound is not None,
-        squared=squared,
+        int8=int8 is not None,
+        apart_columns=int8[2].shape[1] if int8 else 0,
         block=block,
         num_warps=warps_of(block),
     )
@@ -123,27 +127,29 @@ def add_norm(
     return stream if delta is None else summed, out
 
 
-def add_norm_fp8(
+def add_norm_int8(
     stream: Tensor,
     delta: Tensor | None,
     factor: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    bound: Tensor | None,
-    squared: bool,
+    slots: Tensor,
+    apart_columns: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `add_norm`, the norm in 8 bits, with its scale and that of what is made of it.
+    """As `add_norm`, the norm in int8, with the scale of each row, and some columns apart.
 
-    Shapes: as `add_norm`, bound [D + 1] -> the sum; the norm [T, D] float8_e4m3fn, its scale [T, 1]
-    float32, and by `fp8.OutputBound` another [T, 1], or [0, 1] without a bound.
+    Those are zeros in int8: `slots` says which of the columns apart a column is, or -1.
+
+    Shapes: as `add_norm`, slots [D] int8 -> the sum; the norm [T, D] int8, its scale [T, 1]
+    float32, [T, apart_columns] bfloat16.
     """
-    values = torch.empty_like(stream, dtype=torch.float8_e4m3fn)
-    scales = new_scales(stream, bound)
-    summed = launch_add_norm(
-        stream, delta, factor, weight, bias, eps, values, scales, bound, squared
-    )
-    return stream if delta is None else summed, values, *scales
+    values = torch.empty_like(stream, dtype=torch.int8)
+    scales = stream.new_empty(len(stream), 1, dtype=torch.float32)
+    apart = stream.new_empty(len(stream), apart_columns, dtype=torch.bfloat16)
+    int8 = (scales, slots, apart)
+    summed = launch_add_norm(stream, delta, factor, weight, bias, eps, values, int8)
+    return stream if delta is None else summed, values, scales, apart
 
 
 @triton.jit

@@ -206,6 +206,21 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_as_the_new_one(
     assert np.array_equal(found.matrix, wanted.matrix, equal_nan=True)
 
 
+def test_a_folder_that_is_replaced_while_its_manifest_is_read_is_not_called_damaged(
+    out: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted, read = packvit.read(other), reader.read_own
+
+    def late(path: Path, most: int) -> bytes:
+        if other.exists():
+            shutil.rmtree(out)
+            other.rename(out)
+        return read(path, most)
+
+    monkeypatch.setattr(reader, "read_own", late)
+    assert packvit.read(out).ids == wanted.ids
+
+
 def test_rows_of_a_folder_that_was_replaced_since_are_not_given_for_those_that_were_read(
     out: Path, other: Path
 ):

@@ -3,6 +3,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from packvit.corpus import UsageError, WriteError
 from packvit.corpus.folder import layout, swapping
 from packvit.corpus.folder.checking import check_folder
 from packvit.corpus.folder.layout import read_manifest, write_manifest
+from packvit.corpus.folder.stores import Folder
 from packvit.corpus.folder.swapping import MARK, new_of, old_of
 from packvit.corpus.job import embed
 from packvit.corpus.progress import Progress, Summary
@@ -235,6 +237,26 @@ def test_updates_that_would_lose_something_are_refused_and_change_nothing(
     write_manifest(out, manifest | {"versions": versions})
     with pytest.raises(UsageError, match="were written by other versions"):
         job(photos, out, invariant, update=True)
+
+
+def test_an_update_that_another_command_swaps_in_first_is_not_swapped_for_nothing(
+    tmp_path: Path, photos: Path, invariant: Encoder, monkeypatch: pytest.MonkeyPatch
+):
+    out, claim = tmp_path / "out", swapping.claim
+    job(photos, out, invariant)
+    leave_finished(out)
+    before = contents(out)
+
+    def late(folder: Path) -> AbstractContextManager[Folder]:
+        monkeypatch.setattr(swapping, "claim", claim)
+        with claim(out), claim(new_of(out)):
+            swapping.put_in_place(out)
+        return claim(folder)
+
+    monkeypatch.setattr(swapping, "claim", late)
+    with pytest.raises(KeyboardInterrupt), swapping.updating(out):
+        raise KeyboardInterrupt
+    assert contents(out) == before
 
 
 def test_the_lock_of_a_folder_that_was_replaced_meanwhile_is_no_lock(
