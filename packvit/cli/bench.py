@@ -150,6 +150,11 @@ def bench(
         context.exit(WRONG if off else 0)
     if len(models) > 1 and target is not None:
         raise click.UsageError("Several models make many reports: name a folder by --out.")
+    if out is not None and len({Path(model).name for model in models}) < len(models):
+        raise click.UsageError(
+            "Two models have one name, and the second report would replace the first. Measure "
+            "them apart, each with its own --out."
+        )
     chosen = tuple(WORKLOADS) if workload == ALL else (workload,)
     asked = replace(options, workloads=chosen)
     off = False

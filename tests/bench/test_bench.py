@@ -388,6 +388,7 @@ def test_several_models_are_written_one_by_one_with_the_contenders_asked_for(tmp
         (["--json", "nowhere/report.json"], 2, "nowhere is not a folder"),
         (["--way", "ours"], 2, 'No contender is called "ours"'),
         (["--model", "tiny", "--model", "tiny", "--json", "-"], 2, "name a folder by --out"),
+        (["--model", "a/x", "--model", "b/x", "--out", "rows"], 2, "Two models have one name"),
         (["--workload", "native", "--model", "tiny"], 2, "No batch is called tiny"),
         (["--workload", "native", "--way", "ours"], 2, 'No contender is called "ours"'),
         (["--workload", "native", "--json", "-"], 2, "name a folder by --out"),
