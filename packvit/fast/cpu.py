@@ -1,19 +1,19 @@
 """Blocks on a CPU in fp32 without gradients: their matmuls by oneDNN, which has AVX-512 kernels.
 
 torch gives fp32 matmuls to MKL, which runs its kernels for AVX2 on AMD's CPUs: 105 GFLOP/s on a
-core of Zen 5, where oneDNN does 225 (benchmarks/LOG.md). oneDNN adds a sum's products up in longer
-runs, so its error is some 1.5 times MKL's: within what `verification/rule.py` allows.
+core of Zen 5, where oneDNN does 225 (benchmarks/LOG.md). oneDNN adds up to 1,000 products of a sum
+in one run, so its error is 1.4 to 2.2 times MKL's. Sums are therefore taken in parts of `RUN`
+columns, which makes the errors equal.
 """
 
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from packvit.config import Activation
 from packvit.fast.autograd import wants_grad
 from packvit.model.activations import activate
 from packvit.model.attention import Backend
@@ -26,19 +26,8 @@ from packvit.packs.segments import Segments, WindowSegments
 
 CAPABILITY = "AVX512"  # of the CPUs where oneDNN was measured
 
-
-class Epilogue(NamedTuple):
-    """What oneDNN applies to the sums of a matmul, by its names."""
-
-    name: str
-    approximation: str
-
-
-NONE = Epilogue("none", "")
-EPILOGUES: dict[Activation, Epilogue] = {
-    "gelu": Epilogue("gelu", "none"),
-    "gelu_tanh": Epilogue("gelu", "tanh"),
-}
+RUN = 192  # columns whose products are one sum: by 256 the error is 1.05 to 1.17 times MKL's
+FEW = 32  # rows: below, copying the weight by columns takes longer than MKL's matmul
 
 
 def onednn_linear() -> Callable[..., Tensor] | None:
@@ -120,12 +109,7 @@ def mlp_hidden(h: Tokens, mlp: MLP | GatedMLP) -> Tensor:
     if isinstance(mlp, GatedMLP):
         gate, up = split_gate_up(linear(h, mlp.gate_up))
         return activate(gate, mlp.activation, mlp.invariant).mul_(up)
-    if mlp.activation in EPILOGUES and is_plain(mlp.up):
-        return linear(h, mlp.up, EPILOGUES[mlp.activation])
-    hidden = linear(h, mlp.up)
-    if mlp.activation == "quick_gelu" and not mlp.invariant:
-        return (hidden * 1.702).sigmoid_().mul_(hidden)  # as `quick_gelu`, in memory of one result
-    return activate(hidden, mlp.activation, mlp.invariant)
+    return linear(h, mlp.up, partial(activate, activation=mlp.activation, invariant=mlp.invariant))
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -137,18 +121,42 @@ def is_plain(layer: nn.Module) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
 
 
-def linear(tokens: Tensor, layer: nn.Module, epilogue: Epilogue = NONE) -> Tensor:
-    """Return layer(tokens), with the epilogue applied if the layer is plain.
+def unchanged(found: Tensor) -> Tensor:
+    """Return what is given."""
+    return found
+
+
+def linear(
+    tokens: Tensor, layer: nn.Module, after: Callable[[Tensor], Tensor] = unchanged
+) -> Tensor:
+    """Return after(layer(tokens)), where `after` looks at single numbers.
 
     If the layer is `invariant`, every matmul has the same number of rows, as in `model/linear.py`.
     """
     multiply = onednn_linear()
     if multiply is None or not isinstance(layer, Linear) or not is_plain(layer):
-        return layer(tokens)
+        return after(layer(tokens))
+    if len(tokens) < FEW and not layer.invariant:
+        return after(layer(tokens))
     bias = layer.whole_bias() if isinstance(layer, KeylessBiasLinear) else layer.bias
-    arguments = (layer.weight, bias, epilogue.name, [], epilogue.approximation)
-    if not layer.invariant:
-        return multiply(tokens.contiguous(), *arguments)
-    filled = fill(tokens, -(-len(tokens) // ROWS) * ROWS).contiguous()
-    parts = [multiply(part, *arguments) for part in filled.split(ROWS)]
-    return torch.cat(parts)[: len(tokens)]
+    weights = [part.contiguous() for part in layer.weight.split(RUN, dim=1)]
+    rows = ROWS if layer.invariant else ROWS * torch.get_num_threads()  # few: caches hold them
+    found = tokens.new_empty(len(tokens), len(layer.weight))
+    for piece, place in zip(tokens.contiguous().split(rows), found.split(rows), strict=True):
+        filled = fill(piece, rows) if layer.invariant else piece
+        place.copy_(after(add_parts(multiply, filled, weights, bias))[: len(piece)])
+    return found
+
+
+def add_parts(
+    multiply: Callable[..., Tensor], tokens: Tensor, weights: list[Tensor], bias: Tensor | None
+) -> Tensor:
+    """Return tokens @ weight.T + bias, each part of `RUN` columns summed by itself.
+
+    Columns of the weight are copied, because oneDNN takes 1,000 times as long with strides there.
+    """
+    first, *others = zip(tokens.split(RUN, dim=1), weights, strict=True)
+    total = multiply(*first, bias, "none", [], "")
+    for columns, weight in others:
+        total.add_(multiply(columns, weight, None, "none", [], ""))
+    return total
