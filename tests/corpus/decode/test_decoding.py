@@ -218,6 +218,7 @@ def check_memory(worker: Worker, path: Path, bytes_a_pixel: int, more: int = 0) 
     assert peak < 64e6 + bytes_a_pixel * 2000 * 2500 + more, (path.name, peak)
 
 
+@pytest.mark.soak
 def test_a_worker_holds_8_bytes_a_pixel_of_its_largest_image_beside_64_mb(
     tmp_path: Path, worker: Worker
 ):

@@ -130,6 +130,7 @@ def kill_and_resume(
     return committed
 
 
+@pytest.mark.soak
 def test_a_job_killed_at_any_moment_ends_as_an_undisturbed_one(
     tmp_path: Path, photos: Path, checkpoint: Path, encoder: Encoder, undisturbed: Path
 ):

@@ -281,7 +281,7 @@ def test_an_input_named_twice_is_refused(tmp_path: Path):
 def test_no_inputs_is_wrong_use_and_the_answer_says_what_counts(tmp_path: Path):
     touch(tmp_path / "readme.txt")
     with pytest.raises(
-        UsageError, match=r"No photographs .* 1 other files .* end in \.jpg .*\.avif"
+        UsageError, match=r"No photographs .* files passed over: 1 .txt. .* end in \.jpg .*\.avif"
     ):
         list_inputs([str(tmp_path)])
     with pytest.raises(UsageError, match="No photographs were found in nothing"):
