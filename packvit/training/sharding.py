@@ -83,6 +83,14 @@ def backward(loss: Tensor, tokens: int) -> None:
     (loss * (count_processes() / tokens)).backward()
 
 
+def add_up(value: Tensor) -> float:
+    """Return the sum of a number over all processes."""
+    total = value.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.item()
+
+
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Save the state after `step` steps from all processes, then remove the previous one.
 
