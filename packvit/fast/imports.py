@@ -64,13 +64,18 @@ def import_sparing(name: str, package: str, *, first: tuple[str, ...]) -> None:
         return
     loader, module = spec.loader, module_from_spec(spec)
 
-    completing = RLock()
+    lock, begun = RLock(), []
 
     def complete(attribute: str) -> object:
-        with completing:
-            if module.__dict__.pop("__getattr__", None):
+        with lock:  # others wait here, while the package's own lookups go on to what it has so far
+            if not begun:
+                begun.append(True)
                 loader.exec_module(module)
-        return getattr(module, attribute)
+                if module.__dict__.get("__getattr__") is complete:
+                    del module.__dict__["__getattr__"]
+        if attribute in module.__dict__:
+            return module.__dict__[attribute]
+        raise AttributeError(f"module {package!r} has no attribute {attribute!r}")
 
     sys.modules[package] = module
     try:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,6 +59,20 @@ def test_a_package_that_is_imported_already_is_taken_as_it_is() -> None:
     import_sparing("attention_kernels", "operators", first=("operators.patches",))
     assert sys.modules["operators"] is operators
     assert callable(operators.softmax)
+
+
+@pytest.mark.usefixtures("packages")
+def test_two_threads_may_ask_a_package_for_what_it_has_not_run_yet(tmp_path: Path) -> None:
+    slow = "import time\ntime.sleep(0.2)\nNAME = 'compiled'\n"
+    (tmp_path / "operators_compiler.py").write_text(slow)
+    import_sparing("attention_kernels", "operators", first=())
+    operators = sys.modules["operators"]
+    with ThreadPoolExecutor(2) as threads:
+        assert [*threads.map(lambda name: getattr(operators, name)(), ["softmax"] * 2)] == [
+            "compiled",
+            "compiled",
+        ]
+    assert not hasattr(operators, "nothing")
 
 
 def test_one_thread_a_process_imports_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
