@@ -115,17 +115,8 @@ class Wrapped(nn.Module):
 
 
 def mlp_of(first: nn.Module, second: nn.Module, gated: bool) -> Any:
-    sizes = TransformerConfig(
-        width=192,
-        layers=1,
-        heads=4,
-        mlp_width=320,
-        norm="rms",
-        norm_eps=1e-6,
-        activation="silu",
-        gated=gated,
-    )
-    mlp: Any = GatedMLP(sizes) if gated else MLP(sizes)
+    config = sizes(192, gated=gated)
+    mlp: Any = GatedMLP(config) if gated else MLP(config)
     setattr(mlp, "gate_up" if gated else "up", first)
     mlp.down = second
     return mlp
@@ -350,7 +341,7 @@ def test_the_second_matmul_adds_to_the_stream_and_rounds_once(bias: bool, tokens
         assert rounding(eight(hidden), made) <= 1.01
 
 
-def sizes(width: int) -> TransformerConfig:
+def sizes(width: int, *, gated: bool = True) -> TransformerConfig:
     return TransformerConfig(
         width=width,
         layers=1,
@@ -359,7 +350,7 @@ def sizes(width: int) -> TransformerConfig:
         norm="rms",
         norm_eps=1e-6,
         activation="silu",
-        gated=True,
+        gated=gated,
     )
 
 
